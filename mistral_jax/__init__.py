@@ -1,0 +1,37 @@
+"""Mistral 7B in JAX with Flax linen: convert, load, generate, score, train."""
+
+import importlib
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+# In a checkout, `convert` and `configs` stand beside this package instead of inside it.
+_root = Path(__file__).resolve().parent.parent
+if (_root / "pyproject.toml").is_file():
+    __path__.append(str(_root))
+
+_HOMES = {
+    "checkpoint": ("load", "save"),
+    "config": ("ModelConfig",),
+    "generation.generate": ("Completion", "generate"),
+    "generation.logits": ("Sampling",),
+    "generation.text": ("Score", "chat", "complete", "score", "stream"),
+    "model.cache": ("init_cache",),
+    "model.transformer": ("Transformer",),
+    "tokenizer": ("Tokenizer",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = [*sorted(_HOME_OF)]
+
+
+def __getattr__(name: str):
+    """Imports a public name when it is first used: a command pays only for what it needs."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'mistral_jax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"mistral_jax.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *_HOME_OF})

@@ -1,0 +1,203 @@
+"""The architecture of a model: `ModelConfig`, and reading and checking it.
+
+It holds no mesh, no dtype of computation and no path.
+"""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_HERE = Path(__file__).resolve().parent
+CHECKOUT = _HERE.parent if (_HERE.parent / "pyproject.toml").is_file() else None
+CONFIG_DIR = CHECKOUT / "configs" if CHECKOUT else _HERE / "configs"
+
+DEFAULT_MAX_POSITIONS = 32768
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The shape and constants of a Mistral model: all that its forward pass depends on but weights.
+
+    Letters in parentheses are those of the legend in `model/transformer.py`.
+
+    Attributes:
+      vocab_size: number of tokens (V).
+      num_layers: number of blocks (L).
+      embed_dim: width of the residual stream (D).
+      mlp_dim: width of the gated MLP (F).
+      num_heads: query heads (N).
+      num_kv_heads: key-value heads (K); divides num_heads.
+      head_dim: width of a head (H); even, and not always D / N.
+      rope_theta: base of the rotary embedding (10000 for v0.1, 1e6 for v0.2 and v0.3).
+      sliding_window: keys that a query sees, its own included (W); None for all; a list has one
+        entry a layer, and is stored as a tuple, or as its value where all are the same.
+      norm_eps: epsilon of every RMSNorm.
+      tie_embeddings: whether the output projection is the embedding table.
+      max_positions: tokens a sequence may have (prompt and continuation).
+      bos_id: token that begins a text.
+      eos_id: token that ends an answer.
+
+    Raises:
+      ValueError: a value is missing, of the wrong type, or does not fit the others.
+    """
+
+    vocab_size: int
+    num_layers: int
+    embed_dim: int
+    mlp_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    sliding_window: int | tuple[int | None, ...] | None
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    max_positions: int = DEFAULT_MAX_POSITIONS
+    bos_id: int = 1
+    eos_id: int = 2
+
+    def __post_init__(self):
+        for name in _COUNTS:
+            value = getattr(self, name)
+            _check(_is_int(value) and value > 0, self, name, "an integer above 0")
+        for name in ("bos_id", "eos_id"):
+            value = getattr(self, name)
+            _check(
+                _is_int(value) and 0 <= value < self.vocab_size,
+                self,
+                name,
+                f"a token id below vocab_size ({self.vocab_size})",
+            )
+        for name in ("rope_theta", "norm_eps"):
+            value = getattr(self, name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            _check(is_number and 0 < value < float("inf"), self, name, "a finite number above 0")
+            object.__setattr__(self, name, float(value))
+        _check(isinstance(self.tie_embeddings, bool), self, "tie_embeddings", "true or false")
+        _check(self.head_dim % 2 == 0, self, "head_dim", "an even number (rotary pairs)")
+        _check(
+            self.num_heads % self.num_kv_heads == 0,
+            self,
+            "num_kv_heads",
+            f"a divisor of num_heads ({self.num_heads})",
+        )
+        windows = self.sliding_window
+        if isinstance(windows, list | tuple):
+            _check(
+                len(windows) == self.num_layers,
+                self,
+                "sliding_window",
+                f"one entry for each of the {self.num_layers} layers",
+            )
+            windows = windows[0] if len(set(windows)) == 1 else tuple(windows)
+            object.__setattr__(self, "sliding_window", windows)
+        for window in self.windows:
+            _check(
+                window is None or (_is_int(window) and window > 0),
+                self,
+                "sliding_window",
+                "null for all keys, or an integer above 0 (keys seen, the query's own included)",
+            )
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of each layer: L entries."""
+        if isinstance(self.sliding_window, tuple):
+            return self.sliding_window
+        return (self.sliding_window,) * self.num_layers
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per key-value head (G)."""
+        return self.num_heads // self.num_kv_heads
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as JSON values, such that `from_dict` gives an equal config."""
+        fields = dataclasses.asdict(self)
+        if isinstance(self.sliding_window, tuple):
+            fields["sliding_window"] = list(self.sliding_window)
+        return fields
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any], source: str = "config") -> "ModelConfig":
+        """Builds a config from its fields.
+
+        Args:
+          fields: one entry a field, as `to_dict` writes. TOML has no null, so a file may say
+            `sliding_window = "none"`.
+          source: what messages call the place that the fields came from.
+
+        Raises:
+          ValueError: a field is unknown, missing or invalid.
+        """
+        fields = dict(fields)
+        known = {field.name: field.default for field in dataclasses.fields(cls)}
+        for name in fields:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+                raise ValueError(f"{source}: unknown key {name!r}; the nearest known is {near!r}")
+        required = [name for name, default in known.items() if default is dataclasses.MISSING]
+        missing = [name for name in required if name not in fields]
+        if missing:
+            raise ValueError(f"{source}: missing {', '.join(missing)}")
+        window = fields["sliding_window"]
+        if isinstance(window, list):
+            window = [None if w == "none" else w for w in window]
+        fields["sliding_window"] = None if window == "none" else window
+        try:
+            return cls(**fields)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+
+    @classmethod
+    def from_name(cls, name: str) -> "ModelConfig":
+        """Reads `configs/models/<name>.toml`, for instance "mistral-7b-v0.1"."""
+        path = CONFIG_DIR / "models" / f"{name}.toml"
+        if not path.is_file():
+            known = ", ".join(sorted(p.stem for p in path.parent.glob("*.toml")))
+            raise ValueError(f"no model config named {name!r}; there are {known}")
+        return cls.from_dict(read_toml(path), str(path))
+
+
+def read_toml(path: Path | str) -> dict[str, Any]:
+    """Reads a TOML file; a ValueError names the file and the place of a mistake."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from None
+
+
+def read_json(path: Path | str) -> dict[str, Any]:
+    """Reads a JSON file that must hold an object; a ValueError names the file and the mistake."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}; expected an object")
+    return value
+
+
+_COUNTS = (
+    "vocab_size",
+    "num_layers",
+    "embed_dim",
+    "mlp_dim",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "max_positions",
+)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check(good: bool, config: ModelConfig, name: str, expected: str) -> None:
+    if not good:
+        raise ValueError(f"{name} is {getattr(config, name)!r}; expected {expected}")

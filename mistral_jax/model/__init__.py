@@ -1,0 +1,1 @@
+"""The forward pass, from rotary embedding to `Transformer`: no tokenizer, no file, no sampling."""

@@ -1,0 +1,81 @@
+"""The rolling-buffer key-value cache: a pytree and `write`. It computes no attention.
+
+Token p of a row lies in slot p mod S. A layer with a window of W needs no more than W slots, so the
+memory of a windowed model does not grow with its text (Mistral 7B, arXiv 2310.06825, section 2).
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from mistral_jax.config import ModelConfig
+
+
+@flax.struct.dataclass
+class LayerCache:
+    """The keys and values that one layer remembers.
+
+    Attributes:
+      k: rotated keys, [B, S, K, H].
+      v: values, [B, S, K, H].
+      positions: place in its text of the token in each slot, [B, S] int32; -1 = empty.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    positions: jax.Array
+
+
+Cache = tuple[LayerCache, ...]
+
+
+def init_cache(
+    config: ModelConfig, batch_size: int, length: int, dtype: jnp.dtype = jnp.float32
+) -> Cache:
+    """Makes an empty cache.
+
+    Args:
+      config: the model's architecture.
+      batch_size: rows (B); each advances on its own.
+      length: tokens of the longest row, prompt and continuation. A layer without a window would
+        forget a row's first tokens past this length.
+      dtype: of keys and values; the model's compute dtype.
+
+    Returns:
+      One `LayerCache` a layer, with S = min(W, length) slots.
+    """
+
+    def empty(window):
+        slots = length if window is None else min(window, length)
+        shape = (batch_size, slots, config.num_kv_heads, config.head_dim)
+        positions = jnp.full((batch_size, slots), -1, jnp.int32)
+        return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), positions)
+
+    return tuple(empty(window) for window in config.windows)
+
+
+def write(cache: LayerCache, k: jax.Array, v: jax.Array, positions: jax.Array) -> LayerCache:
+    """Stores a chunk's last S tokens of each row, over the oldest ones.
+
+    Args:
+      cache: the layer's cache; S slots.
+      k: rotated keys of the chunk, [B, T, K, H].
+      v: values of the chunk, [B, T, K, H].
+      positions: places of the chunk's tokens, [B, T] int32, rising by 1 along a row; -1 = padding,
+        which is not stored.
+
+    Returns:
+      The new cache; the same for every way to cut a text into chunks.
+    """
+    slots = cache.positions.shape[1]
+    # Of two tokens for one slot only the later is written: a scatter's order is undefined.
+    last = jnp.max(positions, axis=1, keepdims=True)
+    stored = (positions >= 0) & (positions > last - slots)
+    # Slot S does not exist: what is not stored is dropped there.
+    slot = jnp.where(stored, positions % slots, slots)
+    row = jnp.arange(positions.shape[0])[:, None]
+    return LayerCache(
+        k=cache.k.at[row, slot].set(k.astype(cache.k.dtype), mode="drop"),
+        v=cache.v.at[row, slot].set(v.astype(cache.v.dtype), mode="drop"),
+        positions=cache.positions.at[row, slot].set(positions, mode="drop"),
+    )

@@ -1,0 +1,169 @@
+"""The layers that hold parameters: projection, RMSNorm, embedding, gated MLP, attention layer.
+
+They do not know how they are stacked; attention itself and the cache are functions of other files.
+Every parameter names its logical axes, which `sharding.py` maps to a mesh.
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mistral_jax.config import ModelConfig
+from mistral_jax.model.attention import attend
+from mistral_jax.model.cache import LayerCache, write
+from mistral_jax.model.rope import rotate
+
+Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
+
+
+class Projection(nn.Module):
+    """Multiplies by a kernel whose output axes come first, as PyTorch stores them.
+
+    Attributes:
+      equation: einsum of input and kernel, for instance "BTD,NHD->BTNH".
+      shape: sizes of the kernel's axes.
+      axes: logical names of the kernel's axes.
+      dtype: of the product's operands; sums are float32.
+      out_dtype: of the result; None = dtype.
+    """
+
+    equation: str
+    shape: Sequence[int]
+    axes: Sequence[str]
+    dtype: jnp.dtype
+    out_dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Projects `x`."""
+        letters, output = self.equation.split(",")[1].split("->")
+        contracted = tuple(i for i, letter in enumerate(letters) if letter not in output)
+        kept = tuple(i for i, letter in enumerate(letters) if letter in output)
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", contracted, kept)
+        kernel = self.param(
+            "kernel", nn.with_logical_partitioning(init, self.axes), self.shape, jnp.float32
+        )
+        return multiply(self.equation, x, kernel, self.dtype).astype(self.out_dtype or self.dtype)
+
+
+def multiply(equation: str, x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Contracts `x` [B, T, ...] with `kernel` in `dtype`; the sums, and the result, are float32."""
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
+    # XLA's CPU backend converts a whole 16-bit kernel to float32 for a single row, but not for two.
+    lonely = x.shape[:2] == (1, 1) and dtype != jnp.float32 and jax.default_backend() == "cpu"
+    if lonely:
+        x = jnp.concatenate([x, x])
+    product = jnp.einsum(equation, x, kernel, preferred_element_type=jnp.float32)
+    return product[:1] if lonely else product
+
+
+class RMSNorm(nn.Module):
+    """Divides by the root mean square in float32, then scales in `dtype` (arXiv 1910.07467)."""
+
+    eps: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises `x` [B, T, D] over D."""
+        init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed",))
+        scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
+        wide = x.astype(jnp.float32)
+        normal = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return normal.astype(self.dtype) * scale.astype(self.dtype)[None, None]
+
+
+class Embedding(nn.Module):
+    """Looks tokens up in a table, and scores every token against it where the output is tied."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+
+    def setup(self):  # noqa: D102
+        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed"))
+        shape = (self.config.vocab_size, self.config.embed_dim)
+        self.embedding = self.param("embedding", init, shape, jnp.float32)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Returns the vectors [B, T, D] of `tokens` [B, T]."""
+        return self.embedding[tokens].astype(self.dtype)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """Returns the logits [B, T, V] of `x` [B, T, D], in float32."""
+        return multiply("BTD,VD->BTV", x, self.embedding, self.dtype)
+
+
+class MLP(nn.Module):
+    """The gated MLP: down(silu(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202)."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+    rules: Rules
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `x` [B, T, D] to [B, T, D]."""
+        wide, narrow = self.config.mlp_dim, self.config.embed_dim
+
+        def project(name, equation, shape, axes):
+            return Projection(equation, shape, axes, self.dtype, name=name)
+
+        gate = project("gate_proj", "BTD,FD->BTF", (wide, narrow), ("mlp", "embed"))
+        up = project("up_proj", "BTD,FD->BTF", (wide, narrow), ("mlp", "embed"))
+        down = project("down_proj", "BTF,DF->BTD", (narrow, wide), ("embed", "mlp"))
+        gated = nn.silu(gate(x)) * up(x)
+        return down(nn.with_logical_constraint(gated, ("batch", "length", "mlp"), rules=self.rules))
+
+
+class Attention(nn.Module):
+    """The attention layer: projections, rotation, the cache, and `attend`."""
+
+    config: ModelConfig
+    window: int | None
+    dtype: jnp.dtype
+    rules: Rules
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        cache: LayerCache | None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Maps `x` [B, T, D] to [B, T, D], and the cache to the one that has seen `x` too."""
+        config = self.config
+
+        def project(name, equation, heads, axis):
+            shape, axes = (heads, config.head_dim, config.embed_dim), (axis, "head_dim", "embed")
+            y = Projection(equation, shape, axes, self.dtype, name=name)(x)
+            return nn.with_logical_constraint(
+                y, ("batch", "length", axis, "head_dim"), rules=self.rules
+            )
+
+        q = project("q_proj", "BTD,NHD->BTNH", config.num_heads, "heads")
+        k = project("k_proj", "BTD,KHD->BTKH", config.num_kv_heads, "kv_heads")
+        v = project("v_proj", "BTD,KHD->BTKH", config.num_kv_heads, "kv_heads")
+        q, k = rotate(q, angles), rotate(k, angles)
+
+        if cache is None:
+            mixed = attend(q, k, v, positions, positions, self.window, aligned=True)
+        elif x.shape[1] == 1:
+            # One token overwrites nothing that it may still see: the ring holds all its keys.
+            cache = write(cache, k, v, positions)
+            mixed = attend(q, cache.k, cache.v, positions, cache.positions, self.window)
+        else:
+            # A chunk's early queries still need keys that its late tokens overwrite.
+            keys, values, kv_positions = (
+                jnp.concatenate([old, new.astype(old.dtype)], axis=1)
+                for old, new in ((cache.k, k), (cache.v, v), (cache.positions, positions))
+            )
+            mixed = attend(q, keys, values, positions, kv_positions, self.window)
+            cache = write(cache, k, v, positions)
+
+        shape = (config.embed_dim, config.num_heads, config.head_dim)
+        axes = ("embed", "heads", "head_dim")
+        o_proj = Projection("BTNH,DNH->BTD", shape, axes, self.dtype, name="o_proj")
+        return o_proj(mixed), cache
