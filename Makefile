@@ -1,0 +1,54 @@
+# make demo    set up, and run the main job on the bundled model
+# make test    set up, and run the tests (no torch, no network, no GPU)
+# make parity  set up with PyTorch and Transformers, and compare with them live
+# make lint    check style and formatting
+# Each makes a virtual environment of its own for the Python that PYTHON= names (3.11 or 3.12).
+
+PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV := .venv-$(VERSION)
+PARITY := .venv-$(VERSION)-parity
+DEMO := runs/demo
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test parity lint clean
+
+demo: $(VENV)/installed
+	@echo "# The bundled model as a PyTorch user would have it: a Hugging Face folder"
+	$(VENV)/bin/python -m mistral_jax.convert to-torch mistral_jax/assets/nano $(DEMO)/hf --format hf --overwrite
+	@echo "# PyTorch -> Orbax"
+	$(VENV)/bin/python -m mistral_jax.convert to-orbax $(DEMO)/hf $(DEMO)/orbax --overwrite
+	$(VENV)/bin/python -m mistral_jax.convert inspect $(DEMO)/orbax
+	@echo "# Load, and continue a prompt"
+	$(VENV)/bin/python -m mistral_jax.sample --checkpoint $(DEMO)/orbax --seed 1 --max-tokens 120 --stats "def read_json(path):"
+
+test: $(VENV)/tested-with
+	$(VENV)/bin/python -m pytest
+
+parity: $(PARITY)/installed
+	$(PARITY)/bin/python -m pytest tests/parity
+
+lint: $(VENV)/tested-with
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+
+clean:
+	rm -rf .venv-* runs build *.egg-info
+
+# A stamp stands for a finished install; it is made anew when pyproject.toml changes.
+define install
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else "error: Python %d.%d; expected 3.11 or 3.12, for instance: make $(MAKECMDGOALS) PYTHON=python3.12" % v)'
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --editable '.$(2)'
+	touch $@
+endef
+
+$(VENV)/installed: pyproject.toml
+	$(call install,$(VENV),)
+
+$(VENV)/tested-with: pyproject.toml
+	$(call install,$(VENV),[dev])
+	touch $(VENV)/installed
+
+$(PARITY)/installed: pyproject.toml
+	$(call install,$(PARITY),[parity])
