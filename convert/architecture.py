@@ -1,0 +1,173 @@
+"""The architecture that a source's `params.json` or `config.json` describes. It sees no tensors."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mistral_jax.config import ModelConfig, read_json
+
+# Ours, the official name, Hugging Face's; those without a default are in every file, or refused.
+FIELDS = (
+    ("vocab_size", "vocab_size", "vocab_size"),
+    ("num_layers", "n_layers", "num_hidden_layers"),
+    ("embed_dim", "dim", "hidden_size"),
+    ("mlp_dim", "hidden_dim", "intermediate_size"),
+    ("num_heads", "n_heads", "num_attention_heads"),
+    ("num_kv_heads", "n_kv_heads", "num_key_value_heads"),
+    ("norm_eps", "norm_eps", "rms_norm_eps"),
+    ("head_dim", "head_dim", "head_dim"),
+    ("rope_theta", "rope_theta", "rope_theta"),
+    ("sliding_window", "sliding_window", "sliding_window"),
+    ("tie_embeddings", "tied_embeddings", "tie_word_embeddings"),
+    ("max_positions", "max_position_embeddings", "max_position_embeddings"),
+    ("bos_id", "bos_token_id", "bos_token_id"),
+    ("eos_id", "eos_token_id", "eos_token_id"),
+)
+_REQUIRED = [name for name, *_ in FIELDS[:7]]
+
+# What other models of these formats set, and what it is in those that run here.
+_UNSUPPORTED = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "use_biases": (False,),
+    "quantization": (),
+    "quantization_config": (),
+    "moe": (),
+    "lora": (),
+    "vision_encoder": (),
+    "yarn": (),
+    "llama_4_scaling": (),
+    "q_lora_rank": (),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """A config, and how it was come by.
+
+    Attributes:
+      config: the architecture.
+      theta_origin: where the base of the rotary embedding is from.
+      notes: sentences on what the file did not say outright.
+    """
+
+    config: ModelConfig
+    theta_origin: str
+    notes: tuple[str, ...]
+
+
+def read(file: Path, rope_theta: float | None = None) -> Architecture:
+    """Reads the architecture of a source.
+
+    Args:
+      file: `params.json` (official) or `config.json` (Hugging Face).
+      rope_theta: base of the rotary embedding, for files that do not hold it or hold a wrong one.
+
+    Raises:
+      ValueError: the file is not JSON, of another architecture, or leaves something open.
+    """
+    raw = read_json(file)
+    official = file.name == "params.json"
+    _refuse_others(raw, official, file)
+    found = {
+        ours: raw[theirs]
+        for ours, *names in FIELDS
+        if (theirs := names[not official]) in raw and raw[theirs] is not None
+    }
+    missing = [name for name in _REQUIRED if name not in found]
+    if missing:
+        names = {ours: names[not official] for ours, *names in FIELDS}
+        raise ValueError(f"{file} has no {', '.join(names[name] for name in missing)}")
+    notes = []
+    if "head_dim" not in found:
+        found["head_dim"] = _head_dim(found, file)
+        notes.append(f"{file.name} has no head_dim: {found['head_dim']}, the width / heads")
+    if isinstance(found.get("eos_id"), list):
+        found["eos_id"], *others = found["eos_id"]
+        notes.append(
+            f"{file.name} has several eos_token_id: {found['eos_id']} ends a text, not {others}"
+        )
+    found["sliding_window"] = _windows(raw, official, found["num_layers"], file)
+    theta, origin = _theta(raw, found, official, rope_theta, file)
+    if origin != file.name:
+        notes.append(f"rope_theta is {theta:g}: {origin}")
+    config = ModelConfig.from_dict(found | {"rope_theta": theta}, str(file))
+    return Architecture(config, origin, tuple(notes))
+
+
+def _refuse_others(raw: Mapping[str, Any], official: bool, file: Path) -> None:
+    kind = raw.get("model_type", "transformer" if official else None)
+    known = ("transformer",) if official else ("mistral", "ministral")
+    if kind not in known:
+        raise ValueError(f"{file} is of model type {kind!r}; expected {' or '.join(known)}")
+    for key, supported in _UNSUPPORTED.items():
+        value = raw.get(key)
+        if value is not None and value not in supported:
+            expected = " or ".join(map(repr, supported)) or "none"
+            raise ValueError(f"{file} has {key} {value!r}; expected {expected}")
+    for key in ("rope_scaling", "rope_parameters"):
+        scaling = raw.get(key) or {}
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"{file} has {key} of type {kind!r}; only 'default' is supported")
+
+
+def _head_dim(found: Mapping[str, Any], file: Path) -> int:
+    width, heads = found["embed_dim"], found["num_heads"]
+    if width % heads:
+        raise ValueError(f"{file} has no head_dim, and its {heads} heads do not divide {width}")
+    return width // heads
+
+
+def _windows(raw: Mapping[str, Any], official: bool, layers: int, file: Path) -> Any:
+    """Returns the window, or one a layer: official lists and Hugging Face's kinds of layer."""
+    window = raw.get("sliding_window")
+    if official and window is None:
+        window = raw.get("_sliding_window")
+    if isinstance(window, str):
+        try:
+            window = json.loads(window)
+        except json.JSONDecodeError:
+            raise ValueError(f"{file} has sliding_window {window!r}; expected a number") from None
+    if official and isinstance(window, list):
+        if not window or layers % len(window):
+            raise ValueError(
+                f"{file} has {len(window)} entries in sliding_window, which repeat over the layers "
+                f"but do not divide their number ({layers})"
+            )
+        return window * (layers // len(window))
+    if not official and "sliding_window" not in raw:
+        raise ValueError(f"{file} has no sliding_window; expected a number, or null for no window")
+    kinds = None if official else raw.get("layer_types")
+    if kinds is None:
+        return window
+    known = {"full_attention": None, "sliding_attention": window}
+    if len(kinds) != layers or not set(kinds) <= set(known):
+        raise ValueError(
+            f"{file} has layer_types {kinds!r}; expected {' or '.join(known)} for each of the "
+            f"{layers} layers"
+        )
+    return [known[kind] for kind in kinds]
+
+
+def _theta(
+    raw: Mapping[str, Any],
+    found: Mapping[str, Any],
+    official: bool,
+    override: float | None,
+    file: Path,
+) -> tuple[float, str]:
+    if override is not None:
+        return override, "as asked for by --rope-theta"
+    nested = raw.get("rope_parameters") or {}
+    theta = nested.get("rope_theta", raw.get("rope_theta"))
+    if theta is not None:
+        return theta, file.name
+    v01 = ModelConfig.from_name("mistral-7b-v0.1")
+    # The official file of v0.1 was written before the base became a parameter.
+    if official and ModelConfig(**(found | {"rope_theta": v01.rope_theta})) == v01:
+        return v01.rope_theta, f"{file.name} is that of Mistral 7B v0.1, which was trained with it"
+    raise ValueError(f"{file} has no rope_theta; name it with --rope-theta (v0.1: 1e4, later: 1e6)")
