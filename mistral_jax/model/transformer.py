@@ -51,7 +51,7 @@ class Block(nn.Module):
         x = x + mixed
         normal = RMSNorm(config.norm_eps, dtype, name="mlp_norm")(x)
         x = x + MLP(config, dtype, rules, name="mlp")(normal)
-        return nn.with_logical_constraint(x, ("batch", "length", "embed"), rules=rules), cache
+        return nn.with_logical_constraint(x, ("batch", "length", "residual"), rules=rules), cache
 
 
 class Transformer(nn.Module):
@@ -96,7 +96,7 @@ class Transformer(nn.Module):
         chex.assert_equal_shape([tokens, positions])
         embed = Embedding(config, dtype, name="embed")
         x = embed(tokens)
-        x = nn.with_logical_constraint(x, ("batch", "length", "embed"), rules=self.rules)
+        x = nn.with_logical_constraint(x, ("batch", "length", "residual"), rules=self.rules)
         angles = rotary_angles(positions, config.head_dim, config.rope_theta)
         layer_caches = cache or (None,) * config.num_layers
         new_cache = []
