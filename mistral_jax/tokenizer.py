@@ -1,0 +1,195 @@
+"""The tokenizer: text and conversations to token ids, and back, whole or token by token.
+
+It wraps a SentencePiece file. It does not know any model, and makes no tokenizer files.
+"""
+
+import codecs
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sentencepiece import SentencePieceProcessor
+
+from mistral_jax.chat import Control, chat_parts
+
+# SentencePiece decodes every byte that belongs to no character as a U+FFFD of its own; Python's
+# "replace" has one for several.
+_EACH_BYTE = "mistral_jax.each_byte"
+codecs.register_error(_EACH_BYTE, lambda error: ("\ufffd", error.start + 1))
+
+
+class Tokenizer:
+    """A vocabulary of pieces and the way from text to their ids.
+
+    Attributes:
+      vocab_size: number of pieces (V); ids are below it.
+      bos_id: token that begins a text.
+      eos_id: token that ends an answer.
+      version: what Mistral calls the file's set of control tokens, recognised by these tokens
+        alone: "v1" (no [INST]), "v2" ([INST] and [/INST]), "v3" (also [PREFIX]) or "v7" (also
+        [SYSTEM_PROMPT]; its chat is not supported). The `tokenizer.model.v3` of 7B v0.3 on the
+        Hugging Face Hub is a v2 file; chat without tools is the same in both.
+    """
+
+    def __init__(self, model: SentencePieceProcessor):
+        self._model = model
+        self.vocab_size: int = model.vocab_size()
+        self.bos_id: int = model.bos_id()
+        self.eos_id: int = model.eos_id()
+        self.version = "v1"
+        for version, piece in (("v2", "[INST]"), ("v3", "[PREFIX]"), ("v7", "[SYSTEM_PROMPT]")):
+            if not model.is_control(model.piece_to_id(piece)):
+                break
+            self.version = version
+        self._control = {
+            Control.BOS: self.bos_id,
+            Control.EOS: self.eos_id,
+            Control.BEGIN_INST: model.piece_to_id("[INST]"),
+            Control.END_INST: model.piece_to_id("[/INST]"),
+        }
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "Tokenizer":
+        """Reads a SentencePiece file, such as a checkpoint's `tokenizer.model`.
+
+        Raises:
+          ValueError: there is no such file, it is no SentencePiece model, or it has no tokens for
+            the beginning and the end of a text.
+        """
+        if not Path(path).is_file():
+            raise ValueError(f"there is no tokenizer file {path}; expected a SentencePiece model")
+        try:
+            model = SentencePieceProcessor(model_file=str(path))
+        except RuntimeError:
+            raise ValueError(f"{path} is not a SentencePiece model") from None
+        if model.bos_id() < 0 or model.eos_id() < 0:
+            raise ValueError(
+                f"{path} has bos id {model.bos_id()} and eos id {model.eos_id()}; expected a "
+                "tokenizer with both tokens"
+            )
+        return cls(model)
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        """Encodes a text; what it says is never taken for a control token.
+
+        Args:
+          text: any text; "<s>" or "[INST]" in it are characters like others.
+          bos: whether to put `bos_id` in front.
+          eos: whether to put `eos_id` at the end.
+
+        Returns:
+          Token ids.
+
+        Raises:
+          ValueError: the text has a lone surrogate, which is half a character.
+        """
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the text has a lone surrogate (U+{ord(text[error.start]):04X}) at character "
+                f"{error.start}; expected valid Unicode"
+            ) from None
+        return [self.bos_id] * bos + self._model.encode(data) + [self.eos_id] * eos
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], safe_prompt: bool = False
+    ) -> list[int]:
+        """Encodes a conversation as the prompt of the next answer, in this version's form.
+
+        Args:
+          messages: see `chat.chat_parts`.
+          safe_prompt: whether to put Mistral's safety prompt before the system text.
+
+        Returns:
+          Token ids, BOS first.
+
+        Raises:
+          ValueError: the conversation is invalid, or the version's chat is not supported.
+        """
+        ids: list[int] = []
+        for part in chat_parts(messages, self.version, safe_prompt):
+            ids += self.encode(part) if isinstance(part, str) else [self._control[part]]
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Decodes token ids: control tokens have no text, bytes of no character become U+FFFD.
+
+        Raises:
+          ValueError: an id is outside the vocabulary.
+        """
+        return self._model.decode([self._checked(token) for token in ids])
+
+    def piece(self, token: int) -> str:
+        """Returns a token as the vocabulary spells it, for instance "▁the", "<0xE4>" or "[INST]".
+
+        Raises:
+          ValueError: the id is outside the vocabulary.
+        """
+        return self._model.id_to_piece(self._checked(token))
+
+    def stream(self, prompt: Sequence[int] = ()) -> "StreamDecoder":
+        """Returns a decoder for tokens that arrive one by one.
+
+        Args:
+          prompt: the ids that they continue. Their text is not given again; but a word that
+            follows them keeps the space in front, which one at the beginning of a text has not,
+            and a character whose first bytes they end with is completed.
+        """
+        return StreamDecoder(self, prompt)
+
+    def _checked(self, token: int) -> int:
+        token = operator.index(token)
+        if not 0 <= token < self.vocab_size:
+            raise ValueError(
+                f"token id {token} is outside the tokenizer's vocabulary; expected 0 to "
+                f"{self.vocab_size - 1}: does this tokenizer belong to the model?"
+            )
+        return token
+
+
+class StreamDecoder:
+    """Decodes token by token: what it returns, joined, is `Tokenizer.decode` of all the tokens.
+
+    Text is returned as soon as no later token can change it, so only the first bytes of a
+    character that several tokens make up are held back. A token takes constant time.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(_EACH_BYTE)
+        # A token with text: what is decoded after it is not taken for the beginning.
+        self._context: list[int] = []
+        self._context_length = 0
+        # All that matters of a prompt is whether it has text, and the bytes it may end with.
+        for token in prompt:
+            self.push(token)
+            if self._context_length:
+                break
+        self.flush()
+        for token in prompt[-3:]:
+            self.push(token)
+
+    def push(self, token: int) -> str:
+        """Takes the next token and returns the text that is certain by now, often its own.
+
+        Raises:
+          ValueError: the id is outside the vocabulary.
+        """
+        piece, model = self._tokenizer.piece(token), self._tokenizer._model
+        if model.is_control(token):
+            return self.flush()
+        if model.is_byte(token):
+            text = self._utf8.decode(bytes.fromhex(piece[3:5]))
+        else:
+            decoded = self._tokenizer.decode([*self._context, token])
+            text = self.flush() + decoded[self._context_length :]
+        if not self._context_length:
+            self._context = [token]
+            self._context_length = len(self._tokenizer.decode(self._context))
+        return text
+
+    def flush(self) -> str:
+        """Returns what is held back: a U+FFFD for each byte of an incomplete character."""
+        return self._utf8.decode(b"", final=True)
