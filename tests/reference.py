@@ -1,0 +1,112 @@
+"""An independent forward pass of Mistral: NumPy, float64, slow, and plain enough to check by eye.
+
+Written from the paper (arXiv:2310.06825) and the layout of the official files: official tensor and
+config names, interleaved rotary pairs, one loop a head and a query. It shares no code with the
+package, knows no cache and no batch.
+"""
+
+import math
+
+import numpy as np
+
+
+def forward(config: dict, tensors: dict[str, np.ndarray], tokens) -> np.ndarray:
+    """Returns the logits [T, V] of one sequence.
+
+    Args:
+      config: fields as in `params.json`, with `rope_theta`; `sliding_window` may be a list, one
+        entry a layer.
+      tensors: float32 arrays by official name; without `output.weight` the embedding is the output.
+      tokens: T ids.
+    """
+    w = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
+    x = w["tok_embeddings.weight"][np.asarray(tokens)]
+    for i in range(config["n_layers"]):
+        layer = {n.removeprefix(f"layers.{i}."): t for n, t in w.items() if f"layers.{i}." in n}
+        x = x + attention(config, layer, rms_norm(config, x, layer["attention_norm.weight"]), i)
+        x = x + feed_forward(layer, rms_norm(config, x, layer["ffn_norm.weight"]))
+    output = w.get("output.weight", w["tok_embeddings.weight"])
+    return rms_norm(config, x, w["norm.weight"]) @ output.T
+
+
+def attention(config: dict, layer: dict[str, np.ndarray], x: np.ndarray, i: int) -> np.ndarray:
+    """Returns the attention of layer i: each query head over its window of keys."""
+    length, dim = len(x), config["head_dim"]
+    window = config["sliding_window"]
+    window = window[i] if isinstance(window, list) else window
+    q = (x @ layer["attention.wq.weight"].T).reshape(length, config["n_heads"], dim)
+    k = (x @ layer["attention.wk.weight"].T).reshape(length, config["n_kv_heads"], dim)
+    v = (x @ layer["attention.wv.weight"].T).reshape(length, config["n_kv_heads"], dim)
+    q, k = rotate(q, config["rope_theta"]), rotate(k, config["rope_theta"])
+    out = np.zeros_like(q)
+    for head in range(config["n_heads"]):
+        kv_head = head // (config["n_heads"] // config["n_kv_heads"])
+        for t in range(length):
+            first = (
+                0 if window is None else max(0, t - window + 1)
+            )  # `window` keys, t's own included
+            scores = k[first : t + 1, kv_head] @ q[t, head] / math.sqrt(dim)
+            weights = np.exp(scores - scores.max())
+            out[t, head] = weights / weights.sum() @ v[first : t + 1, kv_head]
+    return out.reshape(length, -1) @ layer["attention.wo.weight"].T
+
+
+def rotate(x: np.ndarray, theta: float) -> np.ndarray:
+    """Turns each pair (2j, 2j + 1) of x [T, heads, head_dim] by t * theta ** (-2j / head_dim)."""
+    length, _, dim = x.shape
+    angles = np.outer(np.arange(length), theta ** (-np.arange(0, dim, 2) / dim))
+    pairs = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * angles)[:, None, :]
+    return np.stack([pairs.real, pairs.imag], axis=-1).reshape(x.shape)
+
+
+def feed_forward(layer: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+    """Returns w2(silu(w1 x) * w3 x)."""
+    gate = x @ layer["feed_forward.w1.weight"].T
+    up = x @ layer["feed_forward.w3.weight"].T
+    return (gate / (1 + np.exp(-gate)) * up) @ layer["feed_forward.w2.weight"].T
+
+
+def rms_norm(config: dict, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Divides x by the root of its mean square over the last axis, and scales it."""
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + config["norm_eps"]) * weight
+
+
+def random_tensors(config: dict, seed: int, tied: bool = False) -> dict[str, np.ndarray]:
+    """Draws float32 weights that keep activations near unit scale.
+
+    The numbers come from the raw bits of PCG64, which NumPy promises never to change: golden files
+    hold a seed instead of weights.
+    """
+    bits = np.random.PCG64(seed)
+
+    def uniform(*shape):
+        raw = bits.random_raw(math.prod(shape)) >> np.uint64(40)  # 24 bits are exact in float32
+        return (raw.astype(np.float32) * np.float32(2**-23) - 1).reshape(shape)
+
+    def matrix(rows, columns):
+        return uniform(rows, columns) * np.float32(math.sqrt(3 / columns))
+
+    def norm():
+        return np.float32(1) + uniform(config["dim"]) * np.float32(0.5)
+
+    dim, hidden = config["dim"], config["hidden_dim"]
+    heads, kv_heads = (config[n] * config["head_dim"] for n in ("n_heads", "n_kv_heads"))
+    # A quarter: else a tied output mostly repeats the token that was read.
+    tensors = {"tok_embeddings.weight": uniform(config["vocab_size"], dim) * np.float32(0.25)}
+    for i in range(config["n_layers"]):
+        layer = {
+            "attention_norm": norm(),
+            "attention.wq": matrix(heads, dim),
+            "attention.wk": matrix(kv_heads, dim),
+            "attention.wv": matrix(kv_heads, dim),
+            "attention.wo": matrix(dim, heads),
+            "ffn_norm": norm(),
+            "feed_forward.w1": matrix(hidden, dim),
+            "feed_forward.w2": matrix(dim, hidden),
+            "feed_forward.w3": matrix(hidden, dim),
+        }
+        tensors |= {f"layers.{i}.{name}.weight": value for name, value in layer.items()}
+    tensors["norm.weight"] = norm()
+    if not tied:
+        tensors["output.weight"] = matrix(config["vocab_size"], dim)
+    return tensors

@@ -1,0 +1,91 @@
+"""Tiny models for tests: our config and params from official fields and tensors, mapped by hand.
+
+This restates the map that `convert/names.py` holds, on purpose: either checks the other.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+import reference
+
+from mistral_jax.config import ModelConfig
+from mistral_jax.model.transformer import Transformer
+
+OFFICIAL = {
+    "dim": 32,
+    "n_layers": 2,
+    "head_dim": 8,
+    "hidden_dim": 44,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "norm_eps": 1e-5,
+    "vocab_size": 53,
+    "rope_theta": 1e4,
+    "sliding_window": 5,
+}
+
+
+def build(seed: int = 0, tied: bool = False, dtype=jnp.float32, **fields):
+    """Returns the model and params of a random tiny Mistral; `fields` override `OFFICIAL`."""
+    config = OFFICIAL | fields
+    return from_official(config, reference.random_tensors(config, seed, tied), dtype)
+
+
+def from_official(config: dict, tensors: dict[str, np.ndarray], dtype=jnp.float32):
+    """Returns our model and params for an official config and its tensors."""
+    ours = ModelConfig(
+        vocab_size=config["vocab_size"],
+        num_layers=config["n_layers"],
+        embed_dim=config["dim"],
+        mlp_dim=config["hidden_dim"],
+        num_heads=config["n_heads"],
+        num_kv_heads=config["n_kv_heads"],
+        head_dim=config["head_dim"],
+        rope_theta=config["rope_theta"],
+        sliding_window=config["sliding_window"],
+        norm_eps=config["norm_eps"],
+        tie_embeddings="output.weight" not in tensors,
+    )
+    params = {
+        "embed": {"embedding": tensors["tok_embeddings.weight"]},
+        "final_norm": {"scale": tensors["norm.weight"]},
+    }
+    for i in range(ours.num_layers):
+        params[f"layers_{i}"] = _layer(ours, lambda name, i=i: tensors[f"layers.{i}.{name}.weight"])
+    if not ours.tie_embeddings:
+        params["lm_head"] = {"kernel": tensors["output.weight"]}
+    return Transformer(ours, dtype), params
+
+
+def ragged(rows):
+    """Returns tokens and positions [B, T] of rows of different lengths; padding comes last."""
+    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    positions = np.full_like(tokens, -1)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+        positions[i, : len(row)] = range(len(row))
+    return jnp.asarray(tokens), jnp.asarray(positions)
+
+
+def _layer(config, take):
+    def heads(name, count):
+        return take(name).reshape(count, config.head_dim, config.embed_dim)
+
+    def halves(kernel):  # rotary pairs (2j, 2j + 1) to halves (j, j + H/2)
+        return np.concatenate([kernel[:, 0::2], kernel[:, 1::2]], axis=1)
+
+    attn = {
+        "q_proj": halves(heads("attention.wq", config.num_heads)),
+        "k_proj": halves(heads("attention.wk", config.num_kv_heads)),
+        "v_proj": heads("attention.wv", config.num_kv_heads),
+        "o_proj": take("attention.wo").reshape(config.embed_dim, config.num_heads, config.head_dim),
+    }
+    mlp = {f"{ours}_proj": take(f"feed_forward.w{n}") for ours, n in _MLP.items()}
+    return {
+        "attn_norm": {"scale": take("attention_norm")},
+        "attn": {name: {"kernel": kernel} for name, kernel in attn.items()},
+        "mlp_norm": {"scale": take("ffn_norm")},
+        "mlp": {name: {"kernel": kernel} for name, kernel in mlp.items()},
+    }
+
+
+_MLP = {"gate": 1, "down": 2, "up": 3}
