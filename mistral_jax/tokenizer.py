@@ -162,12 +162,12 @@ class StreamDecoder:
         # A token with text: what is decoded after it is not taken for the beginning.
         self._context: list[int] = []
         self._context_length = 0
-        # All that matters of a prompt is whether it has text, and the bytes it may end with.
+        # All that matters of a prompt is whether it has text, and the bytes of an incomplete
+        # character that it may end with: three at most.
         for token in prompt:
             self.push(token)
             if self._context_length:
                 break
-        self.flush()
         for token in prompt[-3:]:
             self.push(token)
 

@@ -1,6 +1,7 @@
 """Laws of the tokenizer, with Mistral's own files and with small ones trained here."""
 
 import functools
+import itertools
 import random
 import shutil
 
@@ -169,6 +170,17 @@ def test_streaming_equals_decoding_the_whole(tokenizer):
         assert "".join(pieces) + decoder.flush() == tokenizer.decode(ids)
 
 
+def test_streaming_equals_decoding_for_all_short_sequences_of_telling_ids(tokenizer):
+    spellings = ("▁", "▁▁", "▁t", "t", "<unk>", "<s>", "<0x20>", "<0xE4>")
+    pieces = {tokenizer.piece(i): i for i in range(tokenizer.vocab_size)}
+    telling = [pieces[spelling] for spelling in spellings if spelling in pieces]
+    for length in range(5):
+        for ids in itertools.product(telling, repeat=length):
+            decoder = tokenizer.stream()
+            text = "".join(map(decoder.push, ids)) + decoder.flush()
+            assert text == tokenizer.decode(ids), [tokenizer.piece(token) for token in ids]
+
+
 def test_streaming_equals_decoding_for_every_short_run_of_bytes(tokenizers):
     """Bytes on both sides of every border in the table of well-formed UTF-8."""
     tokenizer = tokenizers["v1"]
@@ -213,7 +225,7 @@ def test_a_pushed_token_costs_the_same_however_many_came_before(tokenizers, monk
     assert lengths
     assert max(lengths) <= 2
     lengths.clear()
-    tokenizer.stream([1000] * 5000)
+    tokenizer.stream(tokenizer.encode("word " * 1000))
     assert len(lengths) < 10
 
 

@@ -22,7 +22,10 @@ _TYPED = """
 日本語のテキスト 한국어 中文 עברית हिन्दी ไทย 👍 👩\u200d👩\u200d👧 🏳\ufe0f\u200d🌈
 \U0010ffff \ufffd \ufeff \u200b \0 \x1b
 """
-_CONTROL = "[INST],[/INST],[TOOL_CALLS],[AVAILABLE_TOOLS],[/AVAILABLE_TOOLS],[TOOL_RESULTS],[/TOOL_RESULTS]"
+_CONTROL = (
+    "[INST],[/INST],[TOOL_CALLS],"
+    "[AVAILABLE_TOOLS],[/AVAILABLE_TOOLS],[TOOL_RESULTS],[/TOOL_RESULTS]"
+)
 _SPACES = ("", "", " ", " ", "  ", "    ", "\n", "\n\n", "\t", "\r\n", "\u3000", "\xa0")
 
 
