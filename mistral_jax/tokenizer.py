@@ -133,9 +133,9 @@ class Tokenizer:
         """Returns a decoder for tokens that arrive one by one.
 
         Args:
-          prompt: the ids that they continue. Their text is not given again; but a word that
-            follows them keeps the space in front, which one at the beginning of a text has not,
-            and a character whose first bytes they end with is completed.
+          prompt: the ids that they continue; its text is not given again. A word after it keeps
+            the space in front, which a word that begins a text has not, and a character whose
+            first bytes it ends with is completed.
         """
         return StreamDecoder(self, prompt)
 
