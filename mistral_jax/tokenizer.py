@@ -11,7 +11,7 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
-from mistral_jax.chat import Control, chat_parts
+from mistral_jax.messages import Control, chat_parts
 
 # SentencePiece decodes every byte that belongs to no character as a U+FFFD of its own; Python's
 # "replace" has one for several.
@@ -99,7 +99,7 @@ class Tokenizer:
         """Encodes a conversation as the prompt of the next answer, in this version's form.
 
         Args:
-          messages: see `chat.chat_parts`.
+          messages: see `messages.chat_parts`.
           safe_prompt: whether to put Mistral's safety prompt before the system text.
 
         Returns:

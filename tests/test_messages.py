@@ -8,7 +8,7 @@ from mistral_common.exceptions import MistralCommonException
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-from mistral_jax.chat import SAFE_PROMPT, Control, chat_parts
+from mistral_jax.messages import SAFE_PROMPT, Control, chat_parts
 from mistral_jax.tokenizer import Tokenizer
 
 BOS, EOS, INST, END = Control.BOS, Control.EOS, Control.BEGIN_INST, Control.END_INST
