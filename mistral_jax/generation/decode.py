@@ -1,0 +1,175 @@
+"""Decoding on the device: its `State`, one step, and the loop of steps. It reads nothing back.
+
+The loop serves batches and streams alike: it makes up to `limit` tokens a row before the host
+looks, and stops when every row has ended.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mistral_jax.generation.logits import choose
+from mistral_jax.generation.prefill import Params
+from mistral_jax.generation.sampling import RowSampling
+from mistral_jax.model.cache import Cache
+from mistral_jax.model.transformer import Transformer
+
+# Most tokens a row that the loop makes before the host looks.
+MOST_STEPS = 64
+
+
+@flax.struct.dataclass
+class Made:
+    """The tokens that rows made since the host last looked; -1 = none.
+
+    Attributes:
+      tokens: ids, [B, T] int32.
+      logprobs: their log-probabilities, [B, T] float32.
+      top_tokens: the likeliest tokens' ids, [B, T, n] int32.
+      top_logprobs: their log-probabilities, [B, T, n] float32.
+    """
+
+    tokens: jax.Array
+    logprobs: jax.Array
+    top_tokens: jax.Array
+    top_logprobs: jax.Array
+
+
+@flax.struct.dataclass
+class State:
+    """All that decoding carries from one step to the next.
+
+    Attributes:
+      cache: the keys and values of all tokens but the last.
+      tokens: the last token of each row, [B] int32.
+      positions: its place in the row's text, [B] int32.
+      left: tokens that the row may still make, [B] int32; 0 = it has ended.
+      counts: how often each token stands in the answer, [B, V] int32; None without penalties.
+      sampling: how each row chooses.
+      stop_ids: tokens that end a row, [n] int32; -1 = none.
+      made: what the host has not seen yet.
+      steps: columns of `made` that are filled, int32.
+    """
+
+    cache: Cache
+    tokens: jax.Array
+    positions: jax.Array
+    left: jax.Array
+    counts: jax.Array | None
+    sampling: RowSampling
+    stop_ids: jax.Array
+    made: Made
+    steps: jax.Array
+
+
+def start(
+    cache: Cache,
+    lengths: Sequence[int],
+    left: int,
+    sampling: RowSampling,
+    stop_ids: Sequence[int],
+    top_logprobs: int,
+    vocab_size: int,
+) -> State:
+    """Builds the state after `prefill`, in which no token is chosen yet.
+
+    Args:
+      cache: what the prompts left.
+      lengths: tokens of each prompt, one a row (B); 0 for a row that is to stay empty.
+      left: tokens that a row may make.
+      sampling: how each row chooses.
+      stop_ids: tokens that end a row.
+      top_logprobs: number of likeliest tokens whose log-probabilities are wanted (n).
+      vocab_size: V.
+    """
+    lengths = np.array(lengths, np.int32)
+    shape = (len(lengths), MOST_STEPS)
+    top = (*shape, top_logprobs)
+    # A few more stop ids shall not change the shape.
+    stops = np.full(-(-max(1, len(stop_ids)) // 8) * 8, -1, np.int32)
+    stops[: len(stop_ids)] = stop_ids
+    return State(
+        cache=cache,
+        tokens=np.zeros_like(lengths),
+        positions=lengths - 1,
+        left=np.where(lengths > 0, np.int32(left), np.int32(0)),
+        counts=None
+        if sampling.penalties is None
+        else np.zeros((len(lengths), vocab_size), np.int32),
+        sampling=sampling,
+        stop_ids=stops,
+        made=Made(
+            tokens=np.full(shape, -1, np.int32),
+            logprobs=np.zeros(shape, np.float32),
+            top_tokens=np.zeros(top, np.int32),
+            top_logprobs=np.zeros(top, np.float32),
+        ),
+        steps=np.int32(0),
+    )
+
+
+def decode_step(model: Transformer, params: Params, state: State) -> State:
+    """Runs the model on each row's last token and chooses the next; ended rows do not change."""
+    positions = jnp.where(state.left > 0, state.positions, -1)
+    logits, cache = model.apply(
+        {"params": params}, state.tokens[:, None], positions[:, None], state.cache
+    )
+    return advance(state.replace(cache=cache), logits[:, 0])
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def advance(state: State, logits: jax.Array) -> State:
+    """Appends a token, chosen by `logits` [B, V], to each row that has not ended."""
+    positions = state.positions + 1
+    tokens = choose(logits, state.sampling, positions, state.counts)
+    stopped = jnp.any(tokens[:, None] == state.stop_ids[None], axis=1)
+    going = (state.left > 0) & ~stopped
+
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    top_logprobs, top_tokens = jax.lax.top_k(logprobs, state.made.top_tokens.shape[-1])
+    chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=1)[:, 0]
+    new = Made(jnp.where(going, tokens, -1), chosen, top_tokens, top_logprobs)
+    put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=state.steps, axis=1)
+    if state.counts is not None:
+        rows = jnp.arange(tokens.shape[0])
+        counts = state.counts.at[rows, tokens].add(going.astype(jnp.int32))
+        state = state.replace(counts=counts)
+    return state.replace(
+        tokens=tokens,
+        positions=positions,
+        left=jnp.where(going, state.left - 1, 0),
+        made=jax.tree.map(put, state.made, new),
+        steps=state.steps + 1,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
+def decode(
+    model: Transformer, params: Params, state: State, limit: np.int32, ended: np.ndarray
+) -> State:
+    """Takes up to `limit` steps, fewer if all rows end.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      state: where to begin; its buffers are consumed.
+      limit: at most `MOST_STEPS`.
+      ended: rows that the host has ended, [B] bool.
+
+    Returns:
+      The new state; its `made` holds what these steps made.
+    """
+    state = state.replace(
+        left=jnp.where(ended, 0, state.left),
+        made=state.made.replace(tokens=jnp.full_like(state.made.tokens, -1)),
+        steps=jnp.zeros_like(state.steps),
+    )
+    return jax.lax.while_loop(
+        lambda state: (state.steps < limit) & jnp.any(state.left > 0),
+        functools.partial(decode_step, model, params),
+        state,
+    )

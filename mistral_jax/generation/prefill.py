@@ -1,0 +1,106 @@
+"""Reading prompts into a cache, in chunks of few fixed shapes. It chooses no tokens.
+
+Shapes come in buckets, so prompts of many lengths share a few compiled programs.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mistral_jax.model.cache import Cache, init_cache
+from mistral_jax.model.transformer import Transformer
+from mistral_jax.sharding import mesh_of
+
+Params = Mapping[str, Any]
+
+# Tokens of a chunk (C): enough to keep the processor busy, few enough to bound the activations.
+CHUNK = 512
+_SMALLEST_CHUNK = 16
+_SMALLEST_ROOM = 256
+
+
+def room(tokens: int) -> int:
+    """Rounds a number of tokens up to a bucket: four to each doubling, and none below 256."""
+    step = max(_SMALLEST_ROOM, 1 << max(0, (tokens - 1).bit_length() - 3))
+    return -(-tokens // step) * step
+
+
+def chunks(rows: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Cuts rows into chunks of C tokens; what remains fills the smallest power of two that it can.
+
+    Args:
+      rows: token ids, B rows of any lengths.
+
+    Yields:
+      Tokens and positions of a chunk, [B, T] int32 both; -1 = padding, after a row's end.
+    """
+    longest = max(map(len, rows))
+    for start in range(0, longest, CHUNK):
+        rest = min(CHUNK, longest - start)
+        width = max(_SMALLEST_CHUNK, 1 << (rest - 1).bit_length())
+        tokens = np.zeros((len(rows), width), np.int32)
+        positions = np.full((len(rows), width), -1, np.int32)
+        for i, row in enumerate(rows):
+            part = row[start : start + width]
+            tokens[i, : len(part)] = part
+            positions[i, : len(part)] = range(start, start + len(part))
+        yield tokens, positions
+
+
+def prefill(
+    model: Transformer, params: Params, prompts: Sequence[Sequence[int]], length: int
+) -> tuple[Cache, jax.Array]:
+    """Reads prompts.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      prompts: token ids, B rows; an empty one has logits that mean nothing.
+      length: tokens that the cache must hold of each row, continuation included.
+
+    Returns:
+      The cache, and the logits of the token after each prompt, [B, V] float32.
+    """
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    cache = logits = None
+    with on_mesh(params):
+        for tokens, positions in chunks(prompts):
+            cache, logits = _read(
+                model, params, tokens, positions, lengths, cache, logits, room(length)
+            )
+    return cache, logits
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "length"), donate_argnames=("cache", "logits")
+)
+def _read(model, params, tokens, positions, lengths, cache, logits, length):
+    """Reads one chunk; takes over the logits of rows that end in it."""
+    if cache is None:
+        cache = init_cache(model.config, tokens.shape[0], length, model.dtype)
+    last = positions == lengths[:, None] - 1
+    new, cache = model.apply(
+        {"params": params}, tokens, positions, cache, logits_at=jnp.argmax(last, axis=1)
+    )
+    if logits is None:
+        return cache, new[:, 0]
+    return cache, jnp.where(jnp.any(last, axis=1)[:, None], new[:, 0], logits)
+
+
+def pad_rows(model: Transformer, params: Params, rows: Sequence[Any], row: Any) -> list[Any]:
+    """Appends copies of `row` until the rows split evenly over the devices that share a batch."""
+    mesh, axes = mesh_of(params), dict(model.rules).get("batch")
+    parts = math.prod(mesh.shape[axis] for axis in axes) if mesh and axes else 1
+    return [*rows, *[row] * (-len(rows) % parts)]
+
+
+def on_mesh(params: Params) -> contextlib.AbstractContextManager:
+    """Returns a context in which jitted code knows the mesh that `params` lie on, if any."""
+    mesh = mesh_of(params)
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
