@@ -110,7 +110,7 @@ def abstract_params(model: Transformer, layout: Layout | None = None) -> dict[st
 
 def mesh_of(params: Any) -> Mesh | None:
     """Returns the mesh that `params` lie on, or None if they are not laid out by a mesh."""
-    sharding = jax.tree.leaves(params)[0].sharding
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)  # None of a NumPy array
     return sharding.mesh if isinstance(sharding, NamedSharding) else None
 
 
