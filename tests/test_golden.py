@@ -8,7 +8,6 @@ epsilon moves logits by 1e-2 and more.
 import json
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -35,8 +34,7 @@ def test_every_prompt_has_the_logits_of_both_references(golden):
     model, params = tiny.from_official(config, tensors)
     prompts = [arrays[name] for name in arrays if name.startswith("tokens_")]
     assert len(prompts) == 5
-    tokens, positions = tiny.ragged(prompts)
-    ours = jax.jit(model.apply)({"params": params}, tokens, positions)[0]
+    ours = tiny.forward(model, params, *tiny.ragged(prompts))[0]
     assert ours.dtype == jnp.float32
     for row, prompt in zip(ours, prompts, strict=True):
         for theirs in (
@@ -52,11 +50,10 @@ def test_greedy_continuation_is_that_of_transformers(golden):
     model, params = tiny.from_official(config, tensors)
     prompt = max((arrays[name] for name in arrays if name.startswith("tokens_")), key=len)
     text, length = prompt.tolist(), len(prompt) + len(arrays["greedy"])
-    step = jax.jit(model.apply)
     cache = init_cache(model.config, 1, length)
     for position in range(length - 1):
         token = jnp.array([text[position : position + 1]])
-        logits, cache = step({"params": params}, token, jnp.array([[position]]), cache)
+        logits, cache = tiny.forward(model, params, token, jnp.array([[position]]), cache)
         if position + 1 == len(text):
             text.append(int(jnp.argmax(logits)))
     assert text[len(prompt) :] == arrays["greedy"].tolist()

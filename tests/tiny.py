@@ -3,6 +3,9 @@
 This restates the map that `convert/names.py` holds, on purpose: either checks the other.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import reference
@@ -53,7 +56,18 @@ def from_official(config: dict, tensors: dict[str, np.ndarray], dtype=jnp.float3
         params[f"layers_{i}"] = _layer(ours, lambda name, i=i: tensors[f"layers.{i}.{name}.weight"])
     if not ours.tie_embeddings:
         params["lm_head"] = {"kernel": tensors["output.weight"]}
-    return Transformer(ours, dtype), params
+    return Transformer(ours, dtype), jax.tree.map(jnp.asarray, params)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def forward(model, params, tokens, positions, cache=None, logits_at=None):
+    """Applies the model; compiled once for each model and shape, in the whole session."""
+    return model.apply({"params": params}, tokens, positions, cache, logits_at)
+
+
+def alone(model, params, text):
+    """Returns the logits [T, V] of one text, without padding, neighbours or a cache."""
+    return forward(model, params, *ragged([text]))[0][0]
 
 
 def ragged(rows):

@@ -1,0 +1,198 @@
+"""Laws of the whole forward pass, with and without a cache."""
+
+import math
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from mistral_jax.config import ModelConfig
+from mistral_jax.model.cache import init_cache
+from mistral_jax.model.transformer import Transformer
+
+WINDOWS = [None, 5, 1]  # one model that has every kind of layer
+TEXT = np.random.default_rng(0).integers(53, size=28)  # past five windows
+# Sums of a few dozen float32 terms, in another order, through three layers (logits are near 1).
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """The model and params of a Mistral with every kind of layer."""
+    return tiny.build(n_layers=3, sliding_window=WINDOWS)
+
+
+def test_decode_equals_the_full_pass_at_every_position(mixed):
+    model, params = mixed
+    expected = tiny.alone(model, params, TEXT)
+    cache = init_cache(model.config, 1, len(TEXT))
+    for position, token in enumerate(TEXT):
+        arguments = jnp.array([[token]]), jnp.array([[position]]), cache
+        logits, cache = tiny.forward(model, params, *arguments)
+        np.testing.assert_allclose(logits[0, 0], expected[position], **CLOSE)
+
+
+def test_every_chunk_size_gives_the_same_cache_and_logits():
+    window = 3
+    model, params = tiny.build(n_layers=1, sliding_window=window)
+    text = TEXT[: 5 * window + 2]
+    expected = tiny.alone(model, params, text)
+    caches = []
+    for size in range(1, 4 * window + 1):
+        cache = init_cache(model.config, 1, len(text))
+        for start in range(0, len(text), size):
+            chunk = jnp.zeros((1, size), jnp.int32)  # the last one is padded to the same size
+            chunk = chunk.at[0, : len(text) - start].set(text[start : start + size])
+            places = start + jnp.arange(size)[None]
+            places = jnp.where(places < len(text), places, -1)
+            logits, cache = tiny.forward(model, params, chunk, places, cache)
+            logits = logits[0, : len(text) - start]
+            np.testing.assert_allclose(logits, expected[start : start + size], **CLOSE)
+        caches.append(cache)
+    for cache in caches[1:]:
+        chex.assert_trees_all_equal(*([c.positions for c in x] for x in (cache, caches[0])))
+        chex.assert_trees_all_close(cache, caches[0], **CLOSE)
+
+
+def test_a_row_of_a_ragged_batch_equals_that_row_alone(mixed):
+    model, params = mixed
+    rows = [TEXT, TEXT[:4], TEXT[9:24], []]
+    expected = [tiny.alone(model, params, row) for row in rows[:3]]
+    tokens, positions = tiny.ragged(rows)
+    together, _ = tiny.forward(model, params, tokens, positions)
+    assert jnp.isfinite(together).all()  # padding and the empty row included
+    for row, logits in zip(expected, together[:3], strict=True):
+        np.testing.assert_allclose(logits[: len(row)], row, **CLOSE)
+
+    # Now through a cache: all but the last 3 tokens in chunks of 9, then each row at its own pace.
+    new = 3
+    cache = init_cache(model.config, len(rows), len(TEXT))
+    lengths = jnp.array([[len(row)] for row in rows])
+    prompts = jnp.where(positions < lengths - new, positions, -1)
+    for chunk in range(0, 27, 9):
+        columns = slice(chunk, chunk + 9)
+        arguments = tokens[:, columns], prompts[:, columns], cache
+        _, cache = tiny.forward(model, params, *arguments)
+    for step in range(new):
+        places = jnp.maximum(lengths - new + step, -1)
+        token = jnp.take_along_axis(tokens, places, axis=1)
+        logits, cache = tiny.forward(model, params, token, places, cache)
+        assert jnp.isfinite(logits).all()
+        for row, ours in zip(expected, logits[:3, 0], strict=True):
+            np.testing.assert_allclose(ours, row[len(row) - new + step], **CLOSE)
+
+
+@pytest.mark.parametrize("windows", [[1], [4, 3], [2, None]])
+def test_a_token_reaches_exactly_as_far_as_its_windows(windows):
+    """Each layer passes on what its window of keys holds: W - 1 tokens further back."""
+    model, params = tiny.build(n_layers=len(windows), sliding_window=windows)
+    length = 12
+    reach = min(length, sum(math.inf if w is None else w - 1 for w in windows) + 1)
+    changed = np.tile(TEXT[:length], (length + 1, 1))
+    changed[range(length), range(length)] += 1  # row i differs at position i; the last not at all
+    changed %= model.config.vocab_size
+    positions = jnp.arange(length)[None].repeat(length + 1, 0)
+
+    tokens = jnp.asarray(changed)
+    direct, _ = tiny.forward(model, params, tokens, positions)
+    cache = init_cache(model.config, length + 1, length)
+    _, cache = tiny.forward(model, params, tokens[:, :-1], positions[:, :-1], cache)
+    cached, _ = tiny.forward(model, params, tokens[:, -1:], positions[:, -1:], cache)
+    for logits in (direct[:, -1], cached[:, -1]):
+        differs = jnp.abs(logits[:-1] - logits[-1:]).max(axis=1)
+        assert (differs[: length - reach] == 0).all()
+        assert (differs[length - reach :] > 1e-5).all()
+
+
+def test_sharing_kv_heads_equals_repeating_their_kernels():
+    model, params = tiny.build(n_layers=1)
+    repeated = jax.tree_util.tree_map_with_path(
+        lambda path, x: x.repeat(2, 0) if path[-2].key in ("k_proj", "v_proj") else x, params
+    )
+    twin, _ = tiny.build(n_layers=1, n_kv_heads=4)
+    shared, copied = tiny.alone(model, params, TEXT), tiny.alone(twin, repeated, TEXT)
+    np.testing.assert_allclose(copied, shared, **CLOSE)
+
+
+def test_logits_at_picks_one_column_a_row(mixed):
+    model, params = mixed
+    batch = tiny.ragged([TEXT, TEXT[:9]])
+    everything, _ = tiny.forward(model, params, *batch)
+    picked, _ = tiny.forward(model, params, *batch, logits_at=jnp.array([27, 8]))
+    assert picked.shape == (2, 1, model.config.vocab_size)
+    np.testing.assert_allclose(picked[:, 0], everything[[0, 1], [27, 8]], **CLOSE)
+
+
+def test_lower_precision_stays_near_float32():
+    model, params = tiny.build()
+    exact = tiny.alone(model, params, TEXT)
+    for dtype, bits in ((jnp.bfloat16, 8), (jnp.float16, 11)):
+        rough = Transformer(model.config, dtype)
+        cache = init_cache(model.config, 1, len(TEXT), dtype)
+        logits, cache = tiny.forward(rough, params, *tiny.ragged([TEXT]), cache)
+        assert logits.dtype == jnp.float32
+        assert {x.dtype for layer in cache for x in (layer.k, layer.v)} == {jnp.dtype(dtype)}
+        # Some 12 roundings a layer, each by 2**-bits at most, add up like a random walk.
+        bound = math.sqrt(12 * model.config.num_layers) * 2.0**-bits
+        error = jnp.sqrt(jnp.mean((logits[0] - exact) ** 2) / jnp.mean(exact**2))
+        assert bound / 100 < error < bound
+
+
+def test_gradients_are_finite_and_blind_to_padding():
+    model, params = tiny.build()
+
+    @jax.jit
+    def gradient(params, tokens, positions):
+        def loss(params):
+            logits = model.apply({"params": params}, tokens, positions)[0]
+            return jnp.sum(jnp.where(positions[..., None] >= 0, jax.nn.log_softmax(logits), 0))
+
+        return jax.grad(loss)(params)
+
+    tokens, positions = tiny.ragged([TEXT[:9], TEXT[:4], []])
+    grads = gradient(params, tokens, positions)
+    chex.assert_tree_all_finite(grads)
+    other = jnp.where(positions < 0, 7, tokens)
+    chex.assert_trees_all_close(grads, gradient(params, other, positions), atol=1e-4, rtol=1e-5)
+
+
+def test_every_place_in_a_text_runs_one_program():
+    model, params = tiny.build(n_layers=1)
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(params, token, position, cache):
+        return model.apply({"params": params}, token, position, cache)
+
+    cache = init_cache(model.config, 1, 12)
+    for position in range(12):
+        _, cache = step(params, jnp.array([[position]]), jnp.array([[position]]), cache)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("mistral-7b-v0.1", 7_241_732_096),
+        ("mistral-7b-v0.2", 7_241_732_096),
+        ("mistral-7b-v0.3", 7_248_023_552),
+    ],
+)
+def test_released_models_have_their_number_of_parameters(name, count):
+    model = Transformer(ModelConfig.from_name(name))
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens)
+    assert sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)) == count
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_init_makes_the_documented_tree(tied):
+    model, params = tiny.build(tied=tied)
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens)
+    made = jax.tree.map(lambda x: x.shape, nn.unbox(variables)["params"])
+    assert made == jax.tree.map(lambda x: x.shape, params)
