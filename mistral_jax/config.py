@@ -85,16 +85,14 @@ class ModelConfig:
             "num_kv_heads",
             f"a divisor of num_heads ({self.num_heads})",
         )
-        windows = self.sliding_window
-        if isinstance(windows, list | tuple):
+        if isinstance(self.sliding_window, list | tuple):
+            object.__setattr__(self, "sliding_window", tuple(self.sliding_window))
             _check(
-                len(windows) == self.num_layers,
+                len(self.windows) == self.num_layers,
                 self,
                 "sliding_window",
                 f"one entry for each of the {self.num_layers} layers",
             )
-            windows = windows[0] if len(set(windows)) == 1 else tuple(windows)
-            object.__setattr__(self, "sliding_window", windows)
         for window in self.windows:
             _check(
                 window is None or (_is_int(window) and window > 0),
@@ -102,6 +100,8 @@ class ModelConfig:
                 "sliding_window",
                 "null for all keys, or an integer above 0 (keys seen, the query's own included)",
             )
+        if len(set(self.windows)) == 1:
+            object.__setattr__(self, "sliding_window", self.windows[0])
 
     @property
     def windows(self) -> tuple[int | None, ...]:

@@ -1,0 +1,123 @@
+"""Laws of the config: it holds nothing that it did not check, and gives back what it was given."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from mistral_jax.config import CONFIG_DIR, ModelConfig, read_json, read_toml
+
+FIELDS = {
+    "vocab_size": 53,
+    "num_layers": 3,
+    "embed_dim": 32,
+    "mlp_dim": 44,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 10,
+    "rope_theta": 1e4,
+    "sliding_window": 5,
+}
+RELEASED = ("mistral-7b-v0.1", "mistral-7b-v0.2", "mistral-7b-v0.3")
+
+
+def make(**fields):
+    return ModelConfig.from_dict(FIELDS | fields)
+
+
+@pytest.mark.parametrize("window", [None, 5, [None, 5, 5], [7, 6, 5]])
+def test_a_config_survives_json(window):
+    config = make(sliding_window=window, tie_embeddings=True, eos_id=7, norm_eps=1e-6)
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert hash(config) == hash(dataclasses.replace(config))
+
+
+def test_windows_has_one_entry_a_layer():
+    assert make(sliding_window=None).windows == (None, None, None)
+    assert make(sliding_window=4).windows == (4, 4, 4)
+    assert make(sliding_window=[None, 4, 4]).windows == (None, 4, 4)
+    assert make(sliding_window=[4, 4, 4]) == make(sliding_window=4)
+    assert make(sliding_window="none") == make(sliding_window=None)
+    assert make(sliding_window=["none", 4, 4]) == make(sliding_window=[None, 4, 4])
+
+
+def test_whole_numbers_may_stand_for_floats():
+    assert make(rope_theta=10000) == make(rope_theta=1e4)
+    assert isinstance(make(rope_theta=10000).rope_theta, float)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sliding_window": 0}, "sliding_window is 0; expected null for all keys, or an integer"),
+        ({"sliding_window": -1}, "sliding_window is -1; expected"),
+        ({"sliding_window": True}, "sliding_window is True; expected"),
+        ({"sliding_window": "4096"}, "sliding_window is '4096'; expected"),
+        ({"sliding_window": [5, 0, 5]}, "sliding_window is (5, 0, 5); expected"),
+        ({"sliding_window": [5, [5], 5]}, "sliding_window is (5, [5], 5); expected"),
+        ({"sliding_window": [5, 5]}, "expected one entry for each of the 3 layers"),
+        ({"num_kv_heads": 3}, "num_kv_heads is 3; expected a divisor of num_heads (4)"),
+        ({"num_layers": 0}, "num_layers is 0; expected an integer above 0"),
+        ({"embed_dim": 32.0}, "embed_dim is 32.0; expected an integer above 0"),
+        ({"head_dim": 7}, "head_dim is 7; expected an even number"),
+        ({"head_dim": None}, "head_dim is None; expected"),
+        ({"rope_theta": 0}, "rope_theta is 0; expected a finite number above 0"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan; expected"),
+        ({"rope_theta": float("inf")}, "rope_theta is inf; expected"),
+        ({"rope_theta": "1e6"}, "rope_theta is '1e6'; expected"),
+        ({"norm_eps": -1e-5}, "norm_eps is -1e-05; expected"),
+        ({"tie_embeddings": 1}, "tie_embeddings is 1; expected true or false"),
+        ({"eos_id": 53}, "eos_id is 53; expected a token id below vocab_size (53)"),
+        ({"bos_id": -1}, "bos_id is -1; expected a token id"),
+        ({"rope_tehta": 1e6}, "unknown key 'rope_tehta'; the nearest known is 'rope_theta'"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_was_expected(fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        ModelConfig.from_dict(FIELDS | fields, "somewhere.json")
+    assert str(caught.value).startswith("somewhere.json: ")
+
+
+@pytest.mark.parametrize("name", ["head_dim", "rope_theta", "sliding_window", "num_kv_heads"])
+def test_what_models_differ_in_has_no_default(name):
+    fields = {key: value for key, value in FIELDS.items() if key != name}
+    with pytest.raises(ValueError, match=f"missing {name}"):
+        ModelConfig.from_dict(fields)
+
+
+def test_released_models_differ_in_window_base_and_vocabulary_alone():
+    configs = [ModelConfig.from_name(name) for name in RELEASED]
+    assert [(c.sliding_window, c.rope_theta, c.vocab_size) for c in configs] == [
+        (4096, 1e4, 32000),
+        (None, 1e6, 32000),
+        (None, 1e6, 32768),
+    ]
+    same = {"sliding_window": None, "rope_theta": 1e6, "vocab_size": 32768}
+    assert {dataclasses.replace(c, **same) for c in configs} == {configs[2]}
+    assert (configs[2].head_dim, configs[2].norm_eps, configs[2].mlp_dim) == (128, 1e-5, 14336)
+
+
+def test_every_model_file_reads_by_name_and_a_wrong_name_lists_them():
+    names = [path.stem for path in (CONFIG_DIR / "models").glob("*.toml")]
+    assert {*RELEASED, "nano"} <= {*names}
+    for name in names:
+        ModelConfig.from_name(name)
+    with pytest.raises(ValueError, match="no model config named 'mistral-8b'") as caught:
+        ModelConfig.from_name("mistral-8b")
+    assert all(name in str(caught.value) for name in names)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[1, 2]", b""])
+def test_a_file_that_is_no_object_is_named(tmp_path, content):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json (is not valid JSON|holds a JSON list)"):
+        read_json(path)
+
+
+def test_a_toml_mistake_is_named_with_its_line(tmp_path):
+    path = tmp_path / "tiny.toml"
+    path.write_text("vocab_size = 3\nhead_dim =\n")
+    with pytest.raises(ValueError, match=r"tiny\.toml is not valid TOML: .*line 2"):
+        read_toml(path)
