@@ -1,0 +1,107 @@
+"""The house's shape: imports go down only, and no file is long.
+
+A module may import, at its top or inside a function, what stands on a floor below its own.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from mistral_jax.config import CHECKOUT
+
+FLOORS = [  # from the ground up; modules of one floor do not know each other
+    {"config", "folder", "memory", "messages", "model.rope", "model.attention", "training.loss"},
+    {"model.cache", "tokenizer", "generation.sampling", "training.curve", "training.recipe"},
+    {"model.layers", "generation.logits", "training.corpus", "training.vocabulary"},
+    {"model.transformer"},
+    {"checkpoint", "sharding", "training.step"},
+    {"generation.prefill", "training.data"},
+    {"generation.decode", "generation.score", "training.run"},
+    {"generation.generate"},
+    {"generation.text"},
+    {""},  # the package itself: what `import mistral_jax` offers
+    {"sample", "train"},
+]
+FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
+FILES = {
+    f"{top}.{'.'.join(path.relative_to(CHECKOUT / top).with_suffix('').parts)}": path
+    for top in ("mistral_jax", "convert")
+    for path in sorted((CHECKOUT / top).rglob("*.py"))
+}
+MODULES = {name.removesuffix(".__init__"): path for name, path in FILES.items()}
+
+
+def imports(module: str, path: Path) -> set[str]:
+    """Returns our own modules that the source of `module` imports anywhere."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+            for _ in range(node.level - 1):
+                package = package.rpartition(".")[0]
+            base = ".".join(filter(None, (package if node.level else "", node.module)))
+            for alias in node.names:
+                name = f"{base}.{alias.name}"
+                found.add(name if name in MODULES else base)
+    found = {name.replace("mistral_jax.convert", "convert") for name in found}
+    return {name for name in found if name.split(".")[0] in ("mistral_jax", "convert")}
+
+
+def package_modules():
+    return {
+        name.removeprefix("mistral_jax").removeprefix("."): path
+        for name, path in MODULES.items()
+        if name.startswith("mistral_jax") and (path.stem != "__init__" or name == "mistral_jax")
+    }
+
+
+def test_every_module_has_a_floor():
+    assert sorted(package_modules()) == sorted(FLOOR)
+
+
+@pytest.mark.parametrize(("name", "path"), package_modules().items())
+def test_imports_go_down(name, path):
+    for imported in imports(f"mistral_jax.{name}", path):
+        below = imported.removeprefix("mistral_jax").removeprefix(".")
+        assert below in FLOOR, f"{name} imports {imported}, which is not the package's"
+        assert FLOOR[below] < FLOOR[name], f"{name} imports {imported}, which is not below it"
+
+
+def test_convert_names_its_own_modules_by_dots():
+    """Its absolute name differs: `convert` in a checkout, `mistral_jax.convert` once installed."""
+    for path in (CHECKOUT / "convert").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        for absolute in ("import convert", "from convert", "mistral_jax.convert import"):
+            assert absolute not in text, path
+
+
+def test_the_walk_sees_imports_wherever_they_stand(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text(
+        "import mistral_jax.config\n"
+        "def f():\n    from mistral_jax import checkpoint\n    import os, convert.names\n"
+        "class C:\n    from .layers import MLP\n"
+        "from ..sharding import mesh_of\nfrom ... import folder\n"
+    )
+    assert imports("mistral_jax.model.module", path) >= {
+        "mistral_jax.config",
+        "mistral_jax.checkpoint",
+        "convert.names",
+        "mistral_jax.model.layers",
+        "mistral_jax.sharding",
+    }
+
+
+def test_no_torch_outside_the_tests():
+    for module, path in MODULES.items():
+        assert not re.search(r"^\s*(import|from) torch\b", path.read_text(), re.MULTILINE), module
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_no_file_is_long(name):
+    lines = MODULES[name].read_text(encoding="utf-8").count("\n")
+    assert lines <= 250, f"{MODULES[name]} has {lines} lines"
