@@ -1,0 +1,194 @@
+"""A training run: a folder of data, states, curve and model, and the loop that fills it.
+
+It is the bookkeeping around `step.py`. A run that was stopped goes on where it was, to the bit.
+"""
+
+import contextlib
+import json
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from orbax.checkpoint import v1 as ocp
+
+from mistral_jax import checkpoint, folder
+from mistral_jax.config import ModelConfig, read_json
+from mistral_jax.model.transformer import Transformer
+from mistral_jax.tokenizer import Tokenizer
+from mistral_jax.training import corpus, data
+from mistral_jax.training.curve import Curve, Entry
+from mistral_jax.training.loss import cross_entropy
+from mistral_jax.training.recipe import Recipe
+from mistral_jax.training.step import Batch, LossFn, Params, TrainState, adamw, make_train_step
+from mistral_jax.training.vocabulary import train_vocabulary
+
+KEPT_STATES = 2
+
+
+def train(recipe: Recipe, path: Path | str, report: Callable[[Entry], None]) -> bool:
+    """Trains a model, or goes on with it, and saves it in bfloat16 as `<path>/checkpoint`.
+
+    Args:
+      recipe: how.
+      path: folder of the run; it is made, or holds a run of this recipe.
+      report: is given every entry of the curve that `<path>/curve.jsonl` gets.
+
+    Returns:
+      Whether the run is complete; False = an interrupt or SIGTERM stopped it, state saved.
+
+    Raises:
+      ValueError: the recipe does not fit the run in the folder, or the text that is installed.
+    """
+    path = Path(path).absolute()
+    with _signals() as stopped:
+        train_tokens, validation_tokens = prepare(recipe, path)
+        model = Transformer(recipe.model_config)
+        schedule, optimizer = make_optimizer(recipe)
+        params = initial_params(model.config, recipe.seed)
+        state = restore_state(path, TrainState.create(optimizer, params))
+        loss_fn = make_loss_fn(model)
+        train_step = make_train_step(loss_fn, optimizer, recipe.microbatches)
+        evaluate = jax.jit(loss_fn)
+        curve = Curve(path / "curve.jsonl", int(state.step), report)
+        shape = {"context": recipe.context, "rows": recipe.rows}
+
+        for step in range(int(state.step), recipe.steps):
+            batch = data.batch_at(step, train_tokens, **shape, seed=recipe.seed)
+            state, metrics = train_step(state, batch)
+            curve.add(step + 1, metrics, batch.tokens.size, float(schedule(step)))
+            last = step + 1 == recipe.steps
+            if last or (step + 1) % recipe.validate_every == 0:
+                batches = data.batches_in_order(validation_tokens, **shape)
+                sums = [evaluate(state.trainable, state.frozen, batch) for batch in batches]
+                loss, count = np.sum(jax.device_get(sums), axis=0)
+                curve.write({"step": step + 1, "validation_loss": float(loss / count)})
+            if last or stopped() or (step + 1) % recipe.save_every == 0:
+                save_state(path, state)
+            if stopped() and not last:
+                return False
+    export(recipe, path, path / "checkpoint", state)
+    return True
+
+
+def prepare(recipe: Recipe, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Makes the folder of a run, its vocabulary and its tokens, where they are not there yet.
+
+    Returns:
+      The ids to train on and the ids to validate on, memory-mapped.
+    """
+    notes = path / "recipe.json"
+    if notes.is_file():
+        recipe.check_continues(Recipe.from_dict(read_json(notes), str(notes)), str(path))
+    else:
+        folder.check_target(path)
+        path.mkdir(parents=True, exist_ok=True)
+    notes.write_text(json.dumps(recipe.to_dict(), indent=2) + "\n")
+    if not (path / "data").is_dir():
+        with folder.whole(path / "data") as part:
+            _write_data(recipe, part)
+    return tuple(
+        np.load(path / "data" / f"{n}.npy", mmap_mode="r") for n in ("train", "validation")
+    )
+
+
+def _write_data(recipe: Recipe, part: Path) -> None:
+    sources = corpus.gather(recipe.corpus)
+    documents = {f"{s.name}/{file}": text for s in sources for file, text in s.files.items()}
+    train_texts, validation_texts = data.split(documents)
+    vocabulary = train_vocabulary(train_texts, recipe.model_config.vocab_size, recipe.seed)
+    (part / "tokenizer.model").write_bytes(vocabulary)
+    tokenizer = Tokenizer.from_file(part / "tokenizer.model")
+    np.save(part / "train.npy", data.tokenize(train_texts, tokenizer))
+    np.save(part / "validation.npy", data.tokenize(validation_texts, tokenizer))
+    listing = [source.summary() for source in sources]
+    (part / "corpus.json").write_text(json.dumps(listing, indent=2) + "\n")
+
+
+def make_optimizer(recipe: Recipe) -> tuple[optax.Schedule, optax.GradientTransformation]:
+    """Builds the learning rate of every step (a rise, then a cosine) and the optimizer."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0,
+        recipe.learning_rate,
+        recipe.warmup_steps,
+        recipe.steps,
+        recipe.final_learning_rate,
+    )
+    return schedule, adamw(
+        schedule,
+        b1=recipe.beta1,
+        b2=recipe.beta2,
+        weight_decay=recipe.weight_decay,
+        clip_norm=recipe.clip_norm,
+    )
+
+
+def initial_params(config: ModelConfig, seed: int) -> Params:
+    """Draws the parameters that training begins with, float32."""
+    token = jnp.zeros((1, 1), jnp.int32)
+    variables = jax.jit(Transformer(config).init)(jax.random.key(seed), token, token)
+    return nn.unbox(variables)["params"]
+
+
+def make_loss_fn(model: Transformer) -> LossFn:
+    """Builds the loss of training all of a model's parameters."""
+
+    def loss_fn(params: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        del frozen
+        logits, _ = model.apply({"params": params}, batch.tokens, batch.positions)
+        return cross_entropy(logits, batch.targets)
+
+    return loss_fn
+
+
+def save_state(path: Path, state: TrainState) -> None:
+    """Saves the state of a run as `<path>/states/<step>`, and removes all but the latest few."""
+    states = path / "states"
+    with folder.whole(states / f"{int(state.step):08d}", lambda old: True) as part:
+        ocp.save(part / "state", state)
+    for old in sorted(_saved(path))[:-KEPT_STATES]:
+        shutil.rmtree(old)
+
+
+def restore_state(path: Path, state: TrainState) -> TrainState:
+    """Returns the latest state that a run saved, or `state` if it saved none."""
+    saved = _saved(path)
+    if not saved:
+        return state
+    return ocp.load(max(saved) / "state", jax.tree.map(ocp.arrays.to_shape_dtype_struct, state))
+
+
+def export(recipe: Recipe, path: Path, target: Path, state: TrainState) -> None:
+    """Saves the model of a state as a checkpoint folder, in bfloat16 as Mistral's are."""
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), state.trainable)
+    provenance = {"recipe": recipe.to_dict(), "step": int(state.step)}
+    file = path / "data" / "tokenizer.model"
+    checkpoint.save(target, recipe.model_config, params, file, provenance, overwrite=True)
+
+
+def _saved(path: Path) -> list[Path]:
+    return [folder for folder in (path / "states").glob("[0-9]*") if folder.is_dir()]
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether a SIGINT or SIGTERM came; a second one acts at once."""
+    received = []
+    earlier = {}
+
+    def note(number, frame):
+        received.append(number)
+        signal.signal(number, earlier[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        earlier[number] = signal.signal(number, note)
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)

@@ -1,0 +1,82 @@
+"""A vocabulary for source code, made with SentencePiece's trainer. It encodes no text."""
+
+import io
+import random
+from collections.abc import Iterator, Sequence
+
+import sentencepiece
+
+# Ids 3 to 9 of Mistral's second vocabulary and later ones.
+CONTROL_PIECES = (
+    "[INST]",
+    "[/INST]",
+    "[TOOL_CALLS]",
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+    "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+)
+_DEEPEST_INDENT = 24
+_SAMPLE_CHARACTERS = 8_000_000
+_SENTENCE_CHARACTERS = 4000
+
+
+def train_vocabulary(texts: Sequence[str], size: int, seed: int) -> bytes:
+    """Makes a SentencePiece model as Mistral's: BPE with byte fallback, and nothing normalised.
+
+    A line's end and the indentation after it are one piece, which saves source code a fifth of its
+    tokens.
+
+    Args:
+      texts: documents; a sample of them is read.
+      size: number of pieces (V).
+      seed: of the sample.
+
+    Returns:
+      The contents of a `tokenizer.model`.
+
+    Raises:
+      ValueError: the texts are too few for a vocabulary of that size.
+    """
+    space = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
+    indents = range(0, _DEEPEST_INDENT + 1, 4)
+    line_ends = ["\n" * lines + space * indent for lines in (1, 2) for indent in indents]
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sample(texts, seed),
+            model_writer=model,
+            vocab_size=size,
+            model_type="bpe",
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentencepiece_length=24,
+            character_coverage=0.9995,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            control_symbols=list(CONTROL_PIECES),
+            user_defined_symbols=[*line_ends, "\n\n\n"],
+            max_sentence_length=8 * _SENTENCE_CHARACTERS,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"the texts do not give a vocabulary of {size} pieces ({error}): add text, or make "
+            "it smaller"
+        ) from None
+    return model.getvalue()
+
+
+def _sample(texts: Sequence[str], seed: int) -> Iterator[str]:
+    read = 0
+    for text in random.Random(seed).sample(texts, len(texts)):
+        for start in range(0, len(text), _SENTENCE_CHARACTERS):
+            yield text[start : start + _SENTENCE_CHARACTERS]
+        read += len(text)
+        if read > _SAMPLE_CHARACTERS:
+            return
