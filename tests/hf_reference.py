@@ -44,6 +44,13 @@ def build(config: dict, tensors: dict[str, np.ndarray], **fields) -> transformer
     return model
 
 
+def load(folder) -> transformers.PreTrainedModel:
+    """Returns the model of a Hugging Face folder, in float32 whatever the files hold."""
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
 def logits(model: transformers.PreTrainedModel, tokens) -> np.ndarray:
     """Returns the logits [T, V] of one sequence, without a cache."""
     with torch.no_grad():
