@@ -1,0 +1,120 @@
+"""The training step: accumulation is exact, only what is trainable moves, AdamW is AdamW."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from mistral_jax.training.loss import IGNORED, cross_entropy
+from mistral_jax.training.step import Batch, TrainState, adamw, make_train_step
+
+MODEL, PARAMS = tiny.build()
+VALUES = {"b1": 0.9, "b2": 0.95, "weight_decay": 0.1, "clip_norm": 1.0}
+
+
+def loss_fn(trainable, frozen, batch):
+    logits, _ = MODEL.apply({"params": trainable | frozen}, batch.tokens, batch.positions)
+    return cross_entropy(logits, batch.targets)
+
+
+def some_batch(rows=4, length=12, seed=0):
+    ids = np.random.default_rng(seed).integers(0, MODEL.config.vocab_size, (rows, length + 1))
+    targets = ids[:, 1:].astype(np.int32)
+    targets[0, 2:] = IGNORED  # rows that count for less than others
+    targets[rows // 2, ::3] = IGNORED
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
+    return Batch(tokens=ids[:, :-1].astype(np.int32), positions=positions, targets=targets)
+
+
+def new_state(optimizer, params=PARAMS, frozen=None):
+    return TrainState.create(optimizer, jax.tree.map(jnp.copy, params), frozen)
+
+
+@pytest.mark.parametrize("microbatches", [2, 4])
+def test_accumulation_is_one_large_batch(microbatches):
+    optimizer, batch = adamw(1e-3, **VALUES), some_batch()
+    whole, whole_metrics = make_train_step(loss_fn, optimizer)(new_state(optimizer), batch)
+    step = make_train_step(loss_fn, optimizer, microbatches)
+    parts, parts_metrics = step(new_state(optimizer), batch)
+    chex.assert_trees_all_close(parts_metrics, whole_metrics, rtol=1e-5)
+    # Gradients rather than parameters: AdamW's first step turns their every rounding into +-1.
+    chex.assert_trees_all_close(
+        parts.opt_state[1][0].mu, whole.opt_state[1][0].mu, rtol=1e-4, atol=1e-7
+    )
+
+
+def test_metrics_are_of_the_mean_before_the_step():
+    optimizer, batch = adamw(1e-3, **VALUES), some_batch()
+    total, count = loss_fn(PARAMS, {}, batch)
+    gradient = jax.grad(lambda params: loss_fn(params, {}, batch)[0])(PARAMS)
+    squares = sum(float(jnp.sum(g.astype(jnp.float32) ** 2)) for g in jax.tree.leaves(gradient))
+    _, metrics = make_train_step(loss_fn, optimizer)(new_state(optimizer), batch)
+    np.testing.assert_allclose(metrics["loss"], total / count, rtol=1e-6)
+    np.testing.assert_allclose(metrics["grad_norm"], squares**0.5 / count, rtol=1e-4)
+    assert metrics["targets"] == count
+
+
+def test_frozen_parameters_stay_and_cost_no_optimizer_state():
+    optimizer = adamw(1e-2, **VALUES)
+    trainable = {"final_norm": PARAMS["final_norm"]}
+    frozen = {name: value for name, value in PARAMS.items() if name != "final_norm"}
+    state = new_state(optimizer, trainable, jax.tree.map(jnp.copy, frozen))
+    assert jax.tree.structure(state.opt_state[1][0].mu) == jax.tree.structure(trainable)
+    state, _ = make_train_step(loss_fn, optimizer)(state, some_batch())
+    chex.assert_trees_all_equal(state.frozen, frozen)
+    assert not np.array_equal(
+        state.trainable["final_norm"]["scale"], trainable["final_norm"]["scale"]
+    )
+
+
+def test_learns_one_batch_by_heart_with_one_compilation():
+    chex.clear_trace_counter()
+    optimizer, batch = adamw(1e-2, **VALUES), some_batch()
+    step = make_train_step(chex.assert_max_traces(loss_fn, 1), optimizer)
+    state, losses = new_state(optimizer), []
+    for _ in range(40):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.2 * losses[0]
+    assert state.step == 40
+
+
+def test_consumes_its_state():
+    optimizer = adamw(1e-3, **VALUES)
+    state = new_state(optimizer)
+    make_train_step(loss_fn, optimizer)(state, some_batch())
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.trainable))
+
+
+def test_only_matrices_decay():
+    optimizer, batch = adamw(1e-2, **VALUES), some_batch()
+    nothing = Batch(batch.tokens, batch.positions, np.full_like(batch.targets, IGNORED))
+    state, metrics = make_train_step(loss_fn, optimizer)(new_state(optimizer), nothing)
+    expected = jax.tree.map(lambda p: p * (1 - 1e-3) if p.ndim > 1 else p, PARAMS)
+    chex.assert_trees_all_close(state.trainable, expected, rtol=1e-6)
+    assert metrics["loss"] == 0
+
+
+def test_adamw_is_the_papers():
+    rate, beta1, beta2, decay, clip = 0.1, 0.9, 0.95, 0.2, 1.0
+    weights = np.array([[1.0, -2.0], [0.5, 3.0]])
+    m, v = np.zeros_like(weights), np.zeros_like(weights)
+    optimizer = adamw(rate, b1=beta1, b2=beta2, weight_decay=decay, clip_norm=clip)
+    target = np.array([[0.0, 1.0], [1.0, 3.0]], np.float32)
+
+    def quadratic(trainable, frozen, batch):
+        return 0.5 * jnp.sum((trainable["w"] - target) ** 2), jnp.float32(1)
+
+    step = make_train_step(quadratic, optimizer)
+    state = TrainState.create(optimizer, {"w": jnp.asarray(weights, jnp.float32)})
+    for t in range(1, 4):
+        gradient = weights - target
+        gradient /= max(1.0, np.linalg.norm(gradient) / clip)
+        m = beta1 * m + (1 - beta1) * gradient
+        v = beta2 * v + (1 - beta2) * gradient**2
+        direction = (m / (1 - beta1**t)) / (np.sqrt(v / (1 - beta2**t)) + 1e-8)
+        weights = weights - rate * (direction + decay * weights)
+        state, _ = step(state, some_batch(1))
+        np.testing.assert_allclose(state.trainable["w"], weights, rtol=1e-5)
