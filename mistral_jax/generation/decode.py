@@ -11,6 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from mistral_jax.generation.logits import choose
 from mistral_jax.generation.prefill import Params
@@ -87,6 +88,7 @@ def start(
       vocab_size: V.
     """
     lengths = np.array(lengths, np.int32)
+    counts = None if sampling.penalties is None else np.zeros((len(lengths), vocab_size), np.int32)
     shape = (len(lengths), MOST_STEPS)
     top = (*shape, top_logprobs)
     # A few more stop ids shall not change the shape.
@@ -97,9 +99,7 @@ def start(
         tokens=np.zeros_like(lengths),
         positions=lengths - 1,
         left=np.where(lengths > 0, np.int32(left), np.int32(0)),
-        counts=None
-        if sampling.penalties is None
-        else np.zeros((len(lengths), vocab_size), np.int32),
+        counts=counts,
         sampling=sampling,
         stop_ids=stops,
         made=Made(
@@ -118,11 +118,16 @@ def decode_step(model: Transformer, params: Params, state: State) -> State:
     logits, cache = model.apply(
         {"params": params}, state.tokens[:, None], positions[:, None], state.cache
     )
-    return advance(state.replace(cache=cache), logits[:, 0])
+    return _advance(state.replace(cache=cache), logits[:, 0])
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def advance(state: State, logits: jax.Array) -> State:
+def first_step(state: State, logits: jax.Array) -> State:
+    """Chooses each row's first token by the logits [B, V] of `prefill`."""
+    return _replicate(_advance(state, logits))
+
+
+def _advance(state: State, logits: jax.Array) -> State:
     """Appends a token, chosen by `logits` [B, V], to each row that has not ended."""
     positions = state.positions + 1
     tokens = choose(logits, state.sampling, positions, state.counts)
@@ -168,8 +173,17 @@ def decode(
         made=state.made.replace(tokens=jnp.full_like(state.made.tokens, -1)),
         steps=jnp.zeros_like(state.steps),
     )
-    return jax.lax.while_loop(
+    state = jax.lax.while_loop(
         lambda state: (state.steps < limit) & jnp.any(state.left > 0),
         functools.partial(decode_step, model, params),
         state,
     )
+    return _replicate(state)
+
+
+def _replicate(state: State) -> State:
+    """Keeps all but the cache whole on every device, for the host to read, and for one layout."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return state
+    whole = jax.lax.with_sharding_constraint(state.replace(cache=()), PartitionSpec())
+    return whole.replace(cache=state.cache)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from mistral_jax.generation.decode import MOST_STEPS, Made, State, advance, decode, start
+from mistral_jax.generation.decode import MOST_STEPS, Made, State, decode, first_step, start
 from mistral_jax.generation.prefill import Params, on_mesh, pad_rows, prefill
 from mistral_jax.generation.sampling import DEFAULT, RowSampling, Sampling
 from mistral_jax.model.transformer import Transformer
@@ -182,7 +182,7 @@ def _tokens(model, params, state, logits, ended) -> Iterator[tuple[int, Token]]:
     limit = 1
     padded = np.zeros(state.left.shape, bool)
     with on_mesh(params):
-        state = advance(state, logits)
+        state = first_step(state, logits)
     while True:
         made = jax.device_get(state.made)
         for row, column in np.argwhere(made.tokens[: len(ended)] >= 0):

@@ -125,9 +125,3 @@ def _invert(logits: jax.Array, numbers: jax.Array) -> jax.Array:
     last = logits.shape[-1] - 1 - jnp.argmax(kept[:, ::-1], axis=-1)
     chosen = jnp.where(jnp.any(passed, axis=-1), jnp.argmax(passed, axis=-1), last)
     return chosen.astype(jnp.int32)
-
-
-def log_probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Returns the natural log of each token's probability, [...] for logits [..., V]."""
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)

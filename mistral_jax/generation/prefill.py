@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,7 +84,7 @@ def prefill(
 def _read(model, params, tokens, positions, lengths, cache, logits, length):
     """Reads one chunk; takes over the logits of rows that end in it."""
     if cache is None:
-        cache = init_cache(model.config, tokens.shape[0], length, model.dtype)
+        cache = empty_cache(model, tokens.shape[0], length)
     last = positions == lengths[:, None] - 1
     new, cache = model.apply(
         {"params": params}, tokens, positions, cache, logits_at=jnp.argmax(last, axis=1)
@@ -91,6 +92,16 @@ def _read(model, params, tokens, positions, lengths, cache, logits, length):
     if logits is None:
         return cache, new[:, 0]
     return cache, jnp.where(jnp.any(last, axis=1)[:, None], new[:, 0], logits)
+
+
+def empty_cache(model: Transformer, rows: int, length: int) -> Cache:
+    """Makes a cache that is split over devices as the model's activations are."""
+
+    def split(x):
+        axes = ("batch", None, "kv_heads", "head_dim")[: x.ndim]
+        return nn.with_logical_constraint(x, axes, rules=model.rules)
+
+    return jax.tree.map(split, init_cache(model.config, rows, length, model.dtype))
 
 
 def pad_rows(model: Transformer, params: Params, rows: Sequence[Any], row: Any) -> list[Any]:

@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mistral_jax.generation.logits import log_probability
-from mistral_jax.generation.prefill import Params, chunks, on_mesh, pad_rows, room
-from mistral_jax.model.cache import init_cache
+from mistral_jax.generation.prefill import Params, chunks, empty_cache, on_mesh, pad_rows, room
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.tokenizer import Tokenizer
 
@@ -69,7 +67,8 @@ def score(model: Transformer, params: Params, tokenizer: Tokenizer, text: str) -
 def _score_chunk(model, params, tokens, positions, targets, cache, length):
     """Reads one chunk; returns the log-probability of each target of row 0, 0 for padding."""
     if cache is None:
-        cache = init_cache(model.config, tokens.shape[0], length, model.dtype)
+        cache = empty_cache(model, tokens.shape[0], length)
     logits, cache = model.apply({"params": params}, tokens, positions, cache)
-    logprobs = log_probability(logits, targets)
-    return cache, jnp.where(positions[0] >= 0, logprobs[0], 0)
+    chosen = jnp.take_along_axis(logits[0], targets[0, :, None], axis=1)[:, 0]
+    logprob = chosen - jax.nn.logsumexp(logits[0], axis=-1)
+    return cache, jnp.where(positions[0] >= 0, logprob, 0)

@@ -1,0 +1,268 @@
+"""Laws of generation: what a row gets depends on its prompt and its sampling alone."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import linen as nn
+
+from mistral_jax.config import ModelConfig
+from mistral_jax.generation import decode, prefill
+from mistral_jax.generation import generate as drivers
+from mistral_jax.generation.generate import generate, stream_tokens
+from mistral_jax.generation.logits import penalize
+from mistral_jax.generation.sampling import RowSampling, Sampling
+from mistral_jax.model.transformer import Transformer
+from mistral_jax.sharding import abstract_params, read_layout
+
+PROMPTS = [[1, 7, 9], [1, *range(10, 40)], [5]]
+GREEDY = Sampling(temperature=0)
+WARM = Sampling(temperature=1, top_p=0.98, seed=5)
+# Logits near 1 through two layers, in float32.
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def mistral():
+    """A model with a windowed and a full layer, and its params."""
+    model, params = tiny.build(sliding_window=[5, None])
+    return model, jax.tree.map(jnp.asarray, params)
+
+
+@pytest.fixture(scope="module")
+def warm(mistral):
+    """What `WARM` makes of the prompts, each with a request of its own."""
+    return generate(*mistral, PROMPTS, 30, sampling=[WARM] * 3, stop_ids=())
+
+
+def forward(model, params, rows):
+    """Returns the logits of each row by one pass without a cache."""
+    logits = jax.jit(model.apply)({"params": params}, *tiny.ragged(rows))[0]
+    return [np.asarray(x[: len(row)]) for x, row in zip(logits, rows, strict=True)]
+
+
+def test_the_likeliest_tokens_and_log_probabilities_are_those_of_the_full_pass(mistral):
+    completions = generate(*mistral, PROMPTS, 30, sampling=GREEDY, stop_ids=(), top_logprobs=3)
+    texts = [[*p, *c.tokens] for p, c in zip(PROMPTS, completions, strict=True)]
+    assert len(texts[1]) > 5 * 5  # windows
+    for prompt, completion, logits in zip(
+        PROMPTS, completions, forward(*mistral, texts), strict=True
+    ):
+        logprobs = np.asarray(jax.nn.log_softmax(logits[len(prompt) - 1 : -1]))
+        assert completion.tokens == logprobs.argmax(axis=1).tolist()
+        assert completion.finish_reason == "length"
+        np.testing.assert_allclose(completion.logprobs, logprobs.max(axis=1), **CLOSE)
+        best = np.argsort(-logprobs, axis=1)[:, :3]
+        assert [list(top) for top in completion.top_logprobs] == best.tolist()
+        values = [list(top.values()) for top in completion.top_logprobs]
+        np.testing.assert_allclose(values, np.take_along_axis(logprobs, best, axis=1), **CLOSE)
+
+
+def test_log_probabilities_are_those_before_temperature_and_filters(mistral):
+    sampling = Sampling(3, top_k=2, repetition_penalty=3, logit_bias={4: 50})
+    (completion,) = generate(*mistral, PROMPTS[:1], 5, sampling=sampling)
+    assert completion.tokens == [4] * 5
+    (logits,) = forward(*mistral, [PROMPTS[0] + [4] * 5])
+    expected = jax.nn.log_softmax(logits)[2:-1, 4]
+    np.testing.assert_allclose(completion.logprobs, expected, **CLOSE)
+
+
+def test_a_row_of_a_batch_is_that_row_alone(mistral, warm):
+    for prompt, completion in zip(PROMPTS, warm, strict=True):
+        (alone,) = generate(*mistral, [prompt], 30, sampling=WARM, stop_ids=())
+        assert alone.tokens == completion.tokens
+        np.testing.assert_allclose(alone.logprobs, completion.logprobs, **CLOSE)
+
+
+def test_a_stream_is_a_batch_of_one(mistral, warm):
+    tokens = list(stream_tokens(*mistral, PROMPTS[1], 30, sampling=WARM, stop_ids=()))
+    assert [token.id for token in tokens] == warm[1].tokens
+    np.testing.assert_allclose([token.logprob for token in tokens], warm[1].logprobs, **CLOSE)
+
+
+def test_the_same_seed_gives_the_same_text_and_another_another(mistral, warm):
+    again = generate(*mistral, PROMPTS, 30, sampling=[WARM] * 3, stop_ids=())
+    assert again == warm
+    other = Sampling(1, top_p=0.98, seed=6)
+    mixed = generate(*mistral, PROMPTS, 30, sampling=[WARM, other, WARM], stop_ids=())
+    assert [a.tokens == b.tokens for a, b in zip(mixed, warm, strict=True)] == [True, False, True]
+
+
+def test_rows_that_share_a_sampling_draw_apart(mistral, warm):
+    rows = generate(*mistral, PROMPTS[:1] * 3, 30, sampling=WARM, stop_ids=())
+    assert rows[0].tokens == warm[0].tokens
+    assert len({tuple(row.tokens) for row in rows}) == 3
+
+
+def test_a_text_continues_from_any_point_of_itself(mistral, warm):
+    prompt, text = PROMPTS[0], warm[0].tokens
+    (rest,) = generate(*mistral, [prompt + text[:11]], 19, sampling=WARM, stop_ids=())
+    assert rest.tokens == text[11:]
+
+
+def test_every_way_to_cut_a_prompt_gives_the_same_tokens(mistral, warm, monkeypatch):
+    for size in (16, 32):
+        monkeypatch.setattr(prefill, "CHUNK", size)
+        (cut,) = generate(*mistral, PROMPTS[1:2], 30, sampling=WARM, stop_ids=())
+        assert cut.tokens == warm[1].tokens
+
+
+def test_chunks_hold_every_token_once_in_few_shapes(monkeypatch):
+    monkeypatch.setattr(prefill, "CHUNK", 32)
+    widths = set()
+    for longest in range(1, 100):
+        rows = [list(range(100, 100 + longest)), [7] * (longest // 3), []]
+        found = [[], [], []]
+        for tokens, positions in prefill.chunks(rows):
+            widths.add(tokens.shape[1])
+            for row, own in enumerate(found):
+                real = positions[row] >= 0
+                assert positions[row][real].tolist() == list(range(len(own), len(own) + real.sum()))
+                own += tokens[row][real].tolist()
+        assert found == rows
+    assert widths == {16, 32}
+
+
+def test_a_request_gets_the_room_that_it_needs(mistral):
+    model, params = mistral
+    config = model.config
+
+    def cache_bytes(length):
+        cache, _ = prefill.prefill(model, params, [[1, 2]], length)
+        return sum(x.nbytes for layer in cache for x in (layer.k, layer.v))
+
+    a_slot = 2 * config.num_kv_heads * config.head_dim * 4
+    assert cache_bytes(10) == a_slot * (5 + 256)
+    for length in (257, 1000, 1025, 4097, 30_000):
+        assert length <= prefill.room(length) <= max(1.25 * length, length + 255)
+    assert len({prefill.room(length) for length in range(1, 32_769)}) < 25
+
+
+def test_stop_ids(mistral, warm):
+    text = warm[0].tokens
+    place = next(i for i in range(3, 30) if text.index(text[i]) == i)
+    others = generate(*mistral, PROMPTS, 30, sampling=[WARM] * 3, stop_ids=[52, text[place]])
+    assert others[0].tokens == text[:place]
+    assert others[0].logprobs == warm[0].logprobs[:place]
+    assert others[0].finish_reason == "stop"
+    for other, whole in zip(others, warm, strict=True):  # rows that end do not change the rest
+        assert other.tokens == whole.tokens[: len(other.tokens)]
+        assert len(other.tokens) == 30 or whole.tokens[len(other.tokens)] in (52, text[place])
+
+
+def test_the_end_of_text_stops_unless_it_may_not(mistral):
+    end = Sampling(temperature=0, logit_bias={2: 100})
+    stopped, endless = (
+        generate(*mistral, PROMPTS[:1], 3, sampling=end, stop_ids=ids)[0] for ids in (None, ())
+    )
+    assert (stopped.tokens, stopped.finish_reason) == ([], "stop")
+    assert (endless.tokens, endless.finish_reason) == ([2, 2, 2], "length")
+
+
+def test_a_row_ends_where_its_caller_says(mistral, warm):
+    seen = [[], [], []]
+
+    def until(row, token):
+        seen[row].append(token)
+        return row == 1 and len(seen[1]) == 4
+
+    rows = generate(*mistral, PROMPTS, 30, sampling=[WARM] * 3, stop_ids=(), until=until)
+    assert [len(row.tokens) for row in rows] == [30, 4, 30]
+    assert [row.finish_reason for row in rows] == ["length", "stop", "length"]
+    assert [row.tokens for row in rows] == seen
+    assert seen == [whole.tokens[: len(own)] for whole, own in zip(warm, seen, strict=True)]
+
+
+def test_penalties_see_the_prompt_and_the_answer(mistral):
+    sampling = Sampling(0, repetition_penalty=1.5, presence_penalty=0.1, frequency_penalty=0.3)
+    plain = Sampling(0)
+    penalized, greedy = generate(*mistral, PROMPTS[:2], 20, sampling=[sampling, plain], stop_ids=())
+    for i, (row, completion) in enumerate([(sampling, penalized), (plain, greedy)]):
+        prompt = PROMPTS[i]
+        (logits,) = forward(*mistral, [prompt + completion.tokens])
+        for step, token in enumerate(completion.tokens):
+            counts = np.bincount(completion.tokens[:step], minlength=53)[None]
+            stacked = RowSampling.stack([row], [0], [prompt], 53)
+            seen = logits[None, len(prompt) + step - 1]
+            if stacked.penalties is not None:
+                seen = penalize(seen, stacked.penalties, counts)
+            assert token == np.argmax(seen)
+
+
+def test_requests_reuse_the_compiled_programs(mistral, monkeypatch):
+    def limit_traces(module, name, **options):
+        counted = chex.assert_max_traces(getattr(module, name).__wrapped__, n=1)
+        monkeypatch.setattr(module, name, jax.jit(counted, **options))
+
+    chex.clear_trace_counter()
+    limit_traces(prefill, "_read", static_argnames=("model", "length"))
+    limit_traces(drivers, "first_step")
+    limit_traces(drivers, "decode", static_argnames="model")
+    assert drivers.decode is not decode.decode
+    for length, new, sampling in (
+        (1, 1, GREEDY),
+        (5, 200, WARM),
+        (16, 7, Sampling(top_k=3, seed=9)),
+        (9, 64, Sampling(0.2, top_p=1, min_p=0.1)),
+    ):
+        generate(*mistral, [[1] * length], new, sampling=sampling, stop_ids=[3] * (length % 4))
+        list(stream_tokens(*mistral, [1] * length, new, sampling=sampling))
+
+
+def test_three_rows_on_eight_devices_are_three_rows_on_one():
+    config = ModelConfig(
+        vocab_size=96,
+        num_layers=1,
+        embed_dim=32,
+        mlp_dim=48,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=10,
+        rope_theta=1e4,
+        sliding_window=8,
+    )
+    layout = read_layout("data_tensor", config)
+    model, spread = Transformer(config), Transformer(config, rules=layout.rules)
+    token = jnp.zeros((1, 1), jnp.int32)
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), token, token))["params"]
+    places = jax.tree.map(lambda x: x.sharding, abstract_params(spread, layout))
+    options = {"sampling": Sampling(1, repetition_penalty=1.2), "stop_ids": ()}
+    expected = generate(model, params, PROMPTS, 10, **options)
+    sharded = jax.device_put(params, places)
+    cache, _ = prefill.prefill(spread, sharded, [*PROMPTS, ()], 40)
+    shards = [x.sharding.shard_shape(x.shape) for x in (cache[0].k, cache[0].positions)]
+    assert shards == [(1, 8, 1, 10), (1, 8)]  # neither rows nor heads are kept twice
+    before = drivers.decode._cache_size()
+    assert [row.tokens for row in generate(spread, sharded, PROMPTS, 10, **options)] == [
+        row.tokens for row in expected
+    ]
+    assert drivers.decode._cache_size() == before + 1  # the layout does not change on the way
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "there are no prompts"),
+        ([[1], []], {}, "prompt 1 is empty; expected at least the BOS token"),
+        ([[1], [3, 53]], {}, "prompt 1 has 53; expected token ids from 0 to 52"),
+        ([[-1]], {}, "prompt 0 has -1; expected token ids from 0 to 52"),
+        ([[1.5]], {}, "prompt 0 has 1.5; expected token ids"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0; expected an integer above 0"),
+        ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens is 2.5; expected an integer above 0"),
+        ([[1]], {"stop_ids": [99]}, "stop_ids has 99; expected token ids from 0 to 52"),
+        ([[1]], {"top_logprobs": 54}, "top_logprobs is 54; expected an integer from 0 to 53"),
+        ([[1]], {"top_logprobs": -1}, "top_logprobs is -1; expected an integer from 0 to 53"),
+        ([[1]], {"sampling": [WARM] * 2}, "there are 2 samplings for 1 prompts"),
+        (
+            [[1], [1] * 32_768],
+            {"max_new_tokens": 1},
+            "prompt 1 has 32768 tokens, which with 1 new ones exceed the model's 32768 positions",
+        ),
+    ],
+)
+def test_requests_that_make_no_sense_are_refused(mistral, prompts, options, message):
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011
+        generate(*mistral, prompts, **options)
+    assert str(refusal.value).startswith(message)
