@@ -1,8 +1,10 @@
 """The command line of the conversion: `to-orbax`, `to-torch`, `inspect`."""
 
 import argparse
-import logging
+import contextlib
 import sys
+import threading
+from typing import Any, TextIO
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -10,16 +12,35 @@ DTYPES = ("bfloat16", "float16", "float32")
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     arguments = _parser().parse_args(argv)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every error there too.
-    try:
-        arguments.run(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with contextlib.redirect_stderr(_OwnThreads(sys.stderr)):
+        try:
+            arguments.run(arguments)
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted: nothing was written", file=sys.stderr)
+            return 130
     return 0
 
 
+class _OwnThreads:
+    """A stream without what threads print that are not Python's: Orbax raises that as well."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        if threading.current_thread().name.startswith("Dummy-"):
+            return len(text)
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def _to_orbax(arguments: argparse.Namespace) -> None:
+    from .progress import Screen
     from .to_orbax import to_orbax
 
     to_orbax(
@@ -29,7 +50,7 @@ def _to_orbax(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         rope_theta=arguments.rope_theta,
         overwrite=arguments.overwrite,
-        say=lambda sentence: print(sentence, file=sys.stderr),
+        progress=Screen(),
     )
 
 

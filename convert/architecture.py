@@ -171,3 +171,38 @@ def _theta(
     if official and ModelConfig(**(found | {"rope_theta": v01.rope_theta})) == v01:
         return v01.rope_theta, f"{file.name} is that of Mistral 7B v0.1, which was trained with it"
     raise ValueError(f"{file} has no rope_theta; name it with --rope-theta (v0.1: 1e4, later: 1e6)")
+
+
+def to_official(config: ModelConfig) -> dict[str, Any]:
+    """Returns the `params.json` that describes a config."""
+    fields = {theirs: getattr(config, ours) for ours, theirs, _ in FIELDS[:-2]}
+    if isinstance(config.sliding_window, tuple):
+        fields["sliding_window"] = list(config.sliding_window)
+    unset = {"sliding_window": None, "tied_embeddings": False}
+    return {key: value for key, value in fields.items() if unset.get(key, ...) != value}
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """Returns the `config.json` that describes a config.
+
+    Raises:
+      ValueError: layers differ in their windows by more than having one or none.
+    """
+    fields = {theirs: getattr(config, ours) for ours, _, theirs in FIELDS}
+    kind = "mistral"
+    if isinstance(config.sliding_window, tuple):
+        # Transformers calls a Mistral of which some layers have a window a Ministral.
+        kind = "ministral"
+        windows = set(config.sliding_window) - {None}
+        if len(windows) > 1:
+            raise ValueError(
+                f"Hugging Face's format has one window for all layers that have one; this model "
+                f"has {sorted(windows)}: export it as official"
+            )
+        fields["sliding_window"] = windows.pop()
+        fields["layer_types"] = [
+            "full_attention" if window is None else "sliding_attention"
+            for window in config.sliding_window
+        ]
+    head = {"architectures": [f"{kind.capitalize()}ForCausalLM"], "model_type": kind}
+    return head | fields | {"hidden_act": "silu", "attention_dropout": 0.0}

@@ -4,18 +4,16 @@ It knows where tensors lie, not what they mean. Every file is mapped into memory
 """
 
 import dataclasses
-import mmap
 import re
 from pathlib import Path
 from typing import NamedTuple
 
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from . import torch_zip
-from mistral_jax import checkpoint
+from mistral_jax import manifest
 from mistral_jax.config import read_json
+
+from . import safetensors_file, torch_zip
 
 
 class Format(NamedTuple):
@@ -67,6 +65,12 @@ class Source:
         return self.folder / FORMATS[self.format].config
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """All files that a conversion reads."""
+        named = (self.config_file, self.tokenizer_file)
+        return (*(file for file in named if file), *self.weight_files)
+
+    @property
     def official(self) -> bool:
         """Whether names and rotary pairs are the official ones."""
         return self.format.startswith("official")
@@ -77,10 +81,10 @@ class Source:
         Raises:
           ValueError: a file is damaged, or two files hold the same tensor of which each is whole.
         """
-        read = _read_safetensors if self.format.endswith("safetensors") else torch_zip.read
+        reader = safetensors_file if self.format.endswith("safetensors") else torch_zip
         found: dict[str, list[Tensor]] = {}
         for file in self.weight_files:
-            for name, array in read(file).items():
+            for name, array in reader.read(file).items():
                 found.setdefault(name, []).append(Tensor(file, array))
         for name, places in found.items():
             if len(places) > 1 and self.format != "official-torch":
@@ -103,7 +107,7 @@ def find(folder: Path | str, format: str | None = None) -> Source:
     if not folder.is_dir():
         what = "is a file; name the folder that it is in" if folder.exists() else "does not exist"
         raise ValueError(f"{folder} {what}")
-    if checkpoint.is_checkpoint(folder):
+    if manifest.is_checkpoint(folder):
         raise ValueError(f"{folder} is an Orbax checkpoint already")
     wanted = [name for name in FORMATS if name.startswith(format or "")]
     weights = {name: files for name in FORMATS if (files := _weight_files(folder, FORMATS[name]))}
@@ -160,28 +164,3 @@ def _parts(folder: Path) -> tuple[Path, ...]:
 def _tokenizer_file(folder: Path) -> Path | None:
     names = ("tokenizer.model", "tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1")
     return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def _read_safetensors(file: Path) -> dict[str, np.ndarray]:
-    try:
-        with safe_open(file, framework="np") as handle:
-            names = handle.offset_keys()
-            slices = [handle.get_slice(name) for name in names]
-            kinds = [(piece.get_dtype(), tuple(piece.get_shape())) for piece in slices]
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
-    with open(file, "rb") as stream:
-        # The library has made sure that the tensors follow each other without holes.
-        offset = 8 + int.from_bytes(stream.read(8), "little")
-        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    arrays = {}
-    for name, (kind, shape) in zip(names, kinds, strict=True):
-        if kind not in _DTYPES:
-            raise ValueError(f"tensor {name} in {file} is {kind}; expected {', '.join(_DTYPES)}")
-        flat = np.frombuffer(mapped, _DTYPES[kind], int(np.prod(shape)), offset)
-        arrays[name] = flat.reshape(shape)
-        offset += flat.nbytes
-    return arrays
-
-
-_DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}

@@ -1,102 +1,138 @@
 """A PyTorch checkpoint becomes an Orbax one, a layer at a time. It computes nothing but casts."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+import hashlib
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
 import mistral_jax
-from mistral_jax import checkpoint
+from mistral_jax import checkpoint, folder, manifest
 from mistral_jax.config import ModelConfig
 
 from . import architecture, names
+from .checks import check_finite, check_tensors
+from .progress import Progress
 from .source import Source, Tensor, find
 
 
 def to_orbax(
-    folder: Path | str,
+    source: Path | str,
     target: Path | str,
     *,
     format: str | None = None,
     dtype: str | None = None,
     rope_theta: float | None = None,
     overwrite: bool = False,
-    say: Callable[[str], None] = lambda sentence: None,
+    progress: Progress | None = None,
 ) -> None:
-    """Converts a source folder into a checkpoint folder.
+    """Converts a source folder into a checkpoint folder, which appears whole or not at all.
 
     Args:
-      folder: the source.
+      source: the folder to read.
       target: the checkpoint folder to make.
-      format: which checkpoint of a folder that holds several (see `source.find`).
-      dtype: to cast every tensor to; None = as in the source.
-      rope_theta: base of the rotary embedding, where the source does not say.
+      format: what to read of a folder that holds several checkpoints (see `source.find`).
+      dtype: of the arrays; None = each as in the source.
+      rope_theta: base of the rotary embedding, for sources that do not say.
       overwrite: whether a checkpoint at `target` may be replaced.
-      say: called with each sentence that a user should know.
+      progress: what to tell of the work's course; None = nothing.
 
     Raises:
-      ValueError: the source is not a whole and finite checkpoint of a known architecture, or
-        `target` is taken.
+      ValueError: the source is no whole checkpoint of finite numbers and a known architecture,
+        `target` is taken, or its disk is too full.
     """
-    source = find(folder, format)
-    if source.other_formats:
-        others = ", ".join(source.other_formats)
-        say(f"{source.folder} is read as {source.format} (--format: {others})")
-    arch = architecture.read(source.config_file, rope_theta)
-    for note in arch.notes:
-        say(note)
-    config, tensors = arch.config, source.tensors()
-    check(source, tensors, config)
+    progress = progress or Progress()
+    replaceable = manifest.is_checkpoint if overwrite else None
+    folder.check_target(target, replaceable)
+    found = find(source, format)
+    if found.other_formats:
+        others = " and ".join(found.other_formats)
+        progress.say(f"{source} is read as {found.format}; it also holds {others} (see --format)")
+    described = architecture.read(found.config_file, rope_theta)
+    for note in described.notes:
+        progress.say(note)
+    config, tensors = described.config, found.tensors()
+    check_tensors(found, tensors, config)
+
+    size = _size(found, tensors, config, dtype)
+    folder.check_space(target, size)
     provenance = {
-        "source_format": source.format,
-        "rope_theta_origin": arch.theta_origin,
-        "converter": f"mistral_jax {mistral_jax.__version__}",
+        "source_format": found.format,
+        "rope_theta": described.theta_origin,
+        "program": f"mistral_jax {mistral_jax.__version__}",
     }
-    with checkpoint.create(target, config, source.tokenizer_file, provenance, overwrite) as add:
+    tokenizer = found.tokenizer_file
+    with (
+        _hashing(found.files) as hashes,
+        checkpoint.create(target, config, tokenizer, provenance, overwrite) as add,
+        progress.task(size) as advance,
+    ):
         for group in names.groups(config):
-            arrays = {row.path: read(row, source, tensors, config, dtype) for row in group}
+            arrays = {row.path: read(row, found, tensors, config, dtype) for row in group}
             add(unflatten_dict(arrays, sep="/"))
-
-
-def check(source: Source, tensors: Mapping[str, list[Tensor]], config: ModelConfig) -> None:
-    """Makes sure that the source has the tensors of the model, of the right shape, and no others."""
-    left = dict(tensors)
-    for group in names.groups(config):
-        for row in group:
-            name = row.official if source.official else row.hf
-            places = left.pop(name, None)
-            if places is None:
-                raise ValueError(
-                    f"{source.folder} has no tensor {name}; expected {names.file_shape(row, config)}"
-                )
-            whole = list(names.file_shape(row, config))
-            if row.split is not None:
-                whole[row.split] //= len(places)
-            for file, array in places:
-                if array.shape != tuple(whole):
-                    raise ValueError(
-                        f"tensor {name} in {file} is {array.shape}; expected {tuple(whole)}"
-                    )
-    for name in left:
-        if not names.IGNORABLE.fullmatch(name):
-            raise ValueError(
-                f"tensor {name} in {left[name][0].file} is no part of this architecture"
-            )
+            advance(sum(array.nbytes for array in arrays.values()))
+        provenance["source_sha256"] = hashes()
 
 
 def read(
     row: names.Row,
     source: Source,
-    tensors: Mapping[str, list[Tensor]],
+    tensors: Mapping[str, Sequence[Tensor]],
     config: ModelConfig,
-    dtype: Any,
+    dtype: str | None = None,
 ) -> np.ndarray:
-    """Reads one array of the model."""
-    places = tensors[row.official if source.official else row.hf]
-    parts = [place.array for place in places]
-    whole = parts[0] if len(parts) == 1 or row.split is None else np.concatenate(parts, row.split)
-    array = names.from_file(row, whole, config, source.official)
-    return np.require(array, None if dtype is None else jnp.dtype(dtype), ["C", "A"])
+    """Reads one array of the model: the file's own memory where nothing has to change.
+
+    Raises:
+      ValueError: it is not finite.
+    """
+    name = row.name(source.official)
+    parts = [array for _, array in tensors[name]]
+    tensor = parts[0] if row.split is None or len(parts) == 1 else np.concatenate(parts, row.split)
+    with np.errstate(over="ignore"):  # What float16 cannot hold is found below.
+        array = np.require(
+            row.from_file(tensor, config, source.official), dtype, ["C_CONTIGUOUS", "ALIGNED"]
+        )
+    files = " and ".join(str(file) for file, _ in tensors[name])
+    check_finite(array, f"tensor {name} in {files}" + (f" as {dtype}" if dtype else ""))
+    return array
+
+
+def _size(
+    source: Source,
+    tensors: Mapping[str, Sequence[Tensor]],
+    config: ModelConfig,
+    dtype: str | None,
+) -> int:
+    """Returns the bytes of all arrays."""
+    return sum(
+        math.prod(row.shape(config))
+        * np.dtype(dtype or tensors[row.name(source.official)][0].array.dtype).itemsize
+        for group in names.groups(config)
+        for row in group
+    )
+
+
+@contextlib.contextmanager
+def _hashing(files: Sequence[Path]) -> Iterator[Callable[[], dict[str, str]]]:
+    """Yields a function that waits for the SHA-256 of each file; a thread of its own makes them."""
+    stop = threading.Event()
+
+    def sha256(file: Path) -> str:
+        digest, buffer = hashlib.sha256(), bytearray(1 << 20)
+        with open(file, "rb", buffering=0) as stream:
+            while not stop.is_set() and (count := stream.readinto(buffer)):
+                digest.update(memoryview(buffer)[:count])
+        return digest.hexdigest()
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(lambda: {file.name: sha256(file) for file in files})
+        try:
+            yield future.result
+        finally:
+            stop.set()

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from rich.filesize import decimal
+
 Replaceable = Callable[[Path], bool] | None
 
 
@@ -27,6 +29,7 @@ def whole(target: Path | str, replaceable: Replaceable = None) -> Iterator[Path]
 
     Raises:
       ValueError: `target` exists and may not be replaced.
+      OSError: the block raised one, for instance on a full disk.
     """
     target = Path(os.path.abspath(target))
     check_target(target, replaceable)
@@ -44,6 +47,9 @@ def whole(target: Path | str, replaceable: Replaceable = None) -> Iterator[Path]
         else:
             part.replace(target)
         _sync(target.parent)
+    except OSError as error:
+        _remove(part)
+        raise OSError(f"{target} could not be made: {error.strerror or error}") from error
     except BaseException:
         _remove(part)
         raise
@@ -62,6 +68,16 @@ def check_target(target: Path | str, replaceable: Replaceable = None) -> None:
         raise ValueError(f"{target} exists; name another folder, or replace it with --overwrite")
     if target.is_symlink() or not target.is_dir() or not replaceable(target):
         raise ValueError(f"{target} is not such a folder as would replace it; it is left as it is")
+
+
+def check_space(target: Path | str, size: int) -> None:
+    """Raises a ValueError if the disk of `target` has no room for `size` more bytes."""
+    place = Path(os.path.abspath(target)).parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if size > free:
+        raise ValueError(f"{target} needs {decimal(size)}, but its disk has {decimal(free)} free")
 
 
 def _make(target: Path) -> tuple[Path, int]:

@@ -1,70 +1,90 @@
-"""The memory that is free for a model, on the host or a device. It allocates nothing."""
+"""The memory that arrays will take, and that which is free for them. It allocates nothing."""
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
-_CGROUPS = (  # limit, use, and the part of the use that is cached files: version 2, then 1
+_CGROUPS = (  # the limit, what is used, and how it divides: version 2, then version 1
     ("memory.max", "memory.current", "memory.stat"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
 )
 
 
-def host_free(root: Path = Path("/")) -> int | None:
-    """Returns the bytes that this process can still allocate; None where the system does not say.
+class Demand(NamedTuple):
+    """What some arrays ask of one place.
 
-    The smaller of what the machine has available and what its container's limit leaves.
+    Attributes:
+      place: what a message calls it.
+      needed: bytes that they take there.
+      free: bytes that it has left; None = it does not say.
     """
-    free = [_available(root / "proc/meminfo")]
-    free += [_cgroup_left(root / "sys/fs/cgroup", *names) for names in _CGROUPS]
-    return min((bytes_ for bytes_ in free if bytes_ is not None), default=None)
+
+    place: str
+    needed: int
+    free: int | None
 
 
-def device_free(device: jax.Device) -> int | None:
-    """Returns the bytes that `device` can still hold; None where it does not say."""
-    if device.platform == "cpu":
-        return host_free()
+def demands(arrays: Iterable[jax.ShapeDtypeStruct]) -> list[Demand]:
+    """Returns what arrays with shardings ask of each memory of this process.
+
+    CPU devices share one: the host's.
+    """
+    needed: dict[jax.Device | None, int] = {}
+    for array in arrays:
+        shard = math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+        for device in array.sharding.addressable_devices:
+            memory = None if device.platform == "cpu" else device
+            needed[memory] = needed.get(memory, 0) + shard
+    return [
+        Demand("this machine", size, host_free())
+        if device is None
+        else Demand(str(device), size, _device_free(device))
+        for device, size in needed.items()
+    ]
+
+
+def host_free(root: Path = Path("/")) -> int | None:
+    """Returns the bytes that this process can still allocate; None = the system does not say.
+
+    It is the smaller of what the machine has and what the limit of its container leaves.
+
+    Args:
+      root: where /proc and /sys are.
+    """
+    found = [_available(root / "proc/meminfo")]
+    found += [_cgroup_left(root / "sys/fs/cgroup", *names) for names in _CGROUPS]
+    return min((free for free in found if free is not None), default=None)
+
+
+def _device_free(device: jax.Device) -> int | None:
     stats = device.memory_stats() or {}
     if "bytes_limit" not in stats:
         return None
     return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
 
 
-def per_device(arrays: Iterable[jax.ShapeDtypeStruct]) -> Mapping[jax.Device, int]:
-    """Returns the bytes that arrays with shardings take on each device of this process."""
-    totals = {}
-    for array in arrays:
-        shard = array.sharding.shard_shape(array.shape)
-        size = array.dtype.itemsize
-        for axis in shard:
-            size *= axis
-        for device in array.sharding.addressable_devices:
-            totals[device] = totals.get(device, 0) + size
-    return totals
-
-
 def _available(meminfo: Path) -> int | None:
-    for line in _lines(meminfo):
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+    fields = dict(line.split(":", 1) for line in _lines(meminfo))
+    if "MemAvailable" not in fields:
+        return None
+    return int(fields["MemAvailable"].split()[0]) * 1024
 
 
 def _cgroup_left(root: Path, limit: str, used: str, stat: str) -> int | None:
     limits, uses = _lines(root / limit), _lines(root / used)
     if not limits or not uses or limits[0] == "max":
         return None
-    cached = sum(
-        int(line.split()[1])
-        for line in _lines(root / stat)
-        if line.split()[0] in ("inactive_file", "total_inactive_file")[-1:]
-    )
-    return int(limits[0]) - int(uses[0]) + cached
+    # Files that were read count as used until something else needs their memory.
+    counts = dict(line.split() for line in _lines(root / stat))
+    cached = counts.get("total_inactive_file", counts.get("inactive_file", 0))
+    return int(limits[0]) - int(uses[0]) + int(cached)
 
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text().splitlines()
+        return path.read_text(encoding="utf-8").splitlines()
     except OSError:
         return []

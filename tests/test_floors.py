@@ -12,11 +12,28 @@ import pytest
 from mistral_jax.config import CHECKOUT
 
 FLOORS = [  # from the ground up; modules of one floor do not know each other
-    {"config", "folder", "memory", "messages", "model.rope", "model.attention", "training.loss"},
-    {"model.cache", "tokenizer", "generation.sampling", "training.curve", "training.recipe"},
+    {
+        "arrays",
+        "config",
+        "folder",
+        "memory",
+        "messages",
+        "model.rope",
+        "model.attention",
+        "training.loss",
+    },
+    {
+        "manifest",
+        "model.cache",
+        "tokenizer",
+        "generation.sampling",
+        "training.curve",
+        "training.recipe",
+    },
     {"model.layers", "generation.logits", "training.corpus", "training.vocabulary"},
     {"model.transformer"},
-    {"checkpoint", "sharding", "training.step"},
+    {"sharding", "training.step"},
+    {"checkpoint"},
     {"generation.prefill", "training.data"},
     {"generation.decode", "generation.score", "training.run"},
     {"generation.generate"},

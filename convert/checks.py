@@ -1,0 +1,96 @@
+"""What the tensors of a source must satisfy before they are a model. It converts nothing."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from mistral_jax.config import ModelConfig
+
+from . import names
+from .source import Source, Tensor
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def check_tensors(source: Source, tensors: Mapping[str, list[Tensor]], config: ModelConfig) -> None:
+    """Makes sure that a source has every tensor of its model, as it should be, and no other.
+
+    Raises:
+      ValueError: a tensor is missing, of another shape or dtype, or no part of the model.
+    """
+    unused = dict(tensors)
+    for group in names.groups(config):
+        for row in group:
+            name = row.name(source.official)
+            shape = row.file_shape(config)
+            if name not in unused:
+                raise ValueError(f"{source.folder} has no tensor {name}; expected one of {shape}")
+            _check_places(name, unused.pop(name), shape, row.split, source)
+    if config.tie_embeddings:
+        _check_tied(unused, tensors, source)
+    for name, places in unused.items():
+        if not names.IGNORABLE.fullmatch(name):
+            raise ValueError(
+                f"tensor {name} {places[0].array.shape} in {places[0].file} is no part of this "
+                f"model; expected only those of {config.num_layers} layers"
+            )
+
+
+def check_finite(array: np.ndarray, where: str) -> None:
+    """Makes sure that an array has neither infinities nor NaNs.
+
+    Args:
+      array: of any shape, and a floating dtype.
+      where: what a message calls it.
+
+    Raises:
+      ValueError: it has; the message counts them and shows the first.
+    """
+    # A float that isn't finite has, but for its sign, at least the bits of infinity. Compared as
+    # integers, signed for the positive ones, this takes no memory and runs at its speed.
+    bits = array.view(f"u{array.itemsize}")
+    infinity, negative = np.array([np.inf, -np.inf], array.dtype).view(bits.dtype)
+    if bits.max() < negative and bits.view(f"i{array.itemsize}").max() < infinity:
+        return
+    bad = ~np.isfinite(array)
+    first = tuple(int(i[0]) for i in bad.nonzero())
+    raise ValueError(
+        f"{where} has {int(bad.sum())} values that are not finite, first {array[first]} at {first}"
+    )
+
+
+def _check_places(
+    name: str, places: list[Tensor], shape: tuple[int, ...], split: int | None, source: Source
+) -> None:
+    if len(places) != len(source.weight_files) and source.format == "official-torch":
+        raise ValueError(
+            f"tensor {name} is in {len(places)} of {len(source.weight_files)} parts of "
+            f"{source.folder}; expected a part of it in each"
+        )
+    if split is not None:
+        shape = tuple(n // len(places) if i == split else n for i, n in enumerate(shape))
+    for file, array in places:
+        if array.shape != shape:
+            raise ValueError(f"tensor {name} in {file} is {array.shape}; expected {shape}")
+        if array.dtype.name not in DTYPES:
+            raise ValueError(
+                f"tensor {name} in {file} is {array.dtype}; expected {' or '.join(DTYPES)}"
+            )
+        if split is None and array.tobytes() != places[0].array.tobytes():
+            raise ValueError(f"tensor {name} differs between {places[0].file} and {file}")
+
+
+def _check_tied(
+    unused: dict[str, list[Tensor]], tensors: Mapping[str, list[Tensor]], source: Source
+) -> None:
+    """Drops a second copy of the embedding table, which some files of tied models have."""
+    head = unused.pop(names.HEAD.name(source.official), None)
+    if head is None:
+        return
+    ((file, array),) = head
+    ((_, table),) = tensors[names.EMBED.name(source.official)]
+    if array.shape != table.shape or array.tobytes() != table.tobytes():
+        raise ValueError(
+            f"tensor {names.HEAD.name(source.official)} in {file} differs from the embedding, to "
+            f"which {source.config_file} ties it"
+        )

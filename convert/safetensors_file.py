@@ -1,0 +1,80 @@
+"""A `.safetensors` file: mapped into memory to be read, and written a tensor at a time."""
+
+import json
+import math
+import mmap
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+_DTYPES = {
+    "BF16": ml_dtypes.bfloat16,
+    "F16": np.float16,
+    "F32": np.float32,
+    "F64": np.float64,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+}
+_KINDS = {np.dtype(dtype): kind for kind, dtype in _DTYPES.items()}
+
+
+def read(file: Path) -> dict[str, np.ndarray]:
+    """Maps the tensors of a file.
+
+    Returns:
+      Views of the mapped file by name; nothing is read before it is used.
+
+    Raises:
+      ValueError: the file is damaged, or has a tensor of a dtype that NumPy cannot have.
+    """
+    try:
+        with safe_open(file, framework="np") as handle:
+            slices = {name: handle.get_slice(name) for name in handle.offset_keys()}
+            heads = {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is cut short or no safetensors file: {error}") from None
+    with open(file, "rb") as stream:
+        offset = 8 + int.from_bytes(stream.read(8), "little")
+        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    arrays = {}
+    for name, (kind, shape) in heads.items():
+        if kind not in _DTYPES:
+            raise ValueError(f"tensor {name} in {file} is {kind}; expected BF16, F16 or F32")
+        flat = np.frombuffer(mapped, _DTYPES[kind], math.prod(shape), offset)
+        arrays[name] = flat.reshape(shape)
+        offset += flat.nbytes  # The library has made sure that tensors follow without holes.
+    return arrays
+
+
+def write(
+    file: Path,
+    heads: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+    tensors: Iterable[np.ndarray],
+) -> None:
+    """Writes a file without ever holding more than one of its tensors.
+
+    Args:
+      file: where to.
+      heads: shape and dtype of each tensor, by name.
+      tensors: what they hold, in the order of `heads`.
+    """
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, (shape, dtype) in heads.items():
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _KINDS[dtype], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # So that tensors lie aligned.
+    with open(file, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            stream.write(np.ascontiguousarray(tensor).view(np.uint8))
