@@ -1,0 +1,177 @@
+"""The command line of generation, `python -m mistral_jax.sample`: it parses, calls and prints."""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+
+from mistral_jax.options import parser
+
+_SAMPLING = (
+    *("temperature", "top_k", "top_p", "min_p", "seed"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    arguments = parser().parse_args(argv)
+    try:
+        _run(arguments)
+    except BrokenPipeError:  # The reader has enough: what is still buffered goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    prompts = _prompts(arguments)
+    if arguments.system is not None and not arguments.chat:
+        raise ValueError("--system is for --chat; a plain completion has no system message")
+    if prompts is None and arguments.json:
+        raise ValueError("--json is for prompts, not for a conversation; give one or more")
+
+    import logging
+
+    from mistral_jax import machine
+    from mistral_jax.generation.sampling import Sampling
+
+    fields = {name: getattr(arguments, name) for name in _SAMPLING}
+    sampling = Sampling(**fields, logit_bias=dict(arguments.logit_bias))
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)  # It says the same, longer.
+    if arguments.compilation_cache:
+        machine.use_compilation_cache()
+    if note := machine.unseen_accelerator():
+        print(note, file=sys.stderr)
+    command = _Command(arguments, sampling)
+    if prompts is not None:
+        command.complete(prompts)
+        return
+    from mistral_jax.terminal import converse
+
+    converse(command.answer, arguments.system)
+
+
+class _Command:
+    """A loaded model, and what is asked of it."""
+
+    def __init__(self, arguments: argparse.Namespace, sampling):
+        from mistral_jax.checkpoint import load
+        from mistral_jax.stats import CompileClock
+
+        self._arguments = arguments
+        self._clock = CompileClock()
+        began = time.perf_counter()
+        model, self._params, self._tokenizer = load(
+            arguments.checkpoint, sharding=arguments.sharding, dtype=arguments.dtype
+        )
+        if self._tokenizer is None:
+            raise ValueError(
+                f"{arguments.checkpoint} has no tokenizer.model; put the model's there"
+            )
+        if arguments.max_positions is not None:
+            config = dataclasses.replace(model.config, max_positions=arguments.max_positions)
+            model = model.clone(config=config)
+        self._model = model
+        self._options = {
+            "max_new_tokens": arguments.max_tokens,
+            "sampling": sampling,
+            "stop": arguments.stop,
+            "top_logprobs": arguments.top_logprobs,
+            "is_new": arguments.chat,
+        }
+        if arguments.stats:
+            print(f"load         {time.perf_counter() - began:.2f} s", file=sys.stderr)
+
+    def answer(self, messages, show) -> None:
+        """Answers a conversation; `show` is called with each piece of the answer."""
+        self._run([self._tokenizer.encode_chat(messages)], lambda _, piece: show(piece))
+
+    def complete(self, texts: list[str]) -> None:
+        """Continues or answers texts, and prints what comes of it."""
+        encode = self._encode_message if self._arguments.chat else self._encode_text
+        prompts = [encode(text) for text in texts]
+        shown = texts if sys.stdout.isatty() and not self._arguments.chat else [""] * len(texts)
+        if self._arguments.json:
+            for text, completion in zip(texts, self._run(prompts), strict=True):
+                print(json.dumps(self._describe(text, completion)))
+        elif len(texts) == 1:
+            print(shown[0], end="", flush=True)
+            self._run(prompts, lambda _, piece: print(piece, end="", flush=True))
+            print(flush=True)
+        else:
+            answers = [completion.text for completion in self._run(prompts)]
+            print(*map("".join, zip(shown, answers, strict=True)), sep="\n\n", flush=True)
+
+    def _encode_text(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, bos=True)
+
+    def _encode_message(self, text: str) -> list[int]:
+        system = self._arguments.system
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        return self._tokenizer.encode_chat([*messages, {"role": "user", "content": text}])
+
+    def _run(self, prompts: list[list[int]], on_text=None):
+        from mistral_jax.generation.text import completions
+        from mistral_jax.stats import report
+
+        began = time.perf_counter()
+        rows = completions(
+            self._model, self._params, self._tokenizer, prompts, on_text=on_text, **self._options
+        )
+        if self._arguments.stats:
+            sys.stdout.flush()
+            print(report(self._params, prompts, rows, began, self._clock), file=sys.stderr)
+        return rows
+
+    def _describe(self, prompt: str, completion) -> dict:
+        fields = {
+            "prompt": prompt,
+            "text": completion.text,
+            "tokens": completion.tokens,
+            "logprobs": completion.logprobs,
+            "finish_reason": completion.finish_reason,
+            "seconds": {
+                "first_token": round(completion.first_seconds, 4),
+                "total": round(completion.seconds, 4),
+            },
+        }
+        if self._arguments.top_logprobs:
+            fields["top_logprobs"] = completion.top_logprobs
+        return fields
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str] | None:
+    """Reads all prompts; None stands for a conversation."""
+    prompts = [_standard_input() if text == "-" else text for text in arguments.prompts]
+    if arguments.prompts_file is not None:
+        lines = _decode(arguments.prompts_file.read_bytes(), str(arguments.prompts_file))
+        prompts += [line for line in lines.splitlines() if line]
+    if not prompts and not arguments.chat:
+        raise ValueError("there is no prompt; give one, - for standard input, or --chat")
+    return prompts or None
+
+
+def _standard_input() -> str:
+    return _decode(sys.stdin.buffer.read(), "standard input").removesuffix("\n")
+
+
+def _decode(data: bytes, source: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{source} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; "
+            "convert it to UTF-8 first"
+        ) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

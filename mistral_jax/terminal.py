@@ -1,0 +1,78 @@
+"""A conversation at a terminal: lines in, answers out, a few commands. It knows no model."""
+
+import contextlib
+import sys
+from collections.abc import Callable
+
+with contextlib.suppress(ImportError):  # Windows has none; else it gives input() a history.
+    import readline  # noqa: F401
+
+Messages = list[dict[str, str]]
+
+_HELP = """\
+/reset  forget the conversation
+/help   show this
+/exit   leave (so does Ctrl-D)
+Ctrl-C  stop an answer"""
+
+
+def converse(
+    answer: Callable[[Messages, Callable[[str], None]], None], system: str | None = None
+) -> None:
+    """Answers line after line, until /exit or the end of the input.
+
+    An answer that is interrupted, or that fails, does not end the conversation.
+
+    Args:
+      answer: called with the messages so far and a function to which it gives pieces of its answer.
+      system: text of the system message that every conversation starts with, if any.
+    """
+    beginning = [] if system is None else [{"role": "system", "content": system}]
+    messages = list(beginning)
+    if sys.stdin.isatty():
+        print("Type a message, or /help.", file=sys.stderr)
+    while (line := _read()) is not None:
+        match line.split():
+            case []:
+                pass
+            case ["/exit"]:
+                return
+            case ["/reset"]:
+                messages = list(beginning)
+            case ["/help"]:
+                print(_HELP, file=sys.stderr)
+            case [word] if word.startswith("/"):
+                print(f"there is no command {word}\n{_HELP}", file=sys.stderr)
+            case _:
+                messages += _turn(answer, messages, line)
+
+
+def _read() -> str | None:
+    """Reads a line; None at the end of the input."""
+    while True:
+        try:
+            return input("> " if sys.stdin.isatty() and sys.stdout.isatty() else "")
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            print("\n/exit or Ctrl-D leaves", file=sys.stderr)
+
+
+def _turn(answer, messages: Messages, line: str) -> Messages:
+    """Prints the answer to a line; returns the messages that this adds."""
+    question = {"role": "user", "content": line}
+    pieces = []
+
+    def show(piece):
+        pieces.append(piece)
+        print(piece, end="", flush=True)
+
+    try:
+        answer([*messages, question], show)
+    except KeyboardInterrupt:  # What was said stays said.
+        pass
+    except ValueError as error:
+        print(f"error: {error}; /reset begins a new conversation", file=sys.stderr)
+        return []
+    print(flush=True)
+    return [question, {"role": "assistant", "content": "".join(pieces)}]
