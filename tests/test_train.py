@@ -1,0 +1,246 @@
+"""A training run: stopped and gone on equals uninterrupted, to the bit; and its command line."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+import tiny
+
+import mistral_jax
+from mistral_jax import config, train
+from mistral_jax.training import corpus, curve, run
+from mistral_jax.training.recipe import Recipe
+from mistral_jax.training.step import TrainState
+
+MODEL = """
+vocab_size = 500
+num_layers = 1
+embed_dim = 32
+mlp_dim = 48
+num_heads = 4
+num_kv_heads = 2
+head_dim = 8
+rope_theta = 1e4
+sliding_window = 8
+"""
+RECIPE = """
+model = "tiny"
+corpus = ["any"]
+context = 24
+rows = 2
+steps = 20
+warmup_steps = 2
+learning_rate = 1e-2
+final_learning_rate = 1e-3
+validate_every = 10
+save_every = 10
+"""
+TESTS = sorted(Path(__file__).parent.glob("test_*.py"))
+SOURCE = corpus.Source("any", "1", "MIT", {path.name: path.read_text() for path in TESTS})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def recipe_file(tmp_path_factory):
+    """Puts the tiny model among the known ones, and these tests in the place of a corpus."""
+    folder = tmp_path_factory.mktemp("configs")
+    (folder / "models").mkdir()
+    (folder / "models" / "tiny.toml").write_text(MODEL)
+    (folder / "tiny.toml").write_text(RECIPE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "CONFIG_DIR", folder)
+        patch.setattr(corpus, "gather", lambda roots: [SOURCE])
+        # One document in a few, of so few.
+        patch.setattr(run.data, "_VALIDATION_SHARE", 5)
+        # All runs here are of the same programs: they are compiled once.
+        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+        seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        yield folder / "tiny.toml"
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+        jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture(scope="module")
+def printed(recipe_file, tmp_path_factory):
+    """Trains by the command, uninterrupted; returns the run's folder and what was printed."""
+    path = tmp_path_factory.mktemp("runs") / "whole"
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        assert command(recipe_file, "--run", path, "--plot") == 0
+    return path, output.getvalue(), errors.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(printed):
+    """Returns the folder of a run that nothing interrupted."""
+    return printed[0]
+
+
+def command(*arguments):
+    return train.main([str(argument) for argument in arguments])
+
+
+def final_state(path, recipe):
+    _, optimizer = run.make_optimizer(recipe)
+    params = run.initial_params(recipe.model_config, recipe.seed)
+    return run.restore_state(path, TrainState.create(optimizer, params))
+
+
+def losses(path):
+    return [(e["step"], e["loss"]) for e in curve.read(path / "curve.jsonl") if "loss" in e]
+
+
+def stop_at(step, number):
+    def report(entry):
+        if entry["step"] == step and "loss" in entry:
+            signal.raise_signal(number)
+
+    return report
+
+
+def test_stopped_and_gone_on_equals_uninterrupted(finished, recipe_file, tmp_path):
+    recipe = dataclasses.replace(Recipe.from_file(recipe_file), save_every=20)
+
+    def stop_at_10(entry):
+        if entry["step"] == 10:
+            signal.raise_signal(signal.SIGTERM)
+
+    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # for the validation's entry
+    try:
+        assert not run.train(recipe, tmp_path / "run", stop_at_10)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert [path.name for path in (tmp_path / "run/states").iterdir()] == ["00000010"]
+    assert not (tmp_path / "run/checkpoint").exists()
+    assert run.train(recipe, tmp_path / "run", lambda entry: None)
+    chex.assert_trees_all_equal(
+        final_state(tmp_path / "run", recipe), final_state(finished, recipe)
+    )
+    assert losses(tmp_path / "run") == losses(finished)
+
+
+def test_a_killed_run_goes_on_from_its_last_state(finished, recipe_file, tmp_path):
+    recipe = Recipe.from_file(recipe_file)
+    killed = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(killed / "states" / "00000020")
+    (killed / "states" / ".00000020.partial-ab").mkdir()
+    with (killed / "curve.jsonl").open("a") as file:
+        file.write('{"step": 20, "lo')
+    assert run.train(recipe, killed, lambda entry: None)
+    chex.assert_trees_all_equal(final_state(killed, recipe), final_state(finished, recipe))
+    assert losses(killed) == losses(finished)
+
+
+def test_exports_what_it_trained(finished, recipe_file):
+    recipe = Recipe.from_file(recipe_file)
+    model, params, tokenizer = mistral_jax.load(finished / "checkpoint", dtype="bfloat16")
+    state = final_state(finished, recipe)
+    expected = jax.tree.map(lambda p: p.astype(model.dtype), state.trainable)
+    chex.assert_trees_all_equal(params, expected)
+    assert model.config == recipe.model_config
+    assert tokenizer.vocab_size == recipe.model_config.vocab_size
+    provenance = json.loads((finished / "checkpoint/config.json").read_text())["provenance"]
+    assert provenance == {"recipe": recipe.to_dict(), "step": 20}
+
+
+def test_writes_a_curve_that_falls(finished):
+    entries = curve.read(finished / "curve.jsonl")
+    assert [(entry["step"], "loss" in entry) for entry in entries] == [
+        (10, True),
+        (10, False),
+        (20, True),
+        (20, False),
+    ]
+    assert entries[2]["loss"] < entries[0]["loss"] - 0.3
+    assert entries[3]["validation_loss"] < entries[1]["validation_loss"]
+
+
+def test_validates_with_the_mean_over_all_windows(finished, recipe_file):
+    recipe = Recipe.from_file(recipe_file)
+    model, _, _ = mistral_jax.load(finished / "checkpoint")
+    params = final_state(finished, recipe).trainable
+    tokens = np.load(finished / "data" / "validation.npy").astype(np.int32)
+    losses = []
+    for start in range(0, (len(tokens) - 1) // 24 * 24, 24):
+        window = tokens[start : start + 25]
+        logits, _ = tiny.forward(model, params, window[None, :-1], np.arange(24)[None])
+        logprobs = jax.nn.log_softmax(logits[0])
+        losses += [-float(logprobs[i, token]) for i, token in enumerate(window[1:])]
+    entry = curve.read(finished / "curve.jsonl")[-1]
+    np.testing.assert_allclose(entry["validation_loss"], np.mean(losses), rtol=1e-4)
+
+
+def test_a_finished_run_trained_longer_goes_on(finished, recipe_file, tmp_path):
+    recipe = dataclasses.replace(Recipe.from_file(recipe_file), steps=30)
+    longer = shutil.copytree(finished, tmp_path / "run")
+    assert run.train(recipe, longer, lambda entry: None)
+    assert [step for step, _ in losses(longer)] == [10, 20, 30]
+    assert [p.name for p in sorted((longer / "states").iterdir())] == ["00000020", "00000030"]
+    assert json.loads((longer / "checkpoint/config.json").read_text())["provenance"]["step"] == 30
+
+
+def test_another_recipe_is_refused(finished, recipe_file):
+    recipe = dataclasses.replace(Recipe.from_file(recipe_file), learning_rate=1e-4)
+    with pytest.raises(ValueError, match=r"holds a run with learning_rate = 0\.01"):
+        run.train(recipe, finished, lambda entry: None)
+
+
+def test_a_folder_of_something_else_is_refused(recipe_file, tmp_path):
+    (tmp_path / "precious").touch()
+    with pytest.raises(ValueError, match="exists"):
+        run.train(Recipe.from_file(recipe_file), tmp_path, lambda entry: None)
+    assert [p.name for p in tmp_path.iterdir()] == ["precious"]
+
+
+def test_the_learning_rate_rises_and_falls(recipe_file):
+    recipe = dataclasses.replace(Recipe.from_file(recipe_file), steps=102)
+    schedule, _ = run.make_optimizer(recipe)
+    rates = [float(schedule(step)) for step in (0, 1, 2, 52, 102)]
+    np.testing.assert_allclose(rates, [0, 0.005, 0.01, 0.0055, 0.001], rtol=1e-5)
+
+
+def test_the_command_says_where_the_model_is_and_draws_the_curve(printed):
+    path, output, errors = printed
+    assert output.splitlines()[-1] == f"the model is in {path / 'checkpoint'}"
+    assert errors.splitlines()[1].startswith("step 10  validation loss ")
+    assert (path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_says_how_to_go_on(recipe_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run, "train", lambda recipe, path, report: False)
+    assert command(recipe_file, "--run", tmp_path / "run") == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_the_command_puts_runs_under_runs(recipe_file, monkeypatch):
+    paths = []
+    monkeypatch.setattr(run, "train", lambda recipe, path, report: paths.append(path) or True)
+    command(recipe_file)
+    assert paths == [Path("runs/tiny")]
+
+
+def test_errors_are_one_line(recipe_file, tmp_path, capsys, monkeypatch):
+    assert command(tmp_path / "absent.toml") == 2
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert command(recipe_file, "--run", tmp_path / "run", "--plot") == 2
+    assert not (tmp_path / "run").exists()
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: there is no file ")
+    assert second.startswith("error: no plot without matplotlib")
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        command("--help")
+    text = capsys.readouterr().out
+    assert all(option in text for option in ("--run", "--plot", "configs/training/nano.toml"))
