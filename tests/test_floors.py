@@ -16,10 +16,12 @@ FLOORS = [  # from the ground up; modules of one floor do not know each other
         "arrays",
         "config",
         "folder",
+        "machine",
         "memory",
         "messages",
         "model.rope",
         "model.attention",
+        "terminal",
         "training.loss",
     },
     {
@@ -37,8 +39,9 @@ FLOORS = [  # from the ground up; modules of one floor do not know each other
     {"generation.prefill", "training.data"},
     {"generation.decode", "generation.score", "training.run"},
     {"generation.generate"},
-    {"generation.text"},
+    {"generation.text", "stats"},
     {""},  # the package itself: what `import mistral_jax` offers
+    {"options"},
     {"sample", "train"},
 ]
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}

@@ -1,0 +1,216 @@
+"""The command line of generation: what it prints where, and what it refuses."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+import tokenizer_samples
+
+import mistral_jax
+from mistral_jax import checkpoint, sample
+from mistral_jax.generation.sampling import Sampling
+from mistral_jax.generation.text import chat, complete
+from mistral_jax.tokenizer import Tokenizer
+
+SAMPLING = Sampling(temperature=1, top_p=1, seed=4)
+FLAGS = ["--temperature", "1", "--top-p", "1", "--seed", "4", "--max-tokens", "12"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint folder of a tiny model."""
+    home = tmp_path_factory.mktemp("sample")
+    tokenizer = tokenizer_samples.train_small_mistral(home / "tokenizer.model")
+    size = Tokenizer.from_file(tokenizer).vocab_size
+    model, params = tiny.build(n_layers=1, vocab_size=size)
+    checkpoint.save(home / "tiny", model.config, params, tokenizer)
+    return home / "tiny"
+
+
+@pytest.fixture
+def command(folder, capsys):
+    """Runs the command; returns its exit code, standard output and standard error."""
+
+    def run(*arguments):
+        flags = ["--checkpoint", str(folder), "--no-compilation-cache", *FLAGS]
+        try:
+            code = sample.main([*flags, *arguments])
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def typed(monkeypatch):
+    """Sets standard input to some bytes."""
+
+    def set_input(data):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), "utf-8"))
+
+    return set_input
+
+
+def expected(folder, prompt, **options):
+    return complete(*checkpoint.load(folder), prompt, 12, sampling=SAMPLING, **options)
+
+
+def test_standard_output_carries_the_continuation_and_nothing_else(command, folder):
+    assert command("def main") == (0, expected(folder, "def main") + "\n", "")
+
+
+def test_a_prompt_stands_before_its_continuation_on_a_terminal(command, folder, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert command("def main")[1] == "def main" + expected(folder, "def main") + "\n"
+    assert command("def main", "--chat")[1] == _answer(folder, ["def main"])[0] + "\n"
+    assert command("def main", "--json")[1].startswith("{")
+
+
+def _answer(folder, questions, system=()):
+    loaded = checkpoint.load(folder)
+    conversations = [[*system, {"role": "user", "content": text}] for text in questions]
+    return [chat(*loaded, messages, 12, sampling=SAMPLING) for messages in conversations]
+
+
+def test_a_dash_reads_standard_input_without_its_last_newline(command, folder, typed):
+    typed("Straße\n\n".encode())
+    assert command("-")[1] == expected(folder, "Straße\n") + "\n"
+
+
+def test_standard_input_must_be_utf8(command, typed):
+    typed(b"abc\xff")
+    code, out, err = command("-")
+    assert (code, out) == (2, "")
+    assert err == (
+        "error: standard input is not UTF-8: byte 0xff at offset 3; convert it to UTF-8 first\n"
+    )
+
+
+def test_several_prompts_make_a_batch(command, folder, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("import\n\nreturn 日本\n", encoding="utf-8")
+    prompts = ["def", "import", "return 日本"]
+    texts = expected(folder, prompts)
+    code, out, err = command("def", "--prompts-file", str(file))
+    assert (code, out, err) == (0, "\n\n".join(texts) + "\n", "")
+
+
+def test_json_tells_all(command, folder):
+    code, out, err = command("def", "日本", "--json", "--top-logprobs", "2", "--stop", "\0")
+    assert (code, err) == (0, "")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["prompt"] for line in lines] == ["def", "日本"]
+    assert [line["text"] for line in lines] == expected(folder, ["def", "日本"])
+    for line in lines:
+        assert list(line) == [
+            *("prompt", "text", "tokens", "logprobs", "finish_reason", "seconds", "top_logprobs")
+        ]
+        assert line["finish_reason"] in ("stop", "length")
+        assert len(line["tokens"]) == len(line["logprobs"]) == len(line["top_logprobs"]) <= 12
+        assert all(len(top) == 2 for top in line["top_logprobs"])
+        assert 0 < line["seconds"]["first_token"] <= line["seconds"]["total"]
+
+
+def test_messages_are_answered_with_their_system_text(command, folder):
+    flags = ["--chat", "--system", "Be brief."]
+    system = [{"role": "system", "content": "Be brief."}]
+    answers = _answer(folder, ["Hello", "Hi"], system)
+    assert command("Hello", *flags)[1] == answers[0] + "\n"
+    assert command("Hello", "Hi", *flags)[1].startswith(answers[0] + "\n\n")
+
+
+def test_a_conversation_remembers(command, folder, typed):
+    typed(b"Hello\nAnd now?\n/reset\nHello\n")
+    loaded = checkpoint.load(folder)
+    messages, answers = [], []
+    for text in ("Hello", "And now?"):
+        messages.append({"role": "user", "content": text})
+        answers.append(chat(*loaded, messages, 12, sampling=SAMPLING))
+        messages.append({"role": "assistant", "content": answers[-1]})
+    assert command("--chat") == (0, "".join(f"{a}\n" for a in (*answers, answers[0])), "")
+
+
+def test_stats_are_told_on_standard_error(command, folder):
+    code, out, err = command("def main", "--stats")
+    assert (code, out) == (0, expected(folder, "def main") + "\n")
+    names = [line.split("  ")[0] for line in err.splitlines()]
+    assert names == ["load", "compile", "first token", "prefill", "decode", "memory"]
+
+
+def test_the_limit_can_be_lifted(command):
+    code, _, err = command("def main", "--max-positions", "10")
+    assert code == 2
+    assert "the model's 10 positions" in err
+    assert "--max-positions" in err
+    assert command("def main", "--max-positions", "100")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "there is no prompt; give one, - for standard input, or --chat"),
+        (["x", "--system", "y"], "--system is for --chat"),
+        (["--chat", "--json"], "--json is for prompts"),
+        (["x", "--temperature", "nan"], "temperature is nan; expected a number from 0 to 100"),
+        (["x", "--top-p", "2"], "top_p is 2.0; expected a number from 0 to 1"),
+        (["x", "--top-k", "-1"], "top_k is -1; expected an integer from 0"),
+        (["x", "--top-k", "1.5"], "argument --top-k: invalid int value: '1.5'"),
+        (["x", "--min-p", "inf"], "min_p is inf; expected a number from 0 to 1"),
+        (["x", "--seed", "-1"], "seed is -1; expected an integer from 0"),
+        (["x", "--max-tokens", "0"], "max_new_tokens is 0; expected an integer above 0"),
+        (["x", "--max-positions", "0"], "max_positions is 0; expected an integer above 0"),
+        (["x", "--top-logprobs", "-1"], "top_logprobs is -1; expected an integer from 0"),
+        (["x", "--stop", ""], "stop has ''; expected strings that are not empty"),
+        (["x", "--logit-bias", "3"], "argument --logit-bias: '3' is not a token id, =, and a"),
+        (["x", "--logit-bias", "99999=1"], "logit_bias names token 99999; expected 0 to"),
+        (["x", "--logit-bias", "3=nan"], "logit_bias has 3: nan; expected a token id and a"),
+        (["x", "--prompts-file", "no/such"], "[Errno 2] No such file or directory: 'no/such'"),
+        (["x", "--sharding", "none"], "no sharding named 'none'; expected one of"),
+        (["x", "--checkpoint", "no/such"], "no/such"),
+        (["\udcff"], "the text has a lone surrogate"),
+    ],
+)
+def test_mistakes_end_in_one_line(command, arguments, message):
+    code, out, err = command(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_a_source_folder_gets_the_command_that_converts_it(command, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    code, _, err = command("x", "--checkpoint", str(tmp_path))
+    assert code == 2
+    assert f"python -m mistral_jax.convert to-orbax {tmp_path} " in err
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused(command, folder, tmp_path):
+    model, params, _ = checkpoint.load(folder)
+    checkpoint.save(tmp_path / "bare", model.config, params)
+    code, _, err = command("x", "--checkpoint", str(tmp_path / "bare"))
+    assert (code, err.count("has no tokenizer.model")) == (2, 1)
+
+
+def test_version(command):
+    assert command("--version") == (0, f"mistral_jax {mistral_jax.__version__}\n", "")
+
+
+def test_a_closed_pipe_ends_it_silently_and_programs_are_kept(folder, tmp_path):
+    cache = tmp_path / "cache"
+    with subprocess.Popen(
+        [sys.executable, "-m", "mistral_jax.sample", "x", "--checkpoint", folder, *FLAGS],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"},
+    ) as run:
+        run.stdout.close()
+        assert run.stderr.read() == b""
+    assert run.returncode == 0
+    assert any((cache / "mistral_jax" / "xla").iterdir())
