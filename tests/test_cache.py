@@ -68,6 +68,16 @@ def test_write_keeps_the_last_tokens_of_each_row_however_the_text_is_cut(slots):
                 np.testing.assert_array_equal([cache.k[row, slot], cache.v[row, slot]], expected)
 
 
+def test_the_later_of_two_tokens_for_a_slot_wins_wherever_it_stands():
+    """A scatter has no order: only one of them may be written at all."""
+    cache = LayerCache(
+        k=jnp.zeros((1, 3, 1, 1)), v=jnp.zeros((1, 3, 1, 1)), positions=jnp.full((1, 3), -1)
+    )
+    positions = jnp.array([[7, 2, 6, 4, 3, 5]])
+    values = positions[:, :, None, None].astype(jnp.float32)
+    np.testing.assert_array_equal(write(cache, values, values, positions).positions, [[6, 7, 5]])
+
+
 def test_write_casts_to_the_dtype_of_the_cache():
     config = tiny.build()[0].config
     layer = init_cache(config, 1, 4, jnp.bfloat16)[0]
