@@ -11,11 +11,14 @@ import jax
 import numpy as np
 import pytest
 import reference
+import safetensors.torch
 import tiny
 import torch
+import transformers
 
 import mistral_jax
 from convert.to_orbax import to_orbax
+from convert.to_torch import to_torch
 
 TOLERANCE = 1e-5
 NEW_TOKENS = 32
@@ -124,6 +127,30 @@ def test_files_that_torch_saved_give_the_same_tree(case, tmp_path):
         for parts in {1, config["n_kv_heads"]}:
             folder = official_folder(tmp_path / f"official{parts}", config, tensors, parts)
             assert_same_trees(load(folder, tmp_path / "ours")[1], expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_export_is_the_model_that_was_converted(case, dtype, tmp_path):
+    config, tensors, rng = case
+    theirs = hf_reference.build(config, tensors)
+    theirs.to(getattr(torch, dtype)).save_pretrained(tmp_path / "hf")
+    theirs = hf_reference.load(tmp_path / "hf")
+    to_orbax(tmp_path / "hf", tmp_path / "ours")
+    to_torch(tmp_path / "ours", tmp_path / "back", shard_bytes=8000)
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto")
+    assert back.dtype == getattr(torch, dtype)
+    back = hf_reference.load(tmp_path / "back")
+    assert type(back) is type(theirs)
+    prompt = rng.integers(config["vocab_size"], size=30)
+    np.testing.assert_array_equal(
+        hf_reference.logits(back, prompt), hf_reference.logits(theirs, prompt)
+    )
+    if "output.weight" in tensors:
+        to_torch(tmp_path / "ours", tmp_path / "official", format="official")
+        state = safetensors.torch.load_file(tmp_path / "official" / "consolidated.safetensors")
+        assert state.keys() == tensors.keys()
+        for name, tensor in state.items():
+            assert torch.equal(tensor, torch.from_numpy(tensors[name]).to(tensor.dtype)), name
 
 
 def hf_files(model):
