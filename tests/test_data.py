@@ -93,9 +93,9 @@ def test_documents_stand_between_bos_and_eos():
 
 
 def test_the_split_goes_by_name_alone():
-    documents = {f"package/file{i}.py": str(i) for i in range(4000)}
-    train, validation = data.split(documents)
+    documents = {f"file{i}.py": str(i) for i in range(4000)}
+    train, validation = data.split("package", documents)
     assert sorted(train + validation, key=int) == list(documents.values())
     assert 5 <= len(validation) <= 50  # one in 200
     fewer = dict(list(documents.items())[::2])
-    assert set(data.split(fewer)[1]) == set(validation) & set(fewer.values())
+    assert set(data.split("package", fewer)[1]) == set(validation) & set(fewer.values())

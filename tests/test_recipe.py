@@ -10,7 +10,7 @@ from mistral_jax.training.recipe import Recipe
 
 FIELDS = {
     "model": "nano",
-    "corpus": ["python"],
+    "corpus": {"python": 2, "jax": 1},
     "context": 16,
     "rows": 4,
     "steps": 10,
@@ -44,8 +44,9 @@ def test_json_values_give_an_equal_recipe():
         ({"learning_rate": math.nan}, "learning_rate is nan; expected a finite number"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1; expected a finite number of at least 0"),
         ({"clip_norm": "1"}, "clip_norm is '1'; expected a finite number"),
-        ({"corpus": []}, r"corpus is \[\]; expected a list of names"),
-        ({"corpus": "python"}, "corpus is 'python'; expected a list of names"),
+        ({"corpus": {}}, r"corpus is \{\}; expected a table of distributions"),
+        ({"corpus": ["python"]}, r"corpus is \['python'\]; expected a table of distributions"),
+        ({"corpus": {"python": 0}}, r"corpus is \{'python': 0\}; expected a table of dist"),
         ({"microbatches": 3}, r"microbatches is 3; expected a divisor of rows \(4\)"),
         ({"warmup_steps": 10}, r"warmup_steps is 10; expected less than steps \(10\)"),
         ({"model": 7}, "model is 7; expected a string"),

@@ -34,7 +34,7 @@ sliding_window = 8
 """
 RECIPE = """
 model = "tiny"
-corpus = ["any"]
+corpus = { Any = 2 }
 context = 24
 rows = 2
 steps = 20
@@ -244,3 +244,10 @@ def test_help_names_every_option(capsys):
         command("--help")
     text = capsys.readouterr().out
     assert all(option in text for option in ("--run", "--plot", "configs/training/nano.toml"))
+
+
+def test_an_epoch_reads_a_source_as_often_as_the_recipe_says(finished):
+    tokens = np.load(finished / "data" / "train.npy")
+    once, twice = np.split(tokens, 2)
+    np.testing.assert_array_equal(once, twice)
+    assert np.sum(tokens == 1) == 2 * len(run.data.split("any", SOURCE.files)[0])

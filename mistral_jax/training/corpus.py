@@ -85,6 +85,11 @@ def gather(roots: Sequence[str]) -> list[Source]:
     return sources
 
 
+def normal_name(name: str) -> str:
+    """Returns the one spelling of a distribution's name that all others are taken for."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
 def python_files(name: str) -> dict[str, str]:
     """Reads the documents of one distribution, whatever its licence: to evaluate, not to train."""
     return dict(_documents(_distribution_paths(importlib.metadata.distribution(name)), set()))
@@ -95,7 +100,7 @@ def _with_requirements(roots: Iterable[str]) -> list[str]:
     waiting = [(name, True) for name in roots]
     while waiting:
         name, is_root = waiting.pop()
-        name = re.sub(r"[-_.]+", "-", name).lower()
+        name = normal_name(name)
         if name in found:
             continue
         requirements = []

@@ -16,11 +16,11 @@ from mistral_jax.training.step import Batch
 _VALIDATION_SHARE = 200  # one document in so many is kept for validation
 
 
-def split(documents: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Divides documents into those for training and those for validation, by their names alone."""
+def split(source: str, files: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Divides a source's files into texts to train on and to validate on, by their names alone."""
     parts = [], []
-    for name, text in documents.items():
-        digest = hashlib.sha256(name.encode()).digest()
+    for name, text in files.items():
+        digest = hashlib.sha256(f"{source}/{name}".encode()).digest()
         parts[int.from_bytes(digest[:8], "big") % _VALIDATION_SHARE == 0].append(text)
     return parts
 

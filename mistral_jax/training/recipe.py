@@ -18,8 +18,8 @@ class Recipe:
 
     Attributes:
       model: name of a file in configs/models.
-      corpus: installed distributions whose Python source is read, with all that they need; "python"
-        is the standard library.
+      corpus: installed distributions whose Python source is read, and how often in an epoch; what
+        they need in their turn is read once. "python" is the standard library.
       context: tokens a row (T).
       rows: rows a step (B).
       microbatches: parts that a step computes one after another, to save memory; divides rows.
@@ -37,7 +37,7 @@ class Recipe:
     """
 
     model: str
-    corpus: tuple[str, ...]
+    corpus: Mapping[str, int]
     context: int
     rows: int
     steps: int
@@ -58,8 +58,7 @@ class Recipe:
             value = getattr(self, field.name)
             if field.type is int:
                 least = 0 if field.name in ("seed", "warmup_steps") else 1
-                good = isinstance(value, int) and not isinstance(value, bool) and value >= least
-                expected = f"an integer of at least {least}"
+                good, expected = _is_count(value, least), f"an integer of at least {least}"
             elif field.type is float:
                 good = isinstance(value, int | float) and not isinstance(value, bool)
                 good = good and 0 <= value < float("inf")
@@ -67,10 +66,9 @@ class Recipe:
             elif field.type is str:
                 good, expected = isinstance(value, str), "a string"
             else:
-                good = isinstance(value, list | tuple) and all(isinstance(x, str) for x in value)
-                good, expected = good and len(value) > 0, "a list of names of distributions"
-                if good:
-                    object.__setattr__(self, field.name, tuple(value))
+                good = isinstance(value, Mapping) and len(value) > 0
+                good = good and all(_is_count(times, 1) for times in value.values())
+                expected = "a table of distributions and whole numbers, such as { python = 1 }"
             if not good:
                 raise ValueError(f"{field.name} is {value!r}; expected {expected}")
         if self.rows % self.microbatches:
@@ -124,7 +122,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as JSON values, such that `from_dict` gives an equal recipe."""
-        return {**dataclasses.asdict(self), "corpus": list(self.corpus)}
+        return dataclasses.asdict(self)
 
     def check_continues(self, earlier: "Recipe", where: str) -> None:
         """Raises a ValueError if the run in `where`, of `earlier`, can't go on with this recipe."""
@@ -135,3 +133,7 @@ class Recipe:
                     f"{where} holds a run with {name} = {value!r}, and this recipe says {mine!r}: "
                     "name another folder with --run, or restore the recipe"
                 )
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

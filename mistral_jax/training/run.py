@@ -99,13 +99,18 @@ def prepare(recipe: Recipe, path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _write_data(recipe: Recipe, part: Path) -> None:
     sources = corpus.gather(recipe.corpus)
-    documents = {f"{s.name}/{file}": text for s in sources for file, text in s.files.items()}
-    train_texts, validation_texts = data.split(documents)
+    splits = {source.name: data.split(source.name, source.files) for source in sources}
+    times = {corpus.normal_name(name): count for name, count in recipe.corpus.items()}
+    train_texts = [text for texts, _ in splits.values() for text in texts]
     vocabulary = train_vocabulary(train_texts, recipe.model_config.vocab_size, recipe.seed)
     (part / "tokenizer.model").write_bytes(vocabulary)
     tokenizer = Tokenizer.from_file(part / "tokenizer.model")
-    np.save(part / "train.npy", data.tokenize(train_texts, tokenizer))
-    np.save(part / "validation.npy", data.tokenize(validation_texts, tokenizer))
+    train, validation = [], []
+    for name, (train_texts, validation_texts) in splits.items():
+        train += [data.tokenize(train_texts, tokenizer)] * times.get(name, 1)
+        validation.append(data.tokenize(validation_texts, tokenizer))
+    np.save(part / "train.npy", np.concatenate(train))
+    np.save(part / "validation.npy", np.concatenate(validation))
     listing = [source.summary() for source in sources]
     (part / "corpus.json").write_text(json.dumps(listing, indent=2) + "\n")
 
