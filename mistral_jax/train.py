@@ -27,6 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the first step, or a second one
+        print(file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,6 +51,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="draw the curve as <run>/curve.png at the end (matplotlib)",
     )
+    parser.add_argument(
+        "--no-compilation-cache",
+        dest="compilation_cache",
+        action="store_false",
+        help="compile anew, and keep nothing in the user's cache folder",
+    )
     return parser
 
 
@@ -56,8 +65,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
     recipe = Recipe.from_file(arguments.recipe)
     path = arguments.run or Path("runs") / arguments.recipe.stem
+    from mistral_jax import machine
     from mistral_jax.training import curve, run
 
+    if arguments.compilation_cache:
+        machine.use_compilation_cache()
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs failures that are raised too.
     if arguments.plot:
         curve.check_plot()

@@ -86,7 +86,7 @@ def finished(printed):
 
 
 def command(*arguments):
-    return train.main([str(argument) for argument in arguments])
+    return train.main(["--no-compilation-cache", *map(str, arguments)])
 
 
 def final_state(path, recipe):
@@ -187,6 +187,12 @@ def test_a_finished_run_trained_longer_goes_on(finished, recipe_file, tmp_path):
     assert [step for step, _ in losses(longer)] == [10, 20, 30]
     assert [p.name for p in sorted((longer / "states").iterdir())] == ["00000020", "00000030"]
     assert json.loads((longer / "checkpoint/config.json").read_text())["provenance"]["step"] == 30
+
+
+def test_a_loss_that_is_no_number_ends_the_run(recipe_file, tmp_path):
+    recipe = dataclasses.replace(Recipe.from_file(recipe_file), learning_rate=1e30)
+    with pytest.raises(ValueError, match=r"loss of step \d+ is (nan|inf): .* below 1e\+30"):
+        run.train(recipe, tmp_path / "run", lambda entry: None)
 
 
 def test_another_recipe_is_refused(finished, recipe_file):

@@ -5,6 +5,7 @@ It is the bookkeeping around `step.py`. A run that was stopped goes on where it 
 
 import contextlib
 import json
+import math
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -43,24 +44,30 @@ def train(recipe: Recipe, path: Path | str, report: Callable[[Entry], None]) -> 
       Whether the run is complete; False = an interrupt or SIGTERM stopped it, state saved.
 
     Raises:
-      ValueError: the recipe does not fit the run in the folder, or the text that is installed.
+      ValueError: the recipe does not fit the run in the folder, or the text that is installed; or
+        the loss is no longer a number.
     """
     path = Path(path).absolute()
-    with _signals() as stopped:
-        train_tokens, validation_tokens = prepare(recipe, path)
-        model = Transformer(recipe.model_config)
-        schedule, optimizer = make_optimizer(recipe)
-        params = initial_params(model.config, recipe.seed)
-        state = restore_state(path, TrainState.create(optimizer, params))
-        loss_fn = make_loss_fn(model)
-        train_step = make_train_step(loss_fn, optimizer, recipe.microbatches)
-        evaluate = jax.jit(loss_fn)
-        curve = Curve(path / "curve.jsonl", int(state.step), report)
-        shape = {"context": recipe.context, "rows": recipe.rows}
+    train_tokens, validation_tokens = prepare(recipe, path)
+    model = Transformer(recipe.model_config)
+    schedule, optimizer = make_optimizer(recipe)
+    params = initial_params(model.config, recipe.seed)
+    state = restore_state(path, TrainState.create(optimizer, params))
+    loss_fn = make_loss_fn(model)
+    train_step = make_train_step(loss_fn, optimizer, recipe.microbatches)
+    evaluate = jax.jit(loss_fn)
+    curve = Curve(path / "curve.jsonl", int(state.step), report)
+    shape = {"context": recipe.context, "rows": recipe.rows}
 
+    with _signals() as stopped:
         for step in range(int(state.step), recipe.steps):
             batch = data.batch_at(step, train_tokens, **shape, seed=recipe.seed)
             state, metrics = train_step(state, batch)
+            if not math.isfinite(metrics["loss"]):
+                raise ValueError(
+                    f"the loss of step {step + 1} is {metrics['loss']}: begin another run with a "
+                    f"learning_rate below {recipe.learning_rate}"
+                )
             curve.add(step + 1, metrics, batch.tokens.size, float(schedule(step)))
             last = step + 1 == recipe.steps
             if last or (step + 1) % recipe.validate_every == 0:
