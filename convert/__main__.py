@@ -7,6 +7,8 @@ import threading
 from typing import Any, TextIO
 
 DTYPES = ("bfloat16", "float16", "float32")
+FORMATS = ("hf", "official")
+FILES = ("safetensors", "torch")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,18 +56,100 @@ def _to_orbax(arguments: argparse.Namespace) -> None:
     )
 
 
+def _to_torch(arguments: argparse.Namespace) -> None:
+    from .progress import Screen
+    from .to_torch import to_torch
+
+    to_torch(
+        arguments.checkpoint,
+        arguments.target,
+        format=arguments.format,
+        dtype=arguments.dtype,
+        overwrite=arguments.overwrite,
+        progress=Screen(),
+    )
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from .inspect import inspect
+
+    for label, value in inspect(arguments.folder, arguments.format, arguments.lengths):
+        print(f"{label:<16}{value}")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m mistral_jax.convert", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m mistral_jax.convert",
+        description="Converts checkpoints of Mistral between PyTorch and Orbax, without PyTorch.",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("to-orbax", help="PyTorch checkpoint to Orbax")
+
+    command = commands.add_parser(
+        "to-orbax",
+        help="PyTorch to Orbax",
+        description="Makes a checkpoint folder, for this program, from a PyTorch one.",
+    )
     command.set_defaults(run=_to_orbax)
-    command.add_argument("source")
-    command.add_argument("target")
-    command.add_argument("--format")
-    command.add_argument("--dtype", choices=DTYPES)
-    command.add_argument("--rope-theta", type=float)
-    command.add_argument("--overwrite", action="store_true")
+    command.add_argument("source", metavar="SOURCE", help="folder of the PyTorch checkpoint")
+    command.add_argument("target", metavar="TARGET", help="folder to make")
+    _add_format(command)
+    _add_output(command)
+    command.add_argument(
+        "--rope-theta",
+        type=float,
+        metavar="BASE",
+        help="base of the rotary embedding, for sources that do not say (v0.1: 1e4, later: 1e6)",
+    )
+
+    command = commands.add_parser(
+        "to-torch",
+        help="Orbax to PyTorch",
+        description="Makes a PyTorch checkpoint, which Transformers or the official program loads.",
+    )
+    command.set_defaults(run=_to_torch)
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="folder to read")
+    command.add_argument("target", metavar="TARGET", help="folder to make")
+    command.add_argument(
+        "--format", choices=FORMATS, default="hf", help="whose layout to write (default: hf)"
+    )
+    _add_output(command)
+
+    command = commands.add_parser(
+        "inspect",
+        help="what a folder holds",
+        description="Describes a PyTorch or Orbax checkpoint, and what it needs to run.",
+    )
+    command.set_defaults(run=_inspect)
+    command.add_argument("folder", metavar="FOLDER")
+    _add_format(command)
+    command.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=(4096, 32768),
+        metavar="TOKENS",
+        help="lengths of text, to tell what their caches take (default: 4096 32768)",
+    )
     return parser
+
+
+def _add_format(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--format",
+        choices=(*FORMATS, *(f"{names}-{files}" for names in FORMATS for files in FILES)),
+        metavar="FORMAT",
+        help="what to read where a folder holds several: hf or official, and if need be with "
+        "-safetensors or -torch behind it",
+    )
+
+
+def _add_output(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--dtype", choices=DTYPES, help="of the arrays written (default: as they are)"
+    )
+    command.add_argument(
+        "--overwrite", action="store_true", help="replace TARGET, once its successor is whole"
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mistral_jax.config import ModelConfig, read_json
+from mistral_jax.config import DEFAULT_MAX_POSITIONS, ModelConfig, read_json
 
 # Ours, the official name, Hugging Face's; those without a default are in every file, or refused.
 FIELDS = (
@@ -72,30 +72,26 @@ def read(file: Path, rope_theta: float | None = None) -> Architecture:
     raw = read_json(file)
     official = file.name == "params.json"
     _refuse_others(raw, official, file)
-    found = {
-        ours: raw[theirs]
-        for ours, *names in FIELDS
-        if (theirs := names[not official]) in raw and raw[theirs] is not None
-    }
-    missing = [name for name in _REQUIRED if name not in found]
+    keys = {ours: theirs[not official] for ours, *theirs in FIELDS}
+    found = {ours: raw[key] for ours, key in keys.items() if raw.get(key) is not None}
+    missing = [keys[name] for name in _REQUIRED if name not in found]
     if missing:
-        names = {ours: names[not official] for ours, *names in FIELDS}
-        raise ValueError(f"{file} has no {', '.join(names[name] for name in missing)}")
+        raise ValueError(f"{file} has no {', '.join(missing)}")
     notes = []
     if "head_dim" not in found:
         found["head_dim"] = _head_dim(found, file)
         notes.append(f"{file.name} has no head_dim: {found['head_dim']}, the width / heads")
     if isinstance(found.get("eos_id"), list):
-        found["eos_id"], *others = found["eos_id"]
-        notes.append(
-            f"{file.name} has several eos_token_id: {found['eos_id']} ends a text, not {others}"
-        )
+        found["eos_id"], *rest = found["eos_id"]
+        notes.append(f"{file.name} has several eos_token_id: {found['eos_id']} is kept of {rest}")
     found["sliding_window"] = _windows(raw, official, found["num_layers"], file)
-    theta, origin = _theta(raw, found, official, rope_theta, file)
+    if rope_theta is not None:
+        found["rope_theta"], origin = rope_theta, "--rope-theta"
+    else:
+        found["rope_theta"], origin = _theta(raw, found, official, file)
     if origin != file.name:
-        notes.append(f"rope_theta is {theta:g}: {origin}")
-    config = ModelConfig.from_dict(found | {"rope_theta": theta}, str(file))
-    return Architecture(config, origin, tuple(notes))
+        notes.append(f"rope_theta is {found['rope_theta']:g}: {origin}")
+    return Architecture(ModelConfig.from_dict(found, str(file)), origin, tuple(notes))
 
 
 def _refuse_others(raw: Mapping[str, Any], official: bool, file: Path) -> None:
@@ -154,22 +150,17 @@ def _windows(raw: Mapping[str, Any], official: bool, layers: int, file: Path) ->
 
 
 def _theta(
-    raw: Mapping[str, Any],
-    found: Mapping[str, Any],
-    official: bool,
-    override: float | None,
-    file: Path,
+    raw: Mapping[str, Any], found: Mapping[str, Any], official: bool, file: Path
 ) -> tuple[float, str]:
-    if override is not None:
-        return override, "as asked for by --rope-theta"
+    """Returns the base of the rotary embedding, and where it is from."""
     nested = raw.get("rope_parameters") or {}
-    theta = nested.get("rope_theta", raw.get("rope_theta"))
+    theta = nested.get("rope_theta", found.get("rope_theta"))
     if theta is not None:
         return theta, file.name
+    # The official file of v0.1 was written before the base became one of its fields.
     v01 = ModelConfig.from_name("mistral-7b-v0.1")
-    # The official file of v0.1 was written before the base became a parameter.
-    if official and ModelConfig(**(found | {"rope_theta": v01.rope_theta})) == v01:
-        return v01.rope_theta, f"{file.name} is that of Mistral 7B v0.1, which was trained with it"
+    if official and all(getattr(v01, name) == value for name, value in found.items()):
+        return v01.rope_theta, f"{file.name} is that of Mistral 7B v0.1, which leaves it out"
     raise ValueError(f"{file} has no rope_theta; name it with --rope-theta (v0.1: 1e4, later: 1e6)")
 
 
@@ -178,7 +169,11 @@ def to_official(config: ModelConfig) -> dict[str, Any]:
     fields = {theirs: getattr(config, ours) for ours, theirs, _ in FIELDS[:-2]}
     if isinstance(config.sliding_window, tuple):
         fields["sliding_window"] = list(config.sliding_window)
-    unset = {"sliding_window": None, "tied_embeddings": False}
+    unset = {
+        "sliding_window": None,
+        "tied_embeddings": False,
+        "max_position_embeddings": DEFAULT_MAX_POSITIONS,
+    }
     return {key: value for key, value in fields.items() if unset.get(key, ...) != value}
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 import mmap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -58,14 +58,14 @@ def read(file: Path) -> dict[str, np.ndarray]:
 def write(
     file: Path,
     heads: Mapping[str, tuple[tuple[int, ...], np.dtype]],
-    tensors: Iterable[np.ndarray],
+    tensors: Iterator[np.ndarray],
 ) -> None:
-    """Writes a file without ever holding more than one of its tensors.
+    """Writes a file, one tensor after the other.
 
     Args:
       file: where to.
       heads: shape and dtype of each tensor, by name.
-      tensors: what they hold, in the order of `heads`.
+      tensors: what they hold, in the order of `heads`; what follows is left there.
     """
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, (shape, dtype) in heads.items():
@@ -76,5 +76,5 @@ def write(
     text += b" " * (-len(text) % 8)  # So that tensors lie aligned.
     with open(file, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
+        for _, tensor in zip(heads, tensors, strict=False):
             stream.write(np.ascontiguousarray(tensor).view(np.uint8))

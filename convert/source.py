@@ -5,6 +5,7 @@ It knows where tensors lie, not what they mean. Every file is mapped into memory
 
 import dataclasses
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,9 @@ FORMATS = {  # In order of preference: safetensors first, and of these the fulle
     "hf-torch": Format("config.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
     "official-torch": Format("params.json", "consolidated.{}.pth", None),
 }
+
+
+TOKENIZERS = ("tokenizer.model", "tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1")
 
 
 class Tensor(NamedTuple):
@@ -93,12 +97,15 @@ class Source:
         return found
 
 
-def find(folder: Path | str, format: str | None = None) -> Source:
+def find(
+    folder: Path | str, format: str | None = None, names: Collection[str] | None = None
+) -> Source:
     """Recognises a source by the names of its files.
 
     Args:
       folder: where it is.
       format: a key of `FORMATS` or its beginning ("hf", "official"); None = the first that fits.
+      names: files that the folder has, or will have when they are needed; None = those it has.
 
     Raises:
       ValueError: the folder holds no such checkpoint, or only a part of one.
@@ -108,59 +115,64 @@ def find(folder: Path | str, format: str | None = None) -> Source:
         what = "is a file; name the folder that it is in" if folder.exists() else "does not exist"
         raise ValueError(f"{folder} {what}")
     if manifest.is_checkpoint(folder):
-        raise ValueError(f"{folder} is an Orbax checkpoint already")
-    wanted = [name for name in FORMATS if name.startswith(format or "")]
-    weights = {name: files for name in FORMATS if (files := _weight_files(folder, FORMATS[name]))}
-    whole = [name for name in weights if (folder / FORMATS[name].config).is_file()]
+        raise ValueError(f"{folder} is a checkpoint of this program already; expected PyTorch's")
+    if names is None:
+        names = {path.name for path in folder.iterdir()}
+    weights = {name: _weight_files(folder, kind, names) for name, kind in FORMATS.items()}
+    whole = [
+        name
+        for name, files in weights.items()
+        if files and FORMATS[name].config in names and names.issuperset(files)
+    ]
+    wanted = [name for name in FORMATS if name.startswith(format or "") and weights[name]]
     for name in wanted:
-        if name in whole:
-            others = tuple(other for other in whole if other != name)
-            for file in weights[name]:
-                if not file.is_file():
-                    hint = f" (or choose --format {' or '.join(others)})" if others else ""
-                    raise ValueError(f"{folder} has no {file.name}, which its index names{hint}")
-            return Source(folder, name, weights[name], _tokenizer_file(folder), others)
-    for name in wanted:
-        if name in weights:
-            raise ValueError(
-                f"{folder} has {weights[name][0].name} but no {FORMATS[name].config}; expected both"
-            )
-    kinds = ", ".join(f"{f.weights.format('00')} with {f.config}" for f in FORMATS.values())
-    raise ValueError(
-        f"{folder} holds no {format or ''} checkpoint; expected one of: {kinds}".replace("  ", " ")
+        others = tuple(other for other in whole if other != name)
+        hint = f" (it also holds {' and '.join(others)}: see --format)" if others else ""
+        if FORMATS[name].config not in names:
+            continue
+        missing = [file for file in weights[name] if file not in names]
+        if missing:
+            raise ValueError(f"{folder} has no {missing[0]}, which its index names{hint}")
+        tokenizer = next((folder / file for file in TOKENIZERS if file in names), None)
+        files = tuple(folder / file for file in weights[name])
+        return Source(folder, name, files, tokenizer, others)
+    if wanted:
+        file, config = weights[wanted[0]][0], FORMATS[wanted[0]].config
+        raise ValueError(f"{folder} has {file} but no {config}; expected both")
+    kinds = ", ".join(
+        f"{kind.weights.format('00')} with {kind.config}"
+        for name, kind in FORMATS.items()
+        if name.startswith(format or "")
     )
+    raise ValueError(f"{folder} holds no checkpoint to convert; expected {kinds}")
 
 
-def _weight_files(folder: Path, format: Format) -> tuple[Path, ...]:
+def _weight_files(folder: Path, format: Format, names: Collection[str]) -> list[str]:
+    """Returns the names of the files that hold the tensors, if any are there."""
     if format.index is None:
-        return _parts(folder)
-    if (folder / format.weights).is_file():
-        return (folder / format.weights,)
+        return _parts(folder, names)
+    if format.weights in names:
+        return [format.weights]
+    if format.index not in names:
+        return []
     index = folder / format.index
-    if not index.is_file():
-        return ()
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ValueError(f"{index} has no weight_map; expected a file for each tensor")
-    names = sorted(set(map(str, places.values())))
-    for name in names:
-        if name != Path(name).name:
-            raise ValueError(f"{index} names the file {name!r}; expected one in the same folder")
-    return tuple(folder / name for name in names)
+    files = sorted(set(map(str, places.values())))
+    for file in files:
+        if file != Path(file).name:
+            raise ValueError(f"{index} names the file {file!r}; expected one in the same folder")
+    return files
 
 
-def _parts(folder: Path) -> tuple[Path, ...]:
+def _parts(folder: Path, names: Collection[str]) -> list[str]:
     numbers = {
-        int(match[1]): path
-        for path in folder.iterdir()
-        if (match := re.fullmatch(r"consolidated\.(\d+)\.pth", path.name))
+        int(match[1]): name
+        for name in names
+        if (match := re.fullmatch(r"consolidated\.(\d+)\.pth", name))
     }
     for number in range(max(numbers, default=-1)):
         if number not in numbers:
             raise ValueError(f"{folder} has no consolidated.{number:02}.pth, but later parts")
-    return tuple(numbers[number] for number in sorted(numbers))
-
-
-def _tokenizer_file(folder: Path) -> Path | None:
-    names = ("tokenizer.model", "tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1")
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+    return [numbers[number] for number in sorted(numbers)]

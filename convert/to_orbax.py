@@ -15,7 +15,7 @@ import mistral_jax
 from mistral_jax import checkpoint, folder, manifest
 from mistral_jax.config import ModelConfig
 
-from . import architecture, names
+from . import architecture, hub, names
 from .checks import check_finite, check_tensors
 from .progress import Progress
 from .source import Source, Tensor, find
@@ -34,7 +34,7 @@ def to_orbax(
     """Converts a source folder into a checkpoint folder, which appears whole or not at all.
 
     Args:
-      source: the folder to read.
+      source: the folder to read, or the name of a repository on the Hugging Face Hub to fetch.
       target: the checkpoint folder to make.
       format: what to read of a folder that holds several checkpoints (see `source.find`).
       dtype: of the arrays; None = each as in the source.
@@ -49,7 +49,8 @@ def to_orbax(
     progress = progress or Progress()
     replaceable = manifest.is_checkpoint if overwrite else None
     folder.check_target(target, replaceable)
-    found = find(source, format)
+    remote = hub.is_repository(source)
+    found = hub.fetch(str(source), format) if remote else find(source, format)
     if found.other_formats:
         others = " and ".join(found.other_formats)
         progress.say(f"{source} is read as {found.format}; it also holds {others} (see --format)")
@@ -62,11 +63,14 @@ def to_orbax(
     size = _size(found, tensors, config, dtype)
     folder.check_space(target, size)
     provenance = {
+        "source": str(source) if remote else found.folder.resolve().name,
         "source_format": found.format,
-        "rope_theta": described.theta_origin,
+        "rope_theta_from": described.theta_origin,
         "program": f"mistral_jax {mistral_jax.__version__}",
     }
     tokenizer = found.tokenizer_file
+    if tokenizer is not None:
+        provenance["tokenizer"] = tokenizer.name
     with (
         _hashing(found.files) as hashes,
         checkpoint.create(target, config, tokenizer, provenance, overwrite) as add,

@@ -112,8 +112,10 @@ class _StateDictUnpickler(pickle.Unpickler):
             return _rebuild
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]  # A string: a pickle can alter an object, but not that.
-        file = self._storages.file
-        raise _Refused(f"the pickle in {file} names {module}.{name}, which is not run")
+        raise _Refused(
+            f"the pickle in {self._storages.file} names {module}.{name}, which is not run; "
+            "expected a state dict"
+        )
 
     def persistent_load(self, pid: Any) -> np.ndarray:
         _, dtype, key, _, count = pid

@@ -30,14 +30,20 @@ def read(path: Path | str) -> tuple[ModelConfig, dict[str, Any]]:
     file = path / "config.json"
     contents = read_json(file)
     version = contents.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise ValueError(
             f"{file} has format_version {version}; this version of mistral_jax reads up to "
             f"{FORMAT_VERSION}"
         )
-    found, expected = _extent(path / "params"), contents.get("params")
+    for key in ("model", "params", "provenance"):
+        if not isinstance(contents.get(key), dict):
+            raise ValueError(f"{file} has {contents.get(key)} as {key}; expected an object")
+    found, expected = _extent(path / "params"), contents["params"]
     if found != expected:
-        raise ValueError(f"{path / 'params'} has {found}; expected {expected}: copy it again")
+        raise ValueError(
+            f"{path / 'params'} has {found['bytes']} bytes in {found['files']} files; expected "
+            f"{expected.get('bytes')} bytes in {expected.get('files')} files: copy it again"
+        )
     return ModelConfig.from_dict(contents["model"], str(file)), contents["provenance"]
 
 
@@ -55,7 +61,7 @@ def write(path: Path, config: ModelConfig, provenance: Mapping[str, Any]) -> Non
 
 def _extent(folder: Path) -> dict[str, int]:
     """Returns the number and the bytes of all files in a folder: those of a whole copy agree."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name[0] != "."]
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".DS_Store"]
     return {"files": len(files), "bytes": sum(path.stat().st_size for path in files)}
 
 

@@ -1,0 +1,131 @@
+"""What a source or a checkpoint folder holds, in a screenful. It reads no tensor's numbers."""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from rich.filesize import decimal
+
+from mistral_jax import arrays, manifest, memory
+from mistral_jax.config import CONFIG_DIR, ModelConfig
+from mistral_jax.model.cache import init_cache
+from mistral_jax.tokenizer import Tokenizer
+
+from . import architecture
+from .checks import DTYPES, check_tensors
+from .names import groups
+from .source import find
+
+Lines = Iterator[tuple[str, str]]
+
+
+def inspect(
+    folder: Path | str, format: str | None = None, lengths: Sequence[int] = (4096, 32768)
+) -> Lines:
+    """Describes a folder, in labels and what there is to say under each.
+
+    Args:
+      folder: a source or a checkpoint.
+      format: what to look at in a source that holds several checkpoints (see `source.find`).
+      lengths: tokens of a text, to tell what its cache takes.
+
+    Raises:
+      ValueError: the folder is neither, or its config is not one that this program understands.
+    """
+    folder = Path(folder)
+    yield "folder", str(folder)
+    if manifest.is_checkpoint(folder):
+        yield from _checkpoint(folder, lengths)
+    else:
+        yield from _source(folder, format, lengths)
+
+
+def _checkpoint(folder: Path, lengths: Sequence[int]) -> Lines:
+    config, provenance = manifest.read(folder)
+    yield "format", "checkpoint of mistral_jax (Orbax)"
+    for key, value in provenance.items():
+        if isinstance(value, str) and key != "rope_theta_from":
+            yield key.replace("_", " "), value
+    stored = flatten_dict(arrays.stored(folder / "params")).values()
+    yield from _model(config, provenance.get("rope_theta_from"), lengths)
+    yield from _tokenizer(folder / "tokenizer.model")
+    yield from _stored(stored)
+
+
+def _source(folder: Path, format: str | None, lengths: Sequence[int]) -> Lines:
+    source = find(folder, format)
+    others = "".join(f"; also {name} (see --format)" for name in source.other_formats)
+    yield "format", f"{source.format}{others}"
+    described = architecture.read(source.config_file)
+    yield from _model(described.config, described.theta_origin, lengths)
+    yield from _tokenizer(source.tokenizer_file)
+    for note in described.notes:
+        yield "note", note
+    try:
+        tensors = source.tensors()
+        yield from _stored(place.array for places in tensors.values() for place in places)
+        check_tensors(source, tensors, described.config)
+    except ValueError as error:
+        yield "problem", str(error)
+
+
+def _model(config: ModelConfig, theta_origin: str | None, lengths: Sequence[int]) -> Lines:
+    yield "model", _name(config) or "none of those that this program knows by name"
+    yield "layers", f"{config.num_layers}, width {config.embed_dim}, MLP {config.mlp_dim}"
+    heads = f"{config.num_heads} query and {config.num_kv_heads} key-value heads"
+    yield "attention", f"{heads} of {config.head_dim}"
+    windows = collections.Counter(config.windows)
+    yield (
+        "window",
+        ", ".join(
+            f"{window or 'all'} keys" + (f" in {count} layers" if len(windows) > 1 else "")
+            for window, count in windows.items()
+        ),
+    )
+    yield "rope theta", f"{config.rope_theta:g}" + (f" ({theta_origin})" if theta_origin else "")
+    tied = " (input and output tied)" if config.tie_embeddings else ""
+    yield "vocabulary", f"{config.vocab_size} tokens{tied}"
+    count = sum(math.prod(row.shape(config)) for group in groups(config) for row in group)
+    yield "parameters", f"{count:,}"
+    needed = ", ".join(
+        f"{decimal(count * np.dtype(dtype).itemsize)} as {dtype}" for dtype in DTYPES
+    )
+    free = memory.host_free()
+    yield "to load", needed + (f"; this machine has {decimal(free)} free" if free else "")
+    for length in lengths:
+        cache = jax.eval_shape(lambda: init_cache(config, 1, length, jnp.bfloat16))  # noqa: B023
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+        yield "cache", f"{decimal(size)} for a text of {length} tokens, in bfloat16"
+
+
+def _tokenizer(file: Path | None) -> Lines:
+    if file is None or not file.is_file():
+        yield "tokenizer", "none (no SentencePiece file)"
+        return
+    tokenizer = Tokenizer.from_file(file)
+    yield "tokenizer", f"{tokenizer.version}, {tokenizer.vocab_size} tokens ({file.name})"
+
+
+def _stored(tensors: Iterable[Any]) -> Lines:
+    """Yields what arrays, or descriptions of arrays, take on disk."""
+    sizes: collections.Counter[str] = collections.Counter()
+    for tensor in tensors:
+        sizes[str(tensor.dtype)] += math.prod(tensor.shape) * tensor.dtype.itemsize
+    yield "stored", ", ".join(f"{decimal(size)} of {dtype}" for dtype, size in sizes.items())
+
+
+def _name(config: ModelConfig) -> str | None:
+    """Returns the name of the released model of the same shape and constants."""
+    for file in sorted((CONFIG_DIR / "models").glob("*.toml")):
+        known = ModelConfig.from_name(file.stem)
+        same = {name: getattr(config, name) for name in ("max_positions", "bos_id", "eos_id")}
+        if dataclasses.replace(known, **same) == config:
+            return file.stem
+    return None

@@ -1,0 +1,131 @@
+"""An Orbax checkpoint becomes a PyTorch one, official or Hugging Face's. No PyTorch is needed."""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from mistral_jax import arrays, folder, manifest
+from mistral_jax.config import ModelConfig
+
+from . import architecture, safetensors_file
+from .checks import check_finite
+from .names import Row, groups
+from .progress import Advance, Progress
+
+
+def to_torch(
+    checkpoint: Path | str,
+    target: Path | str,
+    *,
+    format: str = "hf",
+    dtype: str | None = None,
+    shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Writes a checkpoint folder as a PyTorch one, which appears whole or not at all.
+
+    Args:
+      checkpoint: the folder to read.
+      target: the folder to make.
+      format: "hf" (config.json with model*.safetensors) or "official" (params.json with
+        consolidated.safetensors).
+      dtype: of the tensors; None = each as in the checkpoint.
+      shard_bytes: size above which the "hf" format begins another file.
+      overwrite: whether a PyTorch checkpoint at `target` may be replaced.
+      progress: what to tell of the work's course; None = nothing.
+
+    Raises:
+      ValueError: the checkpoint is not whole, the format or the dtype cannot hold it, `target` is
+        taken, or its disk is too full.
+    """
+    progress, checkpoint, official = progress or Progress(), Path(checkpoint), format == "official"
+    replaceable = _is_torch_folder if overwrite else None
+    folder.check_target(target, replaceable)
+    config, provenance = manifest.read(checkpoint)
+    described = (architecture.to_official if official else architecture.to_hf)(config)
+    stored = flatten_dict(arrays.stored(checkpoint / "params"), sep="/")
+    dtypes = {path: np.dtype(dtype or array.dtype) for path, array in stored.items()}
+    rows = [row for group in groups(config) for row in group]
+    sizes = [math.prod(row.shape(config)) * dtypes[row.path].itemsize for row in rows]
+    folder.check_space(target, sum(sizes))
+
+    with folder.whole(target, replaceable) as part, progress.task(sum(sizes)) as advance:
+        tensors = _tensors(checkpoint, config, dtypes, official, advance)
+        if official:
+            shards = {"consolidated.safetensors": rows}
+        else:
+            shards = _shards(rows, sizes, shard_bytes)
+        for file, shard in shards.items():
+            heads = {
+                row.name(official): (row.file_shape(config), dtypes[row.path]) for row in shard
+            }
+            safetensors_file.write(part / file, heads, tensors)
+        if len(shards) > 1:
+            places = {row.name(official): file for file, shard in shards.items() for row in shard}
+            index = {"metadata": {"total_size": sum(sizes)}, "weight_map": places}
+            _write_json(part / "model.safetensors.index.json", index)
+        if not official:
+            described["torch_dtype"] = dtypes[rows[0].path].name
+        _write_json(part / ("params.json" if official else "config.json"), described)
+        tokenizer = checkpoint / "tokenizer.model"
+        if tokenizer.is_file():
+            # The official program tells a tokenizer's version by the end of its file's name.
+            name = provenance.get("tokenizer", tokenizer.name) if official else tokenizer.name
+            shutil.copyfile(tokenizer, part / Path(name).name)
+
+
+def _tensors(
+    checkpoint: Path,
+    config: ModelConfig,
+    dtypes: dict[str, np.dtype],
+    official: bool,
+    advance: Advance,
+) -> Iterator[np.ndarray]:
+    """Yields the tensors of a file in the order of the forward pass, read a layer at a time."""
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    for group in groups(config):
+        abstract = {
+            row.path: jax.ShapeDtypeStruct(row.shape(config), dtypes[row.path], sharding=host)
+            for row in group
+        }
+        layer = flatten_dict(
+            arrays.read(checkpoint / "params", unflatten_dict(abstract, sep="/")), sep="/"
+        )
+        for row in group:
+            array = np.asarray(layer[row.path])
+            check_finite(array, f"{row.path} of {checkpoint} as {array.dtype}")
+            yield row.to_file(array, config, official)
+            advance(array.nbytes)
+
+
+def _shards(rows: list[Row], sizes: list[int], limit: int) -> dict[str, list[Row]]:
+    """Divides rows among files of at most `limit` bytes, but for a row that is larger alone."""
+    shards, size = [[]], 0
+    for row, bytes_ in zip(rows, sizes, strict=True):
+        if shards[-1] and size + bytes_ > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(row)
+        size += bytes_
+    if len(shards) == 1:
+        return {"model.safetensors": rows}
+    count = len(shards)
+    return {f"model-{i:05}-of-{count:05}.safetensors": s for i, s in enumerate(shards, 1)}
+
+
+def _is_torch_folder(path: Path) -> bool:
+    """Tells whether a folder has what `to_torch` makes."""
+    described = (path / "config.json").is_file() or (path / "params.json").is_file()
+    return described and any(path.glob("*.safetensors"))
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
