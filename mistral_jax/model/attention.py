@@ -98,14 +98,18 @@ def _attend_block(q, k, v, q_positions, kv_positions, window):
     """Attends with all scores [B, K, G, T, S] at once, in float32."""
     batch, length, heads, head_dim = q.shape
     grouped = q.reshape(batch, length, k.shape[2], -1, head_dim)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32)
+    scores = einsum("BTKGH,BSKH->BKGTS", grouped, k)
     mask = visible(q_positions, kv_positions, window)[:, None, None]
     # A large negative instead of -inf: a query that sees nothing gets equal weights, not NaN.
     scores = jnp.where(mask, scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     # Dividing after the product touches T x H numbers instead of T x S.
     total = jnp.moveaxis(jnp.sum(weights, axis=-1), 3, 1)[..., None]
-    mixed = jnp.einsum(
-        "BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
+    mixed = einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v)
     return (mixed / total).astype(q.dtype).reshape(batch, length, heads, head_dim)
+
+
+def einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Multiplies with float32 sums; float32 operands are not rounded, as GPU and TPU would."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=jnp.float32)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mistral_jax.config import ModelConfig
-from mistral_jax.model.attention import attend
+from mistral_jax.model.attention import attend, einsum
 from mistral_jax.model.cache import LayerCache, write
 from mistral_jax.model.rope import rotate
 
@@ -55,7 +55,7 @@ def multiply(equation: str, x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -
     lonely = x.shape[:2] == (1, 1) and dtype != jnp.float32 and jax.default_backend() == "cpu"
     if lonely:
         x = jnp.concatenate([x, x])
-    product = jnp.einsum(equation, x, kernel, preferred_element_type=jnp.float32)
+    product = einsum(equation, x, kernel)
     return product[:1] if lonely else product
 
 
@@ -88,7 +88,7 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Returns the vectors [B, T, D] of `tokens` [B, T]."""
-        return self.embedding[tokens].astype(self.dtype)
+        return jnp.take(self.embedding, tokens, axis=0, mode="clip").astype(self.dtype)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Returns the logits [B, T, V] of `x` [B, T, D], in float32."""
