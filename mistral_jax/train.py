@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,7 +69,6 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if arguments.compilation_cache:
         machine.use_compilation_cache()
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs failures that are raised too.
     if arguments.plot:
         curve.check_plot()
     print(f"training {recipe.model} in {path}", flush=True)

@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from orbax.checkpoint import v1 as ocp
 
-from mistral_jax import checkpoint, folder
+from mistral_jax import arrays, checkpoint, folder
 from mistral_jax.config import ModelConfig, read_json
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.tokenizer import Tokenizer
@@ -160,9 +159,9 @@ def make_loss_fn(model: Transformer) -> LossFn:
 
 def save_state(path: Path, state: TrainState) -> None:
     """Saves the state of a run as `<path>/states/<step>`, and removes all but the latest few."""
-    states = path / "states"
-    with folder.whole(states / f"{int(state.step):08d}", lambda old: True) as part:
-        ocp.save(part / "state", state)
+    target = path / "states" / f"{int(state.step):08d}"
+    with folder.whole(target, lambda old: True) as part, arrays.Writer(part / "state") as writer:
+        writer.add(state)
     for old in sorted(_saved(path))[:-KEPT_STATES]:
         shutil.rmtree(old)
 
@@ -172,7 +171,10 @@ def restore_state(path: Path, state: TrainState) -> TrainState:
     saved = _saved(path)
     if not saved:
         return state
-    return ocp.load(max(saved) / "state", jax.tree.map(ocp.arrays.to_shape_dtype_struct, state))
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    return arrays.read(max(saved) / "state", abstract)
 
 
 def export(recipe: Recipe, path: Path, target: Path, state: TrainState) -> None:
