@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import chex
@@ -220,6 +221,31 @@ def test_the_command_says_where_the_model_is_and_draws_the_curve(printed):
     assert output.splitlines()[-1] == f"the model is in {path / 'checkpoint'}"
     assert errors.splitlines()[1].startswith("step 10  validation loss ")
     assert (path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_curve_without_entries_is_drawn_too(tmp_path):
+    curve.plot(tmp_path / "absent.jsonl", tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 0
+
+
+def test_a_terminal_gets_a_bar_and_every_validation(recipe_file, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    def quick(recipe, path, report):
+        report({"step": 10, "loss": 5.0})
+        report({"step": 10, "validation_loss": 4.5})
+        return True
+
+    monkeypatch.setattr(run, "train", quick)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    assert command(recipe_file, "--run", tmp_path / "run") == 0
+    shown = sys.stderr.getvalue()
+    assert "10/20" in shown
+    assert "validation loss 4.5" in shown
 
 
 def test_the_command_says_how_to_go_on(recipe_file, tmp_path, capsys, monkeypatch):

@@ -75,7 +75,8 @@ def plot(path: Path | str, target: Path | str) -> None:
     axes = figure.subplots()
     for name, style in (("loss", "-"), ("validation_loss", "o-")):
         points = [(entry["step"], entry[name]) for entry in entries if name in entry]
-        axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "))
+        steps, losses = zip(*points, strict=True) if points else ((), ())
+        axes.plot(steps, losses, style, label=name.replace("_", " "))
     axes.set(xlabel="step", ylabel="nats a token")
     axes.legend()
     axes.grid(alpha=0.3)
