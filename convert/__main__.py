@@ -6,6 +6,8 @@ import sys
 import threading
 from typing import Any, TextIO
 
+import mistral_jax
+
 DTYPES = ("bfloat16", "float16", "float32")
 FORMATS = ("hf", "official")
 FILES = ("safetensors", "torch")
@@ -73,14 +75,17 @@ def _to_torch(arguments: argparse.Namespace) -> None:
 def _inspect(arguments: argparse.Namespace) -> None:
     from .inspect import inspect
 
-    for label, value in inspect(arguments.folder, arguments.format, arguments.lengths):
-        print(f"{label:<16}{value}")
+    lines = list(inspect(arguments.folder, arguments.format, arguments.lengths))
+    print("\n".join(f"{label:<16}{value}" for label, value in lines))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mistral_jax.convert",
         description="Converts checkpoints of Mistral between PyTorch and Orbax, without PyTorch.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"mistral_jax {mistral_jax.__version__}"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

@@ -90,7 +90,7 @@ def read(file: Path, rope_theta: float | None = None) -> Architecture:
     else:
         found["rope_theta"], origin = _theta(raw, found, official, file)
     if origin != file.name:
-        notes.append(f"rope_theta is {found['rope_theta']:g}: {origin}")
+        notes.append(f"rope_theta is {found['rope_theta']:g} ({origin})")
     return Architecture(ModelConfig.from_dict(found, str(file)), origin, tuple(notes))
 
 

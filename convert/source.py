@@ -111,7 +111,7 @@ def find(
       ValueError: the folder holds no such checkpoint, or only a part of one.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if names is None and not folder.is_dir():
         what = "is a file; name the folder that it is in" if folder.exists() else "does not exist"
         raise ValueError(f"{folder} {what}")
     if manifest.is_checkpoint(folder):

@@ -63,13 +63,14 @@ def to_orbax(
     size = _size(found, tensors, config, dtype)
     folder.check_space(target, size)
     provenance = {
-        "source": str(source) if remote else found.folder.resolve().name,
+        "source": f"{source}@{found.folder.name}" if remote else found.folder.resolve().name,
         "source_format": found.format,
         "rope_theta_from": described.theta_origin,
         "program": f"mistral_jax {mistral_jax.__version__}",
     }
     tokenizer = found.tokenizer_file
     if tokenizer is not None:
+        checkpoint.read_tokenizer(tokenizer, config)
         provenance["tokenizer"] = tokenizer.name
     with (
         _hashing(found.files) as hashes,

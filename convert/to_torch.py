@@ -100,7 +100,7 @@ def _tensors(
             arrays.read(checkpoint / "params", unflatten_dict(abstract, sep="/")), sep="/"
         )
         for row in group:
-            array = np.asarray(layer[row.path])
+            array = np.asarray(layer.pop(row.path))
             check_finite(array, f"{row.path} of {checkpoint} as {array.dtype}")
             yield row.to_file(array, config, official)
             advance(array.nbytes)

@@ -54,9 +54,12 @@ def load(
     path = Path(BUNDLED if path is None else path)
     config, _ = manifest.read(path)
     stored = arrays.stored(path / "params")
-    if dtype is not None and str(jnp.dtype(dtype)) not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; expected {' or '.join(DTYPES)}")
-    tokenizer = _read_tokenizer(path, config)
+    if dtype is not None:
+        dtype = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}; expected {' or '.join(DTYPES)}")
+    file = path / "tokenizer.model"
+    tokenizer = read_tokenizer(file, config) if file.is_file() else None
     layout = None if sharding is None else read_layout(sharding, config)
     model = Transformer(config, rules=layout.rules if layout else ())
     abstract = abstract_params(model, layout)
@@ -116,9 +119,24 @@ def create(
         manifest.write(part, config, provenance or {})
 
 
+def read_tokenizer(file: Path, config: ModelConfig) -> Tokenizer:
+    """Reads the tokenizer of a model.
+
+    Raises:
+      ValueError: it is not one, or another model's.
+    """
+    tokenizer = Tokenizer.from_file(file)
+    if not 0 <= config.vocab_size - tokenizer.vocab_size <= _MOST_UNNAMED_TOKENS:
+        raise ValueError(
+            f"{file} has {tokenizer.vocab_size} tokens; expected {config.vocab_size}, as the model "
+            "has: put the model's own file there"
+        )
+    return tokenizer
+
+
 def _choose_dtype(path: Path, abstract: Params, stored: Params, dtype: Any) -> Params:
     """Returns `abstract` in the dtype asked for, or else the best that there is memory for."""
-    on_cpu = jax.tree.leaves(abstract)[0].sharding.device_set.pop().platform == "cpu"
+    on_cpu = next(iter(jax.tree.leaves(abstract)[0].sharding.device_set)).platform == "cpu"
     largest = max(jax.tree.leaves(stored), key=lambda array: math.prod(array.shape))
     default = ["float32", largest.dtype] if on_cpu else [largest.dtype]
     spare = 2 * arrays.bytes_in_flight(abstract)
@@ -139,19 +157,6 @@ def _choose_dtype(path: Path, abstract: Params, stored: Params, dtype: Any) -> P
 
 def _replace(abstract: Params, **changes: Any) -> Params:
     return jax.tree.map(lambda array: array.update(**changes), abstract)
-
-
-def _read_tokenizer(path: Path, config: ModelConfig) -> Tokenizer | None:
-    file = path / "tokenizer.model"
-    if not file.is_file():
-        return None
-    tokenizer = Tokenizer.from_file(file)
-    if not 0 <= config.vocab_size - tokenizer.vocab_size <= _MOST_UNNAMED_TOKENS:
-        raise ValueError(
-            f"{file} has {tokenizer.vocab_size} tokens; expected {config.vocab_size}, as the model "
-            "has: put the model's own file there"
-        )
-    return tokenizer
 
 
 def _check_shapes(expected: Params, found: Params, where: str) -> None:

@@ -3,6 +3,7 @@
 Names, the order of rows and the pickle are stated anew here: either side checks the other.
 """
 
+import io
 import json
 import math
 import zipfile
@@ -12,29 +13,28 @@ import ml_dtypes  # noqa: F401  (safetensors then knows bfloat16)
 import numpy as np
 import reference
 from safetensors.numpy import save_file
+from sentencepiece import SentencePieceTrainer
 from tiny import OFFICIAL
 
 FORMATS = ("hf-safetensors", "official-safetensors", "hf-torch", "official-torch")
 
+HF_KEYS = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "hidden_dim": "intermediate_size",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "norm_eps": "rms_norm_eps",
+}
 HF_CONFIG = {
     "architectures": ["MistralForCausalLM"],
     "model_type": "mistral",
     "hidden_act": "silu",
-    "hidden_size": OFFICIAL["dim"],
-    "num_hidden_layers": OFFICIAL["n_layers"],
-    "head_dim": OFFICIAL["head_dim"],
-    "intermediate_size": OFFICIAL["hidden_dim"],
-    "num_attention_heads": OFFICIAL["n_heads"],
-    "num_key_value_heads": OFFICIAL["n_kv_heads"],
-    "rms_norm_eps": OFFICIAL["norm_eps"],
-    "vocab_size": OFFICIAL["vocab_size"],
-    "rope_theta": OFFICIAL["rope_theta"],
-    "sliding_window": OFFICIAL["sliding_window"],
     "max_position_embeddings": 4096,
     "tie_word_embeddings": False,
     "bos_token_id": 1,
     "eos_token_id": 2,
-}
+} | {HF_KEYS.get(key, key): value for key, value in OFFICIAL.items()}
 
 
 def tensors(tied: bool = False, **fields) -> dict[str, np.ndarray]:
@@ -56,11 +56,13 @@ def write(
       format: one of `FORMATS`.
       tensors: by official name and in official layout; None = those of `reference`, in float32.
       parts: files that hold the tensors.
-      fields: changes to the config file; a value of `...` takes the field out.
+      fields: changes to the config file, by either format's names; `...` takes a field out.
     """
     folder.mkdir(parents=True, exist_ok=True)
     held = reference.random_tensors(OFFICIAL, 0) if tensors is None else tensors
     hf, torch = format.startswith("hf"), format.endswith("torch")
+    if hf:
+        fields = {HF_KEYS.get(key, key): value for key, value in fields.items()}
     config = {k: v for k, v in ((HF_CONFIG if hf else OFFICIAL) | fields).items() if v is not ...}
     (folder / ("config.json" if hf else "params.json")).write_text(json.dumps(config))
     if hf:
@@ -82,6 +84,21 @@ def write(
     index = {"metadata": {}, "weight_map": {name: files[i] for name, i in places.items()}}
     (folder / f"{stem}.{ending}.index.json").write_text(json.dumps(index))
     return folder
+
+
+def write_tokenizer(file: Path, size: int = OFFICIAL["vocab_size"]) -> Path:
+    """Makes a SentencePiece model of `size` pieces, which knows lower-case letters."""
+    words = " ".join(f"{a}{b}" for a in "abcdefghijklmnop" for b in "qrstuvwxyz")
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter([words] * 3),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=size,
+        minloglevel=2,
+    )
+    file.write_bytes(model.getvalue())
+    return file
 
 
 def hf_name(name: str) -> str:

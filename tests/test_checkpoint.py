@@ -1,0 +1,209 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import mistral_common
+import numpy as np
+import pytest
+import sources
+import tiny
+
+import mistral_jax
+from mistral_jax import checkpoint, manifest, memory
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A tiny model in bfloat16, and the folder that it was saved to."""
+    model, params = tiny.build()
+    params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    path = tmp_path_factory.mktemp("saved") / "checkpoint"
+    checkpoint.save(path, model.config, params, provenance={"source": "a test"})
+    return path, model.config, params
+
+
+def equal(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+def dtypes(params):
+    return {leaf.dtype for leaf in jax.tree.leaves(params)}
+
+
+def test_a_model_comes_back_ready_to_apply(saved):
+    path, config, params = saved
+    model, found, tokenizer = mistral_jax.load(path)
+    assert model.config == config
+    assert tokenizer is None
+    equal(found, params)
+    tokens = jnp.arange(6)[None]
+    expected, _ = tiny.forward(tiny.build()[0], found, tokens, tokens)
+    logits, _ = tiny.forward(model, found, tokens, tokens)
+    np.testing.assert_array_equal(logits, expected)
+
+
+def test_on_a_cpu_the_dtype_is_float32_unless_told(saved):
+    path, _, params = saved
+    for dtype, expected in ((None, "float32"), ("bfloat16", "bfloat16"), (jnp.float16, "float16")):
+        model, found, _ = checkpoint.load(path, dtype=dtype)
+        assert model.dtype == jnp.dtype(expected)
+        assert dtypes(found) == {jnp.dtype(expected)}
+    equal(checkpoint.load(path, dtype="bfloat16")[1], params)
+
+
+def test_a_dtype_that_is_none(saved):
+    for dtype in ("int8", "float64", "bf16", "float"):
+        with pytest.raises(ValueError, match=rf"dtype is '{dtype}'; expected bfloat16 or"):
+            checkpoint.load(saved[0], dtype=dtype)
+
+
+@pytest.mark.parametrize("sharding", ["single", "fsdp", "data_tensor"])
+def test_arrays_go_straight_to_their_devices(tmp_path, sharding):
+    model, params = tiny.build(vocab_size=56, dim=32, hidden_dim=48, n_heads=8, n_kv_heads=4)
+    checkpoint.save(tmp_path / "x", model.config, params)
+    model, found, _ = checkpoint.load(tmp_path / "x", sharding=sharding)
+    equal(found, params)
+    used = {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(found)}
+    assert used == {1 if sharding == "single" else 8}
+    assert bool(model.rules) == (sharding != "single")
+    # What is on several devices can be saved again.
+    checkpoint.save(tmp_path / "y", model.config, found)
+    equal(checkpoint.load(tmp_path / "y")[1], params)
+
+
+def test_a_tied_model_has_no_output(tmp_path):
+    model, params = tiny.build(tied=True)
+    checkpoint.save(tmp_path / "x", model.config, params)
+    found, loaded, _ = checkpoint.load(tmp_path / "x")
+    assert found.config.tie_embeddings
+    assert "lm_head" not in loaded
+    equal(loaded, params)
+
+
+def test_windows_by_layer_are_kept(tmp_path):
+    model, params = tiny.build(sliding_window=[None, 3])
+    checkpoint.save(tmp_path / "x", model.config, params)
+    assert checkpoint.load(tmp_path / "x")[0].config.sliding_window == (None, 3)
+
+
+def test_provenance_is_kept(saved):
+    assert manifest.read(saved[0])[1] == {"source": "a test"}
+
+
+def test_overwriting_is_asked_for(tmp_path):
+    model, params = tiny.build()
+    checkpoint.save(tmp_path / "x", model.config, params)
+    other = jax.tree.map(lambda a: a + 1, params)
+    with pytest.raises(ValueError, match="exists"):
+        checkpoint.save(tmp_path / "x", model.config, other)
+    equal(checkpoint.load(tmp_path / "x")[1], params)
+    checkpoint.save(tmp_path / "x", model.config, other, overwrite=True)
+    equal(checkpoint.load(tmp_path / "x")[1], other)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_no_other_folder_is_overwritten(tmp_path):
+    model, params = tiny.build()
+    (tmp_path / "precious").write_text("data")
+    with pytest.raises(ValueError, match="left as it is"):
+        checkpoint.save(tmp_path, model.config, params, overwrite=True)
+    assert (tmp_path / "precious").read_text() == "data"
+
+
+def test_parameters_of_another_model_are_not_saved(tmp_path):
+    model, params = tiny.build()
+    for change, message in (
+        ({"final_norm": {"scale": jnp.ones(31)}}, r"has \(31,\) as final_norm/scale; .* \(32,\)"),
+        ({"final_norm": {}}, r"has nothing as final_norm/scale; expected \(32,\)"),
+        ({"more": jnp.ones(3)}, r"has \(3,\) as more; expected nothing"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            checkpoint.save(tmp_path / "x", model.config, params | change)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_another_model(saved, tmp_path):
+    _, config, params = saved
+    checkpoint.save(tmp_path / "x", config, params)
+    fields = config.to_dict() | {"num_layers": 3}
+    manifest.write(tmp_path / "x", type(config).from_dict(fields), {})
+    with pytest.raises(ValueError, match=r"params has nothing as layers_2/\S+; expected \("):
+        checkpoint.load(tmp_path / "x")
+
+
+def test_an_incomplete_checkpoint_is_refused_before_orbax_sees_it(saved, tmp_path, capfd):
+    _, config, params = saved
+    checkpoint.save(tmp_path / "x", config, params)
+    largest = max((tmp_path / "x" / "params").rglob("*"), key=lambda f: f.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="copy it again"):
+        checkpoint.load(tmp_path / "x")
+    largest.unlink()
+    with pytest.raises(ValueError, match="copy it again"):
+        checkpoint.load(tmp_path / "x")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_source_is_refused_with_the_command_that_converts_it(tmp_path):
+    (tmp_path / "params.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"python -m mistral_jax\.convert to-orbax"):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize("unnamed", [0, 2])
+def test_a_tokenizer_of_the_model_s_size_or_a_little_less(tmp_path, unnamed):
+    file = sources.write_tokenizer(tmp_path / "t", 50)
+    model, params = tiny.build(vocab_size=50 + unnamed)
+    checkpoint.save(tmp_path / "x", model.config, params, tokenizer_file=file)
+    _, _, tokenizer = checkpoint.load(tmp_path / "x")
+    assert tokenizer.vocab_size == 50
+
+
+@pytest.mark.parametrize("size", [49, 50 + 256])
+def test_a_tokenizer_of_another_size(tmp_path, size):
+    file = sources.write_tokenizer(tmp_path / "t", 50)
+    model, params = tiny.build(vocab_size=size)
+    checkpoint.save(tmp_path / "x", model.config, params, tokenizer_file=file)
+    with pytest.raises(ValueError, match=rf"tokenizer\.model has 50 tokens; expected {size}"):
+        checkpoint.load(tmp_path / "x")
+
+
+def test_a_tokenizer_of_v3_does_not_fit_a_model_of_v1(tmp_path):
+    data = Path(mistral_common.__file__).parent / "data"
+    (file,) = data.glob("*.model.v3")
+    model, params = tiny.build(vocab_size=32000, dim=8, n_layers=1, hidden_dim=8)
+    checkpoint.save(tmp_path / "x", model.config, params, tokenizer_file=file)
+    with pytest.raises(ValueError, match="has 32768 tokens; expected 32000"):
+        checkpoint.load(tmp_path / "x")
+
+
+def test_memory_is_compared_before_anything_is_loaded(saved, monkeypatch):
+    path, _, params = saved
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+
+    def free(size):
+        monkeypatch.setattr(memory, "host_free", lambda: size)
+
+    free(10 * count)
+    assert checkpoint.load(path)[0].dtype == jnp.float32
+    free(4 * count)  # float32 would leave no room to read it
+    assert checkpoint.load(path)[0].dtype == jnp.bfloat16
+    free(2 * count)
+    monkeypatch.setattr(checkpoint.arrays, "read", lambda *_: pytest.fail("it was read"))
+    with pytest.raises(ValueError, match=r"needs .*B of memory on this machine, .*B free"):
+        checkpoint.load(path)
+    free(4 * count)
+    with pytest.raises(ValueError, match=r"load it in a smaller dtype, or spread it"):
+        checkpoint.load(path, dtype="float32")
+
+
+def test_the_bundled_model_loads_without_a_word():
+    code = "import mistral_jax as mj; m, p, t = mj.load(); print(m.config.vocab_size, t.vocab_size)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    model, tokenizer = map(int, run.stdout.split())
+    assert model == tokenizer
+    assert run.stderr == ""

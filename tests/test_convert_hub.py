@@ -1,0 +1,158 @@
+"""A repository name in place of a folder, against a stand-in for the Hugging Face Hub."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import sources
+from mistral_jax.convert import hub
+
+from mistral_jax import manifest
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A Hub on this machine with the repository nobody/tiny; remembers which files it gave."""
+    root = tmp_path / "repository"
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            path = self.path.split("?")[0]
+            if path.startswith(f"/api/models/nobody/tiny/tree/{COMMIT}"):
+                tree = [
+                    {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0"}
+                    for file in sorted(root.iterdir())
+                ]
+                return self.answer(json.dumps(tree).encode(), "application/json")
+            if path.startswith("/api/models/nobody/tiny"):
+                files = [{"rfilename": file.name} for file in sorted(root.iterdir())]
+                about = {"id": "nobody/tiny", "sha": COMMIT, "siblings": files}
+                return self.answer(json.dumps(about).encode(), "application/json")
+            if path.startswith(f"/nobody/tiny/resolve/{COMMIT}/"):
+                name = path.rsplit("/", 1)[1]
+                if self.command == "GET":
+                    given.append(name)
+                return self.answer((root / name).read_bytes(), "application/octet-stream")
+            code = "GatedRepo" if "gated" in path else "RepoNotFound"
+            self.send_response(401 if "gated" in path else 404)
+            self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+
+        do_HEAD = do_GET
+
+        def answer(self, body, kind):
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    given = []
+    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    running.root, running.given = root, given
+    thread = threading.Thread(target=running.serve_forever)
+    thread.start()
+    yield running
+    running.shutdown()
+    running.server_close()
+    thread.join()
+
+
+def convert(server, tmp_path, *arguments):
+    """Runs the command in a process of its own, whose Hub is the stand-in."""
+    environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
+    environment |= {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    command = [sys.executable, "-m", "mistral_jax.convert", "to-orbax", *arguments]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def test_only_what_is_needed_is_fetched(server, tmp_path):
+    for format in ("hf-safetensors", "official-safetensors", "hf-torch"):
+        sources.write(server.root, format, parts=1 + (format == "hf-safetensors"))
+    sources.write_tokenizer(server.root / "tokenizer.model")
+    (server.root / "README.md").write_text("not needed")
+    done = convert(server, tmp_path, "nobody/tiny", str(tmp_path / "x"))
+    assert done.returncode == 0, done.stderr
+    needed = {"config.json", "model.safetensors.index.json", "tokenizer.model"}
+    needed |= {f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}
+    assert needed <= set(server.given) <= needed | {"params.json"}
+    assert "model-00001-of-00002.safetensors" in done.stderr or "Fetching" in done.stderr
+    found = manifest.read(tmp_path / "x")[1]
+    assert found["source"] == f"nobody/tiny@{COMMIT}"
+    assert found["source_format"] == "hf-safetensors"
+
+    server.given.clear()
+    done = convert(server, tmp_path, "nobody/tiny", str(tmp_path / "y"), "--format", "official")
+    assert done.returncode == 0, done.stderr
+    assert manifest.read(tmp_path / "y")[1]["source_format"] == "official-safetensors"
+    assert "consolidated.safetensors" in server.given
+    assert not any(name.startswith("model") for name in server.given), "what is there is kept"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nobody/other", "there is none of that name, or it is private"),
+        ("nobody/gated", "ask for access at https://huggingface.co/nobody/gated"),
+    ],
+)
+def test_what_the_hub_does_not_give(server, tmp_path, name, message):
+    server.root.mkdir()
+    done = convert(server, tmp_path, name, str(tmp_path / "x"))
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {name} is no folder, and the Hub does not give it: {message}")
+
+
+def test_a_hub_that_does_not_answer(server, tmp_path):
+    server.root.mkdir()
+    port = server.server_port
+    server.server_port = 9  # nobody listens there
+    done = convert(server, tmp_path, "nobody/tiny", str(tmp_path / "x"))
+    server.server_port = port
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: nobody/tiny is no folder, and the Hub does not give it: ")
+
+
+def test_a_repository_without_a_checkpoint(server, tmp_path):
+    server.root.mkdir()
+    (server.root / "README.md").touch()
+    done = convert(server, tmp_path, "nobody/tiny", str(tmp_path / "x"))
+    assert done.returncode == 2
+    assert "nobody/tiny holds no checkpoint to convert" in done.stderr.splitlines()[-1]
+
+
+def test_without_the_extra_the_command_to_install_it_is_given(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match=r"pip install 'huggingface_hub>=1\.0'"):
+        hub.fetch("nobody/tiny")
+
+
+def test_what_is_a_repository_s_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hub.is_repository("mistralai/Mistral-7B-v0.1")
+    for name in ("folder", "./a/b", "../b", "/a/b", "a/b/c", "a/", "a b/c", ""):
+        assert not hub.is_repository(name), name
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    assert not hub.is_repository("a/b")
