@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import sys
 import threading
 from typing import Any, TextIO
@@ -19,6 +20,9 @@ def main(argv: list[str] | None = None) -> int:
     with contextlib.redirect_stderr(_OwnThreads(sys.stderr)):
         try:
             arguments.run(arguments)
+            sys.stdout.flush()
+        except BrokenPipeError:  # The reader has enough: what is still buffered goes nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

@@ -102,8 +102,8 @@ def _tensors(
         for row in group:
             array = np.asarray(layer.pop(row.path))
             check_finite(array, f"{row.path} of {checkpoint} as {array.dtype}")
-            yield row.to_file(array, config, official)
             advance(array.nbytes)
+            yield row.to_file(array, config, official)
 
 
 def _shards(rows: list[Row], sizes: list[int], limit: int) -> dict[str, list[Row]]:

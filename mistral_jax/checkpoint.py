@@ -142,9 +142,10 @@ def _choose_dtype(path: Path, abstract: Params, stored: Params, dtype: Any) -> P
     spare = 2 * arrays.bytes_in_flight(abstract)
     for choice in [dtype] if dtype is not None else default:
         typed = _replace(abstract, dtype=jnp.dtype(choice))
-        demands = memory.demands(jax.tree.leaves(typed))
         short = [
-            demand for demand in demands if demand.free and demand.needed + spare > demand.free
+            demand
+            for demand in memory.demands(jax.tree.leaves(typed))
+            if demand.free is not None and demand.needed + spare > demand.free
         ]
         if not short:
             return typed

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -42,6 +43,8 @@ def test_there_and_back_again(source, tmp_path):
     assert all(" of " in line and line.endswith("/s") for line in lines)
     done = run("to-torch", tmp_path / "x", tmp_path / "y", "--format", "official")
     assert (done.returncode, done.stdout) == (0, "")
+    finished, size = re.match(r"(.+) of (.+), ", done.stderr.splitlines()[-1]).groups()
+    assert finished == size
     again = run("to-orbax", tmp_path / "y", tmp_path / "x", "--overwrite")
     assert again.returncode == 0
     assert manifest.read(tmp_path / "x")[0].num_layers == 20
@@ -136,6 +139,14 @@ def test_errors_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, argumen
     assert error.startswith("error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_closed_pipe_ends_it_silently(source):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run("inspect", source, capture_output=False, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("arguments", [[], ["to-orbax"], ["to-orbax", "a", "b", "--dtype", "int8"]])
