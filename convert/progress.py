@@ -40,7 +40,7 @@ class Screen(Progress):
             yield self._lines(size)
             return
         columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-        with Bar(*columns, console=console, transient=True) as bar:
+        with Bar(*columns, console=console) as bar:
             task = bar.add_task("", total=size)
             yield lambda count: bar.advance(task, count)
 

@@ -16,12 +16,28 @@ from mistral_jax import manifest
 from mistral_jax.config import CHECKOUT
 
 COMMAND = [sys.executable, "-m", "mistral_jax.convert"]
+SIGNALLED = """
+import os, sys
+from mistral_jax.convert import __main__, progress
+
+number, *arguments = sys.argv[1:]
+said = []
+
+def say(self, sentence):
+    said.append(sentence)
+    print(sentence, file=sys.stderr, flush=True)
+    if len(said) == 3:
+        os.kill(os.getpid(), int(number))
+
+progress.Screen.say = say
+sys.exit(__main__.main(arguments))
+"""
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A source of many layers, so that its conversion takes some time."""
-    fields = {"n_layers": 20}
+    fields = {"n_layers": 12}
     path = tmp_path_factory.mktemp("source") / "official"
     return sources.write(path, "official-safetensors", sources.tensors(**fields), **fields)
 
@@ -47,7 +63,7 @@ def test_there_and_back_again(source, tmp_path):
     assert finished == size
     again = run("to-orbax", tmp_path / "y", tmp_path / "x", "--overwrite")
     assert again.returncode == 0
-    assert manifest.read(tmp_path / "x")[0].num_layers == 20
+    assert manifest.read(tmp_path / "x")[0].num_layers == 12
 
 
 def test_a_bar_on_a_terminal(source, tmp_path):
@@ -71,21 +87,18 @@ def test_a_bar_on_a_terminal(source, tmp_path):
 
 
 def test_an_interrupt_leaves_nothing(source, tmp_path):
-    process = started(source, tmp_path)
-    process.send_signal(signal.SIGINT)
-    rest = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
-    assert rest.splitlines()[-1] == "interrupted: nothing was written"
-    assert "Traceback" not in rest
-    assert "Warning" not in rest
+    done = signalled(signal.SIGINT, source, tmp_path)
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[-1] == "interrupted: nothing was written"
+    assert "Traceback" not in done.stderr
+    assert "Warning" not in done.stderr
     assert names(tmp_path) == []
 
 
 def test_a_kill_leaves_what_was_there_and_its_own_leftovers_go_with_the_next_run(source, tmp_path):
     assert run("to-orbax", source, tmp_path / "x").returncode == 0
-    process = started(source, tmp_path, "--overwrite", "--rope-theta", "77")
-    process.kill()
-    process.communicate()
+    done = signalled(signal.SIGKILL, source, tmp_path, "--overwrite", "--rope-theta", "77")
+    assert done.returncode == -signal.SIGKILL
     left, x = names(tmp_path)
     assert left.startswith(".x.partial-")
     assert manifest.read(tmp_path / x)[0].rope_theta == 1e4
@@ -95,16 +108,11 @@ def test_a_kill_leaves_what_was_there_and_its_own_leftovers_go_with_the_next_run
     assert names(tmp_path) == ["x"]
 
 
-def started(source, tmp_path, *options):
-    """Returns a conversion that is at its third tenth."""
-    process = subprocess.Popen(
-        [*COMMAND, "to-orbax", source, tmp_path / "x", *options],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    lines = [process.stderr.readline() for _ in range(4)]
-    assert " of " in lines[-1]
-    return process
+def signalled(number, source, tmp_path, *options):
+    """Runs a conversion that gets a signal at its third tenth, however fast it is."""
+    arguments = [str(int(number)), "to-orbax", source, tmp_path / "x", *options]
+    command = [sys.executable, "-c", SIGNALLED, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(source, tmp_path):
