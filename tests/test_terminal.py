@@ -10,8 +10,10 @@ import pytest
 from mistral_jax.terminal import converse
 
 ANSWER_UNTIL_INTERRUPTED = """
-import time
+import os, time
 from mistral_jax.terminal import converse
+
+os.close(os.open(os.ttyname(0), os.O_RDWR))  # A session's leader gets its own terminal so.
 
 def answer(messages, show):
     show(f"[{len(messages)}")
@@ -102,7 +104,6 @@ def test_ctrl_c_stops_the_answer_and_not_the_program():
         stdout=there,
         stderr=there,
         start_new_session=True,
-        preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),  # its own terminal
     )
     os.close(there)
     shown = b""
@@ -113,15 +114,19 @@ def test_ctrl_c_stops_the_answer_and_not_the_program():
             shown += os.read(here, 1000)
         shown = shown.split(text, 1)[1]
 
-    wait_for(b"Type a message")
-    wait_for(b"> ")
-    os.write(here, b"wait\n")
-    wait_for(b"[1")
-    os.write(here, b"\x03")
-    wait_for(b"> ")
-    os.write(here, b"\x1b[A\x7f\x7f\x7f\x7fgo\n")  # up: the last line is back; rewrite it
-    wait_for(b"[3]")  # what was said before the interruption stays said
-    wait_for(b"> ")
-    os.write(here, b"\x04")
-    assert program.wait(timeout=60) == 0
-    os.close(here)
+    try:
+        wait_for(b"Type a message")
+        wait_for(b"> ")
+        os.write(here, b"wait\n")
+        wait_for(b"[1")
+        os.write(here, b"\x03")
+        wait_for(b"> ")
+        os.write(here, b"\x1b[A\x7f\x7f\x7f\x7fgo\n")  # up: the last line is back; rewrite it
+        wait_for(b"[3]")  # what was said before the interruption stays said
+        wait_for(b"> ")
+        os.write(here, b"\x04")
+        assert program.wait(timeout=60) == 0
+    finally:
+        program.kill()
+        program.wait()
+        os.close(here)
