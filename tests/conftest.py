@@ -1,8 +1,13 @@
 """A strict session: 8 CPU devices, no implicit promotion of dtypes or ranks."""
 
+import signal
+
 import jax
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A shell makes what it runs in the background deaf to Ctrl-C; tests' programs would inherit it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
