@@ -146,7 +146,7 @@ def test_a_draw_depends_on_seed_draw_and_position_alone():
 def test_rounding_never_chooses_what_was_filtered_out(number):
     logits = np.full((1, 1000), -np.inf, np.float32)
     logits[0, 3:997:2] = RNG.normal(0, 3, 497)
-    chosen = logits_module._invert(logits, jnp.array([number]))
+    chosen = logits_module._draw(logits, jnp.array([number]))
     assert chosen[0] == (3 if number == 0 else 995)
 
 

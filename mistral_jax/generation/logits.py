@@ -31,16 +31,16 @@ def choose(
         logits = penalize(logits, sampling.penalties, counts)
     likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    def draw():
+    def drawn_or_likeliest():
         def uniform(words, position):
             key = jax.random.wrap_key_data(words, impl="threefry2x32")
             return jax.random.uniform(jax.random.fold_in(key, position))
 
         numbers = jax.vmap(uniform)(sampling.key, positions)
-        drawn = _invert(filter_logits(logits, sampling), numbers)
+        drawn = _draw(filter_logits(logits, sampling), numbers)
         return jnp.where(sampling.temperature > 0, drawn, likeliest)
 
-    return jax.lax.cond(jnp.any(sampling.temperature > 0), draw, lambda: likeliest)
+    return jax.lax.cond(jnp.any(sampling.temperature > 0), drawn_or_likeliest, lambda: likeliest)
 
 
 def penalize(logits: jax.Array, penalties: Penalties, counts: jax.Array) -> jax.Array:
@@ -92,36 +92,48 @@ def keep_top_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
 
 
 def _keep_heaviest(logits: jax.Array, weights: jax.Array, enough: jax.Array) -> jax.Array:
-    """Keeps the fewest largest logits whose weights reach `enough` [B]; all where none do.
-
-    Bisects the threshold over the 2**32 float32 values, in 32 passes: exact, and for 32k tokens on
-    a CPU some 30 times faster than a sort.
-    """
+    """Keeps the fewest largest logits whose weights reach `enough` [B]; all where none do."""
     bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
     # Unsigned integers in the order of the numbers: negatives reversed, below positives.
     sign = jnp.uint32(1 << 31)
-    order = jnp.where(bits >= sign, ~bits, bits | sign)
+    ranks = jnp.where(bits >= sign, ~bits, bits | sign)
+    return jnp.where(ranks >= _threshold(ranks, weights, enough)[:, None], logits, -jnp.inf)
+
+
+def _draw(logits: jax.Array, numbers: jax.Array) -> jax.Array:
+    """Finds the first token at which the summed probabilities reach `numbers` [B], from 0 to 1.
+
+    One random number a row, where the Gumbel trick needs one a token.
+    """
+    last = logits.shape[-1] - 1
+    ranks = last - jnp.broadcast_to(jnp.arange(last + 1, dtype=jnp.uint32)[None], logits.shape)
+    weights = jnp.exp(logits)
+    # Never 0, which the first token reaches even if it was filtered out.
+    least = jnp.finfo(jnp.float32).tiny
+    enough = jnp.maximum(numbers * jnp.sum(weights, axis=-1), least)
+    return (last - _threshold(ranks, weights, enough)).astype(jnp.int32)
+
+
+def _threshold(ranks: jax.Array, weights: jax.Array, enough: jax.Array) -> jax.Array:
+    """Finds the largest rank from which on the weights add up to `enough`; 0 where none does.
+
+    Bisects the integers in 32 passes over the vocabulary: for 32k tokens on a CPU some 30 times
+    faster than a sort, and exact.
+
+    Args:
+      ranks: [B, V] uint32.
+      weights: not negative, [B, V] float32.
+      enough: [B] float32.
+
+    Returns:
+      [B] uint32.
+    """
 
     def halve(_, bounds):
         low, high = bounds
         middle = high - (high - low) // jnp.uint32(2)
-        reached = jnp.sum(jnp.where(order >= middle[:, None], weights, 0), axis=-1) >= enough
+        reached = jnp.sum(jnp.where(ranks >= middle[:, None], weights, 0), axis=-1) >= enough
         return jnp.where(reached, middle, low), jnp.where(reached, high, middle - jnp.uint32(1))
 
-    low = jnp.zeros(logits.shape[:1], jnp.uint32)
-    threshold, _ = jax.lax.fori_loop(0, 32, halve, (low, ~low))
-    return jnp.where(order >= threshold[:, None], logits, -jnp.inf)
-
-
-def _invert(logits: jax.Array, numbers: jax.Array) -> jax.Array:
-    """Finds the token at which the summed probabilities pass `numbers` [B], from 0 to 1.
-
-    One random number a row, where the Gumbel trick needs one a token.
-    """
-    kept = logits > -jnp.inf
-    sums = jnp.cumsum(jnp.exp(logits), axis=-1)
-    # Rounding may make a sum fall or the last one be missed: never choose what was filtered out.
-    passed = kept & (sums > numbers[:, None] * sums[:, -1:])
-    last = logits.shape[-1] - 1 - jnp.argmax(kept[:, ::-1], axis=-1)
-    chosen = jnp.where(jnp.any(passed, axis=-1), jnp.argmax(passed, axis=-1), last)
-    return chosen.astype(jnp.int32)
+    low = jnp.zeros(ranks.shape[:1], jnp.uint32)
+    return jax.lax.fori_loop(0, 32, halve, (low, ~low))[0]
