@@ -1,6 +1,7 @@
-"""Measures conversion: its rate against copying the same files, and its private memory.
+"""Measures conversion: its rate against `cp` and `sync` of the same files, and its private memory.
 
-One JSON line for each source format and repetition. The source is synthetic, of 1.5 GB.
+One JSON line a measurement: to Orbax from either format, and back. The source is synthetic, of
+1.8 GB. Time and memory count from an idle start, a process that has imported what it needs.
 """
 
 import argparse
@@ -30,9 +31,10 @@ CONFIG = ModelConfig(
     rope_theta=1e6,
     sliding_window=None,
 )
-# What the command's process holds before it has read anything.
 IDLE = """
-from mistral_jax.convert import progress, to_orbax
+import jax
+from mistral_jax.convert import progress, to_orbax, to_torch
+jax.devices()
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("RssAnon")))
 """
 
@@ -42,34 +44,43 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to work; default: the system's")
     arguments = parser.parse_args()
-    idle = int(subprocess.check_output([sys.executable, "-c", IDLE])) * 1024
     with tempfile.TemporaryDirectory(dir=arguments.folder) as work:
-        for official in (False, True):
-            source = Path(work) / ("official" if official else "hf")
-            largest = make_source(source, official)
-            size = sum(file.stat().st_size for file in source.iterdir())
+        orbax, back = Path(work) / "orbax", Path(work) / "back"
+        for kind in ("hf", "official"):
+            source = Path(work) / kind
+            largest = make_source(source, kind == "official")
             for _ in range(arguments.repeat):
-                copy = copied(source, Path(work) / "copy")
-                seconds, peak = converted(source, Path(work) / "orbax")
-                line = {
-                    "benchmark": "convert",
-                    "source": source.name,
-                    "bytes": size,
-                    "seconds": round(seconds, 2),
-                    "copy_seconds": round(copy, 2),
-                    "rate_to_copy": round(copy / seconds, 2),
-                    "private_bytes_above_idle": peak - idle,
-                    "in_largest_layers": round((peak - idle) / largest, 2),
-                }
-                print(json.dumps(line), flush=True)
+                measure(kind, "to-orbax", source, orbax, largest)
+                measure(kind, "to-torch", orbax, back, largest, "--format", kind)
+                shutil.rmtree(orbax)
+                shutil.rmtree(back)
             shutil.rmtree(source)
+
+
+def measure(kind: str, command: str, source: Path, target: Path, largest: int, *options: str):
+    copy = copied(source, target)
+    idle_seconds, idle_bytes = idle()
+    seconds, peak = run([command, source, target, *options])
+    line = {
+        "benchmark": "convert",
+        "command": command,
+        "format": kind,
+        "bytes": sum(file.stat().st_size for file in source.rglob("*") if file.is_file()),
+        "copy_seconds": round(copy, 2),
+        "seconds": round(seconds - idle_seconds, 2),
+        "start_seconds": round(idle_seconds, 2),
+        "rate_to_copy": round(copy / (seconds - idle_seconds), 2),
+        "private_bytes": peak - idle_bytes,
+        "in_largest_layers": round((peak - idle_bytes) / largest, 2),
+    }
+    print(json.dumps(line), flush=True)
 
 
 def make_source(folder: Path, official: bool) -> int:
     """Writes a source of random bfloat16; returns the bytes of its largest layer."""
     folder.mkdir()
     rng = np.random.default_rng(0)
-    rows = [row for group in names.groups(CONFIG) for row in group]
+    rows = names.rows(CONFIG)
     dtype = np.dtype(ml_dtypes.bfloat16)
     heads = {row.name(official): (row.file_shape(CONFIG), dtype) for row in rows}
     tensors = (rng.standard_normal(shape, np.float32).astype(dtype) for shape, _ in heads.values())
@@ -83,7 +94,7 @@ def make_source(folder: Path, official: bool) -> int:
 
 
 def copied(source: Path, target: Path) -> float:
-    """Returns the seconds that copying and syncing the source takes."""
+    """Returns the seconds that copying and syncing a folder takes."""
     start = time.perf_counter()
     subprocess.run(["cp", "-r", source, target], check=True)
     os.sync()
@@ -92,10 +103,17 @@ def copied(source: Path, target: Path) -> float:
     return seconds
 
 
-def converted(source: Path, target: Path) -> tuple[float, int]:
-    """Returns the seconds of the whole command, its start included, and its peak RssAnon."""
+def idle() -> tuple[float, int]:
+    """Returns the seconds that an idle start takes, and its RssAnon."""
+    start = time.perf_counter()
+    kilobytes = int(subprocess.check_output([sys.executable, "-c", IDLE]))
+    return time.perf_counter() - start, kilobytes * 1024
+
+
+def run(arguments: list) -> tuple[float, int]:
+    """Returns the seconds of a command of the conversion, and its largest RssAnon."""
     start, peak = time.perf_counter(), 0
-    command = [sys.executable, "-m", "mistral_jax.convert", "to-orbax", source, target]
+    command = [sys.executable, "-m", "mistral_jax.convert", *arguments]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None:
             peak = max(peak, private_bytes(process.pid))
@@ -104,7 +122,6 @@ def converted(source: Path, target: Path) -> tuple[float, int]:
     seconds = time.perf_counter() - start
     if process.returncode:
         raise SystemExit(f"{command} failed")
-    shutil.rmtree(target)
     return seconds, peak
 
 

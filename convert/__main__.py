@@ -1,11 +1,9 @@
 """The command line of the conversion: `to-orbax`, `to-torch`, `inspect`."""
 
 import argparse
-import contextlib
 import os
 import sys
-import threading
-from typing import Any, TextIO
+import warnings
 
 import mistral_jax
 
@@ -17,34 +15,19 @@ FILES = ("safetensors", "torch")
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     arguments = _parser().parse_args(argv)
-    with contextlib.redirect_stderr(_OwnThreads(sys.stderr)):
-        try:
-            arguments.run(arguments)
-            sys.stdout.flush()
-        except BrokenPipeError:  # The reader has enough: what is still buffered goes nowhere.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        except (ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("interrupted: nothing was written", file=sys.stderr)
-            return 130
+    try:
+        arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # The reader has enough: what is still buffered goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        warnings.simplefilter("ignore")  # Of what Orbax will now never await.
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
     return 0
-
-
-class _OwnThreads:
-    """A stream without what threads print that are not Python's: Orbax raises that as well."""
-
-    def __init__(self, stream: TextIO):
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        if threading.current_thread().name.startswith("Dummy-"):
-            return len(text)
-        return self._stream.write(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 def _to_orbax(arguments: argparse.Namespace) -> None:

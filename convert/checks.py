@@ -6,34 +6,36 @@ import numpy as np
 
 from mistral_jax.config import ModelConfig
 
-from . import names
+from .names import EMBED, HEAD, IGNORABLE, Row, rows
 from .source import Source, Tensor
 
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def check_tensors(source: Source, tensors: Mapping[str, list[Tensor]], config: ModelConfig) -> None:
-    """Makes sure that a source has every tensor of its model, as it should be, and no other.
+def match(
+    source: Source, tensors: Mapping[str, list[Tensor]], config: ModelConfig
+) -> dict[Row, list[Tensor]]:
+    """Finds the tensor of each row of a model: one, or its part in each file.
 
     Raises:
       ValueError: a tensor is missing, of another shape or dtype, or no part of the model.
     """
-    unused = dict(tensors)
-    for group in names.groups(config):
-        for row in group:
-            name = row.name(source.official)
-            shape = row.file_shape(config)
-            if name not in unused:
-                raise ValueError(f"{source.folder} has no tensor {name}; expected one of {shape}")
-            _check_places(name, unused.pop(name), shape, row.split, source)
+    matched, unused = {}, dict(tensors)
+    for row in rows(config):
+        name, shape = row.name(source.official), row.file_shape(config)
+        if name not in unused:
+            raise ValueError(f"{source.folder} has no tensor {name}; expected one of {shape}")
+        matched[row] = unused.pop(name)
+        _check_places(name, matched[row], shape, row.split, source)
     if config.tie_embeddings:
         _check_tied(unused, tensors, source)
     for name, places in unused.items():
-        if not names.IGNORABLE.fullmatch(name):
+        if not IGNORABLE.fullmatch(name):
             raise ValueError(
                 f"tensor {name} {places[0].array.shape} in {places[0].file} is no part of this "
                 f"model; expected only those of {config.num_layers} layers"
             )
+    return matched
 
 
 def check_finite(array: np.ndarray, where: str) -> None:
@@ -84,13 +86,13 @@ def _check_tied(
     unused: dict[str, list[Tensor]], tensors: Mapping[str, list[Tensor]], source: Source
 ) -> None:
     """Drops a second copy of the embedding table, which some files of tied models have."""
-    head = unused.pop(names.HEAD.name(source.official), None)
+    head = unused.pop(HEAD.name(source.official), None)
     if head is None:
         return
     ((file, array),) = head
-    ((_, table),) = tensors[names.EMBED.name(source.official)]
+    ((_, table),) = tensors[EMBED.name(source.official)]
     if array.shape != table.shape or array.tobytes() != table.tobytes():
         raise ValueError(
-            f"tensor {names.HEAD.name(source.official)} in {file} differs from the embedding, to "
+            f"tensor {HEAD.name(source.official)} in {file} differs from the embedding, to "
             f"which {source.config_file} ties it"
         )

@@ -19,8 +19,8 @@ from mistral_jax.model.cache import init_cache
 from mistral_jax.tokenizer import Tokenizer
 
 from . import architecture
-from .checks import DTYPES, check_tensors
-from .names import groups
+from .checks import DTYPES, match
+from .names import rows
 from .source import find
 
 Lines = Iterator[tuple[str, str]]
@@ -71,7 +71,7 @@ def _source(folder: Path, format: str | None, lengths: Sequence[int]) -> Lines:
     try:
         tensors = source.tensors()
         yield from _stored(place.array for places in tensors.values() for place in places)
-        check_tensors(source, tensors, described.config)
+        match(source, tensors, described.config)
     except ValueError as error:
         yield "problem", str(error)
 
@@ -92,7 +92,7 @@ def _model(config: ModelConfig, theta_origin: str | None, lengths: Sequence[int]
     yield "rope theta", f"{config.rope_theta:g}" + (f" ({theta_origin})" if theta_origin else "")
     tied = " (input and output tied)" if config.tie_embeddings else ""
     yield "vocabulary", f"{config.vocab_size} tokens{tied}"
-    count = sum(math.prod(row.shape(config)) for group in groups(config) for row in group)
+    count = sum(math.prod(row.shape(config)) for row in rows(config))
     yield "parameters", f"{count:,}"
     needed = ", ".join(
         f"{decimal(count * np.dtype(dtype).itemsize)} as {dtype}" for dtype in DTYPES

@@ -97,6 +97,11 @@ def groups(config: ModelConfig) -> Iterator[list[Row]]:
     yield [_NORM] if config.tie_embeddings else [_NORM, HEAD]
 
 
+def rows(config: ModelConfig) -> list[Row]:
+    """Returns all rows of a model."""
+    return [row for group in groups(config) for row in group]
+
+
 def _size(axis: str, config: ModelConfig) -> int:
     return math.prod(getattr(config, _FIELDS[letter]) for letter in axis)
 

@@ -10,6 +10,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from mistral_jax.folder import write_array
+
 _DTYPES = {
     "BF16": ml_dtypes.bfloat16,
     "F16": np.float16,
@@ -77,4 +79,4 @@ def write(
     with open(file, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in zip(heads, tensors, strict=False):
-            stream.write(np.ascontiguousarray(tensor).view(np.uint8))
+            write_array(stream, tensor)

@@ -1,24 +1,24 @@
-"""A PyTorch checkpoint becomes an Orbax one, a layer at a time. It computes nothing but casts."""
+"""A PyTorch checkpoint becomes an Orbax one, a tensor at a time. It computes nothing but casts."""
 
 import contextlib
 import hashlib
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from flax.traverse_util import unflatten_dict
 
 import mistral_jax
 from mistral_jax import checkpoint, folder, manifest
 from mistral_jax.config import ModelConfig
 
-from . import architecture, hub, names
-from .checks import check_finite, check_tensors
+from . import architecture, hub
+from .checks import check_finite, match
+from .names import Row
 from .progress import Progress
-from .source import Source, Tensor, find
+from .source import Tensor, find
 
 
 def to_orbax(
@@ -57,10 +57,12 @@ def to_orbax(
     described = architecture.read(found.config_file, rope_theta)
     for note in described.notes:
         progress.say(note)
-    config, tensors = described.config, found.tensors()
-    check_tensors(found, tensors, config)
-
-    size = _size(found, tensors, config, dtype)
+    config = described.config
+    matched = match(found, found.tensors(), config)
+    size = sum(
+        math.prod(row.shape(config)) * np.dtype(dtype or places[0].array.dtype).itemsize
+        for row, places in matched.items()
+    )
     folder.check_space(target, size)
     provenance = {
         "source": f"{source}@{found.folder.name}" if remote else found.folder.resolve().name,
@@ -72,55 +74,31 @@ def to_orbax(
     if tokenizer is not None:
         checkpoint.read_tokenizer(tokenizer, config)
         provenance["tokenizer"] = tokenizer.name
+    shapes = {row.path: row.shape(config) for row in matched}
     with (
         _hashing(found.files) as hashes,
-        checkpoint.create(target, config, tokenizer, provenance, overwrite) as add,
+        checkpoint.create(target, config, shapes, tokenizer, provenance, overwrite) as write,
         progress.task(size) as advance,
     ):
-        for group in names.groups(config):
-            arrays = {row.path: read(row, found, tensors, config, dtype) for row in group}
-            add(unflatten_dict(arrays, sep="/"))
-            advance(sum(array.nbytes for array in arrays.values()))
+        for row, places in matched.items():
+            array = _read(row, places, config, found.official, dtype)
+            write(row.path, array)
+            advance(array.nbytes)
         provenance["source_sha256"] = hashes()
 
 
-def read(
-    row: names.Row,
-    source: Source,
-    tensors: Mapping[str, Sequence[Tensor]],
-    config: ModelConfig,
-    dtype: str | None = None,
+def _read(
+    row: Row, places: Sequence[Tensor], config: ModelConfig, official: bool, dtype: str | None
 ) -> np.ndarray:
-    """Reads one array of the model: the file's own memory where nothing has to change.
-
-    Raises:
-      ValueError: it is not finite.
-    """
-    name = row.name(source.official)
-    parts = [array for _, array in tensors[name]]
+    """Returns an array of the model: the file's own memory where nothing has to change."""
+    parts = [place.array for place in places]
     tensor = parts[0] if row.split is None or len(parts) == 1 else np.concatenate(parts, row.split)
-    with np.errstate(over="ignore"):  # What float16 cannot hold is found below.
-        array = np.require(
-            row.from_file(tensor, config, source.official), dtype, ["C_CONTIGUOUS", "ALIGNED"]
-        )
-    files = " and ".join(str(file) for file, _ in tensors[name])
-    check_finite(array, f"tensor {name} in {files}" + (f" as {dtype}" if dtype else ""))
+    with np.errstate(over="ignore"):  # What a dtype cannot hold is found below.
+        array = np.require(row.from_file(tensor, config, official), dtype, ["C", "ALIGNED"])
+    files = " and ".join(str(place.file) for place in places)
+    cast = f" as {dtype}" if dtype else ""
+    check_finite(array, f"tensor {row.name(official)} in {files}{cast}")
     return array
-
-
-def _size(
-    source: Source,
-    tensors: Mapping[str, Sequence[Tensor]],
-    config: ModelConfig,
-    dtype: str | None,
-) -> int:
-    """Returns the bytes of all arrays."""
-    return sum(
-        math.prod(row.shape(config))
-        * np.dtype(dtype or tensors[row.name(source.official)][0].array.dtype).itemsize
-        for group in names.groups(config)
-        for row in group
-    )
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from mistral_jax.config import ModelConfig
 
 from . import architecture, safetensors_file
 from .checks import check_finite
-from .names import Row, groups
+from .names import Row, groups, rows
 from .progress import Advance, Progress
 
 
@@ -53,16 +53,16 @@ def to_torch(
     described = (architecture.to_official if official else architecture.to_hf)(config)
     stored = flatten_dict(arrays.stored(checkpoint / "params"), sep="/")
     dtypes = {path: np.dtype(dtype or array.dtype) for path, array in stored.items()}
-    rows = [row for group in groups(config) for row in group]
-    sizes = [math.prod(row.shape(config)) * dtypes[row.path].itemsize for row in rows]
+    table = rows(config)
+    sizes = [math.prod(row.shape(config)) * dtypes[row.path].itemsize for row in table]
     folder.check_space(target, sum(sizes))
 
     with folder.whole(target, replaceable) as part, progress.task(sum(sizes)) as advance:
         tensors = _tensors(checkpoint, config, dtypes, official, advance)
         if official:
-            shards = {"consolidated.safetensors": rows}
+            shards = {"consolidated.safetensors": table}
         else:
-            shards = _shards(rows, sizes, shard_bytes)
+            shards = _shards(table, sizes, shard_bytes)
         for file, shard in shards.items():
             heads = {
                 row.name(official): (row.file_shape(config), dtypes[row.path]) for row in shard
@@ -73,7 +73,7 @@ def to_torch(
             index = {"metadata": {"total_size": sum(sizes)}, "weight_map": places}
             _write_json(part / "model.safetensors.index.json", index)
         if not official:
-            described["torch_dtype"] = dtypes[rows[0].path].name
+            described["torch_dtype"] = dtypes[table[0].path].name
         _write_json(part / ("params.json" if official else "config.json"), described)
         tokenizer = checkpoint / "tokenizer.model"
         if tokenizer.is_file():

@@ -1,72 +1,82 @@
-"""A tree of arrays on disk, as Orbax keeps it: written a part at a time, read onto devices.
+"""A tree of arrays on disk, as Orbax keeps it: written one by one, read straight onto devices.
 
 All of Orbax is behind this file. It knows no models.
 """
 
 import contextlib
 import ctypes
+import json
 import logging
 import math
-import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
+
+from mistral_jax import folder
 
 Tree = Mapping[str, Any]
 
+_CHUNK_BYTES = 32 << 20  # What a device that needs a part of an array reads at least.
 
-class Writer:
-    """Writes a tree whose parts come one after the other, such as the layers of a model.
 
-    Orbax works in a thread of its own: it goes on while the next part is made, and an interrupt
-    does not find it half-way. Use it as a context; the tree is whole when that ends well.
+def save(path: Path, tree: Any) -> None:
+    """Writes a whole tree of arrays into the folder `path`, which must not exist yet."""
+    context = ocp.Context()
+    saving = context.array.saving
+    saving.use_ocdbt = saving.use_zarr3 = saving.use_compression = False
+    _run(context, lambda: ocp.save(path.absolute(), tree))
+    # It names the folder on this machine, which may be another's business, and nobody reads it.
+    (path / "commit_success.txt").unlink(missing_ok=True)
+
+
+def lay_out(path: Path, tree: Tree) -> None:
+    """Prepares a folder for the arrays of a tree, each of which `write` then writes.
+
+    Args:
+      path: the folder to make.
+      tree: a nested dict with the keys of the tree; its leaves do not matter.
     """
+    placeholders = jax.tree.map(
+        lambda _: np.zeros(1, np.int8), tree, is_leaf=lambda node: not isinstance(node, Mapping)
+    )
+    save(path, placeholders)
 
-    def __init__(self, path: Path):
-        """Prepares to write into the folder `path`, which must not exist yet."""
-        self._path = path.absolute()
-        self._thread = ThreadPoolExecutor(1)
-        self._last: Future | None = None
-        self._context = ocp.Context()
-        saving = self._context.array.saving
-        # Measured: plain files are written faster than Orbax's database, or than compressed ones.
-        saving.use_ocdbt = saving.use_compression = False
-        saving.storage_options.chunk_byte_size = 32 << 20  # What a device reads at least.
-        self._context.memory.deepcopy_host_arrays = False
 
-    def add(self, part: Tree) -> None:
-        """Writes a part, once the part before is on the disk.
+def write(path: Path, name: str, array: np.ndarray) -> None:
+    """Writes an array in its place: the same files, of Zarr 2, that Orbax makes of a tree.
 
-        Raises:
-          OSError: that one could not be written.
-        """
-        self._submit(lambda: ocp.partial.save(self._path, part))
+    Orbax itself would need the whole tree in memory, or half as long again for writing it in parts.
 
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(self, error: type | None, *_: Any) -> None:
-        with self._thread:
-            if error is None:
-                self._submit(lambda: ocp.partial.finalize(self._path))
-                self._wait()
-
-    def _submit(self, task: Callable[[], None]) -> None:
-        self._wait()
-        self._last = self._thread.submit(_run, self._context, task)
-
-    def _wait(self) -> None:
-        last, self._last = self._last, None
-        try:
-            if last:
-                last.result()
-        except (ValueError, OSError) as error:
-            reason = re.search(r": ([^:]+) \[os_error_code", str(error))
-            raise OSError(reason[1] if reason else str(error)) from error
+    Args:
+      path: a folder that was laid out for a tree.
+      name: the keys on the way to the leaf, with slashes between.
+      array: what to write; it has at least one axis.
+    """
+    place = path / "state" / name.replace("/", ".")
+    rows = math.ceil(len(array) / math.ceil(array.nbytes / _CHUNK_BYTES))
+    about = {
+        "chunks": [rows, *array.shape[1:]],
+        "compressor": None,
+        "dimension_separator": ".",
+        "dtype": array.dtype.name if array.dtype.kind == "V" else array.dtype.str,
+        "fill_value": None,
+        "filters": None,
+        "order": "C",
+        "shape": array.shape,
+        "zarr_format": 2,
+    }
+    shutil.rmtree(place)  # The placeholder.
+    place.mkdir()
+    (place / ".zarray").write_text(json.dumps(about, separators=(",", ":")), encoding="utf-8")
+    for number, start in enumerate(range(0, len(array), rows)):
+        with open(place / ".".join([str(number), *"0" * (array.ndim - 1)]), "wb") as file:
+            folder.write_array(file, array[start : start + rows])
+            file.truncate(rows * array[0].nbytes)  # The last chunk is as long as the others.
 
 
 def stored(path: Path) -> Tree:
@@ -78,7 +88,7 @@ def read(path: Path, abstract: Tree) -> Tree:
     """Reads arrays, each straight onto its devices.
 
     Args:
-      path: where a tree was written, wholly: of what is missing, Orbax leaks coroutines.
+      path: where a tree was written; whole, for over what is missing Orbax leaks coroutines.
       abstract: the tree or a part of it, with the shapes, dtypes and shardings to read it as.
     """
     context = ocp.Context()
@@ -89,8 +99,11 @@ def read(path: Path, abstract: Tree) -> Tree:
 
 
 def bytes_in_flight(abstract: Tree) -> int:
-    """Returns how much `read` has on its way at a time: as much as the largest array in float32."""
-    return 1 + max(4 * math.prod(array.shape) for array in jax.tree.leaves(abstract))
+    """Returns how much `read` has on its way at a time: twice the largest array in float32.
+
+    Orbax refuses to read an array that is larger than this, with its last chunk filled up.
+    """
+    return 1 + 2 * max(4 * math.prod(array.shape) for array in jax.tree.leaves(abstract))
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ Arrays go straight from disk to their devices, in the dtype asked for.
 """
 
 import contextlib
+import functools
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +13,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from rich.filesize import decimal
 
 from mistral_jax import arrays, folder, manifest, memory
@@ -63,7 +66,7 @@ def load(
     layout = None if sharding is None else read_layout(sharding, config)
     model = Transformer(config, rules=layout.rules if layout else ())
     abstract = abstract_params(model, layout)
-    _check_shapes(abstract, stored, str(path / "params"))
+    _check_shapes(_shapes(abstract), _shapes(stored), str(path / "params"))
     if layout is None:
         one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = _replace(abstract, sharding=one)
@@ -93,27 +96,31 @@ def save(
     Raises:
       ValueError: something else is at `path`, or `params` are not those of `config`.
     """
-    _check_shapes(abstract_params(Transformer(config)), params, "params")
-    with create(path, config, tokenizer_file, provenance, overwrite) as add:
-        add(params)
+    shapes = _shapes(abstract_params(Transformer(config)))
+    _check_shapes(shapes, _shapes(params), "params")
+    with create(path, config, shapes, tokenizer_file, provenance, overwrite) as write:
+        for name, array in flatten_dict(params, sep="/").items():
+            write(name, np.asarray(array))
 
 
 @contextlib.contextmanager
 def create(
     path: Path | str,
     config: ModelConfig,
+    shapes: Mapping[str, tuple[int, ...]],
     tokenizer_file: Path | str | None = None,
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
-) -> Iterator[Callable[[Params], None]]:
-    """Yields a function that writes one part of the parameters after the other, such as layers.
+) -> Iterator[Callable[[str, np.ndarray], None]]:
+    """Yields a function that writes one parameter after the other, by path and array.
 
-    So a model can be saved of which only two parts are in memory. The arguments are those of
-    `save`; `provenance` is written last.
+    So a model can be saved that does not fit in memory. `shapes` are those of all its parameters,
+    by path; the other arguments are those of `save`, and `provenance` is written last.
     """
     with folder.whole(path, manifest.is_checkpoint if overwrite else None) as part:
-        with arrays.Writer(part / "params") as writer:
-            yield writer.add
+        arrays.lay_out(part / "params", unflatten_dict(dict.fromkeys(shapes), sep="/"))
+        yield functools.partial(arrays.write, part / "params")
+        _check_shapes(shapes, _shapes(arrays.stored(part / "params")), str(path))
         if tokenizer_file is not None:
             shutil.copyfile(tokenizer_file, part / "tokenizer.model")
         manifest.write(part, config, provenance or {})
@@ -160,12 +167,13 @@ def _replace(abstract: Params, **changes: Any) -> Params:
     return jax.tree.map(lambda array: array.update(**changes), abstract)
 
 
-def _check_shapes(expected: Params, found: Params, where: str) -> None:
-    expected, found = (
-        {jax.tree_util.keystr(k, simple=True, separator="/"): tuple(leaf.shape) for k, leaf in kv}
-        for kv in map(jax.tree.leaves_with_path, (expected, found))
-    )
-    for name in expected | found:
+def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each parameter by its path."""
+    return {path: tuple(array.shape) for path, array in flatten_dict(params, sep="/").items()}
+
+
+def _check_shapes(expected: Mapping, found: Mapping, where: str) -> None:
+    for name in {**expected, **found}:
         if expected.get(name) != found.get(name):
             raise ValueError(
                 f"{where} has {found.get(name, 'nothing')} as {name}; expected "

@@ -8,8 +8,11 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 from rich.filesize import decimal
 
 Replaceable = Callable[[Path], bool] | None
@@ -38,8 +41,8 @@ def whole(target: Path | str, replaceable: Replaceable = None) -> Iterator[Path]
     part, lock = _make(target)
     try:
         yield part
-        for path in (*part.rglob("*"), part):
-            _sync(path)
+        with ThreadPoolExecutor(8) as pool:  # A disk is faster at several.
+            list(pool.map(_sync, (*part.rglob("*"), part)))
         check_target(target, replaceable)
         if target.is_dir() and any(target.iterdir()):
             _exchange(part, target)
@@ -78,6 +81,17 @@ def check_space(target: Path | str, size: int) -> None:
     free = shutil.disk_usage(place).free
     if size > free:
         raise ValueError(f"{target} needs {decimal(size)}, but its disk has {decimal(free)} free")
+
+
+def write_array(file: BinaryIO, array: np.ndarray) -> None:
+    """Writes the bytes of an array, fast in virtual machines too.
+
+    For a large write Linux takes large pages, and those that a virtual machine has freed its host
+    must provide again: this was measured to take up to eight times as long as all the rest.
+    """
+    block, data = 128 << 10, memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    for start in range(0, len(data), block):
+        file.write(data[start : start + block])
 
 
 def _make(target: Path) -> tuple[Path, int]:

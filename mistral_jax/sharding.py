@@ -94,8 +94,13 @@ def abstract_params(model: Transformer, layout: Layout | None = None) -> dict[st
     Returns:
       The tree of parameters as float32 `jax.ShapeDtypeStruct`s, with their shardings.
     """
+    # One layer is traced and stands for all: they have the same parameters.
+    config = dataclasses.replace(model.config, num_layers=1, sliding_window=None)
     token = jnp.zeros((1, 1), jnp.int32)
-    boxed = jax.eval_shape(model.init, jax.random.key(0), token, token)["params"]
+    init = model.clone(config=config).init
+    boxed = jax.eval_shape(init, jax.random.key(0), token, token)["params"]
+    layer = boxed.pop("layers_0")
+    boxed |= {f"layers_{i}": layer for i in range(model.config.num_layers)}
     shapes = nn.unbox(boxed)
     if layout is None:
         return shapes

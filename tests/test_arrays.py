@@ -1,5 +1,7 @@
+"""Laws of arrays on disk: what is written is read, by Orbax too, and nothing else is there."""
+
 import logging
-import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -7,36 +9,44 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
+from orbax.checkpoint import v1 as ocp
 
 from mistral_jax import arrays
 
 
-def parts():
+def tree():
     rng = np.random.default_rng(0)
-    return [
-        {"a": {"x": rng.standard_normal((8, 6)).astype(np.float32)}},
-        {"b": {"y": rng.standard_normal((4, 2, 3)).astype(ml_dtypes.bfloat16)}},
-        {"b2": jnp.arange(5.0)},
-    ]
+    return {
+        "a": {"x": rng.standard_normal((8, 6)).astype(np.float32)},
+        "b": {"y": rng.standard_normal((4, 2, 3)).astype(ml_dtypes.bfloat16)},
+        "b2": {"z": np.arange(5).astype(np.float16)},
+    }
 
 
-def whole():
-    return parts()[0] | parts()[1] | parts()[2]
+def flat(tree):
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
 
 
-def abstract(sharding=None, dtype=None):
+def write(path, tree):
+    arrays.lay_out(path, tree)
+    for name, array in flat(tree).items():
+        arrays.write(path, name, array)
+    return path
+
+
+def abstract(tree, sharding=None, dtype=None):
     sharding = sharding or SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, dtype or a.dtype, sharding=sharding), whole()
+        lambda a: jax.ShapeDtypeStruct(a.shape, dtype or a.dtype, sharding=sharding), tree
     )
 
 
 @pytest.fixture
 def written(tmp_path):
-    with arrays.Writer(tmp_path / "t") as writer:
-        for part in parts():
-            writer.add(part)
-    return tmp_path / "t"
+    return write(tmp_path / "t", tree())
 
 
 def equal(found, expected):
@@ -46,24 +56,74 @@ def equal(found, expected):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
-def test_what_is_written_in_parts_is_read_whole(written):
-    equal(arrays.read(written, abstract()), whole())
+def test_what_is_written_one_by_one_is_read_whole(written):
+    equal(arrays.read(written, abstract(tree())), tree())
+
+
+def test_a_whole_tree_with_scalars_is_read_again(tmp_path):
+    state = {"step": jnp.int32(7), **tree()}
+    arrays.save(tmp_path / "t", state)
+    equal(arrays.read(tmp_path / "t", abstract(state)), state)
+
+
+def test_no_file_names_the_folder_that_it_was_made_in(written):
+    for file in written.rglob("*"):
+        assert file.is_dir() or str(written.parent).encode() not in file.read_bytes(), file
+
+
+def test_the_files_are_those_that_orbax_writes(written, tmp_path):
+    context = ocp.Context()
+    saving = context.array.saving
+    saving.use_ocdbt = saving.use_zarr3 = saving.use_compression = False
+    with context:
+        ocp.save(tmp_path / "orbax", tree())
+    ours, theirs = (
+        {file.relative_to(path): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+        for path in (written, tmp_path / "orbax")
+    )
+    assert ours.keys() == theirs.keys() - {Path("commit_success.txt")}  # it names the folder
+    for name, content in ours.items():
+        if name.parts[0] == "state":  # outside it, Orbax notes the time
+            assert content == theirs[name], name
+
+
+@pytest.mark.parametrize("shape", [(10, 4), (7, 4), (1, 40), (11,), (3, 2, 4), (16, 1)])
+@pytest.mark.parametrize("chunk", [1, 16, 48, 1000])
+def test_chunks_of_any_size(tmp_path, monkeypatch, shape, chunk):
+    monkeypatch.setattr(arrays, "_CHUNK_BYTES", chunk)
+    expected = {"x": np.arange(np.prod(shape), dtype=np.float32).reshape(shape)}
+    path = write(tmp_path / "t", expected)
+    equal(arrays.read(path, abstract(expected)), expected)
+    sizes = {file.stat().st_size for file in (path / "state" / "x").glob("[0-9]*")}
+    assert len(sizes) == 1
+    assert sizes.pop() <= max(chunk, expected["x"][0].nbytes) + expected["x"][0].nbytes
+
+
+def test_arrays_in_another_order(tmp_path):
+    expected = {"x": np.arange(12, dtype=np.float32).reshape(3, 4).T}
+    equal(arrays.read(write(tmp_path / "t", expected), abstract(expected)), expected)
+
+
+def test_what_was_not_written_shows(tmp_path):
+    arrays.lay_out(tmp_path / "t", tree())
+    shapes = {name: array.shape for name, array in flat(arrays.stored(tmp_path / "t")).items()}
+    assert shapes == dict.fromkeys(flat(tree()), (1,))
 
 
 def test_shapes_and_dtypes_without_reading(written):
     found = arrays.stored(written)
-    assert jax.tree.structure(found) == jax.tree.structure(whole())
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(whole()), strict=True):
+    assert jax.tree.structure(found) == jax.tree.structure(tree())
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(tree()), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
 def test_a_part_is_read_alone(written):
-    equal(arrays.read(written, {"b": abstract()["b"]}), parts()[1])
+    equal(arrays.read(written, {"b": abstract(tree())["b"]}), {"b": tree()["b"]})
 
 
 def test_reading_casts(written):
-    expected = jax.tree.map(lambda a: np.asarray(a).astype(np.float32), whole())
-    equal(arrays.read(written, abstract(dtype=jnp.dtype(jnp.float32))), expected)
+    expected = jax.tree.map(lambda a: np.asarray(a).astype(np.float32), tree())
+    equal(arrays.read(written, abstract(tree(), dtype=jnp.dtype(jnp.float32))), expected)
 
 
 def test_reading_puts_arrays_where_they_belong(written):
@@ -72,45 +132,18 @@ def test_reading_puts_arrays_where_they_belong(written):
     wanted = {"a": {"x": jax.ShapeDtypeStruct((8, 6), jnp.float32, sharding=rows)}}
     found = arrays.read(written, wanted)
     assert found["a"]["x"].sharding == rows
-    equal(found, parts()[0])
+    equal(found, {"a": tree()["a"]})
 
 
-def test_a_small_part_may_hold_one_large_array(tmp_path):
+def test_an_array_larger_than_all_others_together(tmp_path):
     """The bound on what is read at a time has room for any single array."""
-    tree = {"large": np.ones((300, 1000), np.float32), "small": np.ones(1, np.float32)}
-    with arrays.Writer(tmp_path / "t") as writer:
-        writer.add(tree)
-    one = SingleDeviceSharding(jax.devices()[0])
-    wanted = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one), tree)
-    equal(arrays.read(tmp_path / "t", wanted), tree)
-
-
-def test_an_error_comes_with_the_next_part_or_the_end(tmp_path):
-    def write_both():
-        with arrays.Writer(tmp_path / "t") as writer:
-            writer.add({"a": np.ones(3, np.float32)})
-            (tmp_path / "t").write_text("in the way")
-
-    with pytest.raises(OSError, match="t"):
-        write_both()
-
-
-def test_an_error_of_the_caller_leaves_no_thread_behind(tmp_path):
-    def fail():
-        with arrays.Writer(tmp_path / "t") as writer:
-            writer.add({"a": np.ones(3, np.float32)})
-            raise RuntimeError("ours")
-
-    before = set(threading.enumerate())
-    with pytest.raises(RuntimeError, match="ours"):
-        fail()
-    assert not [t for t in set(threading.enumerate()) - before if "ThreadPool" in t.name]
-    assert not (tmp_path / "t").exists()
+    expected = {"large": np.ones((300, 1000), np.float32), "small": np.ones(1, np.float32)}
+    equal(arrays.read(write(tmp_path / "t", expected), abstract(expected)), expected)
 
 
 def test_orbax_is_quiet_and_its_logger_is_left_as_it_was(written, capfd):
     level = logging.getLogger("absl").level
-    arrays.read(written, abstract())
+    arrays.read(written, abstract(tree()))
     arrays.stored(written)
     assert logging.getLogger("absl").level == level
     assert capfd.readouterr() == ("", "")

@@ -8,7 +8,7 @@ from mistral_jax.convert import architecture, checks, source
 def check(folder, format=None):
     found = source.find(folder, format)
     config = architecture.read(found.config_file).config
-    checks.check_tensors(found, found.tensors(), config)
+    checks.match(found, found.tensors(), config)
 
 
 def refused(folder, message):

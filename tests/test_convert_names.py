@@ -18,10 +18,6 @@ ROWS = {  # attention with groups, without, with one key-value head; heads wider
 }
 
 
-def rows(config):
-    return [row for group in names.groups(config) for row in group]
-
-
 def config_of(fields):
     return tiny.from_official(fields, reference.random_tensors(fields, 0))[0].config
 
@@ -34,7 +30,7 @@ def test_the_rows_are_the_parameters_of_the_model(heads, tied):
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
         for path, leaf in jax.tree.leaves_with_path(abstract_params(Transformer(config)))
     }
-    assert {row.path: row.shape(config) for row in rows(config)} == expected
+    assert {row.path: row.shape(config) for row in names.rows(config)} == expected
 
 
 def test_a_group_is_a_layer():
@@ -52,7 +48,7 @@ def test_either_format_gives_what_an_independent_map_does(heads):
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree.leaves_with_path(expected)
     }
-    for row in rows(model.config):
+    for row in names.rows(model.config):
         tensor = official[row.name(official=True)]
         ours = row.from_file(tensor, model.config, official=True)
         np.testing.assert_array_equal(ours, flat[row.path], err_msg=row.path)
@@ -69,7 +65,7 @@ def test_either_format_gives_what_an_independent_map_does(heads):
 def test_there_and_back_is_equal_byte_for_byte(heads, official):
     config = config_of(tiny.OFFICIAL | ROWS[heads])
     rng = np.random.default_rng(0)
-    for row in rows(config):
+    for row in names.rows(config):
         tensor = rng.integers(256, size=(*row.file_shape(config), 2), dtype=np.uint8)
         tensor = tensor.view(np.uint16)[..., 0]
         there = row.from_file(tensor, config, official)
@@ -79,7 +75,7 @@ def test_there_and_back_is_equal_byte_for_byte(heads, official):
 
 def test_nothing_is_copied_where_nothing_moves():
     config = config_of(tiny.OFFICIAL)
-    for row in rows(config):
+    for row in names.rows(config):
         tensor = np.zeros(row.file_shape(config))
         assert np.shares_memory(tensor, row.from_file(tensor, config, official=False))
         moved = row.path.endswith(("q_proj/kernel", "k_proj/kernel"))
@@ -90,7 +86,7 @@ def test_the_rows_of_7b_have_the_published_number_of_parameters():
     counts = {"v0.1": 7_241_732_096, "v0.2": 7_241_732_096, "v0.3": 7_248_023_552}
     for version, count in counts.items():
         config = ModelConfig.from_name(f"mistral-7b-{version}")
-        assert sum(np.prod(row.shape(config), dtype=int) for row in rows(config)) == count
+        assert sum(np.prod(row.shape(config), dtype=int) for row in names.rows(config)) == count
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from mistral_jax.config import CHECKOUT
 
 FLOORS = [  # from the ground up; modules of one floor do not know each other
     {
-        "arrays",
         "config",
         "folder",
         "machine",
@@ -25,6 +24,7 @@ FLOORS = [  # from the ground up; modules of one floor do not know each other
         "training.loss",
     },
     {
+        "arrays",
         "manifest",
         "model.cache",
         "tokenizer",

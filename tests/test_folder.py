@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from mistral_jax import folder
@@ -143,3 +144,11 @@ def test_a_disk_that_is_too_full(tmp_path):
     folder.check_space(tmp_path / "not" / "there" / "yet", 1)
     with pytest.raises(ValueError, match=r"x needs 1\.0 EB, but its disk has .* free"):
         folder.check_space(tmp_path / "x", 10**18)
+
+
+def test_the_bytes_of_an_array(tmp_path):
+    array = np.arange(300_000, dtype=np.float32).reshape(3, 100_000)
+    for part in (array, array[:, 1:], array.T, array[:0]):
+        with open(tmp_path / "a", "wb") as file:
+            folder.write_array(file, part)
+        assert (tmp_path / "a").read_bytes() == part.tobytes()

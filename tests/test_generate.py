@@ -43,30 +43,31 @@ def forward(model, params, rows):
     return [np.asarray(x[: len(row)]) for x, row in zip(logits, rows, strict=True)]
 
 
-def test_the_likeliest_tokens_and_log_probabilities_are_those_of_the_full_pass(mistral):
-    completions = generate(*mistral, PROMPTS, 30, sampling=GREEDY, stop_ids=(), top_logprobs=3)
+def test_the_likeliest_tokens_are_those_of_the_full_pass(mistral):
+    completions = generate(*mistral, PROMPTS, 30, sampling=GREEDY, stop_ids=())
     texts = [[*p, *c.tokens] for p, c in zip(PROMPTS, completions, strict=True)]
     assert len(texts[1]) > 5 * 5  # windows
     for prompt, completion, logits in zip(
         PROMPTS, completions, forward(*mistral, texts), strict=True
     ):
-        logprobs = np.asarray(jax.nn.log_softmax(logits[len(prompt) - 1 : -1]))
-        assert completion.tokens == logprobs.argmax(axis=1).tolist()
+        assert completion.tokens == logits[len(prompt) - 1 : -1].argmax(axis=1).tolist()
         assert completion.finish_reason == "length"
-        np.testing.assert_allclose(completion.logprobs, logprobs.max(axis=1), **CLOSE)
+
+
+def test_log_probabilities_are_the_models_own_before_any_filter(mistral):
+    sampling = Sampling(3, top_k=2, repetition_penalty=3, logit_bias={4: 50})
+    completions = generate(*mistral, PROMPTS, 5, sampling=sampling, top_logprobs=3)
+    texts = [[*p, *[4] * 5] for p in PROMPTS]
+    for prompt, completion, logits in zip(
+        PROMPTS, completions, forward(*mistral, texts), strict=True
+    ):
+        assert completion.tokens == [4] * 5
+        logprobs = np.asarray(jax.nn.log_softmax(logits[len(prompt) - 1 : -1]))
+        np.testing.assert_allclose(completion.logprobs, logprobs[:, 4], **CLOSE)
         best = np.argsort(-logprobs, axis=1)[:, :3]
         assert [list(top) for top in completion.top_logprobs] == best.tolist()
         values = [list(top.values()) for top in completion.top_logprobs]
         np.testing.assert_allclose(values, np.take_along_axis(logprobs, best, axis=1), **CLOSE)
-
-
-def test_log_probabilities_are_those_before_temperature_and_filters(mistral):
-    sampling = Sampling(3, top_k=2, repetition_penalty=3, logit_bias={4: 50})
-    (completion,) = generate(*mistral, PROMPTS[:1], 5, sampling=sampling)
-    assert completion.tokens == [4] * 5
-    (logits,) = forward(*mistral, [PROMPTS[0] + [4] * 5])
-    expected = jax.nn.log_softmax(logits)[2:-1, 4]
-    np.testing.assert_allclose(completion.logprobs, expected, **CLOSE)
 
 
 def test_a_row_of_a_batch_is_that_row_alone(mistral, warm):
@@ -155,10 +156,11 @@ def test_stop_ids(mistral, warm):
 def test_the_end_of_text_stops_unless_it_may_not(mistral):
     end = Sampling(temperature=0, logit_bias={2: 100})
     stopped, endless = (
-        generate(*mistral, PROMPTS[:1], 3, sampling=end, stop_ids=ids)[0] for ids in (None, ())
+        generate(*mistral, PROMPTS, 3, sampling=end, stop_ids=ids, top_logprobs=3)
+        for ids in (None, ())
     )
-    assert (stopped.tokens, stopped.finish_reason) == ([], "stop")
-    assert (endless.tokens, endless.finish_reason) == ([2, 2, 2], "length")
+    assert [(row.tokens, row.finish_reason) for row in stopped] == [([], "stop")] * 3
+    assert [(row.tokens, row.finish_reason) for row in endless] == [([2, 2, 2], "length")] * 3
 
 
 def test_a_row_ends_where_its_caller_says(mistral, warm):
@@ -176,19 +178,17 @@ def test_a_row_ends_where_its_caller_says(mistral, warm):
 
 
 def test_penalties_see_the_prompt_and_the_answer(mistral):
-    sampling = Sampling(0, repetition_penalty=1.5, presence_penalty=0.1, frequency_penalty=0.3)
-    plain = Sampling(0)
-    penalized, greedy = generate(*mistral, PROMPTS[:2], 20, sampling=[sampling, plain], stop_ids=())
-    for i, (row, completion) in enumerate([(sampling, penalized), (plain, greedy)]):
-        prompt = PROMPTS[i]
-        (logits,) = forward(*mistral, [prompt + completion.tokens])
-        for step, token in enumerate(completion.tokens):
-            counts = np.bincount(completion.tokens[:step], minlength=53)[None]
-            stacked = RowSampling.stack([row], [0], [prompt], 53)
-            seen = logits[None, len(prompt) + step - 1]
-            if stacked.penalties is not None:
-                seen = penalize(seen, stacked.penalties, counts)
-            assert token == np.argmax(seen)
+    penalties = {"repetition_penalty": 1.5, "presence_penalty": 0.1, "frequency_penalty": 0.3}
+    samplings = [Sampling(0, **penalties), GREEDY, Sampling(0, logit_bias={5: 2})]
+    completions = generate(*mistral, PROMPTS, 20, sampling=samplings, stop_ids=(), top_logprobs=3)
+    texts = [[*p, *c.tokens] for p, c in zip(PROMPTS, completions, strict=True)]
+    rows = RowSampling.stack(samplings, [0] * 3, PROMPTS, 53).penalties
+    for i, logits in enumerate(forward(*mistral, texts)):
+        own = jax.tree.map(lambda x, i=i: x[i : i + 1], rows)
+        for step, token in enumerate(completions[i].tokens):
+            counts = np.bincount(completions[i].tokens[:step], minlength=53)[None]
+            seen = logits[None, len(PROMPTS[i]) + step - 1]
+            assert token == np.argmax(penalize(seen, own, counts))
 
 
 def test_requests_reuse_the_compiled_programs(mistral, monkeypatch):
@@ -228,7 +228,7 @@ def test_three_rows_on_eight_devices_are_three_rows_on_one():
     token = jnp.zeros((1, 1), jnp.int32)
     params = nn.unbox(jax.jit(model.init)(jax.random.key(0), token, token))["params"]
     places = jax.tree.map(lambda x: x.sharding, abstract_params(spread, layout))
-    options = {"sampling": Sampling(1, repetition_penalty=1.2), "stop_ids": ()}
+    options = {"sampling": WARM, "stop_ids": ()}
     expected = generate(model, params, PROMPTS, 10, **options)
     sharded = jax.device_put(params, places)
     cache, _ = prefill.prefill(spread, sharded, [*PROMPTS, ()], 40)

@@ -147,7 +147,7 @@ def test_the_limit_can_be_lifted(command):
     assert code == 2
     assert "the model's 10 positions" in err
     assert "--max-positions" in err
-    assert command("def main", "--max-positions", "100")[0] == 0
+    assert command("def main", "--max-positions", "100", "--max-tokens", "1")[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -160,8 +160,8 @@ def make_loss_fn(model: Transformer) -> LossFn:
 def save_state(path: Path, state: TrainState) -> None:
     """Saves the state of a run as `<path>/states/<step>`, and removes all but the latest few."""
     target = path / "states" / f"{int(state.step):08d}"
-    with folder.whole(target, lambda old: True) as part, arrays.Writer(part / "state") as writer:
-        writer.add(state)
+    with folder.whole(target, lambda old: True) as part:
+        arrays.save(part / "state", state)
     for old in sorted(_saved(path))[:-KEPT_STATES]:
         shutil.rmtree(old)
 
