@@ -1,11 +1,11 @@
 """The command line of the conversion: `to-orbax`, `to-torch`, `inspect`."""
 
 import argparse
-import os
 import sys
 import warnings
 
 import mistral_jax
+from mistral_jax.command import Parser, run
 
 DTYPES = ("bfloat16", "float16", "float32")
 FORMATS = ("hf", "official")
@@ -15,19 +15,10 @@ FILES = ("safetensors", "torch")
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     arguments = _parser().parse_args(argv)
-    try:
-        arguments.run(arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:  # The reader has enough: what is still buffered goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
+    status = run(lambda: arguments.run(arguments), "interrupted: nothing was written")
+    if status == 130:
         warnings.simplefilter("ignore")  # Of what Orbax will now never await.
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    return status
 
 
 def _to_orbax(arguments: argparse.Namespace) -> None:
@@ -66,8 +57,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
     print("\n".join(f"{label:<16}{value}" for label, value in lines))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m mistral_jax.convert",
         description="Converts checkpoints of Mistral between PyTorch and Orbax, without PyTorch.",
     )

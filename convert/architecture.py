@@ -41,6 +41,16 @@ _UNSUPPORTED = {
     "yarn": (),
     "llama_4_scaling": (),
     "q_lora_rank": (),
+    "partial_rotary_factor": (1,),
+}
+
+# What the object for the rotary embedding may hold: other names and values change the rotation.
+_ROPE_CONSTANTS = ("rope_theta", "original_max_position_embeddings")
+_PLAIN_ROPE = {
+    "rope_type": ("default",),
+    "type": ("default",),
+    "factor": (1,),
+    "partial_rotary_factor": (1,),
 }
 
 
@@ -106,9 +116,15 @@ def _refuse_others(raw: Mapping[str, Any], official: bool, file: Path) -> None:
             raise ValueError(f"{file} has {key} {value!r}; expected {expected}")
     for key in ("rope_scaling", "rope_parameters"):
         scaling = raw.get(key) or {}
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind != "default":
-            raise ValueError(f"{file} has {key} of type {kind!r}; only 'default' is supported")
+        plain = isinstance(scaling, dict) and all(
+            value is None or name in _ROPE_CONSTANTS or value in _PLAIN_ROPE.get(name, ())
+            for name, value in scaling.items()
+        )
+        if not plain:
+            raise ValueError(
+                f"{file} has {key} {json.dumps(scaling)}; only plain rotation, of type 'default', "
+                "is supported"
+            )
 
 
 def _head_dim(found: Mapping[str, Any], file: Path) -> int:

@@ -28,7 +28,7 @@ def match(
         matched[row] = unused.pop(name)
         _check_places(name, matched[row], shape, row.split, source)
     if config.tie_embeddings:
-        _check_tied(unused, tensors, source)
+        _check_tied(unused.pop(HEAD.name(source.official), []), matched[EMBED], config, source)
     for name, places in unused.items():
         if not IGNORABLE.fullmatch(name):
             raise ValueError(
@@ -83,16 +83,19 @@ def _check_places(
 
 
 def _check_tied(
-    unused: dict[str, list[Tensor]], tensors: Mapping[str, list[Tensor]], source: Source
+    head: list[Tensor], embed: list[Tensor], config: ModelConfig, source: Source
 ) -> None:
-    """Drops a second copy of the embedding table, which some files of tied models have."""
-    head = unused.pop(HEAD.name(source.official), None)
-    if head is None:
+    """Compares the embedding table with its second copy, which some files of tied models have."""
+    if not head:
         return
-    ((file, array),) = head
-    ((_, table),) = tensors[EMBED.name(source.official)]
-    if array.shape != table.shape or array.tobytes() != table.tobytes():
+    name = HEAD.name(source.official)
+    _check_places(name, head, HEAD.file_shape(config), HEAD.split, source)
+    copy, table = (
+        row.join([place.array for place in places])
+        for row, places in ((HEAD, head), (EMBED, embed))
+    )
+    if copy.tobytes() != table.tobytes():
         raise ValueError(
-            f"tensor {HEAD.name(source.official)} in {file} differs from the embedding, to "
-            f"which {source.config_file} ties it"
+            f"tensor {name} in {head[0].file} differs from the embedding, to which "
+            f"{source.config_file} ties it"
         )

@@ -7,7 +7,7 @@ But official files rotate the pairs (2i, 2i + 1) of a head, and Hugging Face and
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +47,12 @@ class Row(NamedTuple):
     def file_shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Returns the shape in a source, of either format."""
         return tuple(_size(axis, config) for axis in self.file_axes.split())
+
+    def join(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """Puts the tensor of a source together from its part in each file."""
+        return (
+            parts[0] if self.split is None or len(parts) == 1 else np.concatenate(parts, self.split)
+        )
 
     def from_file(self, tensor: np.ndarray, config: ModelConfig, official: bool) -> np.ndarray:
         """Turns the tensor of a source into ours: a view, unless rows change places."""

@@ -91,8 +91,7 @@ def _read(
     row: Row, places: Sequence[Tensor], config: ModelConfig, official: bool, dtype: str | None
 ) -> np.ndarray:
     """Returns an array of the model: the file's own memory where nothing has to change."""
-    parts = [place.array for place in places]
-    tensor = parts[0] if row.split is None or len(parts) == 1 else np.concatenate(parts, row.split)
+    tensor = row.join([place.array for place in places])
     with np.errstate(over="ignore"):  # What a dtype cannot hold is found below.
         array = np.require(row.from_file(tensor, config, official), dtype, ["C", "ALIGNED"])
     files = " and ".join(str(place.file) for place in places)

@@ -5,6 +5,7 @@ import functools
 from pathlib import Path
 
 import mistral_jax
+from mistral_jax.command import Parser
 
 DESCRIPTION = """\
 Continues prompts with a Mistral model, or answers them (--chat). Standard output carries the text
@@ -20,16 +21,9 @@ for instance:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, like all others of the command."""
-
-    def error(self, message: str):
-        self.exit(2, f"error: {message} (--help shows all options)\n")
-
-
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Returns the command's parser."""
-    made = _Parser(
+    made = Parser(
         prog="python -m mistral_jax.sample",
         usage="%(prog)s [PROMPT ...] [options]",
         description=DESCRIPTION,

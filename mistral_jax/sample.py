@@ -3,10 +3,10 @@
 import argparse
 import dataclasses
 import json
-import os
 import sys
 import time
 
+from mistral_jax import command
 from mistral_jax.options import parser
 
 _SAMPLING = (
@@ -18,17 +18,7 @@ _SAMPLING = (
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     arguments = parser().parse_args(argv)
-    try:
-        _run(arguments)
-    except BrokenPipeError:  # The reader has enough: what is still buffered goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    return 0
+    return command.run(lambda: _run(arguments))
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -50,16 +40,16 @@ def _run(arguments: argparse.Namespace) -> None:
         machine.use_compilation_cache()
     if note := machine.unseen_accelerator():
         print(note, file=sys.stderr)
-    command = _Command(arguments, sampling)
+    model = _Model(arguments, sampling)
     if prompts is not None:
-        command.complete(prompts)
+        model.complete(prompts)
         return
     from mistral_jax.terminal import converse
 
-    converse(command.answer, arguments.system)
+    converse(model.answer, arguments.system)
 
 
-class _Command:
+class _Model:
     """A loaded model, and what is asked of it."""
 
     def __init__(self, arguments: argparse.Namespace, sampling):

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from mistral_jax import command
+
 DESCRIPTION = """\
 Trains a small Mistral from nothing on the Python source that is installed here: gathers the corpus,
 makes the vocabulary, trains, and saves a checkpoint. All of it lies in one folder; a run that was
@@ -21,18 +23,11 @@ for instance:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     arguments = _parser().parse_args(argv)
-    try:
-        return _run(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # before the first step, or a second one
-        print(file=sys.stderr)
-        return 130
+    return command.run(lambda: _run(arguments))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> command.Parser:
+    parser = command.Parser(
         prog="python -m mistral_jax.train",
         description=DESCRIPTION,
         epilog=EPILOG,

@@ -114,14 +114,19 @@ def test_theta_by_hand_is_said(read):
     [
         ("rope_scaling", {"type": "linear", "factor": 2.0}),
         ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+        ("rope_scaling", {"factor": 4.0}),
+        ("rope_scaling", "linear"),
         ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e6}),
+        ("rope_parameters", {"rope_theta": 1e6, "partial_rotary_factor": 0.5}),
+        ("rope_parameters", {"full_attention": {"rope_theta": 1e6}}),
     ],
 )
 def test_scaled_rotations_are_refused(read, key, value):
-    with pytest.raises(ValueError, match=rf"config\.json has {key} of type '(linear|yarn|llama3)'"):
+    with pytest.raises(ValueError, match=rf"config\.json has {key} .*; only plain rotation"):
         read(V03_HF, **{key: value})
     assert read(V03_HF, rope_scaling=None).config.rope_theta == 1e6
-    assert read(V03_HF, rope_scaling={"type": "default"}).config.rope_theta == 1e6
+    for plain in ({"type": "default"}, {"rope_theta": 1e6, "factor": 1.0}, {}):
+        assert read(V03_HF, rope_scaling=plain).config.rope_theta == 1e6
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,19 @@ def test_a_tied_model_may_hold_its_table_twice_but_not_another(tmp_path):
     refused(tmp_path / "other", r"tensor lm_head\.weight in \S+ differs from the embedding")
 
 
+def test_both_tables_of_a_tied_model_may_lie_in_parts(tmp_path):
+    fields = {"vocab_size": 52, "tied_embeddings": True}
+    tensors = sources.tensors(vocab_size=52, tied=True)
+    tensors["output.weight"] = tensors["tok_embeddings.weight"]
+    check(sources.write(tmp_path / "equal", "official-torch", tensors, parts=2, **fields))
+    tensors["output.weight"] = tensors["output.weight"][::-1]
+    sources.write(tmp_path / "other", "official-torch", tensors, parts=2, **fields)
+    refused(tmp_path / "other", r"tensor output\.weight in \S+ differs from the embedding")
+    tensors["output.weight"] = tensors["output.weight"][:26]
+    sources.write(tmp_path / "short", "official-torch", tensors, parts=2, **fields)
+    refused(tmp_path / "short", r"tensor output\.weight in \S+ is \(13, 32\); expected \(26, 32\)")
+
+
 def test_an_untied_model_needs_its_output(tmp_path):
     sources.write(tmp_path, "hf-safetensors", sources.tensors(tied=True))
     refused(tmp_path, r"has no tensor lm_head\.weight; expected one of \(53, 32\)")

@@ -13,6 +13,7 @@ from mistral_jax.config import CHECKOUT
 
 FLOORS = [  # from the ground up; modules of one floor do not know each other
     {
+        "command",
         "config",
         "folder",
         "machine",

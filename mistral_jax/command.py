@@ -1,0 +1,40 @@
+"""What all commands share: errors in one line, an exit status for each end. It knows no options."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, like all others of a command."""
+
+    def error(self, message: str):
+        """Ends the program."""
+        self.exit(2, f"error: {message} (--help shows all options)\n")
+
+
+def run(task: Callable[[], int | None], interrupted: str = "") -> int:
+    """Does what a command is for.
+
+    Args:
+      task: does it; returns an exit status, None = 0. Its ValueErrors and OSErrors are for the user
+        to mend, and are shown in one line.
+      interrupted: what Ctrl-C says.
+
+    Returns:
+      The exit status: 2 after an error, 130 after Ctrl-C.
+    """
+    try:
+        status = task()
+        sys.stdout.flush()
+    except BrokenPipeError:  # The reader has enough: what is still buffered goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130
+    return status or 0
