@@ -14,6 +14,7 @@ from mistral_jax.generation import generate as drivers
 from mistral_jax.generation.generate import generate, stream_tokens
 from mistral_jax.generation.logits import penalize
 from mistral_jax.generation.sampling import RowSampling, Sampling
+from mistral_jax.model.cache import init_cache
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.sharding import abstract_params, read_layout
 
@@ -209,6 +210,34 @@ def test_requests_reuse_the_compiled_programs(mistral, monkeypatch):
     ):
         generate(*mistral, [[1] * length], new, sampling=sampling, stop_ids=[3] * (length % 4))
         list(stream_tokens(*mistral, [1] * length, new, sampling=sampling))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_decoding_reads_its_weights_and_copies_none(dtype, rows):
+    """Seen in the memory of the compiled loop; a copy costs more than all that is done with it."""
+    config = ModelConfig(
+        vocab_size=96,
+        num_layers=1,
+        embed_dim=256,
+        mlp_dim=512,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=32,
+        rope_theta=1e4,
+        sliding_window=8,
+    )
+    model = Transformer(config, dtype)
+    params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract_params(Transformer(config))
+    )
+    sampling = RowSampling.stack([WARM] * rows, range(rows), [[1]] * rows, config.vocab_size)
+    cache = init_cache(config, rows, 8, dtype)
+    state = decode.start(cache, [1] * rows, 9, sampling, (), 0, config.vocab_size)
+    lowered = decode.decode.lower(model, params, state, np.int32(9), np.zeros(rows, bool))
+    temporary = lowered.compile().memory_analysis().temp_size_in_bytes
+    smallest = params["layers_0"]["attn"]["q_proj"]["kernel"]
+    assert temporary < smallest.size * smallest.dtype.itemsize
 
 
 def test_three_rows_on_eight_devices_are_three_rows_on_one():

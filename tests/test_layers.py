@@ -9,13 +9,24 @@ from mistral_jax.model.layers import RMSNorm, multiply
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_products_sum_in_float32_for_a_lone_token_as_for_many(dtype):
+@pytest.mark.parametrize(
+    ("equation", "sizes", "kernel", "outputs"),
+    [
+        ("BTD,VD->BTV", (200,), (5, 200), 1),
+        ("BTD,NHD->BTNH", (200,), (3, 4, 200), 2),
+        ("BTNH,DNH->BTD", (10, 20), (5, 10, 20), 1),
+    ],
+)
+def test_products_sum_in_float32_for_a_lone_token_as_for_many(
+    dtype, equation, sizes, kernel, outputs
+):
     rng = np.random.default_rng(0)
-    x, kernel = (jnp.asarray(rng.standard_normal(s), dtype) for s in ((2, 3, 200), (5, 200)))
+    x, kernel = (jnp.asarray(rng.standard_normal(s), dtype) for s in ((2, 3, *sizes), kernel))
     for batch, length in ((1, 1), (1, 3), (2, 1), (2, 3)):
-        ours = multiply("BTD,VD->BTV", x[:batch, :length], kernel, dtype)
+        part = x[:batch, :length]
+        ours = multiply(part, kernel, outputs, dtype)
         assert ours.dtype == jnp.float32
-        exact = np.asarray(x[:batch, :length], np.float64) @ np.asarray(kernel, np.float64).T
+        exact = np.einsum(equation, np.asarray(part, np.float64), np.asarray(kernel, np.float64))
         np.testing.assert_allclose(ours, exact, atol=200 * 2.0**-24 * np.abs(exact).max())
 
 

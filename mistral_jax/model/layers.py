@@ -4,6 +4,7 @@ They do not know how they are stacked; attention itself and the cache are functi
 Every parameter names its logical axes, which `sharding.py` maps to a mesh.
 """
 
+import math
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -22,41 +23,42 @@ class Projection(nn.Module):
     """Multiplies by a kernel whose output axes come first, as PyTorch stores them.
 
     Attributes:
-      equation: einsum of input and kernel, for instance "BTD,NHD->BTNH".
       shape: sizes of the kernel's axes.
       axes: logical names of the kernel's axes.
+      outputs: how many of them, from the first on, are the result's; it sums over the others.
       dtype: of the product's operands; sums are float32.
       out_dtype: of the result; None = dtype.
     """
 
-    equation: str
     shape: Sequence[int]
     axes: Sequence[str]
+    outputs: int
     dtype: jnp.dtype
     out_dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Projects `x`."""
-        letters, output = self.equation.split(",")[1].split("->")
-        contracted = tuple(i for i, letter in enumerate(letters) if letter not in output)
-        kept = tuple(i for i, letter in enumerate(letters) if letter in output)
+        """Projects `x` [B, T, ...], whose last axes are the kernel's last."""
+        kept, contracted = range(self.outputs), range(self.outputs, len(self.shape))
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", contracted, kept)
         kernel = self.param(
             "kernel", nn.with_logical_partitioning(init, self.axes), self.shape, jnp.float32
         )
-        return multiply(self.equation, x, kernel, self.dtype).astype(self.out_dtype or self.dtype)
+        product = multiply(x, kernel, self.outputs, self.dtype)
+        return product.astype(self.out_dtype or self.dtype)
 
 
-def multiply(equation: str, x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Contracts `x` [B, T, ...] with `kernel` in `dtype`; the sums, and the result, are float32."""
-    x, kernel = x.astype(dtype), kernel.astype(dtype)
-    # XLA's CPU backend converts a whole 16-bit kernel to float32 for a single row, but not for two.
-    lonely = x.shape[:2] == (1, 1) and dtype != jnp.float32 and jax.default_backend() == "cpu"
-    if lonely:
-        x = jnp.concatenate([x, x])
-    product = einsum(equation, x, kernel)
-    return product[:1] if lonely else product
+def multiply(x: jax.Array, kernel: jax.Array, outputs: int, dtype: jnp.dtype) -> jax.Array:
+    """Sums over the axes of `kernel` but its first `outputs`, in `dtype`; the result is float32."""
+    places = x.shape[:2]
+    # Matrices, for XLA's CPU backend: it makes transposed copies of a kernel with heads unfolded,
+    # and, in a loop of single tokens, of any kernel if the tokens keep their axis.
+    matrix = kernel.astype(dtype).reshape(math.prod(kernel.shape[:outputs]), -1)
+    rows = x.astype(dtype).reshape(*(places[:1] if places[1] == 1 else places), -1)
+    # It also converts a whole 16-bit kernel to float32 for a single row, but not for two.
+    lonely = places == (1, 1) and dtype != jnp.float32 and jax.default_backend() == "cpu"
+    product = einsum("...X,YX->...Y", jnp.concatenate([rows, rows]) if lonely else rows, matrix)
+    return product[: places[0]].reshape(*places, *kernel.shape[:outputs])
 
 
 class RMSNorm(nn.Module):
@@ -92,7 +94,7 @@ class Embedding(nn.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Returns the logits [B, T, V] of `x` [B, T, D], in float32."""
-        return multiply("BTD,VD->BTV", x, self.embedding, self.dtype)
+        return multiply(x, self.embedding, 1, self.dtype)
 
 
 class MLP(nn.Module):
@@ -107,12 +109,12 @@ class MLP(nn.Module):
         """Maps `x` [B, T, D] to [B, T, D]."""
         wide, narrow = self.config.mlp_dim, self.config.embed_dim
 
-        def project(name, equation, shape, axes):
-            return Projection(equation, shape, axes, self.dtype, name=name)
+        def project(name, shape, axes):
+            return Projection(shape, axes, 1, self.dtype, name=name)
 
-        gate = project("gate_proj", "BTD,FD->BTF", (wide, narrow), ("mlp", "embed"))
-        up = project("up_proj", "BTD,FD->BTF", (wide, narrow), ("mlp", "embed"))
-        down = project("down_proj", "BTF,DF->BTD", (narrow, wide), ("embed", "mlp"))
+        gate = project("gate_proj", (wide, narrow), ("mlp", "embed"))
+        up = project("up_proj", (wide, narrow), ("mlp", "embed"))
+        down = project("down_proj", (narrow, wide), ("embed", "mlp"))
         gated = nn.silu(gate(x)) * up(x)
         return down(nn.with_logical_constraint(gated, ("batch", "length", "mlp"), rules=self.rules))
 
@@ -136,16 +138,16 @@ class Attention(nn.Module):
         """Maps `x` [B, T, D] to [B, T, D], and the cache to the one that has seen `x` too."""
         config = self.config
 
-        def project(name, equation, heads, axis):
+        def project(name, heads, axis):
             shape, axes = (heads, config.head_dim, config.embed_dim), (axis, "head_dim", "embed")
-            y = Projection(equation, shape, axes, self.dtype, name=name)(x)
+            y = Projection(shape, axes, 2, self.dtype, name=name)(x)
             return nn.with_logical_constraint(
                 y, ("batch", "length", axis, "head_dim"), rules=self.rules
             )
 
-        q = project("q_proj", "BTD,NHD->BTNH", config.num_heads, "heads")
-        k = project("k_proj", "BTD,KHD->BTKH", config.num_kv_heads, "kv_heads")
-        v = project("v_proj", "BTD,KHD->BTKH", config.num_kv_heads, "kv_heads")
+        q = project("q_proj", config.num_heads, "heads")
+        k = project("k_proj", config.num_kv_heads, "kv_heads")
+        v = project("v_proj", config.num_kv_heads, "kv_heads")
         q, k = rotate(q, angles), rotate(k, angles)
 
         if cache is None:
@@ -165,5 +167,5 @@ class Attention(nn.Module):
 
         shape = (config.embed_dim, config.num_heads, config.head_dim)
         axes = ("embed", "heads", "head_dim")
-        o_proj = Projection("BTNH,DNH->BTD", shape, axes, self.dtype, name="o_proj")
+        o_proj = Projection(shape, axes, 1, self.dtype, name="o_proj")
         return o_proj(mixed), cache

@@ -111,6 +111,6 @@ class Transformer(nn.Module):
             logits = embed.attend(x)
         else:
             shape, axes = (config.vocab_size, config.embed_dim), ("vocab", "embed")
-            logits = Projection("BTD,VD->BTV", shape, axes, dtype, jnp.float32, name="lm_head")(x)
+            logits = Projection(shape, axes, 1, dtype, jnp.float32, name="lm_head")(x)
         logits = nn.with_logical_constraint(logits, ("batch", "length", "vocab"), rules=self.rules)
         return logits, None if cache is None else tuple(new_cache)
