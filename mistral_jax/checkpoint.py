@@ -36,6 +36,7 @@ def load(
     path: Path | str | None = None,
     *,
     sharding: Path | str | None = None,
+    mesh: Mapping[str, int] | None = None,
     dtype: jnp.dtype | str | None = None,
 ) -> tuple[Transformer, Params, Tokenizer | None]:
     """Loads a model.
@@ -44,6 +45,7 @@ def load(
       path: a checkpoint folder; None = the small model that comes with this package.
       sharding: how to spread the arrays over all devices: a name from `configs/sharding/`, or a
         file like those; None = one device holds everything.
+      mesh: sizes of that file's mesh axes, in place of its own: `{"tensor": 4}`.
       dtype: of parameters and computation. None = as stored; on a CPU, float32 if it fits, which
         is no slower there and exact.
 
@@ -63,7 +65,9 @@ def load(
             raise ValueError(f"dtype is {dtype!r}; expected {' or '.join(DTYPES)}")
     file = path / "tokenizer.model"
     tokenizer = read_tokenizer(file, config) if file.is_file() else None
-    layout = None if sharding is None else read_layout(sharding, config)
+    if sharding is None and mesh:
+        raise ValueError(f"mesh is {dict(mesh)}, of no sharding; name one, such as 'tensor'")
+    layout = None if sharding is None else read_layout(sharding, config, mesh=mesh)
     model = Transformer(config, rules=layout.rules if layout else ())
     abstract = abstract_params(model, layout)
     _check_shapes(_shapes(abstract), _shapes(stored), str(path / "params"))

@@ -65,6 +65,12 @@ def parser() -> Parser:
         help="spread it over all devices, as configs/sharding/NAME.toml says",
     )
     add(
+        "--mesh",
+        type=_mesh,
+        metavar="AXIS=N,...",
+        help="sizes of its mesh axes, such as tensor=4,data=2 [as the file says]",
+    )
+    add(
         "--max-positions",
         type=int,
         metavar="N",
@@ -115,6 +121,15 @@ def parser() -> Parser:
 def _number(add, name: str, kind: type, default: float, meaning: str) -> None:
     letter = "N" if kind is int else "X"
     add(name, type=kind, default=default, metavar=letter, help=f"{meaning} [{default:g}]")
+
+
+def _mesh(text: str) -> dict[str, int]:
+    try:
+        return {axis: int(size) for axis, size in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of mesh axes and their sizes, such as tensor=4,data=2"
+        ) from None
 
 
 def _bias(text: str) -> tuple[int, float]:

@@ -60,7 +60,10 @@ class _Model:
         self._clock = CompileClock()
         began = time.perf_counter()
         model, self._params, self._tokenizer = load(
-            arguments.checkpoint, sharding=arguments.sharding, dtype=arguments.dtype
+            arguments.checkpoint,
+            sharding=arguments.sharding,
+            mesh=arguments.mesh,
+            dtype=arguments.dtype,
         )
         if self._tokenizer is None:
             raise ValueError(

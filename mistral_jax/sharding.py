@@ -7,7 +7,9 @@ mlp, heads, kv_heads, head_dim; and, of activations only, batch, length, residua
 
 import dataclasses
 import difflib
+import functools
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,14 @@ LOGICAL_AXES = (
     *("vocab", "embed", "mlp", "heads", "kv_heads", "head_dim"),
     *("batch", "length", "residual"),
 )
+# What the model lays out besides its parameters. A batch may have any size: it is filled up.
+ACTIVATIONS = {
+    "the residual stream": ("batch", "length", "residual"),
+    "the MLP's activations": ("batch", "length", "mlp"),
+    "the queries": ("batch", "length", "heads", "head_dim"),
+    "the keys and values": ("batch", "length", "kv_heads", "head_dim"),
+    "the logits": ("batch", "length", "vocab"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +50,22 @@ class Layout:
 
 
 def read_layout(
-    name: str | Path, config: ModelConfig, devices: list[jax.Device] | None = None
+    name: str | Path,
+    config: ModelConfig,
+    devices: list[jax.Device] | None = None,
+    mesh: Mapping[str, int] | None = None,
 ) -> Layout:
-    """Reads a sharding file and lays its mesh over the devices.
+    """Reads a sharding file and lays its mesh over the devices; allocates nothing.
 
     Args:
       name: a file of `configs/sharding/` without its ending ("tensor"), or a path to a TOML file.
       config: the model that will be laid out; its sizes must be divisible by the mesh's.
       devices: devices to use; None = all.
+      mesh: sizes of mesh axes, in place of those in the file.
 
     Raises:
-      ValueError: there is no such file, or its mesh does not fit the devices or the model.
+      ValueError: there is no such file, its mesh does not fit the devices or the model, or it
+        splits two axes of one array over the same devices.
     """
     path = Path(name) if str(name).endswith(".toml") else CONFIG_DIR / "sharding" / f"{name}.toml"
     if not path.is_file():
@@ -62,7 +77,10 @@ def read_layout(
     if set(table) != {"mesh", "rules"}:
         raise ValueError(f"{path} has the tables {sorted(table)}; expected [mesh] and [rules]")
     devices = jax.devices() if devices is None else devices
-    sizes = _fill(dict(table["mesh"]), len(devices), path)
+    for axis in mesh or {}:
+        if axis not in table["mesh"]:
+            raise ValueError(f"{path} has no mesh axis {axis!r}; it has {list(table['mesh'])}")
+    sizes = _fill({**table["mesh"], **(mesh or {})}, len(devices), path)
     rules = {
         axis: (to,) if isinstance(to, str) else tuple(to) for axis, to in table["rules"].items()
     }
@@ -72,16 +90,16 @@ def read_layout(
             raise ValueError(f"{path}: no logical axis {axis!r}; the nearest is {near!r}")
         if unknown := [mesh_axis for mesh_axis in to if mesh_axis not in sizes]:
             raise ValueError(f"{path} maps {axis} to {unknown[0]!r}; its mesh has {list(sizes)}")
-    _check_sizes(config, rules, sizes, path)
+    _check_rules(config, rules, sizes, path)
     rules, sizes = _split_kv_heads(config, rules, sizes)
     used = math.prod(sizes.values())
-    mesh = jax.make_mesh(
+    laid = jax.make_mesh(
         tuple(sizes.values()),
         tuple(sizes),
         axis_types=(AxisType.Auto,) * len(sizes),
         devices=devices[:used],
     )
-    return Layout(mesh, tuple(rules.items()))
+    return Layout(laid, tuple(rules.items()))
 
 
 def abstract_params(model: Transformer, layout: Layout | None = None) -> dict[str, Any]:
@@ -94,13 +112,9 @@ def abstract_params(model: Transformer, layout: Layout | None = None) -> dict[st
     Returns:
       The tree of parameters as float32 `jax.ShapeDtypeStruct`s, with their shardings.
     """
-    # One layer is traced and stands for all: they have the same parameters.
-    config = dataclasses.replace(model.config, num_layers=1, sliding_window=None)
-    token = jnp.zeros((1, 1), jnp.int32)
-    init = model.clone(config=config).init
-    boxed = jax.eval_shape(init, jax.random.key(0), token, token)["params"]
-    layer = boxed.pop("layers_0")
-    boxed |= {f"layers_{i}": layer for i in range(model.config.num_layers)}
+    boxed = _trace(dataclasses.replace(model.config, num_layers=1, sliding_window=None))
+    rest = {name: part for name, part in boxed.items() if name != "layers_0"}
+    boxed = rest | {f"layers_{i}": boxed["layers_0"] for i in range(model.config.num_layers)}
     shapes = nn.unbox(boxed)
     if layout is None:
         return shapes
@@ -135,24 +149,63 @@ def _fill(sizes: dict[str, int], devices: int, path: Path) -> dict[str, int]:
     return {axis: devices // fixed if size == -1 else size for axis, size in sizes.items()}
 
 
-def _check_sizes(config: ModelConfig, rules: dict, sizes: dict[str, int], path: Path) -> None:
-    """Refuses a mesh that does not divide the model, before anything is allocated."""
-    lengths = {
-        "vocab": ("vocab_size", config.vocab_size),
-        "embed": ("embed_dim", config.embed_dim),
-        "mlp": ("mlp_dim", config.mlp_dim),
-        "heads": ("num_heads", config.num_heads),
-        "head_dim": ("head_dim", config.head_dim),
-    }
-    for axis, (field, length) in lengths.items():
-        mesh_axes = rules.get(axis, ())
-        ways = math.prod(sizes[mesh_axis] for mesh_axis in mesh_axes)
-        if length % ways:
-            fits = math.gcd(length, ways)
-            raise ValueError(
-                f"{path} maps {axis} ({field} = {length}) to mesh axis {'+'.join(mesh_axes)} "
-                f"({ways} devices), which does not divide it: use {fits} or leave {axis} unsharded"
-            )
+@functools.lru_cache(maxsize=4)
+def _trace(config: ModelConfig) -> dict[str, Any]:
+    """Returns the boxed parameters of a model with one layer, which stands for all."""
+    token = jnp.zeros((1, 1), jnp.int32)
+    return jax.eval_shape(Transformer(config).init, jax.random.key(0), token, token)["params"]
+
+
+def _check_rules(config: ModelConfig, rules: dict, sizes: dict[str, int], path: Path) -> None:
+    """Refuses a mesh that does not divide the model, and rules that collide in an array."""
+    boxed = _trace(dataclasses.replace(config, num_layers=1, sliding_window=None))
+    split = []
+    for key, box in jax.tree.leaves_with_path(boxed, is_leaf=nn.meta.is_axis_metadata):
+        array = jax.tree_util.keystr(key, simple=True, separator="/").replace("_0/", "_*/")
+        _check_collisions(array, box.names, rules, path)
+        split += [(array, *axis) for axis in zip(box.names, box.value.shape, strict=True)]
+    for array, axes in ACTIVATIONS.items():
+        _check_collisions(array, axes, rules, path)
+    # A mesh axis that is larger than the key-value heads is split itself.
+    if len(rules.get("kv_heads", ())) == 1:
+        split = [part for part in split if part[1] != "kv_heads"]
+
+    def divides(axis, size, sizes):
+        return size % math.prod(sizes[mesh_axis] for mesh_axis in rules.get(axis, ())) == 0
+
+    for array, axis, size in split:
+        if divides(axis, size, sizes):
+            continue
+        widest = max(rules[axis], key=sizes.get)
+        smaller = [
+            n
+            for n in range(1, sizes[widest])
+            if all(divides(*part[1:], {**sizes, widest: n}) for part in split)
+        ]
+        remedy = (
+            f"use a {widest} axis of {smaller[-1]} (--mesh {widest}={smaller[-1]}) or "
+            if smaller
+            else ""
+        )
+        devices = math.prod(sizes[mesh_axis] for mesh_axis in rules[axis])
+        raise ValueError(
+            f"{path} maps {axis} ({size}) of {array} to mesh axis "
+            f"{' x '.join(map(repr, rules[axis]))} ({devices} devices), which does not divide it: "
+            f"{remedy}leave {axis} unsharded"
+        )
+
+
+def _check_collisions(array: str, axes: tuple[str, ...], rules: dict, path: Path) -> None:
+    taken: dict[str, str] = {}
+    for axis in axes:
+        for mesh_axis in rules.get(axis, ()):
+            if mesh_axis in taken:
+                raise ValueError(
+                    f"{path} maps both {taken[mesh_axis]} and {axis} of {array} to mesh axis "
+                    f"{mesh_axis!r}, which can split only one axis of an array: leave one of them "
+                    "unsharded, or give it a mesh axis of its own"
+                )
+            taken[mesh_axis] = axis
 
 
 def _split_kv_heads(config: ModelConfig, rules: dict, sizes: dict[str, int]) -> tuple[dict, dict]:

@@ -61,14 +61,17 @@ def test_a_dtype_that_is_none(saved):
             checkpoint.load(saved[0], dtype=dtype)
 
 
-@pytest.mark.parametrize("sharding", ["single", "fsdp", "data_tensor"])
-def test_arrays_go_straight_to_their_devices(tmp_path, sharding):
+@pytest.mark.parametrize(
+    ("sharding", "mesh", "devices"),
+    [("single", {}, 1), ("fsdp", {}, 8), ("data_tensor", {}, 8), ("tensor", {"tensor": 4}, 4)],
+)
+def test_arrays_go_straight_to_their_devices(tmp_path, sharding, mesh, devices):
     model, params = tiny.build(vocab_size=56, dim=32, hidden_dim=48, n_heads=8, n_kv_heads=4)
     checkpoint.save(tmp_path / "x", model.config, params)
-    model, found, _ = checkpoint.load(tmp_path / "x", sharding=sharding)
+    model, found, _ = checkpoint.load(tmp_path / "x", sharding=sharding, mesh=mesh)
     equal(found, params)
     used = {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(found)}
-    assert used == {1 if sharding == "single" else 8}
+    assert used == {devices}
     assert bool(model.rules) == (sharding != "single")
     # What is on several devices can be saved again.
     checkpoint.save(tmp_path / "y", model.config, found)

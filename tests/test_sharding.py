@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mistral_jax import sharding
 from mistral_jax.config import CONFIG_DIR, ModelConfig
 from mistral_jax.model.cache import init_cache
 from mistral_jax.model.transformer import Transformer
@@ -93,10 +95,64 @@ def test_tensor_parallel_decode_reduces_twice_a_layer(whole):
     assert " all-gather(" not in hlo
 
 
-def test_axis_that_does_not_divide_is_refused_with_a_remedy():
-    config = dataclasses.replace(CONFIG, mlp_dim=50)
-    with pytest.raises(ValueError, match=r"mlp_dim = 50.*tensor.*8 devices.*use 2 or leave mlp"):
-        read_layout("tensor", config)
+@pytest.mark.parametrize(
+    ("name", "fields", "message", "fits"),
+    [
+        (
+            "tensor",
+            {"mlp_dim": 50},
+            r"mlp \(50\) of layers_\*/mlp/\w+_proj/kernel .*'tensor' \(8",
+            2,
+        ),
+        ("tensor", {"vocab_size": 98}, r"vocab \(98\) of embed/embedding to mesh axis 'tensor'", 2),
+        ("tensor", {"num_heads": 6}, r"heads \(6\) of layers_\*/attn/[oq]_proj/kernel to mesh", 6),
+        ("fsdp", {"embed_dim": 34}, r"embed \(34\) of .* to mesh axis 'fsdp' \(8 devices\)", 2),
+    ],
+)
+def test_what_does_not_divide_is_refused_with_a_remedy_that_works(name, fields, message, fits):
+    config = dataclasses.replace(CONFIG, **fields)
+    with pytest.raises(ValueError, match=message) as error:
+        read_layout(name, config)
+    assert f"use a {name} axis of {fits} (--mesh {name}={fits}) or leave" in str(error.value)
+    assert math.prod(read_layout(name, config, mesh={name: fits}).mesh.shape.values()) == fits
+
+
+def test_axes_over_the_same_devices_collide_within_an_array_alone(tmp_path):
+    def read(rules):
+        path = tmp_path / "layout.toml"
+        path.write_text("[mesh]\na = 2\nb = 2\n[rules]\n" + rules)
+        return read_layout(path, CONFIG)
+
+    read('heads = "a"\nmlp = "a"\nembed = "b"\nbatch = "b"\n')
+    for rules, message in [
+        ('heads = "a"\nembed = "a"\n', r"both embed and heads of layers_\*/attn/o_proj/kernel"),
+        ('mlp = ["a", "b"]\nembed = "b"\n', "both embed and mlp of .* to mesh axis 'b'"),
+        ('batch = "a"\nvocab = "a"\n', "both batch and vocab of the logits to mesh axis 'a'"),
+        ('heads = ["a", "a"]\n', "both heads and heads of"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            read(rules)
+
+
+def test_the_activations_that_rules_are_checked_for_are_those_of_the_model(monkeypatch):
+    named = set()
+
+    def constrain(x, axes, **_):
+        named.add(tuple(axes))
+        return x
+
+    monkeypatch.setattr(nn, "with_logical_constraint", constrain)
+    token = jnp.zeros((1, 1), jnp.int32)
+    jax.eval_shape(Transformer(CONFIG).init, jax.random.key(0), token, token)
+    assert named == set(sharding.ACTIVATIONS.values())
+
+
+def test_mesh_sizes_by_hand():
+    assert read_layout("data_tensor", CONFIG, mesh={"tensor": 4}).mesh.shape["data"] == 2
+    layout = read_layout("data_tensor", CONFIG, mesh={"tensor": 2, "data": 1})
+    assert dict(layout.mesh.shape) == {"data": 1, "tensor": 2}
+    with pytest.raises(ValueError, match=r"has no mesh axis 'fsdp'; it has \['data', 'tensor'\]"):
+        read_layout("data_tensor", CONFIG, mesh={"fsdp": 2})
 
 
 @pytest.mark.parametrize(
