@@ -65,9 +65,7 @@ def load(
             raise ValueError(f"dtype is {dtype!r}; expected {' or '.join(DTYPES)}")
     file = path / "tokenizer.model"
     tokenizer = read_tokenizer(file, config) if file.is_file() else None
-    if sharding is None and mesh:
-        raise ValueError(f"mesh is {dict(mesh)}, of no sharding; name one, such as 'tensor'")
-    layout = None if sharding is None else read_layout(sharding, config, mesh=mesh)
+    layout = read_layout(sharding, config, mesh=mesh)
     model = Transformer(config, rules=layout.rules if layout else ())
     abstract = abstract_params(model, layout)
     _check_shapes(_shapes(abstract), _shapes(stored), str(path / "params"))

@@ -1,4 +1,4 @@
-"""What all commands share: errors in one line, an exit status for each end. It knows no options."""
+"""What all commands share: errors in one line, a status for each end, the options of a layout."""
 
 import argparse
 import os
@@ -12,6 +12,30 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """Ends the program."""
         self.exit(2, f"error: {message} (--help shows all options)\n")
+
+
+def add_layout(group: argparse._ActionsContainer) -> None:
+    """Adds the options that spread a model over devices."""
+    group.add_argument(
+        "--sharding",
+        metavar="NAME",
+        help="spread it over all devices, as configs/sharding/NAME.toml says, or a file like it",
+    )
+    group.add_argument(
+        "--mesh",
+        type=_mesh,
+        metavar="AXIS=N,...",
+        help="sizes of its mesh axes, such as tensor=4,data=2 [as the file says]",
+    )
+
+
+def _mesh(text: str) -> dict[str, int]:
+    try:
+        return {axis: int(size) for axis, size in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of mesh axes and their sizes, such as tensor=4,data=2"
+        ) from None
 
 
 def run(task: Callable[[], int | None], interrupted: str = "") -> int:

@@ -5,7 +5,7 @@ import functools
 from pathlib import Path
 
 import mistral_jax
-from mistral_jax.command import Parser
+from mistral_jax.command import Parser, add_layout
 
 DESCRIPTION = """\
 Continues prompts with a Mistral model, or answers them (--chat). Standard output carries the text
@@ -51,7 +51,8 @@ def parser() -> Parser:
     )
     add("--system", metavar="TEXT", help="what --chat is told beforehand")
 
-    add = made.add_argument_group("the model").add_argument
+    group = made.add_argument_group("the model")
+    add = group.add_argument
     add("--checkpoint", metavar="DIR", help="its folder [the bundled model]")
     add(
         "--dtype",
@@ -59,17 +60,7 @@ def parser() -> Parser:
         metavar="TYPE",
         help="float32, bfloat16 or float16 [as stored; float32 on a CPU that has the memory]",
     )
-    add(
-        "--sharding",
-        metavar="NAME",
-        help="spread it over all devices, as configs/sharding/NAME.toml says",
-    )
-    add(
-        "--mesh",
-        type=_mesh,
-        metavar="AXIS=N,...",
-        help="sizes of its mesh axes, such as tensor=4,data=2 [as the file says]",
-    )
+    add_layout(group)
     add(
         "--max-positions",
         type=int,
@@ -121,15 +112,6 @@ def parser() -> Parser:
 def _number(add, name: str, kind: type, default: float, meaning: str) -> None:
     letter = "N" if kind is int else "X"
     add(name, type=kind, default=default, metavar=letter, help=f"{meaning} [{default:g}]")
-
-
-def _mesh(text: str) -> dict[str, int]:
-    try:
-        return {axis: int(size) for axis, size in (part.split("=") for part in text.split(","))}
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of mesh axes and their sizes, such as tensor=4,data=2"
-        ) from None
 
 
 def _bias(text: str) -> tuple[int, float]:

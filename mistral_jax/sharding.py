@@ -5,6 +5,7 @@ no weights and starts no computation. The logical axes are those that the model 
 mlp, heads, kv_heads, head_dim; and, of activations only, batch, length, residual (the width D).
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -48,17 +49,22 @@ class Layout:
     mesh: Mesh
     rules: Rules
 
+    def parts(self, axis: str) -> int:
+        """Returns how many parts a logical axis is split into."""
+        return math.prod(self.mesh.shape[name] for name in dict(self.rules).get(axis) or ())
+
 
 def read_layout(
-    name: str | Path,
+    name: str | Path | None,
     config: ModelConfig,
     devices: list[jax.Device] | None = None,
     mesh: Mapping[str, int] | None = None,
-) -> Layout:
+) -> Layout | None:
     """Reads a sharding file and lays its mesh over the devices; allocates nothing.
 
     Args:
-      name: a file of `configs/sharding/` without its ending ("tensor"), or a path to a TOML file.
+      name: a file of `configs/sharding/` without its ending ("tensor"), or a path to a TOML file;
+        None = no layout, one device holds everything.
       config: the model that will be laid out; its sizes must be divisible by the mesh's.
       devices: devices to use; None = all.
       mesh: sizes of mesh axes, in place of those in the file.
@@ -67,6 +73,10 @@ def read_layout(
       ValueError: there is no such file, its mesh does not fit the devices or the model, or it
         splits two axes of one array over the same devices.
     """
+    if name is None:
+        if mesh:
+            raise ValueError(f"mesh is {dict(mesh)}, of no sharding; name one, such as 'tensor'")
+        return None
     path = Path(name) if str(name).endswith(".toml") else CONFIG_DIR / "sharding" / f"{name}.toml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in (CONFIG_DIR / "sharding").glob("*.toml")))
@@ -131,6 +141,12 @@ def mesh_of(params: Any) -> Mesh | None:
     """Returns the mesh that `params` lie on, or None if they are not laid out by a mesh."""
     sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)  # None of a NumPy array
     return sharding.mesh if isinstance(sharding, NamedSharding) else None
+
+
+def on_mesh(params: Any) -> contextlib.AbstractContextManager:
+    """Returns a context in which jitted code knows the mesh that `params` lie on, if any."""
+    mesh = mesh_of(params)
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def _fill(sizes: dict[str, int], devices: int, path: Path) -> dict[str, int]:

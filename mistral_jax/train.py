@@ -45,6 +45,7 @@ def _parser() -> command.Parser:
         action="store_true",
         help="draw the curve as <run>/curve.png at the end (matplotlib)",
     )
+    command.add_layout(parser)
     parser.add_argument(
         "--no-compilation-cache",
         dest="compilation_cache",
@@ -68,7 +69,7 @@ def _run(arguments: argparse.Namespace) -> int:
         curve.check_plot()
     print(f"training {recipe.model} in {path}", flush=True)
     with _progress(recipe.steps) as report:
-        complete = run.train(recipe, path, report)
+        complete = run.train(recipe, path, report, arguments.sharding, arguments.mesh)
     if arguments.plot:
         curve.plot(path / "curve.jsonl", path / "curve.png")
     if complete:

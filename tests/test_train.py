@@ -18,9 +18,10 @@ import tiny
 
 import mistral_jax
 from mistral_jax import config, train
+from mistral_jax.model.transformer import Transformer
+from mistral_jax.sharding import on_mesh, read_layout
 from mistral_jax.training import corpus, curve, run
 from mistral_jax.training.recipe import Recipe
-from mistral_jax.training.step import TrainState
 
 MODEL = """
 vocab_size = 500
@@ -92,8 +93,8 @@ def command(*arguments):
 
 def final_state(path, recipe):
     _, optimizer = run.make_optimizer(recipe)
-    params = run.initial_params(recipe.model_config, recipe.seed)
-    return run.restore_state(path, TrainState.create(optimizer, params))
+    model = Transformer(recipe.model_config)
+    return run.restore_state(path, run.initial_state(model, optimizer, recipe.seed))
 
 
 def losses(path):
@@ -140,6 +141,56 @@ def test_a_killed_run_goes_on_from_its_last_state(finished, recipe_file, tmp_pat
     assert run.train(recipe, killed, lambda entry: None)
     chex.assert_trees_all_equal(final_state(killed, recipe), final_state(finished, recipe))
     assert losses(killed) == losses(finished)
+
+
+def test_a_run_goes_on_under_another_layout(finished, recipe_file, tmp_path):
+    recipe, path = Recipe.from_file(recipe_file), tmp_path / "run"
+    with contextlib.suppress(KeyboardInterrupt):
+        assert not run.train(recipe, path, stop_at(10, signal.SIGINT), "fsdp", {"fsdp": 4})
+    assert [folder.name for folder in (path / "states").iterdir()] == ["00000010"]
+    assert run.train(recipe, path, lambda entry: None, "tensor", {"tensor": 2})
+    for (step, loss), (_, expected) in zip(losses(path), losses(finished), strict=True):
+        assert loss == pytest.approx(expected, rel=1e-4), step
+
+
+def one_step(recipe, layout):
+    """Takes a step on 3 rows; returns the shardings before it, the state and the metrics."""
+    tokens = np.random.default_rng(0).integers(0, 500, 200)
+    batch = run.data.batch_at(0, tokens, context=24, rows=3, seed=0)
+    model = Transformer(recipe.model_config, rules=layout.rules if layout else ())
+    _, optimizer = run.make_optimizer(recipe)
+    state = run.initial_state(model, optimizer, 0, layout)
+    places = jax.tree.map(lambda x: x.sharding, state) if layout else None
+    step = run.make_train_step(run.make_loss_fn(model), optimizer, 1, places)
+    with on_mesh(state.trainable):
+        return places, *step(state, run.data.spread(batch, layout) if layout else batch)
+
+
+@pytest.fixture(scope="module")
+def on_one_device(recipe_file):
+    return one_step(Recipe.from_file(recipe_file), None)[1:]
+
+
+@pytest.mark.parametrize(
+    ("sharding", "mesh"),
+    [
+        ("single", {}),
+        ("tensor", {"tensor": 4}),
+        ("fsdp", {}),
+        ("fsdp_tensor", {}),
+        ("data_tensor", {"tensor": 4}),
+    ],
+)
+def test_a_step_on_any_layout_is_that_of_one_device(on_one_device, recipe_file, sharding, mesh):
+    recipe = Recipe.from_file(recipe_file)
+    layout = read_layout(sharding, recipe.model_config, mesh=mesh)
+    places, state, metrics = one_step(recipe, layout)
+    assert jax.tree.map(lambda x: x.sharding, state) == places
+    assert places.opt_state[1][0].mu == places.opt_state[1][0].nu == places.trainable
+    # Moments, not parameters: AdamW's first step turns their every rounding into +-1.
+    expected = on_one_device[0].opt_state[1][0], on_one_device[1]
+    found = jax.device_get((state.opt_state[1][0], metrics))
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_exports_what_it_trained(finished, recipe_file):
@@ -233,7 +284,7 @@ def test_a_terminal_gets_a_bar_and_every_validation(recipe_file, tmp_path, monke
         def isatty(self):
             return True
 
-    def quick(recipe, path, report):
+    def quick(recipe, path, report, *layout):
         report({"step": 10, "loss": 5.0})
         report({"step": 10, "validation_loss": 4.5})
         return True
@@ -249,14 +300,25 @@ def test_a_terminal_gets_a_bar_and_every_validation(recipe_file, tmp_path, monke
 
 
 def test_the_command_says_how_to_go_on(recipe_file, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(run, "train", lambda recipe, path, report: False)
+    monkeypatch.setattr(run, "train", lambda recipe, path, report, *layout: False)
     assert command(recipe_file, "--run", tmp_path / "run") == 130
     assert "the same command goes on" in capsys.readouterr().err
 
 
+def test_the_command_spreads_a_run(recipe_file, tmp_path, monkeypatch):
+    layouts = []
+    monkeypatch.setattr(run, "train", lambda a, b, c, *layout: layouts.append(layout) or True)
+    run_folder = "--run", tmp_path / "run"
+    assert command(recipe_file, *run_folder, "--sharding", "tensor", "--mesh", "tensor=2") == 0
+    assert command(recipe_file, *run_folder) == 0
+    assert layouts == [("tensor", {"tensor": 2}), (None, None)]
+
+
 def test_the_command_puts_runs_under_runs(recipe_file, monkeypatch):
     paths = []
-    monkeypatch.setattr(run, "train", lambda recipe, path, report: paths.append(path) or True)
+    monkeypatch.setattr(
+        run, "train", lambda recipe, path, report, *layout: paths.append(path) or True
+    )
     command(recipe_file)
     assert paths == [Path("runs/tiny")]
 

@@ -13,9 +13,10 @@ import jax
 import numpy as np
 
 from mistral_jax.generation.decode import MOST_STEPS, Made, State, decode, first_step, start
-from mistral_jax.generation.prefill import Params, on_mesh, pad_rows, prefill
+from mistral_jax.generation.prefill import Params, pad_rows, prefill
 from mistral_jax.generation.sampling import DEFAULT, RowSampling, Sampling
 from mistral_jax.model.transformer import Transformer
+from mistral_jax.sharding import on_mesh
 
 # Seconds for which a reader of a stream waits without noticing.
 _PATIENCE = 0.05

@@ -3,9 +3,7 @@
 Shapes come in buckets, so prompts of many lengths share a few compiled programs.
 """
 
-import contextlib
 import functools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +14,7 @@ import numpy as np
 
 from mistral_jax.model.cache import Cache, init_cache
 from mistral_jax.model.transformer import Transformer
-from mistral_jax.sharding import mesh_of
+from mistral_jax.sharding import Layout, mesh_of, on_mesh
 
 Params = Mapping[str, Any]
 
@@ -106,12 +104,6 @@ def empty_cache(model: Transformer, rows: int, length: int) -> Cache:
 
 def pad_rows(model: Transformer, params: Params, rows: Sequence[Any], row: Any) -> list[Any]:
     """Appends copies of `row` until the rows split evenly over the devices that share a batch."""
-    mesh, axes = mesh_of(params), dict(model.rules).get("batch")
-    parts = math.prod(mesh.shape[axis] for axis in axes) if mesh and axes else 1
-    return [*rows, *[row] * (-len(rows) % parts)]
-
-
-def on_mesh(params: Params) -> contextlib.AbstractContextManager:
-    """Returns a context in which jitted code knows the mesh that `params` lie on, if any."""
     mesh = mesh_of(params)
-    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+    parts = Layout(mesh, model.rules).parts("batch") if mesh else 1
+    return [*rows, *[row] * (-len(rows) % parts)]

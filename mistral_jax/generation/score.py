@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mistral_jax.generation.prefill import Params, chunks, empty_cache, on_mesh, pad_rows, room
+from mistral_jax.generation.prefill import Params, chunks, empty_cache, pad_rows, room
 from mistral_jax.model.transformer import Transformer
+from mistral_jax.sharding import on_mesh
 from mistral_jax.tokenizer import Tokenizer
 
 

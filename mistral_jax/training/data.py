@@ -8,9 +8,14 @@ import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import flax.linen as nn
+import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
+from mistral_jax.sharding import Layout
 from mistral_jax.tokenizer import Tokenizer
+from mistral_jax.training.loss import IGNORED
 from mistral_jax.training.step import Batch
 
 _VALIDATION_SHARE = 200  # one document in so many is kept for validation
@@ -68,6 +73,19 @@ def batches_in_order(tokens: np.ndarray, *, context: int, rows: int) -> Iterator
     for first in range(0, count, rows):
         starts = [context * window for window in range(first, min(first + rows, count))]
         yield _windows(tokens, starts, context)
+
+
+def spread(batch: Batch, layout: Layout, microbatches: int = 1) -> Batch:
+    """Lays a batch over devices, filled up with padding to what they share evenly."""
+    parts = microbatches * layout.parts("batch"), layout.parts("length")
+
+    def fill(x, value):
+        extra = [(0, -size % part) for size, part in zip(x.shape, parts, strict=True)]
+        return np.pad(x, extra, constant_values=value)
+
+    filled = Batch(fill(batch.tokens, 0), fill(batch.positions, -1), fill(batch.targets, IGNORED))
+    spec = nn.logical_to_mesh_axes(("batch", "length"), layout.rules)
+    return jax.device_put(filled, NamedSharding(layout.mesh, spec))
 
 
 @functools.lru_cache(maxsize=2)  # The rows of one step may lie in two epochs.

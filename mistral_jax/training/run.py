@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import flax.linen as nn
@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mistral_jax import arrays, checkpoint, folder
-from mistral_jax.config import ModelConfig, read_json
+from mistral_jax.config import read_json
 from mistral_jax.model.transformer import Transformer
+from mistral_jax.sharding import Layout, abstract_params, on_mesh, read_layout
 from mistral_jax.tokenizer import Tokenizer
 from mistral_jax.training import corpus, data
 from mistral_jax.training.curve import Curve, Entry
@@ -31,13 +33,21 @@ from mistral_jax.training.vocabulary import train_vocabulary
 KEPT_STATES = 2
 
 
-def train(recipe: Recipe, path: Path | str, report: Callable[[Entry], None]) -> bool:
+def train(
+    recipe: Recipe,
+    path: Path | str,
+    report: Callable[[Entry], None],
+    sharding: Path | str | None = None,
+    mesh: Mapping[str, int] | None = None,
+) -> bool:
     """Trains a model, or goes on with it, and saves it in bfloat16 as `<path>/checkpoint`.
 
     Args:
       recipe: how.
       path: folder of the run; it is made, or holds a run of this recipe.
       report: is given every entry of the curve that `<path>/curve.jsonl` gets.
+      sharding: how to spread the work over devices, and `mesh`: see `read_layout`. A run may go on
+        under another layout than it began with.
 
     Returns:
       Whether the run is complete; False = an interrupt or SIGTERM stopped it, state saved.
@@ -47,21 +57,25 @@ def train(recipe: Recipe, path: Path | str, report: Callable[[Entry], None]) -> 
         the loss is no longer a number.
     """
     path = Path(path).absolute()
+    layout = read_layout(sharding, recipe.model_config, mesh=mesh)
     train_tokens, validation_tokens = prepare(recipe, path)
-    model = Transformer(recipe.model_config)
+    model = Transformer(recipe.model_config, rules=layout.rules if layout else ())
     schedule, optimizer = make_optimizer(recipe)
-    params = initial_params(model.config, recipe.seed)
-    state = restore_state(path, TrainState.create(optimizer, params))
+    state = restore_state(path, initial_state(model, optimizer, recipe.seed, layout))
+    places = jax.tree.map(lambda x: x.sharding, state) if layout else None
     loss_fn = make_loss_fn(model)
-    train_step = make_train_step(loss_fn, optimizer, recipe.microbatches)
+    train_step = make_train_step(loss_fn, optimizer, recipe.microbatches, places)
     evaluate = jax.jit(loss_fn)
     curve = Curve(path / "curve.jsonl", int(state.step), report)
     shape = {"context": recipe.context, "rows": recipe.rows}
 
-    with _signals() as stopped:
+    def spread(batch):
+        return data.spread(batch, layout, recipe.microbatches) if layout else batch
+
+    with _signals() as stopped, on_mesh(state.trainable):
         for step in range(int(state.step), recipe.steps):
             batch = data.batch_at(step, train_tokens, **shape, seed=recipe.seed)
-            state, metrics = train_step(state, batch)
+            state, metrics = train_step(state, spread(batch))
             if not math.isfinite(metrics["loss"]):
                 raise ValueError(
                     f"the loss of step {step + 1} is {metrics['loss']}: begin another run with a "
@@ -71,7 +85,7 @@ def train(recipe: Recipe, path: Path | str, report: Callable[[Entry], None]) -> 
             last = step + 1 == recipe.steps
             if last or (step + 1) % recipe.validate_every == 0:
                 batches = data.batches_in_order(validation_tokens, **shape)
-                sums = [evaluate(state.trainable, state.frozen, batch) for batch in batches]
+                sums = [evaluate(state.trainable, state.frozen, spread(b)) for b in batches]
                 loss, count = np.sum(jax.device_get(sums), axis=0)
                 curve.write({"step": step + 1, "validation_loss": float(loss / count)})
             if last or stopped() or (step + 1) % recipe.save_every == 0:
@@ -139,11 +153,26 @@ def make_optimizer(recipe: Recipe) -> tuple[optax.Schedule, optax.GradientTransf
     )
 
 
-def initial_params(config: ModelConfig, seed: int) -> Params:
-    """Draws the parameters that training begins with, float32."""
+def initial_state(
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    layout: Layout | None = None,
+) -> TrainState:
+    """Builds the state that training begins with, in float32: the same on any layout.
+
+    The optimizer's state lies where the parameters do.
+    """
     token = jnp.zeros((1, 1), jnp.int32)
-    variables = jax.jit(Transformer(config).init)(jax.random.key(seed), token, token)
-    return nn.unbox(variables)["params"]
+    places = jax.tree.map(lambda x: x.sharding, abstract_params(model, layout)) if layout else None
+    init = jax.jit(
+        lambda key: nn.unbox(model.init(key, token, token))["params"], out_shardings=places
+    )
+    state = TrainState.create(optimizer, init(jax.random.key(seed)))
+    if layout is None:
+        return state
+    everywhere = NamedSharding(layout.mesh, PartitionSpec())
+    return jax.tree.map(lambda x: x if x.ndim else jax.device_put(x, everywhere), state)
 
 
 def make_loss_fn(model: Transformer) -> LossFn:

@@ -79,7 +79,10 @@ def adamw(
 
 
 def make_train_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, microbatches: int = 1
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    microbatches: int = 1,
+    places: TrainState | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Builds the jitted training step; it consumes the state that it is given.
 
@@ -88,6 +91,8 @@ def make_train_step(
       optimizer: turns gradients of the mean loss into updates.
       microbatches: parts that a batch is computed in, one after another; they must divide B. The
         result is that of one large batch, for the activations' memory of a part.
+      places: shardings of the new state's arrays, those of the old one's as a rule; None = left to
+        the compiler.
 
     Returns:
       `train_step(state, batch) -> (state, metrics)`; the metrics are float32 scalars: `loss`, the
@@ -118,4 +123,4 @@ def make_train_step(
         }
         return state.replace(trainable=trainable, opt_state=opt_state, step=state.step + 1), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(places, None))
