@@ -64,10 +64,13 @@ def read_layout(
 
     Args:
       name: a file of `configs/sharding/` without its ending ("tensor"), or a path to a TOML file;
-        None = no layout, one device holds everything.
+        None = one device holds everything.
       config: the model that will be laid out; its sizes must be divisible by the mesh's.
       devices: devices to use; None = all.
       mesh: sizes of mesh axes, in place of those in the file.
+
+    Returns:
+      The layout; None where one device holds everything.
 
     Raises:
       ValueError: there is no such file, its mesh does not fit the devices or the model, or it
@@ -103,6 +106,9 @@ def read_layout(
     _check_rules(config, rules, sizes, path)
     rules, sizes = _split_kv_heads(config, rules, sizes)
     used = math.prod(sizes.values())
+    # JAX drops a mesh of one device on the way: programs would be compiled for both forms.
+    if used == 1:
+        return None
     laid = jax.make_mesh(
         tuple(sizes.values()),
         tuple(sizes),

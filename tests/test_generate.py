@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from flax import linen as nn
 
 from mistral_jax.config import ModelConfig
 from mistral_jax.generation import decode, prefill
@@ -16,7 +15,7 @@ from mistral_jax.generation.logits import penalize
 from mistral_jax.generation.sampling import RowSampling, Sampling
 from mistral_jax.model.cache import init_cache
 from mistral_jax.model.transformer import Transformer
-from mistral_jax.sharding import abstract_params, read_layout
+from mistral_jax.sharding import abstract_params
 
 PROMPTS = [[1, 7, 9], [1, *range(10, 40)], [5]]
 GREEDY = Sampling(temperature=0)
@@ -238,36 +237,6 @@ def test_decoding_reads_its_weights_and_copies_none(dtype, rows):
     temporary = lowered.compile().memory_analysis().temp_size_in_bytes
     smallest = params["layers_0"]["attn"]["q_proj"]["kernel"]
     assert temporary < smallest.size * smallest.dtype.itemsize
-
-
-def test_three_rows_on_eight_devices_are_three_rows_on_one():
-    config = ModelConfig(
-        vocab_size=96,
-        num_layers=1,
-        embed_dim=32,
-        mlp_dim=48,
-        num_heads=8,
-        num_kv_heads=2,
-        head_dim=10,
-        rope_theta=1e4,
-        sliding_window=8,
-    )
-    layout = read_layout("data_tensor", config)
-    model, spread = Transformer(config), Transformer(config, rules=layout.rules)
-    token = jnp.zeros((1, 1), jnp.int32)
-    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), token, token))["params"]
-    places = jax.tree.map(lambda x: x.sharding, abstract_params(spread, layout))
-    options = {"sampling": WARM, "stop_ids": ()}
-    expected = generate(model, params, PROMPTS, 10, **options)
-    sharded = jax.device_put(params, places)
-    cache, _ = prefill.prefill(spread, sharded, [*PROMPTS, ()], 40)
-    shards = [x.sharding.shard_shape(x.shape) for x in (cache[0].k, cache[0].positions)]
-    assert shards == [(1, 8, 1, 10), (1, 8)]  # neither rows nor heads are kept twice
-    before = drivers.decode._cache_size()
-    assert [row.tokens for row in generate(spread, sharded, PROMPTS, 10, **options)] == [
-        row.tokens for row in expected
-    ]
-    assert drivers.decode._cache_size() == before + 1  # the layout does not change on the way
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
-"""A model laid out by any rule file computes what it computes on one device."""
+"""A model laid out by any rule file computes, and writes, what it does on one device."""
 
 import contextlib
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -12,6 +13,12 @@ import pytest
 
 from mistral_jax import sharding
 from mistral_jax.config import CONFIG_DIR, ModelConfig
+from mistral_jax.generation import generate as generation
+from mistral_jax.generation import prefill
+from mistral_jax.generation.generate import generate
+from mistral_jax.generation.prefill import pad_rows
+from mistral_jax.generation.sampling import Sampling
+from mistral_jax.generation.score import score
 from mistral_jax.model.cache import init_cache
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.sharding import abstract_params, mesh_of, read_layout
@@ -27,7 +34,9 @@ CONFIG = ModelConfig(
     rope_theta=1e4,
     sliding_window=8,
 )
-NAMES = sorted(path.stem for path in (CONFIG_DIR / "sharding").glob("*.toml"))
+PROMPTS = [[1, 7, 9], [1, *range(10, 50)], [5]]
+SAMPLINGS = [Sampling(0), Sampling(1, seed=5), Sampling(0.8, repetition_penalty=1.2, seed=6)]
+NAMES = {path.stem for path in (CONFIG_DIR / "sharding").glob("*.toml")} - {"single"}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +50,7 @@ def whole():
 
 
 @pytest.mark.parametrize(
-    ("name", "mesh_is_set"), [("tensor", False), *((name, True) for name in NAMES)]
+    ("name", "mesh_is_set"), [("tensor", False), *((name, True) for name in sorted(NAMES))]
 )
 def test_sharded_equals_single_device(whole, name, mesh_is_set):
     tokens, positions, params, expected = whole
@@ -62,6 +71,49 @@ def test_sharded_equals_single_device(whole, name, mesh_is_set):
     bound = 1e-5 * np.abs(expected).max()
     np.testing.assert_allclose(full, expected, rtol=0, atol=bound)
     np.testing.assert_allclose(late, expected[:, 20:], rtol=0, atol=bound)
+
+
+def made(layout):
+    """Generates from three rows, and scores a text, through chunks and the ring."""
+    config = dataclasses.replace(CONFIG, num_layers=1)
+    model = Transformer(config, rules=layout.rules if layout else ())
+    token = jnp.zeros((1, 1), jnp.int32)
+    places = jax.tree.map(lambda x: x.sharding, abstract_params(model, layout)) if layout else None
+    params = nn.unbox(jax.jit(Transformer(config).init)(jax.random.key(0), token, token))["params"]
+    params = jax.device_put(params, places)
+    programs = generation.decode._cache_size()
+    rows = generate(model, params, PROMPTS, 10, sampling=SAMPLINGS, stop_ids=())
+    assert generation.decode._cache_size() == programs + 1  # no array moves on the way
+    ids = SimpleNamespace(encode=lambda text, bos: [1, *(byte % 96 for byte in text.encode())])
+    cache, _ = prefill.prefill(model, params, pad_rows(model, params, PROMPTS, ()), 60)
+    return rows, score(model, params, ids, "a text that is longer than one chunk"), cache[0]
+
+
+@pytest.fixture(scope="module")
+def made_on_one_device():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefill, "CHUNK", 16)
+        yield made(None)
+
+
+@pytest.mark.parametrize(
+    ("name", "shard"),
+    [
+        ("tensor", (3, 8, 1, 10)),
+        ("fsdp", (1, 8, 2, 10)),
+        ("fsdp_tensor", (1, 8, 1, 10)),
+        ("data_tensor", (1, 8, 1, 10)),
+    ],
+)
+def test_every_layout_makes_the_same_text_and_score(made_on_one_device, name, shard):
+    """Three rows, which no mesh divides; one of them outgrows its window and a chunk."""
+    expected, expected_score, _ = made_on_one_device
+    rows, scored, cache = made(read_layout(name, CONFIG))
+    assert [row.tokens for row in rows] == [row.tokens for row in expected]
+    for row, other in zip(rows, expected, strict=True):
+        np.testing.assert_allclose(row.logprobs, other.logprobs, atol=1e-5)
+    assert scored.logprob == pytest.approx(expected_score.logprob, rel=1e-5)
+    assert cache.k.sharding.shard_shape(cache.k.shape) == shard  # rows and heads lie apart
 
 
 def test_more_devices_than_key_value_heads(whole):
@@ -145,6 +197,14 @@ def test_the_activations_that_rules_are_checked_for_are_those_of_the_model(monke
     token = jnp.zeros((1, 1), jnp.int32)
     jax.eval_shape(Transformer(CONFIG).init, jax.random.key(0), token, token)
     assert named == set(sharding.ACTIVATIONS.values())
+
+
+def test_a_mesh_of_one_device_is_none():
+    assert read_layout("single", CONFIG) is None
+    assert read_layout("fsdp_tensor", CONFIG, mesh={"fsdp": 1, "tensor": 1}) is None
+    assert read_layout(None, CONFIG) is None
+    with pytest.raises(ValueError, match=r"mesh is \{'tensor': 4\}, of no sharding; name one"):
+        read_layout(None, CONFIG, mesh={"tensor": 4})
 
 
 def test_mesh_sizes_by_hand():

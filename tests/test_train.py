@@ -174,7 +174,6 @@ def on_one_device(recipe_file):
 @pytest.mark.parametrize(
     ("sharding", "mesh"),
     [
-        ("single", {}),
         ("tensor", {"tensor": 4}),
         ("fsdp", {}),
         ("fsdp_tensor", {}),
