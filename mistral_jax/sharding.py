@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from mistral_jax.config import CONFIG_DIR, ModelConfig, read_toml
 from mistral_jax.model.layers import Rules
 from mistral_jax.model.transformer import Transformer
-
-LOGICAL_AXES = (
-    *("vocab", "embed", "mlp", "heads", "kv_heads", "head_dim"),
-    *("batch", "length", "residual"),
-)
-# What the model lays out besides its parameters. A batch may have any size: it is filled up.
-ACTIVATIONS = {
-    "the residual stream": ("batch", "length", "residual"),
-    "the MLP's activations": ("batch", "length", "mlp"),
-    "the queries": ("batch", "length", "heads", "head_dim"),
-    "the keys and values": ("batch", "length", "kv_heads", "head_dim"),
-    "the logits": ("batch", "length", "vocab"),
-}
+from mistral_jax.rules import LOGICAL_AXES, check_rules, split_kv_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +91,8 @@ def read_layout(
             raise ValueError(f"{path}: no logical axis {axis!r}; the nearest is {near!r}")
         if unknown := [mesh_axis for mesh_axis in to if mesh_axis not in sizes]:
             raise ValueError(f"{path} maps {axis} to {unknown[0]!r}; its mesh has {list(sizes)}")
-    _check_rules(config, rules, sizes, path)
-    rules, sizes = _split_kv_heads(config, rules, sizes)
+    check_rules(_parameters(config), rules, sizes, path)
+    rules, sizes = split_kv_heads(config, rules, sizes)
     used = math.prod(sizes.values())
     # JAX drops a mesh of one device on the way: programs would be compiled for both forms.
     if used == 1:
@@ -128,7 +116,7 @@ def abstract_params(model: Transformer, layout: Layout | None = None) -> dict[st
     Returns:
       The tree of parameters as float32 `jax.ShapeDtypeStruct`s, with their shardings.
     """
-    boxed = _trace(dataclasses.replace(model.config, num_layers=1, sliding_window=None))
+    boxed = _trace(model.config)
     rest = {name: part for name, part in boxed.items() if name != "layers_0"}
     boxed = rest | {f"layers_{i}": boxed["layers_0"] for i in range(model.config.num_layers)}
     shapes = nn.unbox(boxed)
@@ -171,81 +159,20 @@ def _fill(sizes: dict[str, int], devices: int, path: Path) -> dict[str, int]:
     return {axis: devices // fixed if size == -1 else size for axis, size in sizes.items()}
 
 
-@functools.lru_cache(maxsize=4)
 def _trace(config: ModelConfig) -> dict[str, Any]:
     """Returns the boxed parameters of a model with one layer, which stands for all."""
+    return _trace_layer(dataclasses.replace(config, num_layers=1, sliding_window=None))
+
+
+@functools.lru_cache(maxsize=4)
+def _trace_layer(config: ModelConfig) -> dict[str, Any]:
     token = jnp.zeros((1, 1), jnp.int32)
     return jax.eval_shape(Transformer(config).init, jax.random.key(0), token, token)["params"]
 
 
-def _check_rules(config: ModelConfig, rules: dict, sizes: dict[str, int], path: Path) -> None:
-    """Refuses a mesh that does not divide the model, and rules that collide in an array."""
-    boxed = _trace(dataclasses.replace(config, num_layers=1, sliding_window=None))
-    split = []
-    for key, box in jax.tree.leaves_with_path(boxed, is_leaf=nn.meta.is_axis_metadata):
-        array = jax.tree_util.keystr(key, simple=True, separator="/").replace("_0/", "_*/")
-        _check_collisions(array, box.names, rules, path)
-        split += [(array, *axis) for axis in zip(box.names, box.value.shape, strict=True)]
-    for array, axes in ACTIVATIONS.items():
-        _check_collisions(array, axes, rules, path)
-    # A mesh axis that is larger than the key-value heads is split itself.
-    if len(rules.get("kv_heads", ())) == 1:
-        split = [part for part in split if part[1] != "kv_heads"]
-
-    def divides(axis, size, sizes):
-        return size % math.prod(sizes[mesh_axis] for mesh_axis in rules.get(axis, ())) == 0
-
-    for array, axis, size in split:
-        if divides(axis, size, sizes):
-            continue
-        widest = max(rules[axis], key=sizes.get)
-        smaller = [
-            n
-            for n in range(1, sizes[widest])
-            if all(divides(*part[1:], {**sizes, widest: n}) for part in split)
-        ]
-        remedy = (
-            f"use a {widest} axis of {smaller[-1]} (--mesh {widest}={smaller[-1]}) or "
-            if smaller
-            else ""
-        )
-        devices = math.prod(sizes[mesh_axis] for mesh_axis in rules[axis])
-        raise ValueError(
-            f"{path} maps {axis} ({size}) of {array} to mesh axis "
-            f"{' x '.join(map(repr, rules[axis]))} ({devices} devices), which does not divide it: "
-            f"{remedy}leave {axis} unsharded"
-        )
-
-
-def _check_collisions(array: str, axes: tuple[str, ...], rules: dict, path: Path) -> None:
-    taken: dict[str, str] = {}
-    for axis in axes:
-        for mesh_axis in rules.get(axis, ()):
-            if mesh_axis in taken:
-                raise ValueError(
-                    f"{path} maps both {taken[mesh_axis]} and {axis} of {array} to mesh axis "
-                    f"{mesh_axis!r}, which can split only one axis of an array: leave one of them "
-                    "unsharded, or give it a mesh axis of its own"
-                )
-            taken[mesh_axis] = axis
-
-
-def _split_kv_heads(config: ModelConfig, rules: dict, sizes: dict[str, int]) -> tuple[dict, dict]:
-    """Splits the mesh axis of kv_heads where it is larger than the heads that it can share out.
-
-    Of t devices, gcd(t, K) hold different key-value heads; the query heads of each lie on the rest.
-    """
-    if len(rules.get("kv_heads", ())) != 1:
-        return rules, sizes
-    (axis,) = rules["kv_heads"]
-    shared = math.gcd(sizes[axis], config.num_kv_heads)
-    if shared == sizes[axis]:
-        return rules, sizes
-    parts = {f"{axis}_kv": shared, f"{axis}_group": sizes[axis] // shared}
-
-    def split(mesh_axes):
-        return tuple(part for name in mesh_axes for part in (parts if name == axis else (name,)))
-
-    rules = {logical: split(mesh_axes) for logical, mesh_axes in rules.items()}
-    rules["kv_heads"] = (f"{axis}_kv",)
-    return rules, {name: parts.get(name, sizes.get(name)) for name in split(sizes)}
+def _parameters(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:
+    """Yields the name, the logical axes and the shape of each parameter, of one layer for all."""
+    leaves = jax.tree.leaves_with_path(_trace(config), is_leaf=nn.meta.is_axis_metadata)
+    for key, box in leaves:
+        name = jax.tree_util.keystr(key, simple=True, separator="/")
+        yield name.replace("layers_0", "layers_*"), box.names, box.value.shape

@@ -4,7 +4,9 @@ A module may import, at its top or inside a function, what stands on a floor bel
 """
 
 import ast
+import glob
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,7 @@ FLOORS = [  # from the ground up; modules of one floor do not know each other
     {
         "arrays",
         "manifest",
+        "rules",
         "model.cache",
         "tokenizer",
         "generation.sampling",
@@ -126,3 +129,15 @@ def test_no_torch_outside_the_tests():
 def test_no_file_is_long(name):
     lines = MODULES[name].read_text(encoding="utf-8").count("\n")
     assert lines <= 250, f"{MODULES[name]} has {lines} lines"
+
+
+def test_an_installation_has_all_of_the_bundled_model():
+    """A pattern of setuptools skips hidden files unless it names their dot."""
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))
+    package = CHECKOUT / "mistral_jax"
+    shipped = {
+        package / name
+        for pattern in project["tool"]["setuptools"]["package-data"]["mistral_jax"]
+        for name in glob.glob(pattern, root_dir=package, recursive=True)
+    }
+    assert {path for path in (package / "assets").rglob("*") if path.is_file()} <= shipped

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mistral_jax import sharding
+from mistral_jax import rules
 from mistral_jax.config import CONFIG_DIR, ModelConfig
 from mistral_jax.generation import generate as generation
 from mistral_jax.generation import prefill
@@ -170,20 +170,20 @@ def test_what_does_not_divide_is_refused_with_a_remedy_that_works(name, fields, 
 
 
 def test_axes_over_the_same_devices_collide_within_an_array_alone(tmp_path):
-    def read(rules):
+    def read(lines):
         path = tmp_path / "layout.toml"
-        path.write_text("[mesh]\na = 2\nb = 2\n[rules]\n" + rules)
+        path.write_text("[mesh]\na = 2\nb = 2\n[rules]\n" + lines)
         return read_layout(path, CONFIG)
 
     read('heads = "a"\nmlp = "a"\nembed = "b"\nbatch = "b"\n')
-    for rules, message in [
+    for lines, message in [
         ('heads = "a"\nembed = "a"\n', r"both embed and heads of layers_\*/attn/o_proj/kernel"),
         ('mlp = ["a", "b"]\nembed = "b"\n', "both embed and mlp of .* to mesh axis 'b'"),
         ('batch = "a"\nvocab = "a"\n', "both batch and vocab of the logits to mesh axis 'a'"),
         ('heads = ["a", "a"]\n', "both heads and heads of"),
     ]:
         with pytest.raises(ValueError, match=message):
-            read(rules)
+            read(lines)
 
 
 def test_the_activations_that_rules_are_checked_for_are_those_of_the_model(monkeypatch):
@@ -196,7 +196,7 @@ def test_the_activations_that_rules_are_checked_for_are_those_of_the_model(monke
     monkeypatch.setattr(nn, "with_logical_constraint", constrain)
     token = jnp.zeros((1, 1), jnp.int32)
     jax.eval_shape(Transformer(CONFIG).init, jax.random.key(0), token, token)
-    assert named == set(sharding.ACTIVATIONS.values())
+    assert named == set(rules.ACTIVATIONS.values())
 
 
 def test_a_mesh_of_one_device_is_none():

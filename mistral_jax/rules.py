@@ -1,0 +1,112 @@
+"""The rules of a sharding file: which axes there are, and whether they fit a model's arrays.
+
+It knows arrays by their names and shapes alone; it has no devices.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from mistral_jax.config import ModelConfig
+
+LOGICAL_AXES = (
+    *("vocab", "embed", "mlp", "heads", "kv_heads", "head_dim"),
+    *("batch", "length", "residual"),
+)
+# What the model lays out besides its parameters. A batch may have any size: it is filled up.
+ACTIVATIONS = {
+    "the residual stream": ("batch", "length", "residual"),
+    "the MLP's activations": ("batch", "length", "mlp"),
+    "the queries": ("batch", "length", "heads", "head_dim"),
+    "the keys and values": ("batch", "length", "kv_heads", "head_dim"),
+    "the logits": ("batch", "length", "vocab"),
+}
+
+Axes = Mapping[str, Sequence[str]]  # mesh axes of each logical axis
+Sizes = Mapping[str, int]  # devices along each mesh axis
+
+
+def check_rules(
+    arrays: Iterable[tuple[str, Sequence[str], Sequence[int]]],
+    rules: Axes,
+    sizes: Sizes,
+    path: Path,
+) -> None:
+    """Makes sure that a mesh divides a model, and that no rules collide in an array.
+
+    Args:
+      arrays: the parameters: name, logical axes and shape of each.
+      rules: the rules.
+      sizes: the mesh.
+      path: the file that they are from, for messages.
+
+    Raises:
+      ValueError: an axis does not divide, or two axes of an array lie on one mesh axis.
+    """
+    split = []
+    for array, axes, shape in arrays:
+        _check_collisions(array, axes, rules, path)
+        split += [(array, *axis) for axis in zip(axes, shape, strict=True)]
+    for array, axes in ACTIVATIONS.items():
+        _check_collisions(array, axes, rules, path)
+    # A mesh axis that is larger than the key-value heads is split itself.
+    if len(rules.get("kv_heads", ())) == 1:
+        split = [part for part in split if part[1] != "kv_heads"]
+
+    def divides(axis, size, sizes):
+        return size % math.prod(sizes[mesh_axis] for mesh_axis in rules.get(axis, ())) == 0
+
+    for array, axis, size in split:
+        if divides(axis, size, sizes):
+            continue
+        widest = max(rules[axis], key=sizes.get)
+        smaller = [
+            n
+            for n in range(1, sizes[widest])
+            if all(divides(*part[1:], {**sizes, widest: n}) for part in split)
+        ]
+        remedy = (
+            f"use a {widest} axis of {smaller[-1]} (--mesh {widest}={smaller[-1]}) or "
+            if smaller
+            else ""
+        )
+        devices = math.prod(sizes[mesh_axis] for mesh_axis in rules[axis])
+        raise ValueError(
+            f"{path} maps {axis} ({size}) of {array} to mesh axis "
+            f"{' x '.join(map(repr, rules[axis]))} ({devices} devices), which does not divide it: "
+            f"{remedy}leave {axis} unsharded"
+        )
+
+
+def _check_collisions(array: str, axes: Sequence[str], rules: Axes, path: Path) -> None:
+    taken: dict[str, str] = {}
+    for axis in axes:
+        for mesh_axis in rules.get(axis, ()):
+            if mesh_axis in taken:
+                raise ValueError(
+                    f"{path} maps both {taken[mesh_axis]} and {axis} of {array} to mesh axis "
+                    f"{mesh_axis!r}, which can split only one axis of an array: leave one of them "
+                    "unsharded, or give it a mesh axis of its own"
+                )
+            taken[mesh_axis] = axis
+
+
+def split_kv_heads(config: ModelConfig, rules: Axes, sizes: Sizes) -> tuple[Axes, Sizes]:
+    """Splits the mesh axis of kv_heads where it is larger than the heads that it can share out.
+
+    Of t devices, gcd(t, K) hold different key-value heads; the query heads of each lie on the rest.
+    """
+    if len(rules.get("kv_heads", ())) != 1:
+        return rules, sizes
+    (axis,) = rules["kv_heads"]
+    shared = math.gcd(sizes[axis], config.num_kv_heads)
+    if shared == sizes[axis]:
+        return rules, sizes
+    parts = {f"{axis}_kv": shared, f"{axis}_group": sizes[axis] // shared}
+
+    def split(mesh_axes):
+        return tuple(part for name in mesh_axes for part in (parts if name == axis else (name,)))
+
+    rules = {logical: split(mesh_axes) for logical, mesh_axes in rules.items()}
+    rules["kv_heads"] = (f"{axis}_kv",)
+    return rules, {name: parts.get(name, sizes.get(name)) for name in split(sizes)}
