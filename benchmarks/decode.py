@@ -7,8 +7,6 @@ of the prompt and of compilation is left out. It needs the `parity` extra.
 """
 
 import argparse
-import json
-import statistics
 import time
 
 import peers
@@ -37,19 +35,8 @@ def main():
         for _ in range(arguments.rounds + 1):
             ours_rates.append(batch * ours(model, params, prompts, arguments.tokens))
             their_rates.append(batch * transformers(theirs, prompts, arguments.tokens))
-        ours_rates, their_rates = ours_rates[1:], their_rates[1:]  # the first round compiles
-        ratios = [a / b for a, b in zip(ours_rates, their_rates, strict=True)]
-        line = {
-            "benchmark": "decode",
-            "model": arguments.model,
-            "dtype": arguments.dtype,
-            "batch": batch,
-            "tokens_per_second": round(statistics.median(ours_rates), 1),
-            "transformers": round(statistics.median(their_rates), 1),
-            "ratio": round(statistics.median(ratios), 2),
-            "ratios": [round(ratio, 2) for ratio in ratios],
-        }
-        print(json.dumps(line), flush=True)
+        about = {"benchmark": "decode", "model": arguments.model, "dtype": arguments.dtype}
+        peers.report(about | {"batch": batch}, ours_rates, their_rates)
 
 
 def ours(model, params, prompts, tokens: int) -> float:

@@ -1,8 +1,13 @@
 """One model in two programs: ours, and Transformers' on the same random weights."""
 
+import json
+import statistics
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from mistral_jax.convert import architecture, names
 
 from mistral_jax.config import ModelConfig
@@ -34,15 +39,23 @@ def build(config: ModelConfig, dtype: str):
     theirs = theirs.to(getattr(torch, dtype))
     state = theirs.state_dict()
     params = {}
-    for row in (row for group in names.groups(config) for row in group):
+    for row in names.rows(config):
         tensor = state[row.name(official=False)].float().numpy()
-        array = row.from_file(tensor, config, official=False)
-        *parents, leaf = row.path.split("/")
-        place = params
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[leaf] = jnp.asarray(array, dtype)
+        params[row.path] = jnp.asarray(row.from_file(tensor, config, official=False), dtype)
+    params = unflatten_dict(params, sep="/")
     return Transformer(config, jnp.dtype(dtype)), jax.block_until_ready(params), theirs
+
+
+def report(about: dict, ours: Sequence[float], theirs: Sequence[float]) -> None:
+    """Prints a JSON line of the rates of rounds in turns, but for the first, which compiles."""
+    ratios = [a / b for a, b in zip(ours[1:], theirs[1:], strict=True)]
+    line = about | {
+        "tokens_per_second": round(statistics.median(ours[1:]), 1),
+        "transformers": round(statistics.median(theirs[1:]), 1),
+        "ratio": round(statistics.median(ratios), 2),
+        "ratios": [round(ratio, 2) for ratio in ratios],
+    }
+    print(json.dumps(line), flush=True)
 
 
 def prompts(config: ModelConfig, rows: int, length: int) -> list[list[int]]:

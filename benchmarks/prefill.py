@@ -6,8 +6,6 @@ One JSON line for each prompt length; compilation is left out. It needs the `par
 """
 
 import argparse
-import json
-import statistics
 import time
 
 import jax
@@ -43,20 +41,9 @@ def main():
         rounds = [
             (rate(ours, tokens), rate(transformers, tokens)) for _ in range(arguments.rounds + 1)
         ]
-        ours_rates, their_rates = zip(*rounds[1:], strict=True)  # the first round compiles
-        ratios = [a / b for a, b in rounds[1:]]
-        line = {
-            "benchmark": "prefill",
-            "model": arguments.model,
-            "dtype": arguments.dtype,
-            "batch": arguments.batch,
-            "length": length,
-            "tokens_per_second": round(statistics.median(ours_rates), 1),
-            "transformers": round(statistics.median(their_rates), 1),
-            "ratio": round(statistics.median(ratios), 2),
-            "ratios": [round(ratio, 2) for ratio in ratios],
-        }
-        print(json.dumps(line), flush=True)
+        about = {"benchmark": "prefill", "model": arguments.model, "dtype": arguments.dtype}
+        about |= {"batch": arguments.batch, "length": length}
+        peers.report(about, *zip(*rounds, strict=True))
 
 
 def rate(run, tokens: int) -> float:

@@ -15,10 +15,15 @@ FILES = ("safetensors", "torch")
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     arguments = _parser().parse_args(argv)
-    status = run(lambda: arguments.run(arguments), "interrupted: nothing was written")
-    if status == 130:
-        warnings.simplefilter("ignore")  # Of what Orbax will now never await.
-    return status
+
+    def task():
+        try:
+            arguments.run(arguments)
+        except KeyboardInterrupt:
+            warnings.simplefilter("ignore")  # Of what Orbax will now never await.
+            raise
+
+    return run(task, "interrupted: nothing was written")
 
 
 def _to_orbax(arguments: argparse.Namespace) -> None:

@@ -47,7 +47,7 @@ def load(
         file like those; None = one device holds everything.
       mesh: sizes of that file's mesh axes, in place of its own: `{"tensor": 4}`.
       dtype: of parameters and computation. None = as stored; on a CPU, float32 if it fits, which
-        is no slower there and exact.
+        is exact.
 
     Returns:
       The model, its parameters, and its tokenizer (None if the folder has none).

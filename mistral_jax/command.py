@@ -38,23 +38,25 @@ def _mesh(text: str) -> dict[str, int]:
         ) from None
 
 
-def run(task: Callable[[], int | None], interrupted: str = "") -> int:
+def run(task: Callable[[], int | None], interrupted: str = "", unread: int = 0) -> int:
     """Does what a command is for.
 
     Args:
       task: does it; returns an exit status, None = 0. Its ValueErrors and OSErrors are for the user
         to mend, and are shown in one line.
       interrupted: what Ctrl-C says.
+      unread: the exit status where nobody reads the output any more; not 0 if that leaves work
+        undone.
 
     Returns:
-      The exit status: 2 after an error, 130 after Ctrl-C.
+      The exit status: the task's own, `unread`, 2 after an error, or 130 after Ctrl-C.
     """
     try:
         status = task()
         sys.stdout.flush()
     except BrokenPipeError:  # The reader has enough: what is still buffered goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return unread
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

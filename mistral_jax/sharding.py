@@ -41,6 +41,10 @@ class Layout:
         """Returns how many parts a logical axis is split into."""
         return math.prod(self.mesh.shape[name] for name in dict(self.rules).get(axis) or ())
 
+    def sharding(self, *axes: str) -> NamedSharding:
+        """Returns the sharding of an array with these logical axes; none: whole on every device."""
+        return NamedSharding(self.mesh, nn.logical_to_mesh_axes(axes, self.rules))
+
 
 def read_layout(
     name: str | Path | None,

@@ -1,5 +1,9 @@
 """Laws of all commands: an error is one line on standard error, and every end has its status."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 from mistral_jax.convert import __main__ as convert
 
@@ -48,6 +52,18 @@ def test_every_end_has_its_status(capsys, task, status, message):
     assert out == ""
     assert err.endswith(message)
     assert err.count("\n") == message.count("\n")
+
+
+@pytest.mark.parametrize("status", [0, 2])
+def test_who_stops_reading_ends_it_silently(status):
+    """With a status of the command's choice: what is undone then must not pass for done."""
+    task = f"command.run(lambda: print('x'), unread={status})"
+    code = f"from mistral_jax import command; raise SystemExit({task})"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as unread:
+        done = subprocess.run([sys.executable, "-c", code], stdout=unread, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (status, b"")
 
 
 def test_a_mistake_of_the_program_is_no_error_of_the_user():

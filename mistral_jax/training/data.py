@@ -8,10 +8,8 @@ import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
 from mistral_jax.sharding import Layout
 from mistral_jax.tokenizer import Tokenizer
@@ -84,8 +82,7 @@ def spread(batch: Batch, layout: Layout, microbatches: int = 1) -> Batch:
         return np.pad(x, extra, constant_values=value)
 
     filled = Batch(fill(batch.tokens, 0), fill(batch.positions, -1), fill(batch.targets, IGNORED))
-    spec = nn.logical_to_mesh_axes(("batch", "length"), layout.rules)
-    return jax.device_put(filled, NamedSharding(layout.mesh, spec))
+    return jax.device_put(filled, layout.sharding("batch", "length"))
 
 
 @functools.lru_cache(maxsize=2)  # The rows of one step may lie in two epochs.

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from mistral_jax import arrays, checkpoint, folder
 from mistral_jax.config import read_json
@@ -171,8 +170,8 @@ def initial_state(
     state = TrainState.create(optimizer, init(jax.random.key(seed)))
     if layout is None:
         return state
-    everywhere = NamedSharding(layout.mesh, PartitionSpec())
-    return jax.tree.map(lambda x: x if x.ndim else jax.device_put(x, everywhere), state)
+    whole = layout.sharding()
+    return jax.tree.map(lambda x: x if x.ndim else jax.device_put(x, whole), state)
 
 
 def make_loss_fn(model: Transformer) -> LossFn:
