@@ -11,10 +11,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from mistral_jax.generation.logits import choose
-from mistral_jax.generation.prefill import Params
+from mistral_jax.generation.prefill import Params, replicate, whole_rows
 from mistral_jax.generation.sampling import RowSampling
 from mistral_jax.model.cache import Cache
 from mistral_jax.model.transformer import Transformer
@@ -114,11 +113,15 @@ def start(
 
 def decode_step(model: Transformer, params: Params, state: State) -> State:
     """Runs the model on each row's last token and chooses the next; ended rows do not change."""
+    if not jax.sharding.get_abstract_mesh().empty:
+        # Else weights that are split are gathered before the loop of steps, and held whole in it.
+        params, tokens = jax.lax.optimization_barrier((params, state.tokens))
+        state = state.replace(tokens=tokens)
     positions = jnp.where(state.left > 0, state.positions, -1)
     logits, cache = model.apply(
         {"params": params}, state.tokens[:, None], positions[:, None], state.cache
     )
-    return _advance(state.replace(cache=cache), logits[:, 0])
+    return _advance(state.replace(cache=cache), whole_rows(model, logits[:, 0]))
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -183,7 +186,4 @@ def decode(
 
 def _replicate(state: State) -> State:
     """Keeps all but the cache whole on every device, for the host to read, and for one layout."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return state
-    whole = jax.lax.with_sharding_constraint(state.replace(cache=()), PartitionSpec())
-    return whole.replace(cache=state.cache)
+    return replicate(state.replace(cache=())).replace(cache=state.cache)

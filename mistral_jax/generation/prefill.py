@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from mistral_jax.model.cache import Cache, init_cache
 from mistral_jax.model.transformer import Transformer
@@ -70,7 +71,7 @@ def prefill(
     cache = logits = None
     with on_mesh(params):
         for tokens, positions in chunks(prompts):
-            cache, logits = _read(
+            cache, logits = read_chunk(
                 model, params, tokens, positions, lengths, cache, logits, room(length)
             )
     return cache, logits
@@ -79,17 +80,23 @@ def prefill(
 @functools.partial(
     jax.jit, static_argnames=("model", "length"), donate_argnames=("cache", "logits")
 )
-def _read(model, params, tokens, positions, lengths, cache, logits, length):
-    """Reads one chunk; takes over the logits of rows that end in it."""
+def read_chunk(model, params, tokens, positions, lengths, cache, logits, length):
+    """Reads one chunk; takes over the logits of the rows that end in it."""
     if cache is None:
         cache = empty_cache(model, tokens.shape[0], length)
     last = positions == lengths[:, None] - 1
     new, cache = model.apply(
         {"params": params}, tokens, positions, cache, logits_at=jnp.argmax(last, axis=1)
     )
+    new = whole_rows(model, new[:, 0])
     if logits is None:
-        return cache, new[:, 0]
-    return cache, jnp.where(jnp.any(last, axis=1)[:, None], new[:, 0], logits)
+        return cache, new
+    return cache, jnp.where(jnp.any(last, axis=1)[:, None], new, logits)
+
+
+def whole_rows(model: Transformer, logits: jax.Array) -> jax.Array:
+    """Gathers the logits [B, V] of each row, once: a choice passes over them dozens of times."""
+    return nn.with_logical_constraint(logits, ("batch", None), rules=model.rules)
 
 
 def empty_cache(model: Transformer, rows: int, length: int) -> Cache:
@@ -100,6 +107,13 @@ def empty_cache(model: Transformer, rows: int, length: int) -> Cache:
         return nn.with_logical_constraint(x, axes, rules=model.rules)
 
     return jax.tree.map(split, init_cache(model.config, rows, length, model.dtype))
+
+
+def replicate(tree: Any) -> Any:
+    """Keeps arrays whole on every device of the mesh, if there is one, for any host to read."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, PartitionSpec())
 
 
 def pad_rows(model: Transformer, params: Params, rows: Sequence[Any], row: Any) -> list[Any]:

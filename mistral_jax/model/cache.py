@@ -73,9 +73,13 @@ def write(cache: LayerCache, k: jax.Array, v: jax.Array, positions: jax.Array) -
     stored = (positions >= 0) & (positions > last - slots)
     # Slot S does not exist: what is not stored is dropped there.
     slot = jnp.where(stored, positions % slots, slots)
-    row = jnp.arange(positions.shape[0])[:, None]
+
+    # Row by row: with the rows' numbers among its indices, a scatter could write into any row, and
+    # would gather the rows of all devices.
+    @jax.vmap
+    def put(old, new, slot):
+        return old.at[slot].set(new.astype(old.dtype), mode="drop")
+
     return LayerCache(
-        k=cache.k.at[row, slot].set(k.astype(cache.k.dtype), mode="drop"),
-        v=cache.v.at[row, slot].set(v.astype(cache.v.dtype), mode="drop"),
-        positions=cache.positions.at[row, slot].set(positions, mode="drop"),
+        put(cache.k, k, slot), put(cache.v, v, slot), put(cache.positions, positions, slot)
     )
