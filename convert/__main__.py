@@ -23,7 +23,12 @@ def main(argv: list[str] | None = None) -> int:
             warnings.simplefilter("ignore")  # Of what Orbax will now never await.
             raise
 
-    return run(task, "interrupted: nothing was written")
+    def once():
+        from mistral_jax import distributed
+
+        distributed.from_first(task)  # A launcher may have started it on every host.
+
+    return run(once, "interrupted: nothing was written")
 
 
 def _to_orbax(arguments: argparse.Namespace) -> None:

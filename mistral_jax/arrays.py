@@ -5,33 +5,39 @@ All of Orbax is behind this file. It knows no models.
 
 import contextlib
 import ctypes
+import itertools
 import json
 import logging
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from orbax.checkpoint import v1 as ocp
 
-from mistral_jax import folder
+from mistral_jax import distributed, folder
 
 Tree = Mapping[str, Any]
 
-_CHUNK_BYTES = 32 << 20  # What a device that needs a part of an array reads at least.
+_CHUNK_BYTES = 2 << 20
 
 
 def save(path: Path, tree: Any) -> None:
-    """Writes a whole tree of arrays into the folder `path`, which must not exist yet."""
+    """Writes a whole tree of arrays into the folder `path`, which must not exist yet.
+
+    Of several processes all must call it, for each writes its own part of an array.
+    """
     context = ocp.Context()
     saving = context.array.saving
     saving.use_ocdbt = saving.use_zarr3 = saving.use_compression = False
     _run(context, lambda: ocp.save(path.absolute(), tree))
-    # It names the folder on this machine, which may be another's business, and nobody reads it.
-    (path / "commit_success.txt").unlink(missing_ok=True)
+    if distributed.is_first():
+        # It names the folder on this machine, which may be another's business; nobody reads it.
+        (path / "commit_success.txt").unlink(missing_ok=True)
+    distributed.sync()
 
 
 def lay_out(path: Path, tree: Tree) -> None:
@@ -41,10 +47,29 @@ def lay_out(path: Path, tree: Tree) -> None:
       path: the folder to make.
       tree: a nested dict with the keys of the tree; its leaves do not matter.
     """
-    placeholders = jax.tree.map(
-        lambda _: np.zeros(1, np.int8), tree, is_leaf=lambda node: not isinstance(node, Mapping)
-    )
-    save(path, placeholders)
+    about = {"value_type": "np.ndarray", "skip_deserialize": False}
+    described = {
+        str(keys): {
+            "key_metadata": [{"key": key, "key_type": 2} for key in keys],
+            "value_metadata": about,
+        }
+        for keys in sorted(flatten_dict(tree))
+    }
+    metadata = {
+        "tree_metadata": described,
+        "use_ocdbt": False,
+        "use_zarr3": False,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
+    handler = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"
+    (path / "state").mkdir(parents=True)
+    (path / "orbax.checkpoint").touch()
+    for name, contents in (
+        ("_CHECKPOINT_METADATA", {"item_handlers": {"state": handler}}),
+        ("state/_METADATA", metadata),
+    ):
+        (path / name).write_text(json.dumps(contents), encoding="utf-8")
 
 
 def write(path: Path, name: str, array: np.ndarray) -> None:
@@ -57,10 +82,9 @@ def write(path: Path, name: str, array: np.ndarray) -> None:
       name: the keys on the way to the leaf, with slashes between.
       array: what to write; it has at least one axis.
     """
-    place = path / "state" / name.replace("/", ".")
-    rows = math.ceil(len(array) / math.ceil(array.nbytes / _CHUNK_BYTES))
+    chunk = _chunk_shape(array.shape, array.itemsize)
     about = {
-        "chunks": [rows, *array.shape[1:]],
+        "chunks": chunk,
         "compressor": None,
         "dimension_separator": ".",
         "dtype": array.dtype.name if array.dtype.kind == "V" else array.dtype.str,
@@ -70,18 +94,39 @@ def write(path: Path, name: str, array: np.ndarray) -> None:
         "shape": array.shape,
         "zarr_format": 2,
     }
-    shutil.rmtree(place)  # The placeholder.
+    place = path / "state" / name.replace("/", ".")
     place.mkdir()
     (place / ".zarray").write_text(json.dumps(about, separators=(",", ":")), encoding="utf-8")
-    for number, start in enumerate(range(0, len(array), rows)):
-        with open(place / ".".join([str(number), *"0" * (array.ndim - 1)]), "wb") as file:
-            folder.write_array(file, array[start : start + rows])
-            file.truncate(rows * array[0].nbytes)  # The last chunk is as long as the others.
+    counts = (math.ceil(size / part) for size, part in zip(array.shape, chunk, strict=True))
+    for number in itertools.product(*map(range, counts)):
+        block = array[tuple(slice(n * c, (n + 1) * c) for n, c in zip(number, chunk, strict=True))]
+        # The last chunk along an axis is as long as the others.
+        missing = [(0, c - size) for c, size in zip(chunk, block.shape, strict=True)]
+        with open(place / ".".join(map(str, number)), "wb") as file:
+            folder.write_array(file, np.pad(block, missing) if np.any(missing) else block)
+
+
+def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
+    """Halves the axes of a large array in turn, the longest first, until a chunk is small enough.
+
+    Each axis at least once: whatever is split over hosts, each reads little but its own part.
+    """
+    parts, chunk = [1] * len(shape), list(shape)
+
+    def is_coarse():
+        large = math.prod(shape) * itemsize > _CHUNK_BYTES
+        return large and (1 in parts or math.prod(chunk) * itemsize > _CHUNK_BYTES)
+
+    while is_coarse() and max(chunk) > 1:
+        axis = min(range(len(shape)), key=lambda i: (chunk[i] == 1, parts[i], -shape[i]))
+        parts[axis] *= 2
+        chunk[axis] = math.ceil(shape[axis] / parts[axis])
+    return chunk
 
 
 def stored(path: Path) -> Tree:
     """Returns the tree at `path` with the shape and the dtype of each array, unread."""
-    return _run(ocp.Context(), lambda: ocp.metadata(path.absolute()).metadata)
+    return _run(_alone(), lambda: ocp.metadata(path.absolute()).metadata)
 
 
 def read(path: Path, abstract: Tree) -> Tree:
@@ -104,6 +149,15 @@ def bytes_in_flight(abstract: Tree) -> int:
     Orbax refuses to read an array that is larger than this, with its last chunk filled up.
     """
     return 1 + 2 * max(4 * math.prod(array.shape) for array in jax.tree.leaves(abstract))
+
+
+def _alone() -> ocp.Context:
+    """Returns a context of work that concerns this process only: Orbax waits for no other."""
+    context = ocp.Context()
+    if distributed.count() > 1:
+        context.multiprocessing.primary_host = jax.process_index()
+        context.multiprocessing.active_processes = {jax.process_index()}
+    return context
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ Arrays go straight from disk to their devices, in the dtype asked for.
 """
 
 import contextlib
-import functools
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from rich.filesize import decimal
 
-from mistral_jax import arrays, folder, manifest, memory
+from mistral_jax import arrays, distributed, folder, manifest, memory
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.sharding import abstract_params, read_layout
@@ -87,6 +86,8 @@ def save(
 ) -> None:
     """Saves a model; the folder appears whole or not at all.
 
+    Of several processes all must call it, and the first writes.
+
     Args:
       path: the folder to make.
       config: the architecture.
@@ -100,9 +101,17 @@ def save(
     """
     shapes = _shapes(abstract_params(Transformer(config)))
     _check_shapes(shapes, _shapes(params), "params")
-    with create(path, config, shapes, tokenizer_file, provenance, overwrite) as write:
+    with contextlib.ExitStack() as stack:
+        write = None
+        if distributed.is_first():
+            write = stack.enter_context(
+                create(path, config, shapes, tokenizer_file, provenance, overwrite)
+            )
         for name, array in flatten_dict(params, sep="/").items():
-            write(name, np.asarray(array))
+            whole = distributed.gather(array)
+            if write is not None:
+                write(name, whole)
+    distributed.sync()
 
 
 @contextlib.contextmanager
@@ -121,8 +130,14 @@ def create(
     """
     with folder.whole(path, manifest.is_checkpoint if overwrite else None) as part:
         arrays.lay_out(part / "params", unflatten_dict(dict.fromkeys(shapes), sep="/"))
-        yield functools.partial(arrays.write, part / "params")
-        _check_shapes(shapes, _shapes(arrays.stored(part / "params")), str(path))
+        written = {}
+
+        def write(name, array):
+            written[name] = array.shape
+            arrays.write(part / "params", name, array)
+
+        yield write
+        _check_shapes(shapes, written, str(path))
         if tokenizer_file is not None:
             shutil.copyfile(tokenizer_file, part / "tokenizer.model")
         manifest.write(part, config, provenance or {})

@@ -1,9 +1,17 @@
-"""What all commands share: errors in one line, a status for each end, the options of a layout."""
+"""What all commands share: errors in one line, a status for each end, the options of a layout.
+
+A command may be one of several processes: then the first alone prints, and none waits for the dead.
+"""
 
 import argparse
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable
+
+# Seconds that a first process which fails leaves to the others for saying why they do too.
+_GRACE = 2
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,7 +47,7 @@ def _mesh(text: str) -> dict[str, int]:
 
 
 def run(task: Callable[[], int | None], interrupted: str = "", unread: int = 0) -> int:
-    """Does what a command is for.
+    """Does what a command is for, together with the other processes of the program, if any.
 
     Args:
       task: does it; returns an exit status, None = 0. Its ValueErrors and OSErrors are for the user
@@ -51,16 +59,54 @@ def run(task: Callable[[], int | None], interrupted: str = "", unread: int = 0) 
     Returns:
       The exit status: the task's own, `unread`, 2 after an error, or 130 after Ctrl-C.
     """
+    from mistral_jax import distributed
+
+    name, failed, errors = "", True, sys.stderr
     try:
-        status = task()
+        distributed.initialize()
+        if distributed.count() > 1:
+            name = _leave_output_to_first()
+        status = task() or 0
         sys.stdout.flush()
+        distributed.sync()
+        failed = False
     except BrokenPipeError:  # The reader has enough: what is still buffered goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return unread
+        status = unread
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        print(f"error: {name}{error}", file=errors)
+        status = 2
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
-        return 130
-    return status or 0
+        status = 130
+    except Exception:
+        if not name:
+            raise
+        traceback.print_exc(file=errors)
+        print(f"error: {name}it cannot go on; has another process ended?", file=errors)
+        status = 1
+    if name and failed:
+        # The way out that JAX offers waits for the other processes, which wait for this one.
+        errors.flush()
+        time.sleep(_GRACE if distributed.is_first() else 0)
+        os._exit(status)
+    return status
+
+
+def _leave_output_to_first() -> str:
+    """Silences this process unless it is the first; returns its name for its errors.
+
+    The file descriptor of the standard output is another from now on: the runtime's libraries write
+    lines of their own to it.
+    """
+    import jax
+
+    index = jax.process_index()
+    sys.stdout.flush()
+    if index == 0:
+        sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
+    else:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    return f"process {index} of {jax.process_count()}: "

@@ -22,7 +22,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    prompts = _prompts(arguments)
+    from mistral_jax import distributed
+
+    prompts = distributed.from_first(lambda: _prompts(arguments))
     if arguments.system is not None and not arguments.chat:
         raise ValueError("--system is for --chat; a plain completion has no system message")
     if prompts is None and arguments.json:
@@ -46,7 +48,9 @@ def _run(arguments: argparse.Namespace) -> None:
         return
     from mistral_jax.terminal import converse
 
-    converse(model.answer, arguments.system)
+    # Several processes cannot be interrupted at the same token.
+    alone = distributed.count() == 1
+    converse(model.answer, arguments.system, call=distributed.from_first, resumes=alone)
 
 
 class _Model:

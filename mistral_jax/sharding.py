@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from mistral_jax import distributed
 from mistral_jax.config import CONFIG_DIR, ModelConfig, read_toml
 from mistral_jax.model.layers import Rules
 from mistral_jax.model.transformer import Transformer
@@ -65,12 +66,18 @@ def read_layout(
       The layout; None where one device holds everything.
 
     Raises:
-      ValueError: there is no such file, its mesh does not fit the devices or the model, or it
-        splits two axes of one array over the same devices.
+      ValueError: there is no such file, its mesh does not fit the devices or the model, it splits
+        two axes of one array over the same devices, or it leaves devices out though there are
+        several processes.
     """
     if name is None:
         if mesh:
             raise ValueError(f"mesh is {dict(mesh)}, of no sharding; name one, such as 'tensor'")
+        if distributed.count() > 1:
+            raise ValueError(
+                f"there are {distributed.count()} processes and no sharding that spreads the model "
+                "over their devices; name one, such as 'tensor'"
+            )
         return None
     path = Path(name) if str(name).endswith(".toml") else CONFIG_DIR / "sharding" / f"{name}.toml"
     if not path.is_file():
@@ -99,8 +106,13 @@ def read_layout(
     rules, sizes = split_kv_heads(config, rules, sizes)
     used = math.prod(sizes.values())
     # JAX drops a mesh of one device on the way: programs would be compiled for both forms.
-    if used == 1:
+    if used == 1 and distributed.count() == 1:
         return None
+    if used < len(devices) and distributed.count() > 1:
+        raise ValueError(
+            f"{path} lays a mesh over {used} of {len(devices)} devices, which leaves some of the "
+            f"{distributed.count()} processes without work: use all devices, or fewer processes"
+        )
     laid = jax.make_mesh(
         tuple(sizes.values()),
         tuple(sizes),

@@ -17,21 +17,27 @@ Ctrl-C  stop an answer"""
 
 
 def converse(
-    answer: Callable[[Messages, Callable[[str], None]], None], system: str | None = None
+    answer: Callable[[Messages, Callable[[str], None]], None],
+    system: str | None = None,
+    *,
+    call: Callable[[Callable[[], str | None]], str | None] = lambda read: read(),
+    resumes: bool = True,
 ) -> None:
     """Answers line after line, until /exit or the end of the input.
 
-    An answer that is interrupted, or that fails, does not end the conversation.
+    An answer that fails does not end the conversation.
 
     Args:
       answer: called with the messages so far and a function to which it gives pieces of its answer.
       system: text of the system message that every conversation starts with, if any.
+      call: calls what reads a line; of several processes, one reads for all.
+      resumes: whether the conversation goes on after an answer that is interrupted.
     """
     beginning = [] if system is None else [{"role": "system", "content": system}]
     messages = list(beginning)
     if sys.stdin.isatty():
         print("Type a message, or /help.", file=sys.stderr)
-    while (line := _read()) is not None:
+    while (line := call(_read)) is not None:
         match line.split():
             case []:
                 pass
@@ -44,7 +50,7 @@ def converse(
             case [word] if word.startswith("/"):
                 print(f"there is no command {word}\n{_HELP}", file=sys.stderr)
             case _:
-                messages += _turn(answer, messages, line)
+                messages += _turn(answer, messages, line, resumes)
 
 
 def _read() -> str | None:
@@ -58,7 +64,7 @@ def _read() -> str | None:
             print("\n/exit or Ctrl-D leaves", file=sys.stderr)
 
 
-def _turn(answer, messages: Messages, line: str) -> Messages:
+def _turn(answer, messages: Messages, line: str, resumes: bool) -> Messages:
     """Prints the answer to a line; returns the messages that this adds."""
     question = {"role": "user", "content": line}
     pieces = []
@@ -70,7 +76,8 @@ def _turn(answer, messages: Messages, line: str) -> Messages:
     try:
         answer([*messages, question], show)
     except KeyboardInterrupt:  # What was said stays said.
-        pass
+        if not resumes:
+            raise
     except ValueError as error:
         print(f"error: {error}; /reset begins a new conversation", file=sys.stderr)
         return []

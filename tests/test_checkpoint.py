@@ -129,6 +129,15 @@ def test_parameters_of_another_model_are_not_saved(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_a_parameter_that_was_not_written_leaves_nothing(tmp_path):
+    with (
+        pytest.raises(ValueError, match=r"has nothing as b; expected \(2,\)"),
+        checkpoint.create(tmp_path / "x", tiny.build()[0].config, {"a": (3,), "b": (2,)}) as write,
+    ):
+        write("a", np.ones(3))
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_checkpoint_of_another_model(saved, tmp_path):
     _, config, params = saved
     checkpoint.save(tmp_path / "x", config, params)

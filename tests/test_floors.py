@@ -15,8 +15,8 @@ from mistral_jax.config import CHECKOUT
 
 FLOORS = [  # from the ground up; modules of one floor do not know each other
     {
-        "command",
         "config",
+        "distributed",
         "folder",
         "machine",
         "memory",
@@ -28,6 +28,7 @@ FLOORS = [  # from the ground up; modules of one floor do not know each other
     },
     {
         "arrays",
+        "command",
         "manifest",
         "rules",
         "model.cache",
@@ -40,7 +41,7 @@ FLOORS = [  # from the ground up; modules of one floor do not know each other
     {"model.transformer"},
     {"sharding", "training.step"},
     {"checkpoint"},
-    {"generation.prefill", "training.data"},
+    {"generation.prefill", "training.data", "training.states"},
     {"generation.decode", "generation.score", "training.run"},
     {"generation.generate"},
     {"generation.text", "stats"},

@@ -4,6 +4,7 @@ Both drive the loop of `decode.py`; what differs is only who waits for its token
 """
 
 import dataclasses
+import functools
 import numbers
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from mistral_jax.distributed import from_first
 from mistral_jax.generation.decode import MOST_STEPS, Made, State, decode, first_step, start
 from mistral_jax.generation.prefill import Params, pad_rows, prefill
 from mistral_jax.generation.sampling import DEFAULT, RowSampling, Sampling
@@ -195,8 +197,13 @@ def _tokens(model, params, state, logits, ended) -> Iterator[tuple[int, Token]]:
         began = time.perf_counter()
         with on_mesh(params):
             state = jax.block_until_ready(decode(model, params, state, np.int32(limit), padded))
-        if time.perf_counter() - began < _PATIENCE:
+        # By one clock: of two processes that take different numbers of steps, one waits forever.
+        if limit < MOST_STEPS and from_first(functools.partial(_is_quick, began)):
             limit = min(2 * limit, MOST_STEPS)
+
+
+def _is_quick(began: float) -> bool:
+    return time.perf_counter() - began < _PATIENCE
 
 
 def _check_request(config, prompts, max_new_tokens, stop_ids, top_logprobs) -> None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mistral_jax.generation.prefill import Params, chunks, empty_cache, pad_rows, room
+from mistral_jax.generation.prefill import Params, chunks, empty_cache, pad_rows, replicate, room
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.sharding import on_mesh
 from mistral_jax.tokenizer import Tokenizer
@@ -71,5 +71,5 @@ def _score_chunk(model, params, tokens, positions, targets, cache, length):
         cache = empty_cache(model, tokens.shape[0], length)
     logits, cache = model.apply({"params": params}, tokens, positions, cache)
     chosen = jnp.take_along_axis(logits[0], targets[0, :, None], axis=1)[:, 0]
-    logprob = chosen - jax.nn.logsumexp(logits[0], axis=-1)
-    return cache, jnp.where(positions[0] >= 0, logprob, 0)
+    logprob = jnp.where(positions[0] >= 0, chosen - jax.nn.logsumexp(logits[0], axis=-1), 0)
+    return cache, replicate(logprob)

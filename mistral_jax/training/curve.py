@@ -16,14 +16,15 @@ class Curve:
     """Writes the curve as training goes, to a file that may hold an earlier part of it.
 
     Args:
-      path: the JSONL file.
+      path: the JSONL file; None = none, and no report either.
       step: steps taken so far; lines of later ones, from before a crash, are dropped.
       report: is given every entry too.
     """
 
-    def __init__(self, path: Path, step: int, report: Callable[[Entry], None]):
-        earlier = [entry for entry in read(path) if entry["step"] <= step] if step else []
-        path.write_text("".join(json.dumps(entry) + "\n" for entry in earlier))
+    def __init__(self, path: Path | None, step: int, report: Callable[[Entry], None]):
+        if path is not None:
+            earlier = [entry for entry in read(path) if entry["step"] <= step] if step else []
+            path.write_text("".join(json.dumps(entry) + "\n" for entry in earlier))
         self._path, self._report = path, report
         self._recent: list[tuple[float, int]] = []
         self._began = time.perf_counter()
@@ -48,6 +49,8 @@ class Curve:
 
     def write(self, entry: Entry) -> None:
         """Appends a line, rounded to what means something."""
+        if self._path is None:
+            return
         entry = {k: v if isinstance(v, int) else float(f"{v:.5g}") for k, v in entry.items()}
         with self._path.open("a") as file:
             file.write(json.dumps(entry) + "\n")

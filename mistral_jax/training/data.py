@@ -81,8 +81,12 @@ def spread(batch: Batch, layout: Layout, microbatches: int = 1) -> Batch:
         extra = [(0, -size % part) for size, part in zip(x.shape, parts, strict=True)]
         return np.pad(x, extra, constant_values=value)
 
+    def place(x):
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    sharding = layout.sharding("batch", "length")
     filled = Batch(fill(batch.tokens, 0), fill(batch.positions, -1), fill(batch.targets, IGNORED))
-    return jax.device_put(filled, layout.sharding("batch", "length"))
+    return jax.tree.map(place, filled)
 
 
 @functools.lru_cache(maxsize=2)  # The rows of one step may lie in two epochs.

@@ -6,30 +6,27 @@ It is the bookkeeping around `step.py`. A run that was stopped goes on where it 
 import contextlib
 import json
 import math
-import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mistral_jax import arrays, checkpoint, folder
+from mistral_jax import checkpoint, distributed, folder
 from mistral_jax.config import read_json
 from mistral_jax.model.transformer import Transformer
-from mistral_jax.sharding import Layout, abstract_params, on_mesh, read_layout
+from mistral_jax.sharding import on_mesh, read_layout
 from mistral_jax.tokenizer import Tokenizer
 from mistral_jax.training import corpus, data
 from mistral_jax.training.curve import Curve, Entry
 from mistral_jax.training.loss import cross_entropy
 from mistral_jax.training.recipe import Recipe
+from mistral_jax.training.states import initial_state, restore_state, save_state
 from mistral_jax.training.step import Batch, LossFn, Params, TrainState, adamw, make_train_step
 from mistral_jax.training.vocabulary import train_vocabulary
-
-KEPT_STATES = 2
 
 
 def train(
@@ -57,7 +54,10 @@ def train(
     """
     path = Path(path).absolute()
     layout = read_layout(sharding, recipe.model_config, mesh=mesh)
-    train_tokens, validation_tokens = prepare(recipe, path)
+    distributed.from_first(lambda: prepare(recipe, path))
+    train_tokens, validation_tokens = (
+        np.load(path / "data" / f"{name}.npy", mmap_mode="r") for name in ("train", "validation")
+    )
     model = Transformer(recipe.model_config, rules=layout.rules if layout else ())
     schedule, optimizer = make_optimizer(recipe)
     state = restore_state(path, initial_state(model, optimizer, recipe.seed, layout))
@@ -65,7 +65,7 @@ def train(
     loss_fn = make_loss_fn(model)
     train_step = make_train_step(loss_fn, optimizer, recipe.microbatches, places)
     evaluate = jax.jit(loss_fn)
-    curve = Curve(path / "curve.jsonl", int(state.step), report)
+    curve = Curve(path / "curve.jsonl" if distributed.is_first() else None, int(state.step), report)
     shape = {"context": recipe.context, "rows": recipe.rows}
 
     def spread(batch):
@@ -84,23 +84,25 @@ def train(
             last = step + 1 == recipe.steps
             if last or (step + 1) % recipe.validate_every == 0:
                 batches = data.batches_in_order(validation_tokens, **shape)
-                sums = [evaluate(state.trainable, state.frozen, spread(b)) for b in batches]
-                loss, count = np.sum(jax.device_get(sums), axis=0)
+                # One at a time: CPU devices run what does not depend on each other at once, and
+                # processes that do so in another order wait for each other forever.
+                sums = [
+                    jax.device_get(evaluate(state.trainable, state.frozen, spread(b)))
+                    for b in batches
+                ]
+                loss, count = np.sum(sums, axis=0)
                 curve.write({"step": step + 1, "validation_loss": float(loss / count)})
-            if last or stopped() or (step + 1) % recipe.save_every == 0:
+            stop = distributed.any_of(stopped())
+            if last or stop or (step + 1) % recipe.save_every == 0:
                 save_state(path, state)
-            if stopped() and not last:
+            if stop and not last:
                 return False
     export(recipe, path, path / "checkpoint", state)
     return True
 
 
-def prepare(recipe: Recipe, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Makes the folder of a run, its vocabulary and its tokens, where they are not there yet.
-
-    Returns:
-      The ids to train on and the ids to validate on, memory-mapped.
-    """
+def prepare(recipe: Recipe, path: Path) -> None:
+    """Makes the folder of a run, its vocabulary and its tokens, where they are not there yet."""
     notes = path / "recipe.json"
     if notes.is_file():
         recipe.check_continues(Recipe.from_dict(read_json(notes), str(notes)), str(path))
@@ -111,9 +113,6 @@ def prepare(recipe: Recipe, path: Path) -> tuple[np.ndarray, np.ndarray]:
     if not (path / "data").is_dir():
         with folder.whole(path / "data") as part:
             _write_data(recipe, part)
-    return tuple(
-        np.load(path / "data" / f"{n}.npy", mmap_mode="r") for n in ("train", "validation")
-    )
 
 
 def _write_data(recipe: Recipe, part: Path) -> None:
@@ -152,28 +151,6 @@ def make_optimizer(recipe: Recipe) -> tuple[optax.Schedule, optax.GradientTransf
     )
 
 
-def initial_state(
-    model: Transformer,
-    optimizer: optax.GradientTransformation,
-    seed: int,
-    layout: Layout | None = None,
-) -> TrainState:
-    """Builds the state that training begins with, in float32: the same on any layout.
-
-    The optimizer's state lies where the parameters do.
-    """
-    token = jnp.zeros((1, 1), jnp.int32)
-    places = jax.tree.map(lambda x: x.sharding, abstract_params(model, layout)) if layout else None
-    init = jax.jit(
-        lambda key: nn.unbox(model.init(key, token, token))["params"], out_shardings=places
-    )
-    state = TrainState.create(optimizer, init(jax.random.key(seed)))
-    if layout is None:
-        return state
-    whole = layout.sharding()
-    return jax.tree.map(lambda x: x if x.ndim else jax.device_put(x, whole), state)
-
-
 def make_loss_fn(model: Transformer) -> LossFn:
     """Builds the loss of training all of a model's parameters."""
 
@@ -185,36 +162,12 @@ def make_loss_fn(model: Transformer) -> LossFn:
     return loss_fn
 
 
-def save_state(path: Path, state: TrainState) -> None:
-    """Saves the state of a run as `<path>/states/<step>`, and removes all but the latest few."""
-    target = path / "states" / f"{int(state.step):08d}"
-    with folder.whole(target, lambda old: True) as part:
-        arrays.save(part / "state", state)
-    for old in sorted(_saved(path))[:-KEPT_STATES]:
-        shutil.rmtree(old)
-
-
-def restore_state(path: Path, state: TrainState) -> TrainState:
-    """Returns the latest state that a run saved, or `state` if it saved none."""
-    saved = _saved(path)
-    if not saved:
-        return state
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
-    return arrays.read(max(saved) / "state", abstract)
-
-
 def export(recipe: Recipe, path: Path, target: Path, state: TrainState) -> None:
     """Saves the model of a state as a checkpoint folder, in bfloat16 as Mistral's are."""
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), state.trainable)
     provenance = {"recipe": recipe.to_dict(), "step": int(state.step)}
     file = path / "data" / "tokenizer.model"
     checkpoint.save(target, recipe.model_config, params, file, provenance, overwrite=True)
-
-
-def _saved(path: Path) -> list[Path]:
-    return [folder for folder in (path / "states").glob("[0-9]*") if folder.is_dir()]
 
 
 @contextlib.contextmanager
@@ -225,7 +178,7 @@ def _signals() -> Iterator[Callable[[], bool]]:
 
     def note(number, frame):
         received.append(number)
-        signal.signal(number, earlier[number])
+        signal.signal(number, earlier[number] or signal.SIG_DFL)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         earlier[number] = signal.signal(number, note)
@@ -233,4 +186,5 @@ def _signals() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(received)
     finally:
         for number, handler in earlier.items():
-            signal.signal(number, handler)
+            # None: not Python's; JAX's runtime has its own for SIGTERM where it has several hosts.
+            signal.signal(number, handler or signal.SIG_DFL)

@@ -1,0 +1,151 @@
+"""Measures loading: seconds, private memory and bytes read, by layout and number of processes.
+
+One JSON line a process. The checkpoint is synthetic, of 2.1 GB in bfloat16; 8 devices in all.
+`excess_bytes` is the peak of private memory above an idle start and the shards' own bytes;
+`read_ratio` is what the process read of files, to the bytes of its own parts of the model.
+
+    python benchmarks/load.py [--processes 1 2] [--sharding tensor fsdp ...]
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from mistral_jax.config import ModelConfig
+
+CONFIG = ModelConfig(
+    vocab_size=32000,
+    num_layers=16,
+    embed_dim=2048,
+    mlp_dim=7168,
+    num_heads=16,
+    num_kv_heads=8,
+    head_dim=128,
+    rope_theta=1e6,
+    sliding_window=None,
+)
+LAYOUTS = ("tensor", "fsdp", "fsdp_tensor", "data_tensor")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--sharding", nargs="+", default=LAYOUTS)
+    parser.add_argument("--folder", type=Path, help="where to work; default: the system's")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        print(json.dumps(load(*arguments.worker)), flush=True)
+        os._exit(0)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as work:
+        make(Path(work) / "checkpoint")
+        for count in arguments.processes:
+            for name in arguments.sharding:
+                launch(str(Path(work) / "checkpoint"), name, count)
+
+
+def make(path: Path) -> None:
+    """Writes a checkpoint of random bfloat16."""
+    from flax.traverse_util import flatten_dict
+
+    from mistral_jax import checkpoint
+    from mistral_jax.model.transformer import Transformer
+    from mistral_jax.sharding import abstract_params
+
+    rng = np.random.default_rng(0)
+    shapes = flatten_dict(abstract_params(Transformer(CONFIG)), sep="/")
+    shapes = {name: array.shape for name, array in shapes.items()}
+    with checkpoint.create(path, CONFIG, shapes) as write:
+        for name, shape in shapes.items():
+            write(name, rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16))
+
+
+def launch(path: str, name: str, count: int) -> None:
+    """Loads in so many processes, which share 8 devices, and prints what each says."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    workers = []
+    for index in range(count):
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(8 // count),
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": str(count),
+            "JAX_PROCESS_ID": str(index),
+        }
+        command = [sys.executable, __file__, "--worker", path, name]
+        workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE))
+    for index, worker in enumerate(workers):
+        last = worker.communicate()[0].decode().splitlines()[-1]
+        about = {"benchmark": "load", "sharding": name, "processes": count, "process": index}
+        print(json.dumps(about | json.loads(last)), flush=True)
+
+
+def load(path: str, name: str) -> dict:
+    """Loads a checkpoint; returns what that took."""
+    import jax
+
+    from mistral_jax import arrays, checkpoint, distributed
+
+    distributed.initialize()
+    jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros(8))())
+    arrays.stored(Path(path) / "params")  # What there is to set up is set up.
+    idle, read = private_bytes(), bytes_read()
+    peak, done = [idle], threading.Event()
+
+    def watch():
+        while not done.wait(0.005):
+            peak[0] = max(peak[0], private_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.perf_counter()
+    _, params, _ = checkpoint.load(path, sharding=name, dtype="bfloat16")
+    jax.block_until_ready(params)
+    seconds = time.perf_counter() - began
+    done.set()
+    watcher.join()
+    leaves = jax.tree.leaves(params)
+    held = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards)
+    own = sum(
+        len({str(shard.index) for shard in leaf.addressable_shards})
+        * leaf.addressable_shards[0].data.nbytes
+        for leaf in leaves
+    )
+    return {
+        "seconds": round(seconds, 2),
+        "shard_bytes": held,
+        "excess_bytes": peak[0] - idle - held,
+        "own_bytes": own,
+        "read_bytes": bytes_read() - read,
+        "read_ratio": round((bytes_read() - read) / own, 3),
+    }
+
+
+def private_bytes() -> int:
+    """Returns RssAnon of this process; mapped files, which the system can drop, do not count."""
+    return 1024 * _field("/proc/self/status", "RssAnon")
+
+
+def bytes_read() -> int:
+    """Returns the bytes that this process has read of files, from the cache or a disk."""
+    return _field("/proc/self/io", "rchar")
+
+
+def _field(file: str, name: str) -> int:
+    lines = Path(file).read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Starts a Python program as several processes of one, as a launcher would; and is such a program.
+
+As a program it does what its first argument names, and prints a line of JSON.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import NamedTuple
+
+PROMPTS = [[1, 7, 9], [1, *range(10, 40)], [5]]
+TEXT = "a text that is longer than one chunk"
+
+
+class Ended(NamedTuple):
+    """How a process ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+def together(
+    *command: object, count: int = 2, devices: int = 4, stdin: str = "", timeout: float = 120
+) -> list[Ended]:
+    """Runs `python *command` as several processes, each with its own devices.
+
+    Args:
+      command: arguments of Python.
+      count: number of processes.
+      devices: CPU devices of each.
+      stdin: what the first reads; the others have none.
+      timeout: seconds until all must have ended.
+    """
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    common = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": str(count),
+    }
+    with contextlib.ExitStack() as stack:
+
+        def start(index):
+            # Files, for no process shall wait until its output is read.
+            given, out, err = (stack.enter_context(TemporaryFile("w+")) for _ in range(3))
+            given.write(stdin if index == 0 else "")
+            given.seek(0)
+            process = subprocess.Popen(
+                [sys.executable, *map(str, command)],
+                env=common | {"JAX_PROCESS_ID": str(index)},
+                stdin=given,
+                stdout=out,
+                stderr=err,
+            )
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            return process, out, err
+
+        ends, deadline = [], time.monotonic() + timeout
+        for process, out, err in [start(index) for index in range(count)]:
+            process.wait(deadline - time.monotonic())
+            out.seek(0)
+            err.seek(0)
+            ends.append(Ended(process.returncode, out.read(), _without_gloo(err.read())))
+        return ends
+
+
+def _without_gloo(err: str) -> str:
+    return "".join(line for line in err.splitlines(keepends=True) if "peer ranks" not in line)
+
+
+def work(checkpoint: str, target: str, sharding: str, mesh: str) -> dict:
+    """Loads a model, generates, scores and saves; returns what comes of it."""
+    from types import SimpleNamespace
+
+    import mistral_jax as mj
+
+    model, params, _ = mj.load(checkpoint, sharding=sharding, mesh=json.loads(mesh))
+    size = model.config.vocab_size
+    ids = SimpleNamespace(encode=lambda text, bos: [1, *(byte % size for byte in text.encode())])
+    samplings = [mj.Sampling(0), mj.Sampling(1, seed=5), mj.Sampling(0.8, top_k=9, seed=6)]
+    rows = mj.generate(model, params, PROMPTS, 10, sampling=samplings, stop_ids=())
+    mj.save(target, model.config, params)
+    return {
+        "tokens": [row.tokens for row in rows],
+        "logprobs": [row.logprobs for row in rows],
+        "score": mj.score(model, params, ids, TEXT).logprob,
+    }
+
+
+def bytes_read(checkpoint: str, sharding: str) -> dict:
+    """Loads a model twice; returns what the second time read, and the bytes of its own parts."""
+    import jax
+    from jax.experimental.multihost_utils import process_allgather
+
+    import mistral_jax as mj
+
+    def read():
+        lines = Path("/proc/self/io").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("rchar"))
+
+    for _ in range(2):
+        before = read()
+        _, params, _ = mj.load(checkpoint, sharding=sharding)
+        jax.block_until_ready(params)
+        after = read()
+    own = 0
+    for leaf in jax.tree.leaves(params):
+        parts = {str(shard.index): shard.data.nbytes for shard in leaf.addressable_shards}
+        own += sum(parts.values())
+
+    return {
+        "read": process_allgather(after - before).tolist(),
+        "own": process_allgather(own).tolist(),
+    }
+
+
+def train(configs: str, dies: str, *arguments: str) -> int:
+    """Trains a tiny model on a text of its own; the process `dies` kills itself in step 13."""
+    from mistral_jax import config, train
+    from mistral_jax.training import corpus, data
+
+    config.CONFIG_DIR = Path(configs)
+    texts = {f"{i}.py": "def f(x):\n    return x + 1\n" * 9 + f"# {i}\n" for i in range(40)}
+    corpus.gather = lambda roots: [corpus.Source("any", "1", "MIT", texts)]
+    data._VALIDATION_SHARE = 5
+    batch_at = data.batch_at
+
+    def batch_or_death(step, *rest, **named):
+        if step == 13 and os.environ["JAX_PROCESS_ID"] == dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batch_at(step, *rest, **named)
+
+    data.batch_at = batch_or_death
+    return train.main(["--no-compilation-cache", *arguments])
+
+
+def main() -> int:
+    task, *arguments = sys.argv[1:]
+    if task == "train":
+        return train(*arguments)
+    from mistral_jax import command
+
+    return command.run(
+        lambda: print(json.dumps({"work": work, "bytes": bytes_read}[task](*arguments)))
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
