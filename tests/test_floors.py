@@ -22,6 +22,7 @@ FLOORS = [  # from the ground up; modules of one floor do not know each other
         "memory",
         "messages",
         "model.rope",
+        "planning.collectives",
         "model.attention",
         "terminal",
         "training.loss",
@@ -34,6 +35,7 @@ FLOORS = [  # from the ground up; modules of one floor do not know each other
         "model.cache",
         "tokenizer",
         "generation.sampling",
+        "planning.hardware",
         "training.curve",
         "training.recipe",
     },
@@ -43,11 +45,13 @@ FLOORS = [  # from the ground up; modules of one floor do not know each other
     {"checkpoint"},
     {"generation.prefill", "training.data", "training.states"},
     {"generation.decode", "generation.score", "training.run"},
-    {"generation.generate"},
-    {"generation.text", "stats"},
+    {"generation.generate", "planning.programs"},
+    {"generation.text", "planning.arithmetic", "stats"},
+    {"planning.forecast"},
+    {"planning.report"},
     {""},  # the package itself: what `import mistral_jax` offers
     {"options"},
-    {"sample", "train"},
+    {"plan", "sample", "train"},
 ]
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 FILES = {

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import math
 from types import SimpleNamespace
 
@@ -9,9 +10,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
+import tiny
 
-from mistral_jax import rules
+from mistral_jax import checkpoint, rules
 from mistral_jax.config import CONFIG_DIR, ModelConfig
 from mistral_jax.generation import generate as generation
 from mistral_jax.generation import prefill
@@ -131,20 +134,17 @@ def test_more_devices_than_key_value_heads(whole):
         assert held["k_proj"][device] == query_head // groups
 
 
-def test_tensor_parallel_decode_reduces_twice_a_layer(whole):
-    _, _, params, _ = whole
-    layout = read_layout("tensor", CONFIG)
-    model = Transformer(CONFIG, rules=layout.rules)
-    places = jax.tree.map(lambda x: x.sharding, abstract_params(model, layout))
-    token = jnp.zeros((1, 1), jnp.int32)
-    params = jax.device_put(params, places)
-    with jax.set_mesh(layout.mesh):
-        step = jax.jit(model.apply)
-        _, cache = step({"params": params}, token, token, init_cache(CONFIG, 1, 8))
-        assert cache[0].k.sharding.shard_shape((1, 8, 2, 10)) == (1, 8, 1, 10)
-        hlo = step.lower({"params": params}, token, token, cache).compile().as_text()
-    assert hlo.count(" all-reduce(") == 2 * CONFIG.num_layers + 1  # the embedding's lookup is one
-    assert " all-gather(" not in hlo
+def test_eight_key_value_heads_on_sixteen_devices(tmp_path):
+    """Mistral 7B's K on more devices than that: two share each, and compute what one would."""
+    model, params = tiny.build(n_kv_heads=8, n_heads=32, hidden_dim=48, vocab_size=96)
+    checkpoint.save(tmp_path / "x", model.config, params)
+    expected = processes.work(tmp_path / "x", tmp_path / "y", None, "null")
+    arguments = "work", tmp_path / "x", tmp_path / "z", "tensor", "{}"
+    (end,) = processes.together(processes.__file__, *arguments, count=1, devices=16)
+    assert end.status == 0, end.err
+    found = json.loads(end.out)
+    assert found["tokens"] == expected["tokens"]
+    np.testing.assert_allclose(found["logprobs"], expected["logprobs"], atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,7 @@ def attend(
     return jnp.moveaxis(blocks, 0, 1).reshape(padded_q.shape)[:, :length]
 
 
+@functools.partial(jax.checkpoint, static_argnums=5)  # A gradient computes the scores again.
 def _attend_block(q, k, v, q_positions, kv_positions, window):
     """Attends with all scores [B, K, G, T, S] at once, in float32."""
     batch, length, heads, head_dim = q.shape

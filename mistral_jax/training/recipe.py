@@ -9,7 +9,7 @@ from typing import Any
 from mistral_jax.config import ModelConfig, read_toml
 
 # What a stopped run may change when it goes on: its length, and how often it looks up.
-CHANGEABLE = ("steps", "validate_every", "save_every")
+CHANGEABLE = ("steps", "remat", "validate_every", "save_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Recipe:
       context: tokens a row (T).
       rows: rows a step (B).
       microbatches: parts that a step computes one after another, to save memory; divides rows.
+      remat: whether a step computes each block again on its way back, to save memory.
       steps: optimizer steps in all.
       warmup_steps: steps in which the learning rate rises from 0.
       learning_rate: its peak; from there it falls along a cosine.
@@ -45,6 +46,7 @@ class Recipe:
     learning_rate: float
     final_learning_rate: float
     microbatches: int = 1
+    remat: bool = False
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.1
@@ -63,6 +65,8 @@ class Recipe:
                 good = isinstance(value, int | float) and not isinstance(value, bool)
                 good = good and 0 <= value < float("inf")
                 expected = "a finite number of at least 0"
+            elif field.type is bool:
+                good, expected = isinstance(value, bool), "true or false"
             elif field.type is str:
                 good, expected = isinstance(value, str), "a string"
             else:

@@ -58,7 +58,8 @@ def train(
     train_tokens, validation_tokens = (
         np.load(path / "data" / f"{name}.npy", mmap_mode="r") for name in ("train", "validation")
     )
-    model = Transformer(recipe.model_config, rules=layout.rules if layout else ())
+    rules = layout.rules if layout else ()
+    model = Transformer(recipe.model_config, rules=rules, remat=recipe.remat)
     schedule, optimizer = make_optimizer(recipe)
     state = restore_state(path, initial_state(model, optimizer, recipe.seed, layout))
     places = jax.tree.map(lambda x: x.sharding, state) if layout else None

@@ -1,0 +1,162 @@
+"""The command line of planning, `python -m mistral_jax.plan`: it parses, calls and prints."""
+
+import argparse
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+from mistral_jax import command
+
+DESCRIPTION = """\
+Tells what a model needs and does on many devices, without them and without its weights: compiles
+what `sample` and `train` run for as many devices as asked, and reads off memory, work and
+exchanges, with the time that hardware takes at best.
+"""
+EPILOG = """\
+for instance:
+  python -m mistral_jax.plan mistral-7b-v0.3 --sharding tensor --devices 4 --hardware v5e \\
+      --batch 32 --length 32768
+  python -m mistral_jax.plan mistral-7b-v0.3 --sharding fsdp --devices 64 --hardware v5p \\
+      --batch 128 --length 4096 --train
+
+With a TPU as --hardware and libtpu installed (pip install libtpu), the TPU's own compiler is asked,
+and memory is what it will be. Else programs are compiled for CPU devices, whose temporaries are
+others and as a rule larger: they hold much of bfloat16 as float32.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    return command.run(lambda: _run(arguments))
+
+
+def _parser() -> command.Parser:
+    parser = command.Parser(
+        prog="python -m mistral_jax.plan",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", help="name of a file in configs/models, a file like it, or a checkpoint's folder")
+    command.add_layout(parser)
+    add("--devices", type=int, metavar="N", help="how many [the product of --mesh, or 1]")
+    add("--batch", type=int, default=1, metavar="B", help="rows, in all [1]")
+    add(
+        "--length",
+        type=int,
+        default=4096,
+        metavar="T",
+        help="tokens of a row: prompt and answer, or what is trained on [4096]",
+    )
+    add(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="of computation and weights; those that are trained are float32 [bfloat16]",
+    )
+    add("--train", action="store_true", help="a step of training, in place of prefill and decode")
+    add(
+        "--remat",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compute blocks again on the way back, as a recipe's remat says",
+    )
+    add("--hardware", metavar="CHIP", help="one of configs/hardware.toml: v5e, v5p, v6e, A100, ...")
+    add(
+        "--compiler",
+        choices=("cpu", "tpu"),
+        help="whose [tpu for a TPU where libtpu is installed, else cpu]",
+    )
+    add("--json", action="store_true", help="one JSON object a program, each on a line")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    for name in ("devices", "batch", "length"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} is {value}; expected at least 1")
+    import jax
+
+    from mistral_jax.planning import forecast, programs, report
+    from mistral_jax.planning.hardware import known
+    from mistral_jax.sharding import Layout, read_layout
+
+    config = _config(arguments.model)
+    chips = known()
+    if arguments.hardware is not None and arguments.hardware not in chips:
+        raise ValueError(f"no hardware {arguments.hardware!r}; expected one of {', '.join(chips)}")
+    chip = chips.get(arguments.hardware)
+    count = _count(arguments)
+    devices, compiler = _devices(arguments, chip, count)
+    layout = read_layout(arguments.sharding, config, devices, arguments.mesh)
+    layout = layout or Layout(jax.make_mesh((1,), ("device",), devices=devices[:1]), ())
+    of = programs.shapes(layout, arguments.batch, arguments.length, arguments.dtype)
+    found = []
+    for program in ("train",) if arguments.train else ("prefill", "decode"):
+        print(f"compiling {program} for {compiler} ...", file=sys.stderr, flush=True)
+        found.append(forecast.forecast(program, config, layout, of, chip, arguments.remat))
+    mesh = dict(layout.mesh.shape)
+    if arguments.json:
+        about = {
+            "model": arguments.model,
+            "sharding": arguments.sharding,
+            "mesh": mesh,
+            "batch": of.batch,
+            "length": of.length,
+            "dtype": arguments.dtype,
+            "hardware": arguments.hardware,
+            "compiler": compiler,
+        }
+        for each in found:
+            print(json.dumps(about | report.fields(each, chip)))
+        return
+    where = ", ".join(f"{axis} = {size}" for axis, size in mesh.items())
+    print(f"{arguments.model}, {of.batch} rows of {of.length} tokens, {arguments.dtype}: {where}")
+    print(f"compiled for {compiler}; all figures are those of one device\n")
+    print("\n".join(report.lines(found, chip)))
+
+
+def _config(model: str):
+    from mistral_jax import manifest
+    from mistral_jax.config import ModelConfig, read_toml
+
+    if manifest.is_checkpoint(model):
+        return manifest.read(model)[0]
+    if Path(model).is_file():
+        return ModelConfig.from_dict(read_toml(model), model)
+    return ModelConfig.from_name(model)
+
+
+def _count(arguments: argparse.Namespace) -> int:
+    """Returns how many devices are planned for."""
+    if arguments.devices is not None:
+        return arguments.devices
+    sizes = (arguments.mesh or {}).values()
+    return math.prod(sizes) if all(size > 0 for size in sizes) else 1
+
+
+def _devices(arguments: argparse.Namespace, chip, count: int):
+    """Returns devices to compile for, and what to call them."""
+    from mistral_jax.planning import forecast
+
+    slices = {math.prod(map(int, t.split("x"))): t for t in (chip.topologies if chip else ())}
+    installed = importlib.util.find_spec("libtpu") is not None
+    compiler = arguments.compiler or ("tpu" if count in slices and installed else "cpu")
+    cpus = forecast.fake_devices(count if compiler == "cpu" else 1)
+    if compiler == "cpu":
+        return cpus, f"{count} CPU devices"
+    if count not in slices:
+        sizes = ", ".join(map(str, sorted(slices))) or "none: name a TPU with --hardware"
+        raise ValueError(f"the TPU's compiler has no slice of {count} chips; it has {sizes}")
+    topology = slices[count]
+    devices = forecast.tpu_devices(arguments.hardware, topology)
+    return list(devices), f"a {arguments.hardware} slice of {topology}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

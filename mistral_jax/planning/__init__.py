@@ -1,0 +1,1 @@
+"""Planning: what a model costs on a layout, asked of the compiler and of arithmetic."""

@@ -1,0 +1,142 @@
+"""What a program costs by arithmetic: multiplications, bytes, and what devices must exchange.
+
+It asks no compiler: `tests/test_planning.py` holds it to what XLA makes of the same program.
+Letters are those of `model/transformer.py`; t, f and b are the devices over which heads, the
+residual width of weights, and rows are split.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+
+from mistral_jax.config import ModelConfig
+from mistral_jax.model.transformer import Transformer
+from mistral_jax.planning.collectives import Collective
+from mistral_jax.planning.programs import Shapes
+from mistral_jax.sharding import Layout, abstract_params
+
+
+def tokens(program: str, of: Shapes) -> int:
+    """Returns the tokens that a program works on in all rows: a chunk, one a row, or a batch."""
+    return of.batch * {"prefill": of.chunk, "decode": 1, "train": of.length}[program]
+
+
+def flops(program: str, config: ModelConfig, of: Shapes) -> float:
+    """Counts the model's own multiplications and additions, on all devices together.
+
+    Two a weight and token, and 4 N H a pair of query and key that sees it (as in PaLM's appendix B,
+    arXiv 2204.02311); three times that for training. A chunk counts as the average of its prompt's.
+    Masked scores, filling, and what is computed twice are not the model's.
+    """
+    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    layer = config.embed_dim * (heads + 3 * config.mlp_dim)
+    count = tokens(program, of)
+    scored = of.batch if program == "prefill" else count  # positions whose logits are wanted
+    if program == "decode":
+        seen = sum(min(of.length, window or of.length) for window in config.windows)
+    else:
+        seen = sum(_seen(of.length, window) for window in config.windows)
+    matrices = count * config.num_layers * layer + scored * config.vocab_size * config.embed_dim
+    attention = 2 * count * seen * config.num_heads * config.head_dim
+    return 2 * (matrices + attention) * (3 if program == "train" else 1)
+
+
+def moved(program: str, held: Any, config: ModelConfig) -> float:
+    """Counts the bytes that a device must at least read and write in its memory.
+
+    Weights and cache are read once by a chunk or a step. Training reads weights forward and back,
+    writes gradients, and reads and writes parameters and both of AdamW's moments; activations come
+    on top.
+
+    Args:
+      program: one of `programs.PROGRAMS`.
+      held: its arguments, as `programs.arguments` gives them.
+      config: the model.
+    """
+    if program == "train":
+        return 10 * size(held.trainable)
+    params, cache = held
+    unread = 0 if config.tie_embeddings else size(params["embed"])
+    return size(params) - unread + size(cache)
+
+
+def size(tree: Any) -> int:
+    """Counts the bytes of arrays, or descriptions of arrays, on one device."""
+    return sum(_local(x) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def exchanges(program: str, model: Transformer, layout: Layout, of: Shapes) -> list[Collective]:
+    """Lists what the devices of a layout have to exchange.
+
+    Tensor parallel: the sums of two projections a layer (Megatron-LM, arXiv 1909.08053), and back,
+    of what goes into all five; the lookup; the logits' gathering, or their three reductions in
+    training. Fully sharded (arXiv 2304.11277): each weight gathered, each gradient summed. Data
+    parallel: each gradient summed.
+
+    Returns:
+      One entry an array, of what arrives on one device.
+    """
+    config, train = model.config, program == "train"
+    parts = {axis: layout.parts(axis) for axis in ("heads", "kv_heads", "embed", "batch", "vocab")}
+    t, f, b = parts["heads"], parts["embed"], parts["batch"]
+    width = 4 if train else of.dtype.itemsize
+    rows, length = of.batch // b, tokens(program, of) // of.batch
+    found: list[Collective] = []
+
+    def add(kind, group, *shape, itemsize=width, times=1, source=""):
+        if group > 1 and times:
+            volume = math.prod(shape) * itemsize
+            found.append(Collective(kind, "", shape, volume, group, times, 0, source))
+
+    residual = rows, length, config.embed_dim
+    again = config.num_layers if train and model.remat else 0
+    add("all-reduce", t, *residual, times=2 * config.num_layers, source="o_proj, down_proj")
+    add("all-reduce", t, *residual, times=again, source="o_proj, again")
+    if f > 1:
+        add("all-reduce", parts["vocab"], of.batch, length, config.embed_dim // f, source="embed")
+        add("all-to-all", f, *residual, times=2 if train else 1, source="embed")
+    else:
+        add("all-reduce", parts["vocab"], *residual, source="embed")
+    if not train:
+        add("all-gather", parts["vocab"], rows, config.vocab_size, itemsize=4, source="logits")
+    else:
+        add("all-reduce", parts["vocab"], rows, length, times=3, source="loss")
+        add("all-reduce", parts["vocab"], *residual, source="lm_head, back")
+        add("all-reduce", t, *residual, times=3 * config.num_layers, source="q, gate, up, back")
+        kv = parts["kv_heads"]
+        add("all-reduce", kv, *residual, times=2 * config.num_layers, source="k, v, back")
+        shared = rows, length, config.num_kv_heads // kv, config.head_dim
+        add("all-reduce", t // kv, *shared, times=2 * config.num_layers, source="k, v, shared")
+    for path, x in jax.tree.leaves_with_path(abstract_params(model, layout)):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if f > 1 and not name.startswith("embed/"):
+            # A norm's scale is so small that XLA does not keep it for the way back.
+            times = 1 + (train and x.ndim == 1) + bool(again and name.startswith("layers_"))
+            add("all-gather", f, _local(x) * f, times=times, source=name)
+        if train and not (f > 1 and name.startswith("embed/")):
+            add("all-reduce", b, _local(x) * f, source=f"{name}, gradient")
+    return found
+
+
+def sent(collectives: Iterable[Collective]) -> float:
+    """Counts the bytes that a device sends."""
+    return sum(collective.sent * collective.times for collective in collectives)
+
+
+def state_sizes(program: str, held: Any) -> dict[str, int]:
+    """Counts the bytes that stay on one device, by what they are."""
+    if program == "train":
+        return {"weights": size(held.trainable), "optimizer": size(held.opt_state)}
+    return {"weights": size(held[0]), "cache": size(held[1])}
+
+
+def _seen(length: int, window: int | None) -> float:
+    """Returns how many keys the queries of a row see on average."""
+    full = min(length, window or length)
+    return (full * (full + 1) / 2 + (length - full) * full) / length
+
+
+def _local(x: jax.ShapeDtypeStruct) -> int:
+    return math.prod(x.sharding.shard_shape(x.shape))

@@ -1,0 +1,107 @@
+"""The three programs of a model on a layout, compiled from shapes alone: no weights, no device.
+
+They are those that `generate` and `train` run, with the same arguments. It reads nothing off them.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mistral_jax.generation import decode, prefill
+from mistral_jax.generation.sampling import RowSampling, Sampling
+from mistral_jax.model.cache import Cache
+from mistral_jax.model.transformer import Transformer
+from mistral_jax.sharding import Layout, abstract_params
+from mistral_jax.training.run import make_loss_fn
+from mistral_jax.training.states import abstract_state
+from mistral_jax.training.step import Batch, adamw, make_train_step
+
+PROGRAMS = ("prefill", "decode", "train")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """How large a request, or a batch, is.
+
+    Attributes:
+      batch: rows (B), filled up to what the layout shares evenly.
+      length: tokens of a row: prompt and answer together, or the context that is trained on.
+      dtype: of computation, and of parameters but those that are trained.
+      chunk: tokens of a prompt that are read at a time (C).
+    """
+
+    batch: int
+    length: int
+    dtype: jnp.dtype
+    chunk: int
+
+
+def shapes(layout: Layout, batch: int, length: int, dtype: str) -> Shapes:
+    """Fills a batch up and fits the chunk, as `generate` does."""
+    rows = batch + -batch % layout.parts("batch")
+    return Shapes(rows, length, jnp.dtype(dtype), min(prefill.CHUNK, length))
+
+
+def arguments(program: str, model: Transformer, layout: Layout, of: Shapes) -> Any:
+    """Describes what a program works on: (params, cache), or the state of training."""
+    if program == "train":
+        return abstract_state(model, _optimizer(), layout)
+    params = jax.tree.map(lambda x: x.update(dtype=of.dtype), abstract_params(model, layout))
+    return params, _cache(model, layout, of)
+
+
+def lower(program: str, model: Transformer, layout: Layout, of: Shapes) -> jax.stages.Lowered:
+    """Traces a program for the devices of a layout.
+
+    Args:
+      program: one of `PROGRAMS`: a chunk of prompts, a step of decoding (in a loop), a step of
+        training.
+      model: the model, with the layout's rules, and of the dtype in `of`.
+      layout: the mesh; its devices need not exist.
+      of: the sizes.
+    """
+    held = arguments(program, model, layout, of)
+    with jax.set_mesh(layout.mesh):
+        return _lower(program, model, held, layout, of)
+
+
+def _lower(program, model, held, layout, of):
+    if program == "train":
+        places = jax.tree.map(lambda x: x.sharding, held)
+        step = make_train_step(make_loss_fn(model), _optimizer(), places=places)
+        ids = _array(layout, (of.batch, of.length), jnp.int32, ("batch", "length"))
+        return step.lower(held, Batch(ids, ids, ids))
+    params, cache = held
+    vocab_size = model.config.vocab_size
+    if program == "prefill":
+        ids = np.zeros((of.batch, of.chunk), np.int32)
+        logits = _array(layout, (of.batch, vocab_size), jnp.float32, ("batch", None))
+        lengths = np.zeros(of.batch, np.int32)
+        length = prefill.room(of.length)
+        return prefill.read_chunk.lower(model, params, ids, ids, lengths, cache, logits, length)
+    sampling = RowSampling.stack(
+        [Sampling()] * of.batch, [0] * of.batch, [[1]] * of.batch, vocab_size
+    )
+    stop_ids = (model.config.eos_id,)
+    state = decode.start((), [1] * of.batch, 1, sampling, stop_ids, 0, vocab_size)
+    state = jax.tree.map(lambda x: _array(layout, x.shape, x.dtype, ()), state)
+    limit, ended = np.int32(decode.MOST_STEPS), np.zeros(of.batch, bool)
+    return decode.decode.lower(model, params, state.replace(cache=cache), limit, ended)
+
+
+def _cache(model: Transformer, layout: Layout, of: Shapes) -> Cache:
+    length = prefill.room(of.length)
+    cache = jax.eval_shape(lambda: prefill.empty_cache(model, of.batch, length))
+    axes = ("batch", None, "kv_heads", "head_dim")
+    return jax.tree.map(lambda x: _array(layout, x.shape, x.dtype, axes[: x.ndim]), cache)
+
+
+def _array(layout, shape, dtype, axes) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(*axes))
+
+
+def _optimizer():
+    return adamw(1e-4, b1=0.9, b2=0.95, weight_decay=0.1, clip_norm=1.0)

@@ -1,0 +1,117 @@
+"""A forecast as a table to read, and as fields for a program. It computes nothing new."""
+
+import collections
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.filesize import decimal
+
+from mistral_jax.planning.forecast import Forecast
+from mistral_jax.planning.hardware import Hardware
+
+_WORK = {
+    "prefill": "a chunk of {} prompt tokens",
+    "decode": "a step of {} tokens",
+    "train": "a step on {} tokens",
+}
+
+
+def fields(of: Forecast, chip: Hardware | None) -> dict[str, Any]:
+    """Returns what is forecast as JSON values; bytes, FLOPs and times are of one device."""
+    found = {
+        "program": of.program,
+        "tokens": of.tokens,
+        **{f"{name}_bytes": size for name, size in of.held.items()},
+        "temporary_bytes": of.temporaries,
+        "refusal": of.refusal,
+        "total_bytes": of.bytes,
+        "model_flops": of.model_flops,
+        "compiled_flops": of.flops,
+        "model_moved_bytes": of.model_moved,
+        "compiled_moved_bytes": of.moved,
+        "model_sent_bytes": of.model_sent,
+        "compiled_sent_bytes": of.sent,
+        "collectives": _by_kind(of),
+    }
+    if chip is None:
+        return found
+    return found | {
+        "fits": of.bytes <= chip.memory and of.refusal is None,
+        "seconds": of.estimate.seconds,
+        "compute_seconds": of.estimate.compute,
+        "memory_seconds": of.estimate.memory,
+        "exchange_seconds": of.estimate.exchange,
+        "binds": of.estimate.binds,
+        "tokens_per_second": of.tokens / of.estimate.seconds,
+        "tokens_per_second_without_overlap": of.tokens / of.estimate.serial_seconds,
+        "mfu": of.model_flops / of.estimate.seconds / chip.flops,
+    }
+
+
+def lines(found: Sequence[Forecast], chip: Hardware | None) -> Iterator[str]:
+    """Yields the lines of a table on programs that share a device."""
+    yield from _memory(found, chip)
+    for of in found:
+        yield ""
+        yield f"{of.program}: {_WORK[of.program].format(of.tokens)}"
+        yield _row("FLOPs", f"{of.model_flops:.3g} of the model, {of.flops:.3g} compiled")
+        moved = f"{decimal(round(of.model_moved))} at least, {decimal(round(of.moved))} compiled"
+        yield _row("moved", moved)
+        for kind, (count, size) in _by_kind(of).items():
+            yield _row(kind, f"{count}, of {decimal(size)} in all")
+        sent = f"{decimal(round(of.model_sent))} by arithmetic, {decimal(round(of.sent))} compiled"
+        yield _row("sent", sent)
+        if chip is not None:
+            yield from _times(of, chip)
+
+
+def _memory(found: Sequence[Forecast], chip: Hardware | None) -> Iterator[str]:
+    yield "memory"
+    for name, size in found[0].held.items():
+        yield _row(name, decimal(size))
+    # Programs that share a device run in turns.
+    for of in found:
+        if of.refusal:
+            yield _row("temporaries", f"the compiler refuses {of.program}: {of.refusal}")
+        else:
+            yield _row("temporaries", f"{decimal(of.temporaries)} in {of.program}")
+    needed = max(of.bytes for of in found)
+    verdict = ""
+    if any(of.refusal for of in found):
+        verdict = ", and more: IT DOES NOT FIT"
+    elif chip is not None:
+        fits = "it fits" if needed <= chip.memory else "IT DOES NOT FIT"
+        verdict = f" of {decimal(round(chip.memory))}: {fits}"
+    yield _row("together", f"{decimal(needed)}{verdict}")
+
+
+def _times(of: Forecast, chip: Hardware) -> Iterator[str]:
+    estimate = of.estimate
+    yield _row(
+        "time",
+        f"{_seconds(estimate.seconds)} at best on {chip.name}: compute {_seconds(estimate.compute)}"
+        f", memory {_seconds(estimate.memory)}, exchange {_seconds(estimate.exchange)}",
+    )
+    best, serial = of.tokens / estimate.seconds, of.tokens / estimate.serial_seconds
+    yield _row(
+        "rate",
+        f"{best:,.0f} tokens/s at best ({serial:,.0f} if exchanges wait for the rest), "
+        f"{of.model_flops / estimate.seconds / chip.flops:.0%} MFU; {estimate.binds} binds",
+    )
+
+
+def _by_kind(of: Forecast) -> dict[str, tuple[int, int]]:
+    """Returns how many collectives there are of each kind, and the bytes of their results."""
+    counts: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
+    for collective in of.collectives:
+        counts[collective.kind][0] += collective.times
+        counts[collective.kind][1] += collective.times * collective.bytes
+    return {kind: (count, size) for kind, (count, size) in sorted(counts.items())}
+
+
+def _row(label: str, text: str) -> str:
+    return f"  {label:<19}{text}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
