@@ -50,6 +50,7 @@ def test_json_values_give_an_equal_recipe():
         ({"microbatches": 3}, r"microbatches is 3; expected a divisor of rows \(4\)"),
         ({"warmup_steps": 10}, r"warmup_steps is 10; expected less than steps \(10\)"),
         ({"model": 7}, "model is 7; expected a string"),
+        ({"remat": 1}, "remat is 1; expected true or false"),
     ],
 )
 def test_a_wrong_value_is_named(fields, message):
@@ -69,7 +70,9 @@ def test_missing_keys_and_files_are_named(tmp_path):
 
 def test_a_run_goes_on_longer_but_not_differently():
     recipe = Recipe.from_dict(FIELDS)
-    dataclasses.replace(recipe, steps=20, save_every=1).check_continues(recipe, "runs/x")
+    dataclasses.replace(recipe, steps=20, save_every=1, remat=True).check_continues(
+        recipe, "runs/x"
+    )
     with pytest.raises(
         ValueError, match=r"runs/x holds a run with rows = 4, and this recipe says 2"
     ):

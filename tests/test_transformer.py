@@ -1,5 +1,6 @@
 """Laws of the whole forward pass, with and without a cache."""
 
+import functools
 import math
 
 import chex
@@ -158,6 +159,24 @@ def test_gradients_are_finite_and_blind_to_padding():
     chex.assert_tree_all_finite(grads)
     other = jnp.where(positions < 0, 7, tokens)
     chex.assert_trees_all_close(grads, gradient(params, other, positions), atol=1e-4, rtol=1e-5)
+
+
+def test_a_gradient_computes_again_what_it_does_not_keep():
+    """Blocks where asked, and scores always: no T x T numbers wait for the way back."""
+    model, params = tiny.build(n_layers=3, sliding_window=None, hidden_dim=256)
+    tokens, positions = tiny.ragged([np.arange(200) % 53] * 2)
+
+    def loss(model, params):
+        return jnp.sum(jax.nn.logsumexp(model.apply({"params": params}, tokens, positions)[0]))
+
+    kept, grads = {}, {}
+    for remat in (False, True):
+        _, back = jax.vjp(functools.partial(loss, model.clone(remat=remat)), params)
+        kept[remat] = [leaf.nbytes for leaf in jax.tree.leaves(back)]
+        (grads[remat],) = jax.jit(back)(jnp.float32(1))
+    chex.assert_trees_all_close(grads[True], grads[False], rtol=1e-5, atol=1e-5)
+    assert max(kept[False]) < 2 * model.config.num_heads * 200 * 200 * 4
+    assert sum(kept[True]) < sum(kept[False]) / 2
 
 
 def test_every_place_in_a_text_runs_one_program():

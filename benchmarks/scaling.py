@@ -1,0 +1,207 @@
+"""Plans Mistral 7B on common slices, and from 1 to 256 devices: the figures of docs/scaling.md.
+
+Runs `python -m mistral_jax.plan` for each case, an hour in all; what is done already is kept in the
+file of results. It needs libtpu, and matplotlib to draw.
+
+    python benchmarks/scaling.py runs/scaling.jsonl
+    python benchmarks/scaling.py runs/scaling.jsonl --draw docs/scaling.png
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+MODEL = "mistral-7b-v0.3"
+SERVING = [  # chip, devices, layout, mesh, rows, tokens of a row
+    ("v5e", 4, "tensor", "tensor=4", 32, 4096),
+    ("v5e", 4, "tensor", "tensor=4", 8, 32768),
+    ("v5e", 8, "tensor", "tensor=8", 8, 32768),
+    ("v5e", 8, "tensor", "tensor=8", 64, 4096),
+    ("v5e", 16, "data_tensor", "data=2,tensor=8", 128, 4096),
+    ("v6e", 1, None, None, 8, 4096),
+    ("v6e", 4, "tensor", "tensor=4", 32, 8192),
+    ("v5p", 4, "tensor", "tensor=4", 32, 32768),
+    ("L4", 1, None, None, 4, 4096),
+    ("A100", 1, None, None, 32, 8192),
+    ("H100", 1, None, None, 32, 8192),
+    ("H200", 1, None, None, 32, 16384),
+]
+TRAINING = [
+    ("v5e", 64, "fsdp", None, 64, 2048),
+    ("v6e", 64, "fsdp", None, 64, 4096),
+    ("v5p", 16, "fsdp", None, 16, 4096),
+    ("v5p", 64, "fsdp", None, 64, 4096),
+]
+COUNTS = (1, 4, 8, 16, 32, 64, 128, 256)
+# 8 rows whatever the devices: tensor parallel as far as 8, then over rows, then tensor parallel.
+STRONG = [
+    (
+        "v6e",
+        n,
+        "data_tensor",
+        f"data={min(8, n // min(n, 8))},tensor={n // min(8, n // min(n, 8))}",
+        8,
+        4096,
+    )
+    for n in COUNTS
+]
+# 8 rows a device, tensor parallel as far as 8.
+WEAK = [
+    ("v6e", n, "data_tensor", f"data={n // min(n, 8)},tensor={min(n, 8)}", 8 * n, 4096)
+    for n in COUNTS
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("results", type=Path, help="JSONL file, made or gone on with")
+    parser.add_argument("--draw", type=Path, metavar="PNG", help="print the tables, draw the plot")
+    arguments = parser.parse_args()
+    if arguments.draw:
+        draw(arguments.results, arguments.draw)
+        return
+    arguments.results.parent.mkdir(parents=True, exist_ok=True)
+    done = {json.loads(line)["case"] for line in read(arguments.results)}
+    cases = [(case, False) for case in SERVING + STRONG + WEAK] + [(c, True) for c in TRAINING]
+    for case, train in cases:
+        name = name_of(case, train)
+        if name in done:
+            continue
+        done.add(name)
+        print(name, flush=True)
+        for line in plan(case, train):
+            with arguments.results.open("a") as file:
+                file.write(json.dumps({"case": name} | json.loads(line)) + "\n")
+
+
+def plan(case: tuple, train: bool) -> list[str]:
+    """Runs the command; returns its lines."""
+    chip, devices, layout, mesh, rows, length = case
+    command = [sys.executable, "-m", "mistral_jax.plan", MODEL, "--json", "--hardware", chip]
+    command += ["--devices", str(devices), "--batch", str(rows), "--length", str(length)]
+    command += ["--sharding", layout] if layout else []
+    command += ["--mesh", mesh] if mesh else []
+    command += ["--train"] if train else []
+    run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return run.stdout.splitlines()
+
+
+def name_of(case: tuple, train: bool) -> str:
+    chip, devices, layout, mesh, rows, length = case
+    kind = "train" if train else "generate"
+    return f"{kind} {chip} x{devices} {layout} {mesh} {rows}x{length}"
+
+
+def read(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.is_file() else []
+
+
+def draw(results: Path, target: Path) -> None:
+    """Prints the tables in Markdown, and draws both kinds of scaling."""
+    found = {}
+    for line in map(json.loads, read(results)):
+        found.setdefault(line["case"], {})[line["program"]] = line
+
+    print("| chips | layout | rows x tokens | weights | cache | temporaries | fits "
+          "| prompt | decode | binds |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for case in SERVING:
+        both = found[name_of(case, False)]
+        prefill, decode = both["prefill"], both["decode"]
+        refused = prefill["refusal"] or decode["refusal"]
+        temporaries = max(prefill["temporary_bytes"] or 0, decode["temporary_bytes"] or 0)
+        cells = [
+            *about(case),
+            gigabytes(prefill["weights_bytes"]),
+            gigabytes(prefill["cache_bytes"]),
+            "refused" if refused else gigabytes(temporaries) + mark(prefill),
+            verdict(prefill, decode),
+            f"{prefill['tokens_per_second']:,.0f}",
+            f"{decode['tokens_per_second']:,.0f}",
+            f"{prefill['binds']}, {decode['binds']}",
+        ]
+        print("| " + " | ".join(cells) + " |")
+    print()
+    print("| chips | layout | rows x tokens | weights, optimizer | temporaries | fits | tokens/s "
+          "| MFU | sent: arithmetic, compiled |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|")
+    for case in TRAINING:
+        step = found[name_of(case, True)]["train"]
+        cells = [
+            *about(case),
+            gigabytes(step["weights_bytes"] + step["optimizer_bytes"]),
+            "refused" if step["refusal"] else gigabytes(step["temporary_bytes"]),
+            verdict(step),
+            f"{step['tokens_per_second']:,.0f}",
+            f"{step['mfu']:.0%}",
+            f"{gigabytes(step['model_sent_bytes'])}, {gigabytes(step['compiled_sent_bytes'])}",
+        ]
+        print("| " + " | ".join(cells) + " |")
+    print()
+    print("| chips | mesh | rows | step | memory | exchange | sent: arithmetic, compiled "
+          "| tokens/s |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|")
+    for case in dict.fromkeys(STRONG + WEAK):
+        decode = found[name_of(case, False)]["decode"]
+        cells = [
+            str(case[1]),
+            case[3].replace(",", ", "),
+            str(case[4]),
+            f"{decode['seconds'] * 1e3:.2f} ms",
+            f"{decode['memory_seconds'] * 1e3:.2f} ms",
+            f"{decode['exchange_seconds'] * 1e3:.2f} ms",
+            f"{decode['model_sent_bytes'] / 1e6:.1f}, {decode['compiled_sent_bytes'] / 1e6:.1f} MB",
+            f"{decode['tokens_per_second']:,.0f}",
+        ]
+        print("| " + " | ".join(cells) + " |")
+    plot(found, target)
+
+
+def about(case: tuple) -> list[str]:
+    chip, devices, layout, mesh, rows, length = case
+    place = f"{layout} ({mesh.replace(',', ', ')})" if mesh and "," in mesh else layout or "one"
+    return [f"{devices} {chip}", place, f"{rows} x {length:,}"]
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+def mark(line: dict) -> str:
+    return "*" if "CPU" in line["compiler"] else ""
+
+
+def verdict(*lines: dict) -> str:
+    return "yes" if all(line["fits"] for line in lines) else "no"
+
+
+def plot(found: dict, target: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axes, cases, title in zip(
+        figure.subplots(1, 2),
+        (STRONG, WEAK),
+        ("Strong scaling: 8 rows in all", "Weak scaling: 8 rows a device"),
+        strict=True,
+    ):
+        devices = [case[1] for case in cases]
+        lines = [found[name_of(case, False)]["decode"] for case in cases]
+        rates = [line["tokens_per_second"] for line in lines]
+        serial = [line["tokens_per_second_without_overlap"] for line in lines]
+        ideal = [rates[0] * n / devices[0] for n in devices]
+        axes.plot(devices, ideal, ":", color="0.6", label="in proportion to devices")
+        axes.plot(devices, rates, "o-", color="black", label="at best (roofline)")
+        axes.plot(devices, serial, "s--", color="0.4", label="if exchanges wait for the rest")
+        axes.set(xscale="log", yscale="log", xlabel="v6e chips", ylabel="tokens/s", title=title)
+        axes.set_xticks(devices, map(str, devices))
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(target, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
