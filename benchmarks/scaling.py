@@ -33,6 +33,7 @@ TRAINING = [
     ("v6e", 64, "fsdp", None, 64, 4096),
     ("v5p", 16, "fsdp", None, 16, 4096),
     ("v5p", 64, "fsdp", None, 64, 4096),
+    ("v5p", 8, "long", None, 1, 32768),
 ]
 COUNTS = (1, 4, 8, 16, 32, 64, 128, 256)
 # 8 rows whatever the devices: tensor parallel as far as 8, then over rows, then tensor parallel.

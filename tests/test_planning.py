@@ -55,8 +55,11 @@ def counts(found):
     return total
 
 
-@pytest.mark.parametrize("program", programs.PROGRAMS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "program"),
+    # To generate, `long` leaves the products of single tokens to XLA.
+    [(n, p) for n in NAMES for p in programs.PROGRAMS if n != "long" or p == "train"],
+)
 def test_devices_exchange_what_the_layout_implies_and_nothing_else(name, program):
     """No weight that should stay put is gathered, no row leaves its device; see `exchanges`.
 

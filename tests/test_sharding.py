@@ -106,6 +106,7 @@ def made_on_one_device():
         ("fsdp", (1, 8, 2, 10)),
         ("fsdp_tensor", (1, 8, 1, 10)),
         ("data_tensor", (1, 8, 1, 10)),
+        ("long", (3, 8, 2, 10)),
     ],
 )
 def test_every_layout_makes_the_same_text_and_score(made_on_one_device, name, shard):
@@ -235,5 +236,5 @@ def test_bad_files_are_refused(tmp_path, text, message):
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(ValueError, match="data_tensor, fsdp, fsdp_tensor, single, tensor"):
+    with pytest.raises(ValueError, match="data_tensor, fsdp, fsdp_tensor, long, single, tensor"):
         read_layout("tensors", CONFIG)

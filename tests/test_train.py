@@ -178,6 +178,7 @@ def on_one_device(recipe_file):
         ("fsdp", {}),
         ("fsdp_tensor", {}),
         ("data_tensor", {"tensor": 4}),
+        ("long", {"sequence": 4}),
     ],
 )
 def test_a_step_on_any_layout_is_that_of_one_device(on_one_device, recipe_file, sharding, mesh):

@@ -42,6 +42,7 @@ def attend(
     window: int | None,
     *,
     aligned: bool = False,
+    sections: int = 1,
 ) -> jax.Array:
     """Attends from every query to the keys that it may see.
 
@@ -57,11 +58,15 @@ def attend(
       window: keys visible (W), the query's own included; None = all.
       aligned: key i is the key of query i, positions rise by 1 along a row, and padding stands only
         before or after a row's tokens: nobody sees a key W or more places before its own, or after.
+      sections: equal parts of T that are worked on side by side, each on the devices that hold it.
 
     Returns:
       [B, T, N, H] in the dtype of `q`.
     """
     length, keys = q.shape[1], k.shape[1]
+    if sections > 1 and length % sections == 0:
+        arguments = q, k, v, q_positions, kv_positions, window
+        return _attend_sections(*arguments, aligned, sections)
     if length <= BLOCK:
         return _attend_block(q, k, v, q_positions, kv_positions, window)
     # How many keys before its own a block's first query may see.
@@ -92,6 +97,25 @@ def attend(
     padded_positions = jnp.pad(q_positions, ((0, 0), (0, extra)), constant_values=-1)
     blocks = jax.lax.map(attend_from, jnp.arange(0, length, BLOCK))
     return jnp.moveaxis(blocks, 0, 1).reshape(padded_q.shape)[:, :length]
+
+
+def _attend_sections(q, k, v, q_positions, kv_positions, window, aligned, sections):
+    """Attends from each section to the keys that it can reach: as many for one as for another."""
+    batch, length = q_positions.shape
+    keys, size = k.shape[1], length // sections
+    before = window - 1 if aligned and window is not None else keys
+    reach = min(keys, before + size)
+
+    def attend_from(start, q, q_positions):
+        first = jnp.clip(start - before, 0, keys - reach)
+        near = (jax.lax.dynamic_slice_in_dim(x, first, reach, axis=1) for x in (k, v, kv_positions))
+        near_k, near_v, near_positions = near if reach < keys else (k, v, kv_positions)
+        return attend(q, near_k, near_v, q_positions, near_positions, window)
+
+    parts = (x.reshape(batch, sections, size, *x.shape[2:]) for x in (q, q_positions))
+    starts = jnp.arange(0, length, size)
+    mixed = jax.vmap(attend_from, in_axes=(0, 1, 1), out_axes=1)(starts, *parts)
+    return mixed.reshape(q.shape)
 
 
 @functools.partial(jax.checkpoint, static_argnums=5)  # A gradient computes the scores again.

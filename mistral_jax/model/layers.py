@@ -4,6 +4,7 @@ They do not know how they are stacked; attention itself and the cache are functi
 Every parameter names its logical axes, which `sharding.py` maps to a mesh.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -59,6 +60,13 @@ def multiply(x: jax.Array, kernel: jax.Array, outputs: int, dtype: jnp.dtype) ->
     lonely = places == (1, 1) and dtype != jnp.float32 and jax.default_backend() == "cpu"
     product = einsum("...X,YX->...Y", jnp.concatenate([rows, rows]) if lonely else rows, matrix)
     return product[: places[0]].reshape(*places, *kernel.shape[:outputs])
+
+
+def length_parts(rules: Rules) -> int:
+    """Returns in how many parts the devices of the mesh in use hold the length of a text."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = () if mesh.empty else dict(rules).get("length", ())
+    return math.prod(mesh.shape[axis] for axis in axes)
 
 
 class RMSNorm(nn.Module):
@@ -149,20 +157,25 @@ class Attention(nn.Module):
         k = project("k_proj", config.num_kv_heads, "kv_heads")
         v = project("v_proj", config.num_kv_heads, "kv_heads")
         q, k = rotate(q, angles), rotate(k, angles)
+        sections = length_parts(self.rules)
+        if sections > 1:  # Queries stay apart; keys and values, which are fewer, come together.
+            axes = ("batch", None, "kv_heads", "head_dim")
+            k, v = (nn.with_logical_constraint(x, axes, rules=self.rules) for x in (k, v))
+        look = functools.partial(attend, window=self.window, sections=sections)
 
         if cache is None:
-            mixed = attend(q, k, v, positions, positions, self.window, aligned=True)
+            mixed = look(q, k, v, positions, positions, aligned=True)
         elif x.shape[1] == 1:
             # One token overwrites nothing that it may still see: the ring holds all its keys.
             cache = write(cache, k, v, positions)
-            mixed = attend(q, cache.k, cache.v, positions, cache.positions, self.window)
+            mixed = look(q, cache.k, cache.v, positions, cache.positions)
         else:
             # A chunk's early queries still need keys that its late tokens overwrite.
             keys, values, kv_positions = (
                 jnp.concatenate([old, new.astype(old.dtype)], axis=1)
                 for old, new in ((cache.k, k), (cache.v, v), (cache.positions, positions))
             )
-            mixed = attend(q, keys, values, positions, kv_positions, self.window)
+            mixed = look(q, keys, values, positions, kv_positions)
             cache = write(cache, k, v, positions)
 
         shape = (config.embed_dim, config.num_heads, config.head_dim)

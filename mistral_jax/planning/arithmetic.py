@@ -1,8 +1,8 @@
 """What a program costs by arithmetic: multiplications, bytes, and what devices must exchange.
 
 It asks no compiler: `tests/test_planning.py` holds it to what XLA makes of the same program.
-Letters are those of `model/transformer.py`; t, f and b are the devices over which heads, the
-residual width of weights, and rows are split.
+Letters are those of `model/transformer.py`; t, f, b and s are the devices over which heads, the
+residual width of weights, rows, and the length of a text are split.
 """
 
 import math
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from mistral_jax.config import ModelConfig
+from mistral_jax.model.attention import BLOCK
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.planning.collectives import Collective
 from mistral_jax.planning.programs import Shapes
@@ -73,16 +74,19 @@ def exchanges(program: str, model: Transformer, layout: Layout, of: Shapes) -> l
     Tensor parallel: the sums of two projections a layer (Megatron-LM, arXiv 1909.08053), and back,
     of what goes into all five; the lookup; the logits' gathering, or their three reductions in
     training. Fully sharded (arXiv 2304.11277): each weight gathered, each gradient summed. Data
-    parallel: each gradient summed.
+    parallel: each gradient summed. A length that is split: keys and values gathered, and summed on
+    the way back, a block of queries at a time; of generation that is not all (XLA then splits the
+    products of single tokens as it likes).
 
     Returns:
       One entry an array, of what arrives on one device.
     """
     config, train = model.config, program == "train"
-    parts = {axis: layout.parts(axis) for axis in ("heads", "kv_heads", "embed", "batch", "vocab")}
-    t, f, b = parts["heads"], parts["embed"], parts["batch"]
+    t, kv, vocab = layout.parts("heads"), layout.parts("kv_heads"), layout.parts("vocab")
+    f, b, s = layout.parts("embed"), layout.parts("batch"), layout.parts("length")
     width = 4 if train else of.dtype.itemsize
-    rows, length = of.batch // b, tokens(program, of) // of.batch
+    rows, whole = of.batch // b, tokens(program, of) // of.batch
+    length = max(1, whole // s)
     found: list[Collective] = []
 
     def add(kind, group, *shape, itemsize=width, times=1, source=""):
@@ -95,20 +99,22 @@ def exchanges(program: str, model: Transformer, layout: Layout, of: Shapes) -> l
     add("all-reduce", t, *residual, times=2 * config.num_layers, source="o_proj, down_proj")
     add("all-reduce", t, *residual, times=again, source="o_proj, again")
     if f > 1:
-        add("all-reduce", parts["vocab"], of.batch, length, config.embed_dim // f, source="embed")
+        add("all-reduce", vocab, of.batch, length, config.embed_dim // f, source="embed")
         add("all-to-all", f, *residual, times=2 if train else 1, source="embed")
     else:
-        add("all-reduce", parts["vocab"], *residual, source="embed")
+        add("all-reduce", vocab, *residual, source="embed")
+    seen = rows, whole, config.num_kv_heads // kv, config.head_dim
+    add("all-gather", s, *seen, times=2 * (config.num_layers + again), source="k, v")
     if not train:
-        add("all-gather", parts["vocab"], rows, config.vocab_size, itemsize=4, source="logits")
+        add("all-gather", vocab, rows, config.vocab_size, itemsize=4, source="logits")
     else:
-        add("all-reduce", parts["vocab"], rows, length, times=3, source="loss")
-        add("all-reduce", parts["vocab"], *residual, source="lm_head, back")
+        blocks = math.ceil(length / BLOCK)
+        add("all-reduce", s, *seen, times=2 * config.num_layers * blocks, source="k, v, back")
+        add("all-reduce", vocab, rows, length, times=3, source="loss")
+        add("all-reduce", vocab, *residual, source="lm_head, back")
         add("all-reduce", t, *residual, times=3 * config.num_layers, source="q, gate, up, back")
-        kv = parts["kv_heads"]
         add("all-reduce", kv, *residual, times=2 * config.num_layers, source="k, v, back")
-        shared = rows, length, config.num_kv_heads // kv, config.head_dim
-        add("all-reduce", t // kv, *shared, times=2 * config.num_layers, source="k, v, shared")
+        add("all-reduce", t // kv, *seen, times=2 * config.num_layers, source="k, v, shared")
     for path, x in jax.tree.leaves_with_path(abstract_params(model, layout)):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if f > 1 and not name.startswith("embed/"):
@@ -116,7 +122,7 @@ def exchanges(program: str, model: Transformer, layout: Layout, of: Shapes) -> l
             times = 1 + (train and x.ndim == 1) + bool(again and name.startswith("layers_"))
             add("all-gather", f, _local(x) * f, times=times, source=name)
         if train and not (f > 1 and name.startswith("embed/")):
-            add("all-reduce", b, _local(x) * f, source=f"{name}, gradient")
+            add("all-reduce", b * s, _local(x) * f, source=f"{name}, gradient")
     return found
 
 

@@ -158,10 +158,13 @@ def tpu_devices(name: str, topology: str) -> Sequence[jax.Device]:
     }
     for variable, value in defaults.items():
         os.environ.setdefault(variable, value)
+    # By default a host has four chips.
+    alone = {"chips_per_host_bounds": (1, 1, 1)} if topology == "1x1" else {}
     try:
-        return topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{name}:{topology}"
-        ).devices
+        described = topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{name}:{topology}", **alone
+        )
+        return described.devices
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
