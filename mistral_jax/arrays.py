@@ -136,7 +136,8 @@ def read(path: Path, abstract: Tree) -> Tree:
       path: where a tree was written; whole, for over what is missing Orbax leaks coroutines.
       abstract: the tree or a part of it, with the shapes, dtypes and shardings to read it as.
     """
-    context = ocp.Context()
+    own = all(array.sharding.is_fully_addressable for array in jax.tree.leaves(abstract))
+    context = _alone() if own else ocp.Context()
     context.pytree.loading.partial_load = True
     context.memory.read_concurrent_bytes = bytes_in_flight(abstract)
     with _frugal_allocator():

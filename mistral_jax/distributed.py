@@ -38,6 +38,8 @@ def initialize() -> None:
     """
     if jax.distributed.is_initialized():
         return
+    # It would take SIGTERM for a notice that the program asks for, and none here does.
+    jax.config.update("jax_enable_preemption_service", False)
     given = [name for name in (ADDRESS, COUNT, INDEX) if os.environ.get(name)]
     if COUNT in given or INDEX in given:
         count, index = _by_hand(given)

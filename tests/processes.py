@@ -6,7 +6,6 @@ As a program it does what its first argument names, and prints a line of JSON.
 import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -28,7 +27,12 @@ class Ended(NamedTuple):
 
 
 def together(
-    *command: object, count: int = 2, devices: int = 4, stdin: str = "", timeout: float = 120
+    *command: object,
+    count: int = 2,
+    devices: int = 4,
+    stdin: str = "",
+    signal_after: float | None = None,
+    timeout: float = 120,
 ) -> list[Ended]:
     """Runs `python *command` as several processes, each with its own devices.
 
@@ -37,6 +41,7 @@ def together(
       count: number of processes.
       devices: CPU devices of each.
       stdin: what the first reads; the others have none.
+      signal_after: seconds after which all get SIGTERM; None = they do not.
       timeout: seconds until all must have ended.
     """
     with socket.create_server(("localhost", 0)) as server:
@@ -66,7 +71,12 @@ def together(
             return process, out, err
 
         ends, deadline = [], time.monotonic() + timeout
-        for process, out, err in [start(index) for index in range(count)]:
+        started = [start(index) for index in range(count)]
+        if signal_after is not None:
+            time.sleep(signal_after)
+            for process, _, _ in started:
+                process.terminate()
+        for process, out, err in started:
             process.wait(deadline - time.monotonic())
             out.seek(0)
             err.seek(0)
@@ -124,8 +134,13 @@ def bytes_read(checkpoint: str, sharding: str) -> dict:
     }
 
 
-def train(configs: str, dies: str, *arguments: str) -> int:
-    """Trains a tiny model on a text of its own; the process `dies` kills itself in step 13."""
+def wait() -> None:
+    """Waits for a minute, among other processes."""
+    time.sleep(60)
+
+
+def train(configs: str, process: str, number: str, *arguments: str) -> int:
+    """Trains a tiny model on a text of its own; in step 13 a process gets a signal."""
     from mistral_jax import config, train
     from mistral_jax.training import corpus, data
 
@@ -135,12 +150,12 @@ def train(configs: str, dies: str, *arguments: str) -> int:
     data._VALIDATION_SHARE = 5
     batch_at = data.batch_at
 
-    def batch_or_death(step, *rest, **named):
-        if step == 13 and os.environ["JAX_PROCESS_ID"] == dies:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def batch_and_signal(step, *rest, **named):
+        if step == 13 and os.environ["JAX_PROCESS_ID"] == process:
+            os.kill(os.getpid(), int(number))
         return batch_at(step, *rest, **named)
 
-    data.batch_at = batch_or_death
+    data.batch_at = batch_and_signal
     return train.main(["--no-compilation-cache", *arguments])
 
 
@@ -151,7 +166,9 @@ def main() -> int:
     from mistral_jax import command
 
     return command.run(
-        lambda: print(json.dumps({"work": work, "bytes": bytes_read}[task](*arguments)))
+        lambda: print(
+            json.dumps({"work": work, "bytes": bytes_read, "wait": wait}[task](*arguments))
+        )
     )
 
 

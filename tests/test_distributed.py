@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import signal
+import time
 
 import jax
 import numpy as np
@@ -100,9 +102,9 @@ def configs(tmp_path_factory):
     return folder
 
 
-def train(configs, run, *options, dies="none", count=2, devices=4):
-    """Trains by the recipe."""
-    arguments = "train", configs, dies, configs / "tiny.toml", "--run", run, *options
+def train(configs, run, *options, process=None, number=0, count=2, devices=4):
+    """Trains by the recipe; in step 13 a process gets a signal."""
+    arguments = "train", configs, process, number, configs / "tiny.toml", "--run", run, *options
     return together(PROGRAM, *arguments, count=count, devices=devices)
 
 
@@ -132,7 +134,7 @@ def test_a_process_that_dies_ends_the_other_and_the_run_goes_on(
 ):
     """Under another layout, from the last saved state, to the losses of one device."""
     run = tmp_path / "run"
-    ends = train(configs, run, "--sharding", before, dies=str(dies))
+    ends = train(configs, run, "--sharding", before, process=dies, number=signal.SIGKILL.value)
     assert ends[dies].status == -9
     survivor = ends[1 - dies]
     assert survivor.status not in (0, -9)
@@ -145,6 +147,14 @@ def test_a_process_that_dies_ends_the_other_and_the_run_goes_on(
     assert losses(run) == pytest.approx(losses_of_one, rel=1e-4)
     assert len(losses_of_one) == 4
     assert mj.load(run / "checkpoint")[0].config.vocab_size == 304
+
+
+def test_a_run_that_one_process_is_told_to_stop_is_saved_by_all(configs, tmp_path):
+    options = "--sharding", "fsdp"
+    ends = train(configs, tmp_path, *options, process=1, number=signal.SIGTERM.value)
+    assert [end.status for end in ends] == [130, 130], ends
+    assert "stopped and saved; the same command goes on" in ends[0].err
+    assert {state.name for state in (tmp_path / "states").iterdir()} == {"00000010", "00000014"}
 
 
 def test_the_command_reads_and_prints_in_the_first_process_alone():
@@ -163,6 +173,27 @@ def test_a_conversation_is_held_by_the_first_process():
     first, second = together(*command, stdin="hello\n/reset\nagain\n/exit\n")
     assert (first.status, second) == (0, (0, "", "")), first.err
     assert first.out.count("\n") >= 2
+
+
+def test_a_conversion_is_made_once(tmp_path):
+    convert = "-m", "mistral_jax.convert"
+    for command in (
+        ("to-torch", checkpoint.BUNDLED, tmp_path / "hf"),
+        ("to-orbax", tmp_path / "hf", tmp_path / "orbax"),
+    ):
+        first, second = together(*convert, *command, timeout=60)
+        assert (first.status, second) == (0, (0, "", "")), first.err
+    equal = map(jax.tree.leaves, (mj.load(tmp_path / "orbax")[1], mj.load()[1]))
+    for a, b in zip(*equal, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_signal_ends_all():
+    """SIGTERM, a scheduler's way to end a job, which JAX's runtime would keep to itself."""
+    began = time.monotonic()
+    ends = together(PROGRAM, "wait", signal_after=8, timeout=60)
+    assert [end.status for end in ends] == [-signal.SIGTERM] * 2
+    assert time.monotonic() - began < 30
 
 
 def test_an_error_of_all_ends_all_with_its_sentence(tmp_path):
