@@ -38,7 +38,7 @@ def load(
     mesh: Mapping[str, int] | None = None,
     dtype: jnp.dtype | str | None = None,
 ) -> tuple[Transformer, Params, Tokenizer | None]:
-    """Loads a model.
+    """Loads a model; of several processes, each reads its own part.
 
     Args:
       path: a checkpoint folder; None = the small model that comes with this package.

@@ -43,7 +43,7 @@ def _parser() -> command.Parser:
     add = parser.add_argument
     add("model", help="name of a file in configs/models, a file like it, or a checkpoint's folder")
     command.add_layout(parser)
-    add("--devices", type=int, metavar="N", help="how many [the product of --mesh, or 1]")
+    add("--devices", type=int, metavar="N", help="how many [the product of --mesh; 1 without]")
     add("--batch", type=int, default=1, metavar="B", help="rows, in all [1]")
     add(
         "--length",
@@ -116,7 +116,8 @@ def _run(arguments: argparse.Namespace) -> None:
             print(json.dumps(about | report.fields(each, chip)))
         return
     where = ", ".join(f"{axis} = {size}" for axis, size in mesh.items())
-    print(f"{arguments.model}, {of.batch} rows of {of.length} tokens, {arguments.dtype}: {where}")
+    rows = "1 row" if of.batch == 1 else f"{of.batch} rows"
+    print(f"{arguments.model}, {rows} of {of.length} tokens, {arguments.dtype}: {where}")
     print(f"compiled for {compiler}; all figures are those of one device\n")
     print("\n".join(report.lines(found, chip)))
 
@@ -136,8 +137,9 @@ def _count(arguments: argparse.Namespace) -> int:
     """Returns how many devices are planned for."""
     if arguments.devices is not None:
         return arguments.devices
-    sizes = (arguments.mesh or {}).values()
-    return math.prod(sizes) if all(size > 0 for size in sizes) else 1
+    if arguments.sharding not in (None, "single") and not arguments.mesh:
+        raise ValueError("a sharding is for several devices; say how many with --devices or --mesh")
+    return math.prod(size for size in (arguments.mesh or {}).values() if size > 0)
 
 
 def _devices(arguments: argparse.Namespace, chip, count: int):
@@ -149,7 +151,7 @@ def _devices(arguments: argparse.Namespace, chip, count: int):
     compiler = arguments.compiler or ("tpu" if count in slices and installed else "cpu")
     cpus = forecast.fake_devices(count if compiler == "cpu" else 1)
     if compiler == "cpu":
-        return cpus, f"{count} CPU devices"
+        return cpus, "a CPU device" if count == 1 else f"{count} CPU devices"
     if count not in slices:
         sizes = ", ".join(map(str, sorted(slices))) or "none: name a TPU with --hardware"
         raise ValueError(f"the TPU's compiler has no slice of {count} chips; it has {sizes}")

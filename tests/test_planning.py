@@ -259,6 +259,7 @@ def test_a_program_that_the_compiler_refuses_does_not_fit(capsys, monkeypatch):
     [
         (["--hardware", "v4"], "no hardware 'v4'; expected one of v5e, v5p"),
         (["--batch", "0"], "--batch is 0; expected at least 1"),
+        (["--sharding", "tensor"], "say how many with --devices or --mesh"),
         (["--devices", "9"], "uses 8 devices already, 9 are planned for"),
         (["--sharding", "tensor", "--devices", "3"], "use a tensor axis of 2 (--mesh tensor=2)"),
         (["--compiler", "tpu"], "has no slice of 1 chips; it has none: name a TPU"),
