@@ -17,6 +17,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from mistral_jax import distributed
@@ -113,13 +114,7 @@ def read_layout(
             f"{path} lays a mesh over {used} of {len(devices)} devices, which leaves some of the "
             f"{distributed.count()} processes without work: use all devices, or fewer processes"
         )
-    laid = jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        axis_types=(AxisType.Auto,) * len(sizes),
-        devices=devices[:used],
-    )
-    return Layout(laid, tuple(rules.items()))
+    return Layout(_lay(sizes, devices[:used]), tuple(rules.items()))
 
 
 def abstract_params(model: Transformer, layout: Layout | None = None) -> dict[str, Any]:
@@ -157,6 +152,17 @@ def on_mesh(params: Any) -> contextlib.AbstractContextManager:
     """Returns a context in which jitted code knows the mesh that `params` lie on, if any."""
     mesh = mesh_of(params)
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def _lay(sizes: Mapping[str, int], devices: list[jax.Device]) -> Mesh:
+    """Lays a mesh over devices, its axes along their network's where that can be."""
+    types = (AxisType.Auto,) * len(sizes)
+    shape, names = tuple(sizes.values()), tuple(sizes)
+    try:
+        return jax.make_mesh(shape, names, axis_types=types, devices=devices)
+    except NotImplementedError:  # As of 2 x 8 on a torus of 4 x 4: an axis must share one of its.
+        laid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(laid, names, axis_types=types)
 
 
 def _fill(sizes: dict[str, int], devices: int, path: Path) -> dict[str, int]:

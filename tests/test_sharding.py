@@ -208,6 +208,19 @@ def test_a_mesh_of_one_device_is_none():
         read_layout(None, CONFIG, mesh={"tensor": 4})
 
 
+def test_a_mesh_that_does_not_follow_the_network_is_laid_all_the_same(monkeypatch):
+    """JAX refuses 2 x 8 on a TPU slice of 4 x 4, whose axes would have to be split."""
+
+    def refuse(*_, **__):
+        raise NotImplementedError
+
+    expected = read_layout("data_tensor", CONFIG)
+    monkeypatch.setattr(jax, "make_mesh", refuse)
+    found = read_layout("data_tensor", CONFIG)
+    assert dict(found.mesh.shape) == {"data": 4, "tensor": 2}
+    assert found == expected
+
+
 def test_mesh_sizes_by_hand():
     assert read_layout("data_tensor", CONFIG, mesh={"tensor": 4}).mesh.shape["data"] == 2
     layout = read_layout("data_tensor", CONFIG, mesh={"tensor": 2, "data": 1})
