@@ -175,7 +175,8 @@ def mark(line: dict) -> str:
 
 
 def verdict(*lines: dict) -> str:
-    return "yes" if all(line["fits"] for line in lines) else "no"
+    verdicts = [line["fits"] for line in lines]
+    return "no" if False in verdicts else "yes" if all(verdicts) else "but for *"
 
 
 def plot(found: dict, target: Path) -> None:

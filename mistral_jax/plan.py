@@ -93,6 +93,7 @@ def _run(arguments: argparse.Namespace) -> None:
     chip = chips.get(arguments.hardware)
     count = _count(arguments)
     devices, compiler = _devices(arguments, chip, count)
+    own = devices[0].platform != "cpu"
     layout = read_layout(arguments.sharding, config, devices, arguments.mesh)
     layout = layout or Layout(jax.make_mesh((1,), ("device",), devices=devices[:1]), ())
     of = programs.shapes(layout, arguments.batch, arguments.length, arguments.dtype)
@@ -113,13 +114,13 @@ def _run(arguments: argparse.Namespace) -> None:
             "compiler": compiler,
         }
         for each in found:
-            print(json.dumps(about | report.fields(each, chip)))
+            print(json.dumps(about | report.fields(each, chip, own)))
         return
     where = ", ".join(f"{axis} = {size}" for axis, size in mesh.items())
     rows = "1 row" if of.batch == 1 else f"{of.batch} rows"
     print(f"{arguments.model}, {rows} of {of.length} tokens, {arguments.dtype}: {where}")
     print(f"compiled for {compiler}; all figures are those of one device\n")
-    print("\n".join(report.lines(found, chip)))
+    print("\n".join(report.lines(found, chip, own)))
 
 
 def _config(model: str):

@@ -15,7 +15,7 @@ from mistral_jax import plan
 from mistral_jax.config import CONFIG_DIR, ModelConfig
 from mistral_jax.model.attention import visible
 from mistral_jax.model.transformer import Transformer
-from mistral_jax.planning import arithmetic, forecast, hardware, programs
+from mistral_jax.planning import arithmetic, forecast, hardware, programs, report
 from mistral_jax.planning.collectives import Collective, read
 from mistral_jax.sharding import Layout, abstract_params, read_layout
 
@@ -238,6 +238,20 @@ def test_one_device_needs_no_layout(capsys):
     assert (prefill["mesh"], prefill["tokens"], decode["tokens"]) == ({"device": 1}, 64, 1)
     assert prefill["fits"]
     assert decode["binds"] == "memory"
+
+
+def test_what_fits_is_certain_or_said_not_to_be(capsys):
+    compiled = forecast.Forecast(
+        "decode", 1, {"weights": 60, "cache": 20}, 30, 0, 0, 0, 0, [], 0, None
+    )
+    for memory, own, other in ((120, True, True), (100, True, None), (70, True, False)):
+        assert compiled.fits(memory, own_compiler=True) is own
+        assert compiled.fits(memory, own_compiler=False) is other
+    refused = dataclasses.replace(compiled, refusal="Ran out of memory")
+    assert refused.fits(1000, own_compiler=True) is refused.fits(1000, own_compiler=False) is False
+    chip = dataclasses.replace(hardware.known()["L4"], memory=100)
+    estimated = dataclasses.replace(compiled, estimate=hardware.estimate(chip, 1, 1, []))
+    assert "all but the temporaries fits" in "\n".join(report.lines([estimated], chip, False))
 
 
 def test_a_program_that_the_compiler_refuses_does_not_fit(capsys, monkeypatch):

@@ -57,6 +57,17 @@ class Forecast:
         """All memory of a device that the program needs."""
         return sum(self.held.values()) + (self.temporaries or 0)
 
+    def fits(self, memory: float, own_compiler: bool) -> bool | None:
+        """Tells whether a device of so many bytes can run the program; None = it is not certain.
+
+        Its own compiler refuses what does not fit; another's temporaries are others.
+        """
+        if self.refusal or own_compiler:
+            return self.refusal is None
+        if sum(self.held.values()) > memory:
+            return False
+        return True if self.bytes <= memory else None
+
     @property
     def sent(self) -> float:
         """Bytes that a device sends, as compiled."""

@@ -16,7 +16,7 @@ _WORK = {
 }
 
 
-def fields(of: Forecast, chip: Hardware | None) -> dict[str, Any]:
+def fields(of: Forecast, chip: Hardware | None, own_compiler: bool) -> dict[str, Any]:
     """Returns what is forecast as JSON values; bytes, FLOPs and times are of one device."""
     found = {
         "program": of.program,
@@ -36,7 +36,7 @@ def fields(of: Forecast, chip: Hardware | None) -> dict[str, Any]:
     if chip is None:
         return found
     return found | {
-        "fits": of.bytes <= chip.memory and of.refusal is None,
+        "fits": of.fits(chip.memory, own_compiler),
         "seconds": of.estimate.seconds,
         "compute_seconds": of.estimate.compute,
         "memory_seconds": of.estimate.memory,
@@ -48,9 +48,9 @@ def fields(of: Forecast, chip: Hardware | None) -> dict[str, Any]:
     }
 
 
-def lines(found: Sequence[Forecast], chip: Hardware | None) -> Iterator[str]:
+def lines(found: Sequence[Forecast], chip: Hardware | None, own_compiler: bool) -> Iterator[str]:
     """Yields the lines of a table on programs that share a device."""
-    yield from _memory(found, chip)
+    yield from _memory(found, chip, own_compiler)
     for of in found:
         yield ""
         yield f"{of.program}: {_WORK[of.program].format(of.tokens)}"
@@ -65,7 +65,7 @@ def lines(found: Sequence[Forecast], chip: Hardware | None) -> Iterator[str]:
             yield from _times(of, chip)
 
 
-def _memory(found: Sequence[Forecast], chip: Hardware | None) -> Iterator[str]:
+def _memory(found, chip: Hardware | None, own_compiler: bool) -> Iterator[str]:
     yield "memory"
     for name, size in found[0].held.items():
         yield _row(name, decimal(size))
@@ -75,14 +75,18 @@ def _memory(found: Sequence[Forecast], chip: Hardware | None) -> Iterator[str]:
             yield _row("temporaries", f"the compiler refuses {of.program}: {of.refusal}")
         else:
             yield _row("temporaries", f"{decimal(of.temporaries)} in {of.program}")
-    needed = max(of.bytes for of in found)
-    verdict = ""
-    if any(of.refusal for of in found):
-        verdict = ", and more: IT DOES NOT FIT"
-    elif chip is not None:
-        fits = "it fits" if needed <= chip.memory else "IT DOES NOT FIT"
-        verdict = f" of {decimal(round(chip.memory))}: {fits}"
-    yield _row("together", f"{decimal(needed)}{verdict}")
+    needed = decimal(max(of.bytes for of in found))
+    if chip is None:
+        yield _row("together", needed)
+        return
+    verdicts = [of.fits(chip.memory, own_compiler) for of in found]
+    if False in verdicts:
+        verdict = "IT DOES NOT FIT"
+    elif None in verdicts:
+        verdict = "all but the temporaries fits, which are this compiler's"
+    else:
+        verdict = "it fits"
+    yield _row("together", f"{needed} of {decimal(round(chip.memory))}: {verdict}")
 
 
 def _times(of: Forecast, chip: Hardware) -> Iterator[str]:
