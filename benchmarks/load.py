@@ -48,13 +48,13 @@ def main() -> None:
         print(json.dumps(load(*arguments.worker)), flush=True)
         os._exit(0)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as work:
-        make(Path(work) / "checkpoint")
+        make(Path(work) / "checkpoint", CONFIG)
         for count in arguments.processes:
             for name in arguments.sharding:
                 launch(str(Path(work) / "checkpoint"), name, count)
 
 
-def make(path: Path) -> None:
+def make(path: Path, config: ModelConfig) -> None:
     """Writes a checkpoint of random bfloat16."""
     from flax.traverse_util import flatten_dict
 
@@ -63,9 +63,9 @@ def make(path: Path) -> None:
     from mistral_jax.sharding import abstract_params
 
     rng = np.random.default_rng(0)
-    shapes = flatten_dict(abstract_params(Transformer(CONFIG)), sep="/")
+    shapes = flatten_dict(abstract_params(Transformer(config)), sep="/")
     shapes = {name: array.shape for name, array in shapes.items()}
-    with checkpoint.create(path, CONFIG, shapes) as write:
+    with checkpoint.create(path, config, shapes) as write:
         for name, shape in shapes.items():
             write(name, rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16))
 

@@ -74,7 +74,9 @@ def _memory(found, chip: Hardware | None, own_compiler: bool) -> Iterator[str]:
         if of.refusal:
             yield _row("temporaries", f"the compiler refuses {of.program}: {of.refusal}")
         else:
-            yield _row("temporaries", f"{decimal(of.temporaries)} in {of.program}")
+            among = "activations and gradients" if of.program == "train" else "activations"
+            size = f"{decimal(of.temporaries)} in {of.program}, {among} among them"
+            yield _row("temporaries", size)
     needed = decimal(max(of.bytes for of in found))
     if chip is None:
         yield _row("together", needed)
