@@ -30,7 +30,6 @@ SERVING = [  # chip, devices, layout, mesh, rows, tokens of a row
 ]
 TRAINING = [
     ("v5e", 64, "fsdp", None, 64, 2048),
-    ("v6e", 64, "fsdp", None, 64, 4096),
     ("v5p", 16, "fsdp", None, 16, 4096),
     ("v5p", 64, "fsdp", None, 64, 4096),
     ("v5p", 8, "long", None, 1, 32768),

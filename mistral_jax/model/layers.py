@@ -90,6 +90,7 @@ class Embedding(nn.Module):
 
     config: ModelConfig
     dtype: jnp.dtype
+    rules: Rules
 
     def setup(self):  # noqa: D102
         init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed"))
@@ -98,7 +99,15 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Returns the vectors [B, T, D] of `tokens` [B, T]."""
-        return jnp.take(self.embedding, tokens, axis=0, mode="clip").astype(self.dtype)
+        x = jnp.take(self.embedding, tokens, axis=0, mode="clip").astype(self.dtype)
+        # Split as the table is: what devices share by width they look up for each other's tokens,
+        # and exchange. Else XLA may gather all activations on the way back.
+        rules = dict(self.rules)
+        width = set(rules.get("embed", ()))
+        places = (
+            axis if width.isdisjoint(rules.get(axis, ())) else None for axis in ("batch", "length")
+        )
+        return nn.with_logical_constraint(x, (*places, "embed"), rules=self.rules)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Returns the logits [B, T, V] of `x` [B, T, D], in float32."""

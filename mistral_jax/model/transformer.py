@@ -97,7 +97,7 @@ class Transformer(nn.Module):
         config, dtype = self.config, self.dtype
         chex.assert_rank([tokens, positions], 2)
         chex.assert_equal_shape([tokens, positions])
-        embed = Embedding(config, dtype, name="embed")
+        embed = Embedding(config, dtype, self.rules, name="embed")
         x = embed(tokens)
         x = nn.with_logical_constraint(x, ("batch", "length", "residual"), rules=self.rules)
         angles = rotary_angles(positions, config.head_dim, config.rope_theta)
