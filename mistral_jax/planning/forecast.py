@@ -160,8 +160,9 @@ def tpu_devices(name: str, topology: str) -> Sequence[jax.Device]:
     """
     from jax.experimental import topologies
 
-    # It would ask a machine that is none for its place in a pod.
+    # It would ask a machine that is none for its place in a pod, and lock a chip that it has not.
     defaults = {
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": f"{name}-8",
         "TPU_WORKER_HOSTNAMES": "localhost",
