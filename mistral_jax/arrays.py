@@ -22,7 +22,7 @@ from mistral_jax import distributed, folder
 
 Tree = Mapping[str, Any]
 
-_CHUNK_BYTES = 2 << 20
+_CHUNK_BYTES = 2 << 20  # Of a file: more would often be read for a part; less, and more often.
 
 
 def save(path: Path, tree: Any) -> None:
@@ -112,13 +112,13 @@ def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
     Each axis at least once: whatever is split over hosts, each reads little but its own part.
     """
     parts, chunk = [1] * len(shape), list(shape)
-
-    def is_coarse():
-        large = math.prod(shape) * itemsize > _CHUNK_BYTES
-        return large and (1 in parts or math.prod(chunk) * itemsize > _CHUNK_BYTES)
-
-    while is_coarse() and max(chunk) > 1:
-        axis = min(range(len(shape)), key=lambda i: (chunk[i] == 1, parts[i], -shape[i]))
+    axes = [axis for axis, size in enumerate(shape) if size > 1]
+    if math.prod(shape) * itemsize <= _CHUNK_BYTES:
+        return chunk
+    while any(parts[axis] == 1 for axis in axes) or math.prod(chunk) * itemsize > _CHUNK_BYTES:
+        axis = min(axes, key=lambda axis: (chunk[axis] == 1, parts[axis], -shape[axis]))
+        if chunk[axis] == 1:
+            break
         parts[axis] *= 2
         chunk[axis] = math.ceil(shape[axis] / parts[axis])
     return chunk

@@ -81,7 +81,7 @@ def prefill(
     jax.jit, static_argnames=("model", "length"), donate_argnames=("cache", "logits")
 )
 def read_chunk(model, params, tokens, positions, lengths, cache, logits, length):
-    """Reads one chunk; takes over the logits of the rows that end in it."""
+    """Reads one chunk; takes over the logits of rows that end in it."""
     if cache is None:
         cache = empty_cache(model, tokens.shape[0], length)
     last = positions == lengths[:, None] - 1

@@ -187,5 +187,5 @@ def _signals() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(received)
     finally:
         for number, handler in earlier.items():
-            # None: not Python's; JAX's runtime has its own for SIGTERM where it has several hosts.
+            # None: one that Python did not set.
             signal.signal(number, handler or signal.SIG_DFL)
