@@ -45,10 +45,11 @@ def check_rules(
     """
     split = []
     for array, axes, shape in arrays:
-        _check_collisions(array, axes, rules, path)
+        named = [f"{axis} ({size})" for axis, size in zip(axes, shape, strict=True)]
+        _check_collisions(array, dict(zip(named, axes, strict=True)), rules, sizes, path)
         split += [(array, *axis) for axis in zip(axes, shape, strict=True)]
     for array, axes in ACTIVATIONS.items():
-        _check_collisions(array, axes, rules, path)
+        _check_collisions(array, dict(zip(axes, axes, strict=True)), rules, sizes, path)
     # A mesh axis that is larger than the key-value heads is split itself.
     if len(rules.get("kv_heads", ())) == 1:
         split = [part for part in split if part[1] != "kv_heads"]
@@ -78,17 +79,20 @@ def check_rules(
         )
 
 
-def _check_collisions(array: str, axes: Sequence[str], rules: Axes, path: Path) -> None:
+def _check_collisions(
+    array: str, axes: Mapping[str, str], rules: Axes, sizes: Sizes, path: Path
+) -> None:
+    """Raises a ValueError if two axes, by what messages call them, lie on one mesh axis."""
     taken: dict[str, str] = {}
-    for axis in axes:
+    for name, axis in axes.items():
         for mesh_axis in rules.get(axis, ()):
             if mesh_axis in taken:
                 raise ValueError(
-                    f"{path} maps both {taken[mesh_axis]} and {axis} of {array} to mesh axis "
-                    f"{mesh_axis!r}, which can split only one axis of an array: leave one of them "
-                    "unsharded, or give it a mesh axis of its own"
+                    f"{path} maps both {taken[mesh_axis]} and {name} of {array} to mesh axis "
+                    f"{mesh_axis!r} ({sizes[mesh_axis]} devices), which can split only one axis of "
+                    "an array: leave one of them unsharded, or give it a mesh axis of its own"
                 )
-            taken[mesh_axis] = axis
+            taken[mesh_axis] = name
 
 
 def split_kv_heads(config: ModelConfig, rules: Axes, sizes: Sizes) -> tuple[Axes, Sizes]:

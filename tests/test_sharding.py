@@ -178,10 +178,16 @@ def test_axes_over_the_same_devices_collide_within_an_array_alone(tmp_path):
 
     read('heads = "a"\nmlp = "a"\nembed = "b"\nbatch = "b"\n')
     for lines, message in [
-        ('heads = "a"\nembed = "a"\n', r"both embed and heads of layers_\*/attn/o_proj/kernel"),
-        ('mlp = ["a", "b"]\nembed = "b"\n', "both embed and mlp of .* to mesh axis 'b'"),
+        (
+            'heads = "a"\nembed = "a"\n',
+            r"both embed \(32\) and heads \(8\) of layers_\*/attn/o_proj",
+        ),
+        (
+            'mlp = ["a", "b"]\nembed = "b"\n',
+            r"embed \(32\) and mlp \(48\) of .* to mesh axis 'b' \(2",
+        ),
         ('batch = "a"\nvocab = "a"\n', "both batch and vocab of the logits to mesh axis 'a'"),
-        ('heads = ["a", "a"]\n', "both heads and heads of"),
+        ('heads = ["a", "a"]\n', r"both heads \(8\) and heads \(8\) of"),
     ]:
         with pytest.raises(ValueError, match=message):
             read(lines)
