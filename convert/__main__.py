@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
 
         distributed.from_first(task)  # A launcher may have started it on every host.
 
-    return run(once, "interrupted: nothing was written")
+    return run(once, "interrupted: nothing was written", pods=False)
 
 
 def _to_orbax(arguments: argparse.Namespace) -> None:

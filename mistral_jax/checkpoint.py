@@ -101,17 +101,19 @@ def save(
     """
     shapes = _shapes(abstract_params(Transformer(config)))
     _check_shapes(shapes, _shapes(params), "params")
+    writers = []
     with contextlib.ExitStack() as stack:
-        write = None
-        if distributed.is_first():
-            write = stack.enter_context(
-                create(path, config, shapes, tokenizer_file, provenance, overwrite)
-            )
+
+        def begin():
+            folder = create(path, config, shapes, tokenizer_file, provenance, overwrite)
+            writers.append(stack.enter_context(folder))
+
+        distributed.from_first(begin)
         for name, array in flatten_dict(params, sep="/").items():
             whole = distributed.gather(array)
-            if write is not None:
+            for write in writers:
                 write(name, whole)
-    distributed.sync()
+        distributed.from_first(stack.close)
 
 
 @contextlib.contextmanager
@@ -171,8 +173,11 @@ def _choose_dtype(path: Path, abstract: Params, stored: Params, dtype: Any) -> P
             for demand in memory.demands(jax.tree.leaves(typed))
             if demand.free is not None and demand.needed + spare > demand.free
         ]
-        if not short:
+        # Of several processes all must choose the same.
+        if not distributed.any_of(bool(short)):
             return typed
+    if not short:
+        raise ValueError(f"{path} needs more memory than another process has free")
     place, needed, free = short[0]
     raise ValueError(
         f"{path} needs {decimal(needed + spare)} of memory on {place}, which has {decimal(free)} "

@@ -46,7 +46,9 @@ def _mesh(text: str) -> dict[str, int]:
         ) from None
 
 
-def run(task: Callable[[], int | None], interrupted: str = "", unread: int = 0) -> int:
+def run(
+    task: Callable[[], int | None], interrupted: str = "", unread: int = 0, pods: bool = True
+) -> int:
     """Does what a command is for, together with the other processes of the program, if any.
 
     Args:
@@ -55,6 +57,7 @@ def run(task: Callable[[], int | None], interrupted: str = "", unread: int = 0) 
       interrupted: what Ctrl-C says.
       unread: the exit status where nobody reads the output any more; not 0 if that leaves work
         undone.
+      pods: whether it is one program on all hosts of a pod; see `distributed.initialize`.
 
     Returns:
       The exit status: the task's own, `unread`, 2 after an error, or 130 after Ctrl-C.
@@ -63,7 +66,7 @@ def run(task: Callable[[], int | None], interrupted: str = "", unread: int = 0) 
 
     name, failed, errors = "", True, sys.stderr
     try:
-        distributed.initialize()
+        distributed.initialize(pods)
         if distributed.count() > 1:
             name = _leave_output_to_first()
         status = task() or 0

@@ -25,16 +25,20 @@ HEARTBEAT_SECONDS = 30
 _LAUNCHED = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 
 
-def initialize() -> None:
+def initialize(pods: bool = True) -> None:
     """Joins the other processes of this program, if a launcher has started several.
 
     Launchers that JAX knows (SLURM, Open MPI, TPU pods, Kubernetes) need nothing; any other sets
     JAX_COORDINATOR_ADDRESS=host:port of process 0, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Call it
-    before anything that uses a device. A process that dies ends the others within half a minute.
+    before anything that uses a device. If the others do not come within five minutes, JAX ends the
+    program; a process that dies later ends the others within half a minute.
+
+    Args:
+      pods: whether to join by the machine's place in a TPU pod or a Kubernetes job, where a program
+        may also have been started alone.
 
     Raises:
       ValueError: these variables are not what they should be.
-      RuntimeError: the other processes do not answer.
     """
     if jax.distributed.is_initialized():
         return
@@ -53,17 +57,21 @@ def initialize() -> None:
             )
         return
     launched = {os.environ.get(name) for name in _LAUNCHED} - {None}
+    if not (launched or pods):
+        return
     if "1" in launched:
         return  # JAX would show a task that SLURM started alone but one of its accelerators.
     if "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" not in os.environ:
         return  # A pod of no indexed job, such as a notebook's.
     try:
         jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-    except ValueError as error:  # Nobody has started several.
-        if "coordinator_address" not in str(error):
+    except ValueError as error:
+        if given:
+            raise ValueError(f"{ADDRESS} is set, but no launcher says more: {error}") from None
+        if "coordinator_address" not in str(error):  # Else nobody has started several.
             raise
     except RuntimeError as error:  # A program that uses devices already, and was started alone.
-        if launched or "must be called before" not in str(error):
+        if launched or given or "must be called before" not in str(error):
             raise
 
 
@@ -81,12 +89,17 @@ def from_first(task: Callable[[], T]) -> T:
     """Calls `task` in the first process; in all of them returns, or raises, what it did there."""
     if count() == 1:
         return task()
+    # The runtime connects at the first exchange, and gives up on one who is half a minute late.
+    sync()
     outcome = b""
     if is_first():
         try:
             outcome = pickle.dumps((task(), None))
         except (Exception, KeyboardInterrupt) as error:
-            outcome = pickle.dumps((None, error))
+            try:
+                outcome = pickle.dumps((None, error))
+            except Exception:
+                outcome = pickle.dumps((None, RuntimeError(str(error))))
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(outcome))))
     # Few sizes: each is a program to compile.
     room = max(1024, 1 << (size - 1).bit_length())

@@ -30,7 +30,7 @@ others and as a rule larger: they hold much of bfloat16 as float32.
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     arguments = _parser().parse_args(argv)
-    return command.run(lambda: _run(arguments))
+    return command.run(lambda: _run(arguments), pods=False)
 
 
 def _parser() -> command.Parser:
@@ -136,6 +136,8 @@ def _config(model: str):
 
 def _count(arguments: argparse.Namespace) -> int:
     """Returns how many devices are planned for."""
+    if arguments.sharding is None and (arguments.devices or 1) > 1:
+        raise ValueError(f"--devices is {arguments.devices}; name the --sharding that uses them")
     if arguments.devices is not None:
         return arguments.devices
     if arguments.sharding not in (None, "single") and not arguments.mesh:

@@ -22,7 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from mistral_jax import distributed
 from mistral_jax.config import CONFIG_DIR, ModelConfig, read_toml
-from mistral_jax.model.layers import Rules
+from mistral_jax.model.layers import Rules, mesh_axes
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.rules import LOGICAL_AXES, check_rules, split_kv_heads
 
@@ -41,7 +41,7 @@ class Layout:
 
     def parts(self, axis: str) -> int:
         """Returns how many parts a logical axis is split into."""
-        return math.prod(self.mesh.shape[name] for name in dict(self.rules).get(axis) or ())
+        return math.prod(self.mesh.shape[name] for name in mesh_axes(self.rules, axis))
 
     def sharding(self, *axes: str) -> NamedSharding:
         """Returns the sharding of an array with these logical axes; none: whole on every device."""
@@ -89,6 +89,14 @@ def read_layout(
     table = read_toml(path)
     if set(table) != {"mesh", "rules"}:
         raise ValueError(f"{path} has the tables {sorted(table)}; expected [mesh] and [rules]")
+    for part, value in table.items():
+        if not isinstance(value, dict):
+            raise ValueError(f"{path} has {value!r} as {part}; expected a table, [{part}]")
+    for axis, to in table["rules"].items():
+        if not all(isinstance(name, str) for name in (to if isinstance(to, list) else [to])):
+            raise ValueError(
+                f"{path} maps {axis} to {to!r}; expected a mesh axis, or a list of some"
+            )
     devices = jax.devices() if devices is None else devices
     for axis in mesh or {}:
         if axis not in table["mesh"]:

@@ -134,6 +134,13 @@ def bytes_read(checkpoint: str, sharding: str) -> dict:
     }
 
 
+def late() -> int:
+    """Lets the others wait for the first process longer than the runtime would, to connect."""
+    from mistral_jax import distributed
+
+    return distributed.from_first(lambda: time.sleep(35) or 7)
+
+
 def wait() -> None:
     """Waits for a minute, among other processes."""
     time.sleep(60)
@@ -167,7 +174,9 @@ def main() -> int:
 
     return command.run(
         lambda: print(
-            json.dumps({"work": work, "bytes": bytes_read, "wait": wait}[task](*arguments))
+            json.dumps(
+                {"work": work, "bytes": bytes_read, "wait": wait, "late": late}[task](*arguments)
+            )
         )
     )
 

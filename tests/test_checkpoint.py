@@ -213,6 +213,16 @@ def test_memory_is_compared_before_anything_is_loaded(saved, monkeypatch):
         checkpoint.load(path, dtype="float32")
 
 
+def test_all_processes_choose_one_dtype(saved, monkeypatch):
+    """What is too large for another is too large for this one, which has the memory."""
+    answers = iter([True, False])
+    monkeypatch.setattr(checkpoint.distributed, "any_of", lambda short: next(answers))
+    assert dtypes(checkpoint.load(saved[0])[1]) == {jnp.dtype("bfloat16")}
+    monkeypatch.setattr(checkpoint.distributed, "any_of", lambda short: True)
+    with pytest.raises(ValueError, match="needs more memory than another process has free"):
+        checkpoint.load(saved[0])
+
+
 def test_the_bundled_model_loads_without_a_word():
     code = "import mistral_jax as mj; m, p, t = mj.load(); print(m.config.vocab_size, t.vocab_size)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

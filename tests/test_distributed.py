@@ -188,6 +188,11 @@ def test_a_conversion_is_made_once(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+def test_the_others_wait_for_the_first_as_long_as_it_takes():
+    first, second = together(PROGRAM, "late")
+    assert (first, second) == ((0, "7\n", ""), (0, "", ""))
+
+
 def test_a_signal_ends_all():
     """SIGTERM, a scheduler's way to end a job, which JAX's runtime would keep to itself."""
     began = time.monotonic()
@@ -267,9 +272,14 @@ def test_one_process_has_nothing_to_initialise(monkeypatch, variables):
     assert not distributed.any_of(False)
 
 
-def test_a_launcher_of_several_is_joined(monkeypatch):
+def test_a_launcher_of_several_is_joined_and_a_pod_where_asked(monkeypatch):
     joined = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: joined.append((a, k)))
-    monkeypatch.setenv("SLURM_NTASKS", "2")
+    distributed.initialize(pods=False)  # A conversion on one host of a pod is alone.
+    assert joined == []
+    as_launched = ((), {"heartbeat_timeout_seconds": distributed.HEARTBEAT_SECONDS})
     distributed.initialize()
-    assert joined == [((), {"heartbeat_timeout_seconds": distributed.HEARTBEAT_SECONDS})]
+    assert joined == [as_launched]
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    distributed.initialize(pods=False)
+    assert joined == [as_launched] * 2

@@ -231,6 +231,12 @@ def test_the_command_prints_what_a_reader_asks(capsys):
     assert "fits" not in fields
 
 
+def test_rows_and_lengths_are_filled_up_to_what_devices_share(capsys):
+    layout = "--sharding", "long", "--devices", "4", "--train", "--json"
+    status, out, _ = command(capsys, *layout, "--length", "61")
+    assert (status, json.loads(out)["length"]) == (0, 64)
+
+
 def test_one_device_needs_no_layout(capsys):
     status, out, _ = command(capsys, "--json", "--length", "64", "--hardware", "T4")
     prefill, decode = map(json.loads, out.splitlines())
@@ -274,11 +280,12 @@ def test_a_program_that_the_compiler_refuses_does_not_fit(capsys, monkeypatch):
         (["--hardware", "v4"], "no hardware 'v4'; expected one of v5e, v5p"),
         (["--batch", "0"], "--batch is 0; expected at least 1"),
         (["--sharding", "tensor"], "say how many with --devices or --mesh"),
-        (["--devices", "9"], "uses 8 devices already, 9 are planned for"),
+        (["--devices", "4"], "--devices is 4; name the --sharding that uses them"),
+        (["--sharding", "fsdp", "--devices", "9"], "uses 8 devices already, 9 are planned for"),
         (["--sharding", "tensor", "--devices", "3"], "use a tensor axis of 2 (--mesh tensor=2)"),
         (["--compiler", "tpu"], "has no slice of 1 chips; it has none: name a TPU"),
         (
-            ["--compiler", "tpu", "--hardware", "v5e", "--devices", "3"],
+            ["--compiler", "tpu", "--hardware", "v5e", "--devices", "3", "--sharding", "fsdp"],
             "it has 1, 4, 8, 16, 32, 64",
         ),
     ],

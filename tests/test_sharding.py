@@ -13,6 +13,7 @@ import numpy as np
 import processes
 import pytest
 import tiny
+from jax.sharding import AxisType
 
 from mistral_jax import checkpoint, rules
 from mistral_jax.config import CONFIG_DIR, ModelConfig
@@ -207,6 +208,16 @@ def test_the_activations_that_rules_are_checked_for_are_those_of_the_model(monke
     assert named == {*rules.ACTIVATIONS.values(), ("batch", "length", "embed")}
 
 
+@pytest.mark.parametrize("to", [None, (), "a", ("a",)])
+def test_rules_in_every_form_that_flax_takes(whole, to):
+    tokens, positions, params, expected = whole
+    model = Transformer(CONFIG, rules=(("length", to), ("embed", None)))
+    mesh = jax.make_mesh((2,), ("a",), (AxisType.Auto,), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        found = jax.jit(model.apply)({"params": jax.device_get(params)}, tokens, positions)[0]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
 def test_a_mesh_of_one_device_is_none():
     assert read_layout("single", CONFIG) is None
     assert read_layout("fsdp_tensor", CONFIG, mesh={"fsdp": 1, "tensor": 1}) is None
@@ -246,6 +257,8 @@ def test_mesh_sizes_by_hand():
         ('[mesh]\na = 2\n[rules]\nheads = "b"\n', r"maps heads to 'b'; its mesh has \['a'\]"),
         ("[mesh]\na = 2\n", r"expected \[mesh\] and \[rules\]"),
         ("[mesh\n", "not valid TOML"),
+        ("mesh = 3\nrules = 4\n", r"has 3 as mesh; expected a table, \[mesh\]"),
+        ("[mesh]\na = 2\n[rules]\nheads = 3\n", "maps heads to 3; expected a mesh axis, or a list"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, text, message):

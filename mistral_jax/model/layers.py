@@ -65,8 +65,14 @@ def multiply(x: jax.Array, kernel: jax.Array, outputs: int, dtype: jnp.dtype) ->
 def length_parts(rules: Rules) -> int:
     """Returns in how many parts the devices of the mesh in use hold the length of a text."""
     mesh = jax.sharding.get_abstract_mesh()
-    axes = () if mesh.empty else dict(rules).get("length", ())
+    axes = () if mesh.empty else mesh_axes(rules, "length")
     return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def mesh_axes(rules: Rules, axis: str) -> tuple[str, ...]:
+    """Returns the mesh axes that a logical axis lies on; none if it is not split."""
+    to = dict(rules).get(axis) or ()
+    return (to,) if isinstance(to, str) else tuple(to)
 
 
 class RMSNorm(nn.Module):
@@ -102,10 +108,10 @@ class Embedding(nn.Module):
         x = jnp.take(self.embedding, tokens, axis=0, mode="clip").astype(self.dtype)
         # Split as the table is: what devices share by width they look up for each other's tokens,
         # and exchange. Else XLA may gather all activations on the way back.
-        rules = dict(self.rules)
-        width = set(rules.get("embed", ()))
+        width = set(mesh_axes(self.rules, "embed"))
         places = (
-            axis if width.isdisjoint(rules.get(axis, ())) else None for axis in ("batch", "length")
+            axis if width.isdisjoint(mesh_axes(self.rules, axis)) else None
+            for axis in ("batch", "length")
         )
         return nn.with_logical_constraint(x, (*places, "embed"), rules=self.rules)
 

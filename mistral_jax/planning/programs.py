@@ -40,8 +40,10 @@ class Shapes:
 
 
 def shapes(layout: Layout, batch: int, length: int, dtype: str) -> Shapes:
-    """Fills a batch up and fits the chunk, as `generate` does."""
-    rows = batch + -batch % layout.parts("batch")
+    """Fills a batch and a length up, and fits the chunk, as `generate` and `train` do."""
+    rows, length = (
+        size + -size % layout.parts(axis) for size, axis in ((batch, "batch"), (length, "length"))
+    )
     return Shapes(rows, length, jnp.dtype(dtype), min(prefill.CHUNK, length))
 
 
