@@ -22,7 +22,8 @@ from mistral_jax import distributed, folder
 
 Tree = Mapping[str, Any]
 
-_CHUNK_BYTES = 2 << 20  # Of a file: more would often be read for a part; less, and more often.
+# Of a file, at most: of a larger one a host reads more than its part, smaller ones read slower.
+_CHUNK_BYTES = 2 << 20
 
 
 def save(path: Path, tree: Any) -> None:

@@ -105,8 +105,8 @@ def save(
     with contextlib.ExitStack() as stack:
 
         def begin():
-            folder = create(path, config, shapes, tokenizer_file, provenance, overwrite)
-            writers.append(stack.enter_context(folder))
+            writer = create(path, config, shapes, tokenizer_file, provenance, overwrite)
+            writers.append(stack.enter_context(writer))
 
         distributed.from_first(begin)
         for name, array in flatten_dict(params, sep="/").items():
