@@ -25,6 +25,8 @@ FLOORS = [  # from the ground up; modules of one floor do not know each other
         "planning.collectives",
         "model.attention",
         "terminal",
+        "training.lines",
+        "training.lora",
         "training.loss",
     },
     {
@@ -39,7 +41,13 @@ FLOORS = [  # from the ground up; modules of one floor do not know each other
         "training.curve",
         "training.recipe",
     },
-    {"model.layers", "generation.logits", "training.corpus", "training.vocabulary"},
+    {
+        "model.layers",
+        "generation.logits",
+        "training.corpus",
+        "training.records",
+        "training.vocabulary",
+    },
     {"model.transformer"},
     {"sharding", "training.step"},
     {"checkpoint"},

@@ -13,7 +13,7 @@ import tiny
 
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.cache import init_cache
-from mistral_jax.model.transformer import Transformer
+from mistral_jax.model.transformer import Transformer, stack_layers, unstack_layers
 
 WINDOWS = [None, 5, 1]  # one model that has every kind of layer
 TEXT = np.random.default_rng(0).integers(53, size=28)  # past five windows
@@ -170,13 +170,56 @@ def test_a_gradient_computes_again_what_it_does_not_keep():
         return jnp.sum(jax.nn.logsumexp(model.apply({"params": params}, tokens, positions)[0]))
 
     kept, grads = {}, {}
-    for remat in (False, True):
+    for remat in (None, "nothing_saveable"):
         _, back = jax.vjp(functools.partial(loss, model.clone(remat=remat)), params)
         kept[remat] = [leaf.nbytes for leaf in jax.tree.leaves(back)]
         (grads[remat],) = jax.jit(back)(jnp.float32(1))
-    chex.assert_trees_all_close(grads[True], grads[False], rtol=1e-5, atol=1e-5)
-    assert max(kept[False]) < 2 * model.config.num_heads * 200 * 200 * 4
-    assert sum(kept[True]) < sum(kept[False]) / 2
+    everything, nothing = kept.values()
+    chex.assert_trees_all_close(*grads.values(), rtol=1e-5, atol=1e-5)
+    assert max(everything) < 2 * model.config.num_heads * 200 * 200 * 4
+    assert sum(nothing) < sum(everything) / 2
+
+
+@pytest.mark.parametrize("remat", [None, "dots_saveable"])
+def test_a_scan_over_layers_is_the_loop_over_them(remat):
+    model, params = tiny.build(n_layers=3)
+    tokens, positions = tiny.ragged([TEXT[:9], TEXT[:4]])
+    chex.assert_trees_all_equal(unstack_layers(stack_layers(params)), params)
+
+    def loss(params, model, pack):
+        logits, _ = model.apply({"params": pack(params)}, tokens, positions)
+        return jnp.sum(jax.nn.logsumexp(logits))
+
+    gradient = jax.jit(jax.value_and_grad(loss), static_argnums=(1, 2))
+    looped = gradient(params, model.clone(remat=remat), lambda params: params)
+    scanned = gradient(params, model.clone(remat=remat, scan=True), stack_layers)
+    chex.assert_trees_all_close(scanned, looped, rtol=1e-5, atol=1e-5)
+    made = jax.eval_shape(model.clone(scan=True).init, jax.random.key(0), tokens, positions)
+    chex.assert_trees_all_equal_shapes(nn.unbox(made)["params"], stack_layers(params))
+
+
+def test_a_scan_needs_equal_windows_and_no_cache():
+    model, params = tiny.build(sliding_window=[3, 5])
+    tokens, positions = tiny.ragged([TEXT[:9]])
+    with pytest.raises(ValueError, match="one window in all layers"):
+        model.clone(scan=True).apply({"params": stack_layers(params)}, tokens, positions)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("lengths", [(9, 4, 1), (3, 300, 40)])
+def test_texts_in_one_row_do_not_see_each_other(window, lengths):
+    """Packed, with padding between them, each has the logits that it has alone."""
+    model, params = tiny.build(sliding_window=window)
+    texts = [(np.arange(length) * 7 + length) % 53 for length in lengths]
+    tokens, positions = [[0]], [[-1]]
+    for gap, text in enumerate(texts):
+        tokens += [text, [0] * gap]
+        positions += [np.arange(len(text)), [-1] * gap]
+    tokens, positions = (np.concatenate(x).astype(np.int32) for x in (tokens, positions))
+    logits, _ = tiny.forward(model, params, tokens[None], positions[None])
+    together = np.asarray(logits[0])[positions >= 0]
+    alone = np.concatenate([tiny.alone(model, params, text) for text in texts])
+    np.testing.assert_allclose(together, alone, atol=1e-5 * np.abs(alone).max())
 
 
 def test_every_place_in_a_text_runs_one_program():

@@ -15,7 +15,13 @@ UNROLLED_BLOCKS = 8
 
 
 @functools.partial(jax.jit, static_argnames="window")
-def visible(q_positions: jax.Array, kv_positions: jax.Array, window: int | None) -> jax.Array:
+def visible(
+    q_positions: jax.Array,
+    kv_positions: jax.Array,
+    window: int | None,
+    q_texts: jax.Array | None = None,
+    kv_texts: jax.Array | None = None,
+) -> jax.Array:
     """Says which keys each query may look at: those not after it, and among them the last `window`.
 
     The window counts the query's own key, as in Mistral's own engine (arXiv 2310.06825, section 2).
@@ -24,13 +30,17 @@ def visible(q_positions: jax.Array, kv_positions: jax.Array, window: int | None)
       q_positions: place of each query in its text, [B, T] int32; -1 = padding, which sees nothing.
       kv_positions: place of each key, [B, S] int32; -1 = no key there, which nobody sees.
       window: keys visible, the query's own included (W); None = all.
+      q_texts: which of a row's texts each query is of, [B, T] int32; None = rows hold one text.
+      kv_texts: the same of each key, [B, S] int32.
 
     Returns:
       [B, T, S] bool, True = may look.
     """
     distance = q_positions[:, :, None] - kv_positions[:, None, :]
     mask = (kv_positions[:, None, :] >= 0) & (distance >= 0)
-    return mask if window is None else mask & (distance < window)
+    if window is not None:
+        mask &= distance < window
+    return mask if q_texts is None else mask & (q_texts[:, :, None] == kv_texts[:, None, :])
 
 
 def attend(
@@ -56,75 +66,96 @@ def attend(
       q_positions: place of each query, [B, T] int32; -1 = padding, whose output is finite.
       kv_positions: place of each key, [B, S] int32; -1 = no key there.
       window: keys visible (W), the query's own included; None = all.
-      aligned: key i is the key of query i, positions rise by 1 along a row, and padding stands only
-        before or after a row's tokens: nobody sees a key W or more places before its own, or after.
+      aligned: key i is the key of query i. A row may then hold several texts, one after another,
+        with padding between them; the positions of each rise by 1, and none sees another.
       sections: equal parts of T that are worked on side by side, each on the devices that hold it.
 
     Returns:
       [B, T, N, H] in the dtype of `q`.
     """
+    q_places, kv_places = (q_positions, None), (kv_positions, None)
+    before = k.shape[1]
+    if aligned:
+        # A text is known by where its position 0 stands, or would stand.
+        texts = jnp.arange(q.shape[1])[None] - q_positions
+        q_places, kv_places = (q_positions, texts), (kv_positions, texts)
+        before = before if window is None else window - 1
+    if sections > 1 and q.shape[1] % sections == 0:
+        return _attend_sections(q, k, v, q_places, kv_places, window, before, sections)
+    return _attend_blocks(q, k, v, q_places, kv_places, window, before, aligned)
+
+
+def _attend_blocks(q, k, v, q_places, kv_places, window, before, aligned=False):
+    """Attends block by block; a block's first query sees at most `before` keys before its own."""
     length, keys = q.shape[1], k.shape[1]
-    if sections > 1 and length % sections == 0:
-        arguments = q, k, v, q_positions, kv_positions, window
-        return _attend_sections(*arguments, aligned, sections)
     if length <= BLOCK:
-        return _attend_block(q, k, v, q_positions, kv_positions, window)
-    # How many keys before its own a block's first query may see.
-    before = window - 1 if aligned and window is not None else keys
+        return _attend_block(q, k, v, q_places, kv_places, window)
 
     if length <= BLOCK * UNROLLED_BLOCKS:
         blocks = []
         for start in range(0, length, BLOCK):
             stop = min(start + BLOCK, length)
             seen = slice(max(0, start - before), stop if aligned else keys)
-            block = q[:, start:stop], k[:, seen], v[:, seen]
-            places = q_positions[:, start:stop], kv_positions[:, seen]
-            blocks.append(_attend_block(*block, *places, window))
+            queries = jax.tree.map(lambda x, a=start, b=stop: x[:, a:b], (q, q_places))
+            near = jax.tree.map(lambda x, seen=seen: x[:, seen], (k, v, kv_places))
+            blocks.append(_attend_block(queries[0], *near[:2], queries[1], near[2], window))
         return jnp.concatenate(blocks, axis=1)
 
     def attend_from(start):
-        def take(x, first, count):
-            return jax.lax.dynamic_slice_in_dim(x, first, count, axis=1)
-
         first = jnp.clip(start - before, 0, keys - reach)
-        block = take(padded_q, start, BLOCK), take(k, first, reach), take(v, first, reach)
-        places = take(padded_positions, start, BLOCK), take(kv_positions, first, reach)
-        return _attend_block(*block, *places, window)
+        queries, places = _take((padded_q, padded_places), start, BLOCK)
+        near_k, near_v, near_places = _take((k, v, kv_places), first, reach)
+        return _attend_block(queries, near_k, near_v, places, near_places, window)
+
+    def pad(x, value):
+        return jnp.pad(
+            x,
+            [(0, 0), (0, -length % BLOCK)] + [(0, 0)] * (x.ndim - 2),
+            "constant",
+            constant_values=value,
+        )
 
     reach = min(keys, before + BLOCK)
-    extra = -length % BLOCK
-    padded_q = jnp.pad(q, ((0, 0), (0, extra), (0, 0), (0, 0)))
-    padded_positions = jnp.pad(q_positions, ((0, 0), (0, extra)), constant_values=-1)
+    padded_q, padded_places = pad(q, 0), jax.tree.map(lambda x: pad(x, -1), q_places)
     blocks = jax.lax.map(attend_from, jnp.arange(0, length, BLOCK))
     return jnp.moveaxis(blocks, 0, 1).reshape(padded_q.shape)[:, :length]
 
 
-def _attend_sections(q, k, v, q_positions, kv_positions, window, aligned, sections):
+def _attend_sections(q, k, v, q_places, kv_places, window, before, sections):
     """Attends from each section to the keys that it can reach: as many for one as for another."""
-    batch, length = q_positions.shape
-    keys, size = k.shape[1], length // sections
-    before = window - 1 if aligned and window is not None else keys
+    length, keys = q.shape[1], k.shape[1]
+    size = length // sections
     reach = min(keys, before + size)
 
-    def attend_from(start, q, q_positions):
-        first = jnp.clip(start - before, 0, keys - reach)
-        near = (jax.lax.dynamic_slice_in_dim(x, first, reach, axis=1) for x in (k, v, kv_positions))
-        near_k, near_v, near_positions = near if reach < keys else (k, v, kv_positions)
-        return attend(q, near_k, near_v, q_positions, near_positions, window)
+    def attend_from(start, q, q_places):
+        near = k, v, kv_places
+        if reach < keys:
+            near = _take(near, jnp.clip(start - before, 0, keys - reach), reach)
+        return _attend_blocks(q, *near[:2], q_places, near[2], window, reach)
 
-    parts = (x.reshape(batch, sections, size, *x.shape[2:]) for x in (q, q_positions))
+    def split(x):
+        return x.reshape(x.shape[0], sections, size, *x.shape[2:])
+
     starts = jnp.arange(0, length, size)
-    mixed = jax.vmap(attend_from, in_axes=(0, 1, 1), out_axes=1)(starts, *parts)
+    mixed = jax.vmap(attend_from, in_axes=(0, 1, 1), out_axes=1)(
+        starts, *jax.tree.map(split, (q, q_places))
+    )
     return mixed.reshape(q.shape)
 
 
+def _take(tree, first, count):
+    """Slices arrays along their second axis."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, count, axis=1), tree)
+
+
 @functools.partial(jax.checkpoint, static_argnums=5)  # A gradient computes the scores again.
-def _attend_block(q, k, v, q_positions, kv_positions, window):
+def _attend_block(q, k, v, q_places, kv_places, window):
     """Attends with all scores [B, K, G, T, S] at once, in float32."""
     batch, length, heads, head_dim = q.shape
     grouped = q.reshape(batch, length, k.shape[2], -1, head_dim)
     scores = einsum("BTKGH,BSKH->BKGTS", grouped, k)
-    mask = visible(q_positions, kv_positions, window)[:, None, None]
+    (q_positions, q_texts), (kv_positions, kv_texts) = q_places, kv_places
+    mask = visible(q_positions, kv_positions, window, q_texts, kv_texts)[:, None, None]
     # A large negative instead of -inf: a query that sees nothing gets equal weights, not NaN.
     scores = jnp.where(mask, scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))

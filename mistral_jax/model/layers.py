@@ -23,12 +23,16 @@ Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 class Projection(nn.Module):
     """Multiplies by a kernel whose output axes come first, as PyTorch stores them.
 
+    Where its parameters have an adapter beside the kernel, `lora_a` [R, inputs] and `lora_b`
+    [outputs, R], the product of the two is added to the kernel's (LoRA, arXiv 2106.09685).
+
     Attributes:
       shape: sizes of the kernel's axes.
       axes: logical names of the kernel's axes.
       outputs: how many of them, from the first on, are the result's; it sums over the others.
       dtype: of the product's operands; sums are float32.
       out_dtype: of the result; None = dtype.
+      dropout: share of an adapter's inputs that are dropped where there is an rng "dropout".
     """
 
     shape: Sequence[int]
@@ -36,6 +40,7 @@ class Projection(nn.Module):
     outputs: int
     dtype: jnp.dtype
     out_dtype: jnp.dtype | None = None
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -46,12 +51,20 @@ class Projection(nn.Module):
             "kernel", nn.with_logical_partitioning(init, self.axes), self.shape, jnp.float32
         )
         product = multiply(x, kernel, self.outputs, self.dtype)
+        if self.has_variable("params", "lora_a"):
+            a, b = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
+            if self.dropout and self.has_rng("dropout"):
+                kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.dropout, x.shape)
+                x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
+            product += multiply(multiply(x, a, 1, self.dtype), b, self.outputs, self.dtype)
         return product.astype(self.out_dtype or self.dtype)
 
 
 def multiply(x: jax.Array, kernel: jax.Array, outputs: int, dtype: jnp.dtype) -> jax.Array:
     """Sums over the axes of `kernel` but its first `outputs`, in `dtype`; the result is float32."""
     places = x.shape[:2]
+    if hasattr(kernel, "dequantize"):  # A frozen one; see `training/quantized.py`.
+        kernel = kernel.dequantize(dtype)
     # Matrices, for XLA's CPU backend: it makes transposed copies of a kernel with heads unfolded,
     # and, in a loop of single tokens, of any kernel if the tokens keep their axis.
     matrix = kernel.astype(dtype).reshape(math.prod(kernel.shape[:outputs]), -1)
@@ -126,6 +139,7 @@ class MLP(nn.Module):
     config: ModelConfig
     dtype: jnp.dtype
     rules: Rules
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -133,7 +147,7 @@ class MLP(nn.Module):
         wide, narrow = self.config.mlp_dim, self.config.embed_dim
 
         def project(name, shape, axes):
-            return Projection(shape, axes, 1, self.dtype, name=name)
+            return Projection(shape, axes, 1, self.dtype, dropout=self.dropout, name=name)
 
         gate = project("gate_proj", (wide, narrow), ("mlp", "embed"))
         up = project("up_proj", (wide, narrow), ("mlp", "embed"))
@@ -149,6 +163,7 @@ class Attention(nn.Module):
     window: int | None
     dtype: jnp.dtype
     rules: Rules
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(
@@ -160,10 +175,11 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         """Maps `x` [B, T, D] to [B, T, D], and the cache to the one that has seen `x` too."""
         config = self.config
+        projection = functools.partial(Projection, dropout=self.dropout)
 
         def project(name, heads, axis):
             shape, axes = (heads, config.head_dim, config.embed_dim), (axis, "head_dim", "embed")
-            y = Projection(shape, axes, 2, self.dtype, name=name)(x)
+            y = projection(shape, axes, 2, self.dtype, name=name)(x)
             return nn.with_logical_constraint(
                 y, ("batch", "length", axis, "head_dim"), rules=self.rules
             )
@@ -195,5 +211,5 @@ class Attention(nn.Module):
 
         shape = (config.embed_dim, config.num_heads, config.head_dim)
         axes = ("embed", "heads", "head_dim")
-        o_proj = Projection(shape, axes, 1, self.dtype, name="o_proj")
+        o_proj = projection(shape, axes, 1, self.dtype, name="o_proj")
         return o_proj(mixed), cache

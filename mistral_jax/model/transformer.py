@@ -16,6 +16,9 @@ The parameters, output axes first, heads unfolded, one entry a layer:
   final_norm/scale [D]                          lm_head/kernel [V, D], unless tied
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import chex
 import flax.linen as nn
 import jax
@@ -26,6 +29,8 @@ from mistral_jax.model.cache import Cache, LayerCache
 from mistral_jax.model.layers import MLP, Attention, Embedding, Projection, RMSNorm, Rules
 from mistral_jax.model.rope import rotary_angles
 
+Params = Mapping[str, Any]
+
 
 class Block(nn.Module):
     """One layer: attention and MLP, each on the normalised residual stream and added to it."""
@@ -34,6 +39,7 @@ class Block(nn.Module):
     window: int | None
     dtype: jnp.dtype
     rules: Rules
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(
@@ -46,11 +52,11 @@ class Block(nn.Module):
         """Maps `x` [B, T, D] to [B, T, D], and the cache to the one that has seen `x` too."""
         config, dtype, rules = self.config, self.dtype, self.rules
         normal = RMSNorm(config.norm_eps, dtype, name="attn_norm")(x)
-        attention = Attention(config, self.window, dtype, rules, name="attn")
+        attention = Attention(config, self.window, dtype, rules, self.dropout, name="attn")
         mixed, cache = attention(normal, positions, angles, cache)
         x = x + mixed
         normal = RMSNorm(config.norm_eps, dtype, name="mlp_norm")(x)
-        x = x + MLP(config, dtype, rules, name="mlp")(normal)
+        x = x + MLP(config, dtype, rules, self.dropout, name="mlp")(normal)
         return nn.with_logical_constraint(x, ("batch", "length", "residual"), rules=rules), cache
 
 
@@ -63,14 +69,21 @@ class Transformer(nn.Module):
         logits are float32 whatever it is.
       rules: which mesh axes each logical axis of an activation lies on (see `sharding.py`); empty =
         left to the compiler.
-      remat: whether a gradient keeps only what goes into each block, and computes its inside again
-        (arXiv 1604.06174): a third more work, for a small part of the memory.
+      remat: what a gradient keeps of the inside of each block, the rest of which it computes again
+        (arXiv 1604.06174): name of a policy of `jax.checkpoint_policies`. "nothing_saveable" is a
+        third more work, for a small part of the memory. None = all is kept.
+      scan: whether one compiled block runs over all layers' parameters, stacked as `stack_layers`
+        does it, in place of a program that is as long as the model is deep. It is for training:
+        without a cache, and with the same window in all layers.
+      dropout: share of the inputs of adapters that are dropped where there is an rng "dropout".
     """
 
     config: ModelConfig
     dtype: jnp.dtype = jnp.float32
     rules: Rules = ()
-    remat: bool = False
+    remat: str | None = None
+    scan: bool = False
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(
@@ -86,6 +99,8 @@ class Transformer(nn.Module):
           tokens: token ids, [B, T] int32.
           positions: place of each token in its text, [B, T] int32, rising by 1 along a row; -1 =
             padding, before or after a row's tokens, unseen and with logits that mean nothing.
+            Without a cache a row may hold several texts, one after another, each from its own
+            position 0 on: none of them sees another.
           cache: what came before, as `init_cache` or an earlier call gives it; None = nothing did,
             and nothing is to be remembered.
           logits_at: column whose logits are wanted, [B] int32; None = all.
@@ -101,13 +116,7 @@ class Transformer(nn.Module):
         x = embed(tokens)
         x = nn.with_logical_constraint(x, ("batch", "length", "residual"), rules=self.rules)
         angles = rotary_angles(positions, config.head_dim, config.rope_theta)
-        layer_caches = cache or (None,) * config.num_layers
-        block_class = nn.remat(Block) if self.remat else Block
-        new_cache = []
-        for i, (window, layer_cache) in enumerate(zip(config.windows, layer_caches, strict=True)):
-            block = block_class(config, window, dtype, self.rules, name=f"layers_{i}")
-            x, layer_cache = block(x, positions, angles, layer_cache)
-            new_cache.append(layer_cache)
+        x, cache = self._blocks(x, positions, angles, cache)
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)
         x = RMSNorm(config.norm_eps, dtype, name="final_norm")(x)
@@ -117,4 +126,52 @@ class Transformer(nn.Module):
             shape, axes = (config.vocab_size, config.embed_dim), ("vocab", "embed")
             logits = Projection(shape, axes, 1, dtype, jnp.float32, name="lm_head")(x)
         logits = nn.with_logical_constraint(logits, ("batch", "length", "vocab"), rules=self.rules)
-        return logits, None if cache is None else tuple(new_cache)
+        return logits, cache
+
+    def _blocks(self, x, positions, angles, cache):
+        """Passes `x` [B, T, D] through all layers."""
+        config, block_class = self.config, Block
+        if self.remat:
+            policy = getattr(jax.checkpoint_policies, self.remat)
+            block_class = nn.remat(Block, policy=policy, prevent_cse=not self.scan)
+        fields = {"dtype": self.dtype, "rules": self.rules, "dropout": self.dropout}
+        if self.scan:
+            if cache is not None or len(set(config.windows)) > 1:
+                raise ValueError(
+                    "scan is for training with one window in all layers; unstack the layers "
+                    "(unstack_layers), and leave scan out"
+                )
+            scanned = nn.scan(
+                block_class,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=nn.broadcast,
+                length=config.num_layers,
+                metadata_params={nn.PARTITION_NAME: None},
+            )
+            return scanned(config, config.windows[0], **fields, name="layers")(
+                x, positions, angles, None
+            )
+        layer_caches = cache or (None,) * config.num_layers
+        new_cache = []
+        for i, (window, layer_cache) in enumerate(zip(config.windows, layer_caches, strict=True)):
+            block = block_class(config, window, **fields, name=f"layers_{i}")
+            x, layer_cache = block(x, positions, angles, layer_cache)
+            new_cache.append(layer_cache)
+        return x, None if cache is None else tuple(new_cache)
+
+
+def stack_layers(params: Params) -> Params:
+    """Joins `layers_0`, `layers_1`, ... to one entry, `layers`, of arrays with a first axis L."""
+    rest = {name: part for name, part in params.items() if not name.startswith("layers_")}
+    layers = [params[f"layers_{i}"] for i in range(len(params) - len(rest))]
+    return {**rest, "layers": jax.tree.map(lambda *parts: jnp.stack(parts), *layers)}
+
+
+def unstack_layers(params: Params) -> Params:
+    """Undoes `stack_layers`."""
+    stacked = params["layers"]
+    depth = jax.tree.leaves(stacked)[0].shape[0]
+    rest = {name: part for name, part in params.items() if name != "layers"}
+    layers = {f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(depth)}
+    return {**rest, **layers}

@@ -92,7 +92,7 @@ def forecast(
       hardware: the chip that times are estimated for.
       remat: whether training computes blocks again on the way back.
     """
-    model = Transformer(config, of.dtype, layout.rules, remat)
+    model = Transformer(config, of.dtype, layout.rules, "nothing_saveable" if remat else None)
     held = programs.arguments(program, model, layout, of)
     expected = arithmetic.exchanges(program, model, layout, of)
     flops, moved = arithmetic.flops(program, config, of), arithmetic.moved(program, held, config)
