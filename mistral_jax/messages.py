@@ -15,6 +15,7 @@ SAFE_PROMPT = (
     "Avoid harmful, unethical, prejudiced, or negative content. "
     "Ensure replies promote fairness and positivity."
 )
+LARGEST_WEIGHT = 1000
 _ROLES = ("system", "user", "assistant")
 
 
@@ -27,9 +28,12 @@ class Control(enum.Enum):
     END_INST = enum.auto()
 
 
+Part = str | Control
+
+
 def chat_parts(
     messages: Sequence[Mapping[str, Any]], version: str, safe_prompt: bool = False
-) -> list[str | Control]:
+) -> list[Part]:
     """Lays a conversation out as the parts of a prompt, each text to be encoded by itself.
 
     It follows mistral-common: messages of one role in a row are joined by an empty line, and the
@@ -37,9 +41,11 @@ def chat_parts(
     answer too (mistral-common does not): a model may have nothing to say.
 
     Args:
-      messages: dicts of "role" ("system", "user" or "assistant") and "content" (a string), in
-        order: any system messages, then user and assistant, beginning with user. The last is the
-        user's, or the assistant's with `"prefix": True`: an answer to be continued.
+      messages: dicts of "role" ("system", "user" or "assistant") and "content" (a string, or a
+        list of `{"type": "text", "text": ...}`, which are joined by empty lines), in order: any
+        system messages, then user and assistant, beginning with user. The last is the user's, or
+        the assistant's with `"prefix": True`: an answer to be continued. Keys that are None do
+        not count, and neither does an answer's "weight".
       version: "v1", "v2" or "v3", of the tokenizer.
       safe_prompt: whether Mistral's safety prompt goes before the system text.
 
@@ -49,42 +55,98 @@ def chat_parts(
     Raises:
       ValueError: a message or their order is invalid, or the version has another form.
     """
+    _check_messages(messages, finished=False)
+    return [part for part, _ in _lay_out(messages, version, safe_prompt)]
+
+
+def lesson_parts(messages: Sequence[Mapping[str, Any]], version: str) -> list[tuple[Part, float]]:
+    """Lays a finished conversation out as `chat_parts` does, with how much each part is learnt.
+
+    Up to an answer it is the prompt that `chat_parts` makes of the messages before, but for one
+    thing: where the system text goes before the last user message (v2, v3), it stands at the last
+    of the whole conversation, and earlier answers are learnt without it.
+
+    Args:
+      messages: as for `chat_parts`, the last an answer without a prefix. An answer's "weight" is
+        how much it is learnt: a number from 0 to 1000, 1 if it has none. Answers in a row, which are
+        joined, have one weight.
+      version: as for `chat_parts`.
+
+    Returns:
+      The parts in order, each with its weight: an answer's for its text and its EOS, 0 for the
+      rest.
+
+    Raises:
+      ValueError: a message, their order or a weight is invalid, an answer to be learnt is empty,
+        none is to be learnt, or the version has another form.
+    """
+    _check_messages(messages, finished=True)
+    parts = _lay_out(messages, version)
+    if any(part == "" and weight for part, weight in parts):
+        raise ValueError("an answer is empty; expected text to be learnt, or a weight of 0")
+    if not any(weight for _, weight in parts):
+        raise ValueError("no answer is to be learnt: expected a weight above 0")
+    return parts
+
+
+def _lay_out(
+    messages: Sequence[Mapping[str, Any]], version: str, safe_prompt: bool = False
+) -> list[tuple[Part, float]]:
     if version not in ("v1", "v2", "v3"):
         raise ValueError(f"a {version} tokenizer has a chat form of its own; expected v1, v2 or v3")
-    _check_messages(messages)
     runs = [
-        (role, _join(message["content"] for message in run))
+        _merge(role, list(run))
         for role, run in itertools.groupby(messages, key=lambda message: message["role"])
     ]
     system = runs.pop(0)[1] if runs[0][0] == "system" else ""
     system = _join([SAFE_PROMPT, system]) if safe_prompt else system
-    continued = runs[-1][0] == "assistant"
     if system:
-        # Users and assistants alternate by now: the last user is the last run but a continued one.
-        place = 0 if version == "v1" else len(runs) - 1 - continued
-        runs[place] = ("user", f"{system}\n\n{runs[place][1]}")
+        # Users and assistants alternate by now: the last user is the last run but an answer.
+        place = 0 if version == "v1" else len(runs) - 1 - (runs[-1][0] == "assistant")
+        runs[place] = ("user", f"{system}\n\n{runs[place][1]}", 0.0)
 
-    parts: list[str | Control] = [Control.BOS]
-    for role, text in runs:
+    parts: list[tuple[Part, float]] = [(Control.BOS, 0.0)]
+    for role, text, weight in runs:
         if role == "assistant":
-            parts += [text if version == "v1" else text.rstrip(" "), Control.EOS]
+            text = text if version == "v1" else text.rstrip(" ")
+            parts += [(text, weight), (Control.EOS, weight)]
         elif version == "v1":
-            parts.append(f"[INST] {text} [/INST]")
+            parts.append((f"[INST] {text} [/INST]", 0.0))
         else:
-            parts += [Control.BEGIN_INST, text, Control.END_INST]
-    return parts[:-1] if continued else parts
+            parts += [(Control.BEGIN_INST, 0.0), (text, 0.0), (Control.END_INST, 0.0)]
+    return parts[:-1] if messages[-1].get("prefix") else parts
+
+
+def _merge(role: str, run: Sequence[Mapping[str, Any]]) -> tuple[str, str, float]:
+    """Makes one message of those of one role in a row: its role, text and weight."""
+    given = [message.get("weight") for message in run]
+    weights = {float(role == "assistant") if weight is None else float(weight) for weight in given}
+    if len(weights) > 1:
+        low, *_, high = sorted(weights)
+        raise ValueError(
+            f"answers in a row are joined, but theirs have weights of {low:g} and {high:g}; "
+            "expected one weight"
+        )
+    return role, _join(_text(message["content"]) for message in run), weights.pop()
+
+
+def _text(content: str | Sequence[Mapping[str, str]]) -> str:
+    return content if isinstance(content, str) else _join(part["text"] for part in content)
 
 
 def _join(texts: Iterable[str]) -> str:
     return "\n\n".join(text for text in texts if text)
 
 
-def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
+def _check_messages(messages: Sequence[Mapping[str, Any]], finished: bool) -> None:
     if not messages:
         raise ValueError("the conversation is empty; expected at least a user message")
     previous = "system"
     for i, message in enumerate(messages):
-        problem = _problem(message, previous, is_last=i == len(messages) - 1)
+        is_last = i == len(messages) - 1
+        problem = _problem(message, previous, is_last)
+        if not problem and is_last:
+            problem = _ending_problem(message, finished)
         if problem:
             raise ValueError(f"messages[{i}] {problem}")
         previous = message["role"]
@@ -97,10 +159,11 @@ def _problem(message: Any, previous: str, is_last: bool) -> str | None:
     role, content, prefix = message["role"], message["content"], message.get("prefix", False)
     if role not in _ROLES:
         return f"has role {role!r}; expected one of {', '.join(_ROLES)}"
-    if unknown := message.keys() - {"role", "content", "prefix"}:
+    given = {key for key, value in message.items() if value is not None}
+    if unknown := given - {"role", "content", "prefix", "weight"}:
         return f"has {min(unknown, key=str)!r}, which is not supported"
-    if not isinstance(content, str):
-        return f"has content of type {type(content).__name__}; expected a string"
+    if not _is_content(content):
+        return f"has content of type {type(content).__name__}; expected a string or text parts"
     if role == "system" and previous != "system":
         return "is a system message in mid-conversation; expected it at the beginning"
     if role == "system" and is_last:
@@ -109,6 +172,38 @@ def _problem(message: Any, previous: str, is_last: bool) -> str | None:
         return "is an answer to nothing; expected a user message before it"
     if prefix and not (role == "assistant" and is_last):
         return "has a prefix to continue; expected that of the last message, an answer, alone"
-    if role == "assistant" and is_last and not prefix:
+    if "weight" in given:
+        return _weight_problem(role, message["weight"])
+    return None
+
+
+def _is_content(content: Any) -> bool:
+    if isinstance(content, str):
+        return True
+    return isinstance(content, list) and all(
+        isinstance(part, Mapping)
+        and part.get("type") == "text"
+        and isinstance(part.get("text"), str)
+        for part in content
+    )
+
+
+def _weight_problem(role: str, weight: Any) -> str | None:
+    if role != "assistant":
+        return f"has a weight and role {role!r}; expected a weight of answers alone"
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not (is_number and 0 <= weight <= LARGEST_WEIGHT):
+        return f"has weight {reprlib.repr(weight)}; expected a number from 0 to {LARGEST_WEIGHT}"
+    return None
+
+
+def _ending_problem(message: Mapping[str, Any], finished: bool) -> str | None:
+    """Says what is wrong with the last message, of a finished conversation or of a prompt."""
+    answer, prefix = message["role"] == "assistant", message.get("prefix")
+    if finished and not answer:
+        return "is the last and no answer; expected an answer to be learnt"
+    if finished and prefix:
+        return "has a prefix to continue; expected a finished answer to be learnt"
+    if answer and not finished and not prefix:
         return 'is an answer and the last; add a user message, or "prefix": True to continue it'
     return None

@@ -11,12 +11,15 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
-from mistral_jax.messages import Control, chat_parts
+from mistral_jax.messages import Control, chat_parts, lesson_parts
 
 # SentencePiece decodes every byte that belongs to no character as a U+FFFD of its own; Python's
 # "replace" has one for several.
 _EACH_BYTE = "mistral_jax.each_byte"
 codecs.register_error(_EACH_BYTE, lambda error: ("\ufffd", error.start + 1))
+
+# A character for which no vocabulary has a piece, so that none joins it with what follows.
+_ANCHOR = "\U0010ffff".encode()
 
 
 class Tokenizer:
@@ -48,6 +51,7 @@ class Tokenizer:
             Control.BEGIN_INST: model.piece_to_id("[INST]"),
             Control.END_INST: model.piece_to_id("[/INST]"),
         }
+        self._anchor_length = len(model.encode(_ANCHOR))
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Tokenizer":
@@ -70,13 +74,17 @@ class Tokenizer:
             )
         return cls(model)
 
-    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+    def encode(
+        self, text: str, bos: bool = False, eos: bool = False, continues: bool = False
+    ) -> list[int]:
         """Encodes a text; what it says is never taken for a control token.
 
         Args:
           text: any text; "<s>" or "[INST]" in it are characters like others.
           bos: whether to put `bos_id` in front.
           eos: whether to put `eos_id` at the end.
+          continues: whether a text with ids of its own comes before: no space is then put before
+            the first word, so that the ids of both decode to both texts.
 
         Returns:
           Token ids.
@@ -91,7 +99,11 @@ class Tokenizer:
                 f"the text has a lone surrogate (U+{ord(text[error.start]):04X}) at character "
                 f"{error.start}; expected valid Unicode"
             ) from None
-        return [self.bos_id] * bos + self._model.encode(data) + [self.eos_id] * eos
+        if continues:
+            ids = self._model.encode(_ANCHOR + data)[self._anchor_length :]
+        else:
+            ids = self._model.encode(data)
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], safe_prompt: bool = False
@@ -112,6 +124,27 @@ class Tokenizer:
         for part in chat_parts(messages, self.version, safe_prompt):
             ids += self.encode(part) if isinstance(part, str) else [self._control[part]]
         return ids
+
+    def encode_lesson(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[float]]:
+        """Encodes a finished conversation, in this version's form, to be learnt from.
+
+        Args:
+          messages: see `messages.lesson_parts`.
+
+        Returns:
+          Token ids, BOS first and EOS last, and as many weights: how much each is learnt.
+
+        Raises:
+          ValueError: the conversation or a weight is invalid, nothing is to be learnt, or the
+            version's chat is not supported.
+        """
+        ids: list[int] = []
+        weights: list[float] = []
+        for part, weight in lesson_parts(messages, self.version):
+            more = self.encode(part) if isinstance(part, str) else [self._control[part]]
+            ids += more
+            weights += [weight] * len(more)
+        return ids, weights
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decodes token ids: control tokens have no text, bytes of no character become U+FFFD.

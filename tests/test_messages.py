@@ -1,5 +1,7 @@
 """Laws of the chat form, held against mistral-common with Mistral's own tokenizer files."""
 
+import copy
+import itertools
 import random
 
 import pytest
@@ -8,7 +10,7 @@ from mistral_common.exceptions import MistralCommonException
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-from mistral_jax.messages import SAFE_PROMPT, Control, chat_parts
+from mistral_jax.messages import SAFE_PROMPT, Control, chat_parts, lesson_parts
 from mistral_jax.tokenizer import Tokenizer
 
 BOS, EOS, INST, END = Control.BOS, Control.EOS, Control.BEGIN_INST, Control.END_INST
@@ -110,6 +112,67 @@ def test_what_is_accepted_is_what_mistral_common_accepts_but_for_three_orders(pa
     assert 100 < accepted < 500
 
 
+# Conversations to learn from
+
+
+def _lesson(rng):
+    """A finished conversation of alternating messages, with a weight at some of the answers."""
+    messages = _random_conversation(rng)
+    if messages[-1]["role"] == "user":
+        messages.append(_message("assistant", "."))
+    messages[-1].pop("prefix", None)
+    for message in messages:
+        # The oracle refuses answers that are empty to it.
+        if message["role"] == "assistant" and not message["content"].rstrip(" "):
+            message["content"] = "."
+    return messages
+
+
+def test_lesson_ids_equal_mistral_commons_for_finetuning(pair):
+    from mistral_common.protocol.instruct.validator import ValidationMode
+
+    tokenizer, oracle = pair
+    # The mode alone, so that the file is not read again.
+    finetuning = copy.copy(oracle)
+    finetuning._chat_completion_request_validator = type(oracle._chat_completion_request_validator)(
+        ValidationMode.finetuning
+    )
+    rng = random.Random(4)
+    for _ in range(200):
+        messages = _lesson(rng)
+        assert tokenizer.encode_lesson(messages)[0] == _oracle_ids(finetuning, messages)
+
+
+def test_a_lesson_has_the_prompts_and_answers_of_inference(pair):
+    """Up to every answer its ids are the prompt's, if no later system text is in the way."""
+    tokenizer, _ = pair
+    rng = random.Random(5)
+    for _ in range(100):
+        messages = [m for m in _lesson(rng) if m["role"] != "system" or tokenizer.version == "v1"]
+        ids, weights = tokenizer.encode_lesson(messages)
+        expected = [0.0] * len(ids)
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant" or messages[i - 1]["role"] == "assistant":
+                continue
+            run = itertools.takewhile(lambda m: m["role"] == "assistant", messages[i:])
+            text = "\n\n".join(m["content"] for m in run)
+            answer = tokenizer.encode(text if tokenizer.version == "v1" else text.rstrip(" "))
+            prompt = tokenizer.encode_chat(messages[:i])
+            end = len(prompt) + len(answer) + 1
+            assert ids[:end] == [*prompt, *answer, tokenizer.eos_id]
+            expected[len(prompt) : end] = [1.0] * (end - len(prompt))
+        assert weights == expected
+
+
+def test_weights_are_those_of_the_answers():
+    weighted = [*CONVERSATION, _message("assistant", "four", weight=0.5)]
+    weighted[2] = weighted[2] | {"weight": 0}
+    learnt = [(part, weight) for part, weight in lesson_parts(weighted, "v3") if weight]
+    assert learnt == [("four", 0.5), (EOS, 0.5)]
+    # A prompt has none; those of its answers do not matter.
+    assert chat_parts(weighted[:-1], "v3") == chat_parts(CONVERSATION, "v3")
+
+
 # The form, spelled out
 
 CONVERSATION = [
@@ -131,6 +194,13 @@ def test_v2_and_v3_have_the_system_text_at_the_last_user_message(version):
     assert chat_parts(CONVERSATION, version) == parts
     open_answer = [*CONVERSATION, _message("assistant", "four", prefix=True)]
     assert chat_parts(open_answer, version) == [*parts, "four"]
+
+
+def test_parts_of_text_are_joined_as_mistral_common_joins_them(pair):
+    tokenizer, oracle = pair
+    parts = [{"type": "text", "text": text} for text in ("one", " two", "three")]
+    messages = [_message("system", parts), _message("user", parts)]
+    assert tokenizer.encode_chat(messages) == _oracle_ids(oracle, messages)
 
 
 def test_messages_of_one_role_in_a_row_are_joined():
@@ -213,6 +283,9 @@ SYSTEM = _message("system", "c")
         ([_message(["user"], "a")], "messages[0] has role ['user']"),
         ([_message("user", None)], "messages[0] has content of type NoneType; expected a string"),
         ([USER, _message("user", [{"type": "text"}])], "messages[1] has content of type list"),
+        ([_message("user", [{"type": "image_url", "text": "a"}])], "messages[0] has content of ty"),
+        ([USER | {"weight": 1}, ANSWER, USER], "messages[0] has a weight and role 'user'"),
+        ([USER, ANSWER | {"weight": -1}, USER], "messages[1] has weight -1; expected a number"),
         ([_message("user", b"a")], "messages[0] has content of type bytes"),
         ([USER, ANSWER | {"tool_calls": []}], "messages[1] has 'tool_calls', which is not supp"),
         ([{"role": "user"}], "messages[0] is {'role': 'user'}; expected a dict with"),

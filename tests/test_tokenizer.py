@@ -115,6 +115,25 @@ def test_text_ids_equal_mistral_commons(tokenizers):
             assert tokenizers[version].decode(ids) == oracle.decode(ids)
 
 
+def test_a_text_that_continues_another_gets_no_space_in_front(tokenizers):
+    v1 = tokenizers["v1"]
+    assert [v1.piece(i) for i in v1.encode("foo bar")] == ["▁foo", "▁bar"]
+    assert [v1.piece(i) for i in v1.encode("foo bar", eos=True, continues=True)] == [
+        "foo",
+        "▁bar",
+        "</s>",
+    ]
+    rng = random.Random(2)
+    for name in ("v1", "v2", "v3", "small"):
+        tokenizer = tokenizers[name]
+        for _ in range(100):
+            texts = [samples.random_text(rng, words=4) for _ in range(4)]
+            ids = tokenizer.encode("x", bos=True)
+            for text in texts:
+                ids += tokenizer.encode(text, continues=True)
+            assert tokenizer.decode(ids) == "x" + "".join(texts).replace("▁", " ")
+
+
 def test_v2_ids_are_v1_ids_behind_768_control_tokens(tokenizers):
     rng = random.Random(1)
     for _ in range(100):
