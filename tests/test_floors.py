@@ -17,6 +17,7 @@ FLOORS = [  # from the ground up; modules of one floor do not know each other
     {
         "config",
         "distributed",
+        "evaluation.documents",
         "folder",
         "machine",
         "memory",
@@ -28,6 +29,7 @@ FLOORS = [  # from the ground up; modules of one floor do not know each other
         "training.lines",
         "training.lora",
         "training.loss",
+        "training.optimizers",
     },
     {
         "arrays",
@@ -36,6 +38,7 @@ FLOORS = [  # from the ground up; modules of one floor do not know each other
         "rules",
         "model.cache",
         "tokenizer",
+        "evaluation.positions",
         "generation.sampling",
         "planning.hardware",
         "training.curve",
@@ -50,16 +53,16 @@ FLOORS = [  # from the ground up; modules of one floor do not know each other
     },
     {"model.transformer"},
     {"sharding", "training.step"},
-    {"checkpoint"},
-    {"generation.prefill", "training.data", "training.states"},
+    {"checkpoint", "training.objective", "training.rows"},
+    {"generation.prefill", "training.data", "training.packing", "training.states"},
     {"generation.decode", "generation.score", "training.run"},
-    {"generation.generate", "planning.programs"},
+    {"evaluation.choices", "evaluation.perplexity", "generation.generate", "planning.programs"},
     {"generation.text", "planning.arithmetic", "stats"},
-    {"planning.forecast"},
-    {"planning.report"},
+    {"evaluation.harness", "planning.forecast"},
+    {"evaluation.tasks", "planning.report"},
     {""},  # the package itself: what `import mistral_jax` offers
     {"options"},
-    {"plan", "sample", "train"},
+    {"evaluate", "plan", "sample", "train"},
 ]
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 FILES = {

@@ -1,8 +1,13 @@
-"""The likelihood of a text: `score`, of texts of any length. It chooses no tokens."""
+"""The likelihood of what is written: `likelihoods` of token ids, `score` of a text.
+
+Both take texts of any length. They choose no tokens.
+"""
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +17,18 @@ from mistral_jax.generation.prefill import Params, chunks, empty_cache, pad_rows
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.sharding import on_mesh
 from mistral_jax.tokenizer import Tokenizer
+
+
+class Likelihoods(NamedTuple):
+    """How likely a model finds each token of a row, given those before it.
+
+    Attributes:
+      logprobs: natural logs of the probabilities of all tokens but the first, [T - 1] float32.
+      greedy: whether each of them is the model's own first choice, [T - 1] bool.
+    """
+
+    logprobs: np.ndarray
+    greedy: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,28 +65,101 @@ def score(model: Transformer, params: Params, tokenizer: Tokenizer, text: str) -
     if not text:
         raise ValueError("the text is empty; expected at least one character to score")
     ids = tokenizer.encode(text, bos=True)
-    inputs, targets = (pad_rows(model, params, [row], ()) for row in (ids[:-1], ids[1:]))
-    length = room(len(ids))
-    cache, sums = None, []
-    with on_mesh(params):
-        for (tokens, positions), (following, _) in zip(
-            chunks(inputs), chunks(targets), strict=True
-        ):
-            cache, logprob = _score_chunk(
-                model, params, tokens, positions, following, cache, length
-            )
-            sums.append(logprob)
-    logprob = math.fsum(np.concatenate(jax.device_get(sums)).tolist())
+    (row,) = likelihoods(model, params, [ids], 1)
+    logprob = math.fsum(row.logprobs.tolist())
     size = len(text.encode())
     return Score(logprob, len(ids) - 1, size, -logprob / math.log(2) / size)
 
 
+def likelihoods(
+    model: Transformer,
+    params: Params,
+    rows: Sequence[Sequence[int]],
+    batch: int,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Likelihoods]:
+    """Scores rows of token ids of any lengths, in batches of rows of like lengths.
+
+    Logits are never held of more than one chunk, and the cache of a windowed model does not grow.
+
+    Args:
+      model: the model.
+      params: its parameters; the work is spread over the devices that they are spread over.
+      rows: token ids; the first of a row is given, BOS as a rule, and the others are scored.
+      batch: rows at a time. All batches have as many: few shapes are few programs to compile.
+      report: called again and again with the number of tokens scored so far, and of all.
+
+    Returns:
+      One entry a row, in order.
+
+    Raises:
+      ValueError: `batch` is not above 0, or a row is empty.
+    """
+    if batch < 1:
+        raise ValueError(f"batch is {batch}; expected at least 1")
+    if not all(map(len, rows)):
+        raise ValueError("a row of token ids is empty; expected at least the token that is given")
+    found: list[Likelihoods] = [None] * len(rows)
+    done, total = 0, sum(len(row) - 1 for row in rows)
+
+    def count(tokens):
+        nonlocal done
+        done += tokens
+        report(done, total)
+
+    # The longest first: what memory cannot hold fails at once.
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    for start in range(0, len(rows), batch):
+        indices = order[start : start + batch]
+        together = [rows[i] for i in indices] + [()] * (min(batch, len(rows)) - len(indices))
+        scored = _batch(model, params, pad_rows(model, params, together, ()), count)
+        for i, (logprobs, greedy) in zip(indices, scored, strict=False):
+            length = len(rows[i]) - 1
+            found[i] = Likelihoods(logprobs[:length], greedy[:length])
+    return found
+
+
+def _batch(model, params, rows, count) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Scores rows together; returns arrays that are longer than shorter rows."""
+    inputs, targets = [row[:-1] for row in rows], [row[1:] for row in rows]
+    longest = max(map(len, inputs))
+    if not longest:
+        return [(np.zeros(0, np.float32), np.zeros(0, bool))] * len(rows)
+    parts = list(zip(chunks(inputs), chunks(targets), strict=True))
+    # What fits in one chunk is not remembered.
+    length = None if len(parts) == 1 else _slots(model, longest)
+    cache, found, waiting = None, [], None
+
+    def take():
+        positions, made = waiting
+        found.append(jax.device_get(made))
+        count(int(np.count_nonzero(positions >= 0)))
+
+    with on_mesh(params):
+        for (tokens, positions), (following, _) in parts:
+            cache, made = _score_chunk(model, params, tokens, positions, following, cache, length)
+            # The device works on a chunk while the host waits for the one before, never longer.
+            if waiting is not None:
+                take()
+            waiting = positions, made
+    take()
+    logprobs, greedy = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
+    return list(zip(logprobs, greedy, strict=True))
+
+
+def _slots(model: Transformer, tokens: int) -> int:
+    """Returns how many tokens a cache must hold: of few sizes, and one where all have windows."""
+    windows = model.config.windows
+    return room(tokens) if None in windows else min(room(tokens), room(max(windows)))
+
+
 @functools.partial(jax.jit, static_argnames=("model", "length"), donate_argnames="cache")
 def _score_chunk(model, params, tokens, positions, targets, cache, length):
-    """Reads one chunk; returns the log-probability of each target of row 0, 0 for padding."""
-    if cache is None:
+    """Reads one chunk; returns each target's log-probability and whether it is the likeliest."""
+    if cache is None and length is not None:
         cache = empty_cache(model, tokens.shape[0], length)
     logits, cache = model.apply({"params": params}, tokens, positions, cache)
-    chosen = jnp.take_along_axis(logits[0], targets[0, :, None], axis=1)[:, 0]
-    logprob = jnp.where(positions[0] >= 0, chosen - jax.nn.logsumexp(logits[0], axis=-1), 0)
-    return cache, replicate(logprob)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    logprobs = chosen - jax.nn.logsumexp(logits, axis=-1)
+    greedy = jnp.argmax(logits, axis=-1) == targets
+    return cache, replicate((logprobs, greedy))

@@ -1,0 +1,236 @@
+"""The command line of evaluation, `python -m mistral_jax.evaluate`: it parses, calls and prints."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mistral_jax import command
+
+DESCRIPTION = """\
+Tells how well a model foretells texts (perplexity, bits a byte), and how the loss falls with the
+position in a text; how often it chooses the right answer; and how it does on the tasks of
+lm-evaluation-harness. Values in brackets are defaults.
+"""
+EPILOG = """\
+for instance:
+  python -m mistral_jax.evaluate README.md docs/*.md
+  python -m mistral_jax.evaluate --checkpoint mistral-7b-v0.1 book.txt --positions --plot loss.png
+  python -m mistral_jax.evaluate --choices questions.jsonl
+  python -m mistral_jax.evaluate --checkpoint mistral-7b-v0.3 --tasks hellaswag,arc_easy
+
+A .jsonl file has texts as {"text": ...}, one a line, each read from its own beginning. A line of
+--choices is {"question": "1 + 1 =", "choices": ["2", "3"], "answer": 0}, or "answer": "A".
+"""
+
+
+_UNFOLDED = 1000
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    return command.run(lambda: _run(arguments))
+
+
+def _parser() -> command.Parser:
+    parser = command.Parser(
+        prog="python -m mistral_jax.evaluate",
+        usage="%(prog)s [FILE ...] [options]",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument_group("what is evaluated").add_argument
+    add("files", nargs="*", type=Path, metavar="FILE", help="texts in UTF-8, of any lengths")
+    add(
+        "--positions",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="N",
+        help="also the loss of the files' tokens by position, in N equal buckets [powers of two]",
+    )
+    add("--plot", type=Path, metavar="FILE", help="draw it, with the model's window (matplotlib)")
+    add("--choices", type=Path, metavar="FILE", help="multiple choice, as JSON Lines")
+    add("--tasks", type=_names, default=[], metavar="A,B", help="tasks of lm-evaluation-harness")
+    add("--include-path", type=Path, metavar="DIR", help="a folder of more tasks, in YAML")
+    add("--num-fewshot", type=int, metavar="K", help="examples before a question [the task's]")
+    add("--limit", type=int, metavar="N", help="questions of each task [all]")
+
+    group = parser.add_argument_group("the model")
+    add = group.add_argument
+    add("--checkpoint", metavar="DIR", help="its folder [the bundled model]")
+    add("--lora", metavar="DIR", help="adapters to evaluate it with")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        metavar="TYPE",
+        help="float32, bfloat16 or float16 [as stored; float32 on a CPU that has the memory]",
+    )
+    command.add_layout(group)
+    add("--batch", type=int, default=8, metavar="N", help="texts or answers at a time [8]")
+    add(
+        "--no-compilation-cache",
+        dest="compilation_cache",
+        action="store_false",
+        help="compile anew, and keep nothing in the user's cache folder",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object a result, on a line")
+    return parser
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from mistral_jax import distributed
+    from mistral_jax.evaluation import choices, documents, positions
+
+    _check(arguments)
+    if arguments.plot:
+        positions.check_plot()
+    texts = distributed.from_first(lambda: [documents.texts(path) for path in arguments.files])
+    path = arguments.choices
+    questions = distributed.from_first(lambda: choices.read(path) if path else [])
+    suite = _suite(arguments) if arguments.tasks else None
+
+    from mistral_jax import checkpoint, machine
+
+    if arguments.compilation_cache:
+        machine.use_compilation_cache()
+    adapters = {} if arguments.lora is None else {"lora": arguments.lora}
+    model, params, tokenizer = checkpoint.load(
+        arguments.checkpoint,
+        sharding=arguments.sharding,
+        mesh=arguments.mesh,
+        dtype=arguments.dtype,
+        **adapters,
+    )
+    if tokenizer is None:
+        raise ValueError(f"{arguments.checkpoint} has no tokenizer.model; put the model's there")
+    loaded = model, params, tokenizer
+    if texts:
+        _perplexity(arguments, loaded, texts)
+    if questions:
+        with _progress("answering") as report:
+            found = choices.logprobs(*loaded, questions, arguments.batch, report)
+        fields = dataclasses.asdict(choices.accuracy(questions, found))
+        _print(arguments, [{"choices": str(path)} | fields])
+    if suite is not None:
+        _print(arguments, suite(*loaded, arguments.batch))
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if not (arguments.files or arguments.choices or arguments.tasks):
+        raise ValueError("there is nothing to evaluate; give a FILE, --choices or --tasks")
+    if arguments.batch < 1:
+        raise ValueError(f"--batch is {arguments.batch}; expected at least 1")
+    if (arguments.positions is not None or arguments.plot) and not arguments.files:
+        raise ValueError("--positions and --plot are of the texts in files; give a FILE")
+    for name in ("include_path", "num_fewshot", "limit"):
+        if getattr(arguments, name) is not None and not arguments.tasks:
+            raise ValueError(f"--{name.replace('_', '-')} is for --tasks; name some")
+
+
+def _suite(arguments: argparse.Namespace) -> Callable[..., list[dict[str, Any]]]:
+    """Prepares the tasks of the harness, before the model is loaded; returns what runs them."""
+    try:
+        from mistral_jax.evaluation import tasks
+    except ImportError as error:
+        raise ValueError(
+            f"no --tasks without lm-evaluation-harness ({error}): "
+            "pip install 'mistral-jax-flax[harness]'"
+        ) from None
+    return tasks.prepare(
+        arguments.tasks, arguments.include_path, arguments.num_fewshot, arguments.limit
+    )
+
+
+def _perplexity(arguments: argparse.Namespace, loaded, texts: list[list[str]]) -> None:
+    """Scores the texts of all files together; prints the loss of each, and by position."""
+    from mistral_jax import distributed
+    from mistral_jax.evaluation import perplexity, positions
+
+    together = [text for own in texts for text in own]
+    with _progress("reading") as report:
+        found = perplexity.token_losses(*loaded, together, arguments.batch, report)
+    rest = iter(found)
+    named = [
+        (str(path), perplexity.loss(own, [next(rest) for _ in own]))
+        for path, own in zip(arguments.files, texts, strict=True)
+    ]
+    if len(named) > 1:
+        named.append(("all", perplexity.loss(together, found)))
+    _print(arguments, [_fields(name, loss) for name, loss in named])
+    if arguments.positions is None and not arguments.plot:
+        return
+    buckets = positions.by_position(found, arguments.positions or None)
+    _print(arguments, [bucket._asdict() for bucket in buckets])
+    if arguments.plot:
+        config = loaded[0].config
+        distributed.from_first(lambda: positions.plot(buckets, config, arguments.plot))
+
+
+def _fields(name: str, loss) -> dict[str, Any]:
+    return {
+        "file": name,
+        "documents": loss.documents,
+        "tokens": loss.tokens,
+        "bytes": loss.bytes,
+        "loss": loss.per_token,
+        "perplexity": loss.perplexity,
+        "bits_per_byte": loss.bits_per_byte,
+    }
+
+
+def _print(arguments: argparse.Namespace, results: list[dict[str, Any]]) -> None:
+    """Prints results of one kind: a table, or a JSON object each."""
+    if arguments.json:
+        for result in results:
+            print(json.dumps(result), flush=True)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name, value in results[0].items():
+        is_text = isinstance(value, str)
+        table.add_column(
+            name.replace("_", " "), justify="left" if is_text else "right", overflow="fold"
+        )
+    for result in results:
+        table.add_row(*map(_cell, result.values()))
+    # Only a terminal has an edge at which names are to be folded.
+    Console(width=None if sys.stdout.isatty() else _UNFOLDED).print(table)
+
+
+def _cell(value: str | int | float | None) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else value or "-"
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields what shows how many tokens are done: a bar on a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = f"{what} tokens", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""Multiple choice: questions whose answers are the likeliest continuations. It generates nothing.
+
+Prompts are split into tokens, and answers are judged, as lm-evaluation-harness does both.
+"""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mistral_jax.evaluation.documents import records
+from mistral_jax.generation.prefill import Params
+from mistral_jax.generation.score import likelihoods
+from mistral_jax.model.transformer import Transformer
+from mistral_jax.tokenizer import Tokenizer
+
+_QUESTION = ("question", "query", "prompt", "context")
+_ANSWER = ("answer", "gold")
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question with the answers to choose from.
+
+    Attributes:
+      context: what stands before an answer; may be empty.
+      choices: the answers, at least two.
+      answer: index of the right one.
+    """
+
+    context: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """How many questions are answered rightly, by three rules.
+
+    Attributes:
+      questions: number of questions.
+      acc: share of those whose right answer is the likeliest.
+      acc_norm: the same of log-probabilities divided by the answer's length in characters.
+      acc_bytes: the same, in bytes of UTF-8; differs from `acc_norm` beyond ASCII only.
+      acc_stderr: standard error of `acc`; None of a single question.
+      acc_norm_stderr: of `acc_norm`.
+      acc_bytes_stderr: of `acc_bytes`.
+    """
+
+    questions: int
+    acc: float
+    acc_norm: float
+    acc_bytes: float
+    acc_stderr: float | None
+    acc_norm_stderr: float | None
+    acc_bytes_stderr: float | None
+
+
+def read(path: Path) -> list[Question]:
+    """Reads questions from a file of JSON Lines.
+
+    A record has the question ("question", "query", "prompt" or "context"), "choices" (a list of
+    strings), and the right one's index from 0 or its letter from A ("answer" or "gold").
+
+    Raises:
+      ValueError: a line is not so; it is named.
+      OSError: the file cannot be read.
+    """
+    return [_question(record, where) for where, record in records(path)]
+
+
+def logprobs(
+    model: Transformer,
+    params: Params,
+    tokenizer: Tokenizer,
+    questions: Sequence[Question],
+    batch: int = 8,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> list[list[float]]:
+    """Scores the answers to questions.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      tokenizer: its tokenizer.
+      questions: what to answer.
+      batch: answers at a time.
+      report: called again and again with the number of tokens read so far, and of all.
+
+    Returns:
+      The log-probability of each choice of each question, in nats.
+    """
+    pairs = [encode(tokenizer, q.context, choice) for q in questions for choice in q.choices]
+    found = likelihoods(
+        model, params, [context + choice for context, choice in pairs], batch, report
+    )
+    sums = iter(
+        math.fsum(row.logprobs[-len(choice) :].tolist())
+        for row, (_, choice) in zip(found, pairs, strict=True)
+    )
+    return [[next(sums) for _ in question.choices] for question in questions]
+
+
+def accuracy(questions: Sequence[Question], found: Sequence[Sequence[float]]) -> Accuracy:
+    """Judges the log-probabilities that `logprobs` returned for these questions."""
+
+    def judge(length):
+        right = [
+            float(np.argmax(np.divide(row, [*map(length, q.choices)])) == q.answer)
+            for q, row in zip(questions, found, strict=True)
+        ]
+        error = statistics.stdev(right) / math.sqrt(len(right)) if len(right) > 1 else None
+        return statistics.fmean(right), error
+
+    rules = judge(lambda choice: 1), judge(len), judge(lambda choice: len(choice.encode()))
+    means, errors = zip(*rules, strict=True)
+    return Accuracy(len(questions), *means, *errors)
+
+
+def encode(tokenizer: Tokenizer, context: str, choice: str) -> tuple[list[int], list[int]]:
+    """Encodes a question and one answer, with a space between them unless there is white space.
+
+    The answer has the tokens that it adds to the question's, white space before it included.
+
+    Raises:
+      ValueError: the answer has no token of its own.
+    """
+    if not context:
+        return [tokenizer.bos_id], tokenizer.encode(choice)
+    whole = context + choice if context[-1].isspace() else f"{context} {choice}"
+    first = tokenizer.encode(context.rstrip(), bos=True)
+    rest = tokenizer.encode(whole, bos=True)[len(first) :]
+    if not rest:
+        raise ValueError(f"the answer {choice!r} to {context[-40:]!r} has no token of its own")
+    return first, rest
+
+
+def _question(record: dict[str, Any], where: str) -> Question:
+    """Checks a record."""
+    context, choices = _one_of(record, _QUESTION, where), record.get("choices")
+    if not isinstance(context, str):
+        raise ValueError(f"{where}: the question is {context!r}; expected a string")
+    if not isinstance(choices, list) or not all(isinstance(text, str) and text for text in choices):
+        raise ValueError(f'{where}: "choices" is {choices!r}; expected a list of strings')
+    if len(choices) < 2:
+        raise ValueError(f'{where}: "choices" has {len(choices)} entries; expected at least 2')
+    answer = given = _one_of(record, _ANSWER, where)
+    last = chr(ord("A") + len(choices) - 1)
+    if isinstance(answer, str):
+        answer = ord(answer.upper()) - ord("A") if len(answer) == 1 else -1
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
+        raise ValueError(
+            f"{where}: the answer is {given!r}; expected an index from 0 to {len(choices) - 1}, or "
+            f"a letter from A to {last}"
+        )
+    return Question(context, tuple(choices), answer)
+
+
+def _one_of(record: dict[str, Any], names: Sequence[str], where: str) -> Any:
+    """Returns the one field that a record has of these."""
+    found = [name for name in names if name in record]
+    if len(found) != 1:
+        raise ValueError(
+            f"{where} has {found or 'none'} of {', '.join(names)}; expected one of them"
+        )
+    return record[found[0]]

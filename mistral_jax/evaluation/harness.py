@@ -1,0 +1,191 @@
+"""The adapter for lm-evaluation-harness: our model, as its tasks ask it. It knows no task.
+
+Contexts and continuations become tokens as in the harness's own Transformers backend, so scores are
+the same. Chat templates are not applied.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+from lm_eval.utils import (
+    get_rolling_token_windows,
+    make_disjoint_window,
+    simple_parse_args_string,
+)
+from tqdm import tqdm
+
+from mistral_jax.checkpoint import load
+from mistral_jax.generation.prefill import Params
+from mistral_jax.generation.sampling import Sampling
+from mistral_jax.generation.score import likelihoods
+from mistral_jax.generation.text import completions
+from mistral_jax.model.transformer import Transformer
+from mistral_jax.tokenizer import Tokenizer
+
+_NEW_TOKENS = 256  # where a task sets no limit; as the harness's own backends
+
+
+@register_model("mistral_jax")
+class MistralJax(TemplateLM):
+    """A model as the harness calls it.
+
+    Once this module is imported, `lm_eval.simple_evaluate(model="mistral_jax",
+    model_args="checkpoint=DIR,dtype=float32", ...)` finds it, with the arguments of
+    `mistral_jax.load` and `max_length`.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      tokenizer: its tokenizer.
+      batch: rows at a time.
+      max_length: tokens that the model reads at once; what is longer loses its beginning, and
+        `loglikelihood_rolling` begins anew. None = the model's `max_positions`.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        params: Params,
+        tokenizer: Tokenizer,
+        batch: int = 8,
+        max_length: int | None = None,
+    ):
+        super().__init__()
+        self._loaded = model, params
+        self._tokenizer = tokenizer
+        self._batch = batch
+        self.max_length = max_length or model.config.max_positions
+
+    @classmethod
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: dict | None = None
+    ) -> "MistralJax":
+        """Loads what `--model_args` names."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
+    ) -> "MistralJax":
+        """Loads the checkpoint that arguments name; of the harness's own, only the batch counts."""
+        options = dict(arg_dict)
+        max_length = options.pop("max_length", None)
+        batch = (additional_config or {}).get("batch_size") or 8
+        return cls(*load(options.pop("checkpoint", None), **options), int(batch), max_length)
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return self._tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that stands in for an empty context."""
+        return self._tokenizer.bos_id
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Encodes a text, with BOS unless `add_special_tokens` is False; a BOS it spells is one."""
+        bos = self._tokenizer.piece(self._tokenizer.bos_id)
+        if add_special_tokens is None:
+            string = string.removeprefix(bos)
+        return self._tokenizer.encode(string, bos=add_special_tokens is not False)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Scores continuations, of which each request has the tokens after those of its context."""
+        rows = [context + continuation for _, context, continuation in requests]
+        rows = [row[-(self.max_length + 1) :] for row in rows]
+        with tqdm(desc="scoring tokens", disable=disable_tqdm or None) as bar:
+
+            def report(done, total):
+                bar.total = total
+                bar.update(done - bar.n)
+
+            found = likelihoods(*self._loaded, rows, self._batch, report)
+        scores = []
+        for row, (_, _, continuation) in zip(found, requests, strict=True):
+            start = len(row.logprobs) - len(continuation)
+            if start < 0:
+                raise ValueError(
+                    f"a task has a continuation of {len(continuation)} tokens, of a model that "
+                    f"reads {self.max_length}"
+                )
+            logprob = math.fsum(row.logprobs[start:].tolist())
+            scores.append((logprob, bool(row.greedy[start:].all())))
+        return scores
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Scores whole texts, in parts of `max_length` tokens."""
+        windows = [
+            (number, None, *make_disjoint_window(window))
+            for number, request in enumerate(requests)
+            for window in get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1
+            )
+        ]
+        scores = self._loglikelihood_tokens([window[1:] for window in windows], disable_tqdm)
+        sums = [0.0] * len(requests)
+        for (number, *_), (logprob, _) in zip(windows, scores, strict=True):
+            sums[number] += logprob
+        return sums
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continues contexts, each up to a string of its own choice or a number of tokens."""
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(repr(request.args[1]), []).append(number)
+        answers = [""] * len(requests)
+        with tqdm(desc="generating", total=len(requests), disable=disable_tqdm or None) as bar:
+            for numbers in groups.values():
+                numbers.sort(key=lambda number: -len(requests[number].args[0]))
+                for start in range(0, len(numbers), self._batch):
+                    some = numbers[start : start + self._batch]
+                    contexts = [requests[number].args[0] for number in some]
+                    texts = self._generate(contexts, requests[some[0]].args[1], some)
+                    for number, text in zip(some, texts, strict=True):
+                        answers[number] = text
+                    bar.update(len(some))
+        return answers
+
+    def _generate(
+        self, contexts: Sequence[str], options: Mapping[str, Any], seeds: Sequence[int]
+    ) -> list[str]:
+        """Continues contexts that are to be continued in one way."""
+        options = normalize_gen_kwargs(dict(options), _NEW_TOKENS)
+        new_tokens = options.pop("max_gen_toks")
+        end = self._tokenizer.piece(self.eot_token_id)
+        stop = [text for text in handle_stop_sequences(options.pop("until", None), end) if text]
+        is_drawn = options.pop("do_sample")
+        temperature = options.pop("temperature", 1.0)
+        known = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+        if unknown := sorted(set(options) - set(known)):
+            raise ValueError(f"a task asks to generate with {unknown}, which is not supported")
+        if new_tokens >= self.max_length:
+            raise ValueError(
+                f"a task asks for {new_tokens} new tokens of a model that reads {self.max_length}"
+            )
+        prompts = [self.tok_encode(text)[-(self.max_length - new_tokens) :] for text in contexts]
+        filters = known | options
+        samplings = [
+            Sampling(temperature if is_drawn else 0.0, seed=seed, **filters) for seed in seeds
+        ]
+        found = completions(
+            *self._loaded,
+            self._tokenizer,
+            prompts,
+            new_tokens,
+            sampling=samplings,
+            stop=stop,
+            is_new=True,
+        )
+        return [completion.text for completion in found]

@@ -1,0 +1,84 @@
+"""The perplexity of texts: what a model pays for each of their tokens. It reads no files."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from mistral_jax.generation.prefill import Params
+from mistral_jax.generation.score import likelihoods
+from mistral_jax.model.transformer import Transformer
+from mistral_jax.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """What a model pays for texts, each read from its own BOS. Losses add up.
+
+    Attributes:
+      documents: number of texts.
+      tokens: number of their tokens, without BOS.
+      bytes: their length in UTF-8.
+      nats: the negative natural log of their probability.
+    """
+
+    documents: int
+    tokens: int
+    bytes: int
+    nats: float
+
+    def __add__(self, other: "Loss") -> "Loss":
+        """Returns the loss of both together."""
+        mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
+        return Loss(*(a + b for a, b in zip(mine, theirs, strict=True)))
+
+    @property
+    def per_token(self) -> float:
+        """Nats a token: depends on the tokenizer."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """Between how many equally likely tokens the model wavers, in the geometric mean."""
+        return math.exp(self.per_token)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The length of the texts' code under the model: comparable between tokenizers."""
+        return self.nats / math.log(2) / self.bytes
+
+
+def token_losses(
+    model: Transformer,
+    params: Params,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    batch: int = 8,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> list[np.ndarray]:
+    """Scores texts of any lengths, token by token.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      tokenizer: its tokenizer.
+      texts: what to score; none empty.
+      batch: texts at a time.
+      report: called again and again with the number of tokens scored so far, and of all.
+
+    Returns:
+      The loss of each token of each text, in nats, [T] float32 a text.
+    """
+    rows = [tokenizer.encode(text, bos=True) for text in texts]
+    return [-row.logprobs for row in likelihoods(model, params, rows, batch, report)]
+
+
+def loss(texts: Sequence[str], losses: Sequence[np.ndarray]) -> Loss:
+    """Adds up the losses that `token_losses` returned for these texts."""
+    return Loss(
+        documents=len(texts),
+        tokens=sum(map(len, losses)),
+        bytes=sum(len(text.encode()) for text in texts),
+        nats=math.fsum(math.fsum(row.tolist()) for row in losses),
+    )
