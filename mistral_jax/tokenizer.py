@@ -162,6 +162,14 @@ class Tokenizer:
         """
         return self._model.id_to_piece(self._checked(token))
 
+    def is_control(self, token: int) -> bool:
+        """Tells whether a token has no text, as BOS, EOS and [INST] have none.
+
+        Raises:
+          ValueError: the id is outside the vocabulary.
+        """
+        return self._model.is_control(self._checked(token))
+
     def stream(self, prompt: Sequence[int] = ()) -> "StreamDecoder":
         """Returns a decoder for tokens that arrive one by one.
 

@@ -98,6 +98,16 @@ def test_sizes_and_special_ids(tokenizers):
     ]
 
 
+def test_control_tokens_are_those_without_a_text(tokenizers):
+    for name in ("v1", "v3"):
+        tokenizer = tokenizers[name]
+        control = [token for token in range(20) if tokenizer.is_control(token)]
+        assert control == [1, 2] + (name == "v3") * list(range(3, 20))
+        assert tokenizer.decode(control) == ""
+    with pytest.raises(ValueError, match="is outside the tokenizer's vocabulary"):
+        tokenizer.is_control(tokenizer.vocab_size)
+
+
 # Text to ids
 
 
