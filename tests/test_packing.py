@@ -6,10 +6,13 @@ import sys
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from mistral_jax.training import packing, rows
+from mistral_jax.training.loss import cross_entropy
 from mistral_jax.training.records import Example, Pair
 
 CONTEXT = 16
@@ -178,6 +181,31 @@ print(max(peak[0], anonymous()) - before, summary.tokens * 16 // 1024)
     growth, written = map(int, done.stdout.split())
     assert written > 100_000  # KiB
     assert growth < 40_000
+
+
+def test_the_loss_of_packed_rows_is_that_of_every_example_alone(tmp_path):
+    model, params = tiny.build()
+
+    @jax.jit
+    def loss(tokens, positions, targets, weights):
+        logits, _ = model.apply({"params": params}, tokens, positions)
+        return jnp.stack(cross_entropy(logits, targets, weights))
+
+    rng = np.random.default_rng(0)
+    lengths = rng.choice([3, 12, 25], 20)  # few, as each is compiled
+    examples = [example(rng, int(length), rng.choice(["all", "answers"])) for length in lengths]
+    examples = [Example(one.tokens % 53, one.weights) for one in examples]
+    alone = np.zeros(2)
+    for one in examples:
+        tokens, weights = one.tokens[None], one.weights[None]
+        positions = np.arange(len(one.tokens) - 1, dtype=np.int32)[None]
+        alone += loss(tokens[:, :-1], positions, tokens[:, 1:], weights[:, 1:])
+    for name, pack in (("packed", True), ("single", False)):
+        packing.write_rows(tmp_path / name, examples, 32, pack=pack)
+        written = rows.Rows(tmp_path / name)
+        (batch,) = rows.in_order(written, len(written))
+        found = loss(batch.tokens, batch.positions, batch.targets, batch.weights)
+        np.testing.assert_allclose(found, alone, rtol=1e-5)
 
 
 # Batches
