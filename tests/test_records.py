@@ -223,10 +223,10 @@ BAD = [
     (b'{"text": "\xff"}', "byte 11 (0xff) is not UTF-8"),
     (b'["a"]', "it is a JSON list; expected an object"),
     (b"[" * 100_000, "its JSON is nested too deeply"),
-    ({}, "it has no keys; expected 'text' or 'prompt' with 'completion' or 'messages'"),
-    ({"prompt": "a", "id": 1}, "it has 'id', 'prompt'; expected 'text' or"),
-    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "it has 'chosen', 'prompt', 'rejected', as"),
-    ({"text": "a", "messages": HELLO}, "it has 'text' and 'messages'; expected one of these"),
+    ({}, 'it has no keys; expected "text" or "prompt" with "completion" or "messages"'),
+    ({"prompt": "a", "id": 1}, 'it has "id", "prompt"; expected "text" or'),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, 'it has "chosen", "prompt", "rejected", as'),
+    ({"text": "a", "messages": HELLO}, 'it has "text" and "messages"; expected one of these'),
     ({"text": ""}, '"text" is empty'),
     ({"text": 1}, '"text" is a int; expected a string'),
     ({"text": "\ud800"}, "the text has a lone surrogate"),
@@ -253,7 +253,7 @@ BAD = [
 ]
 CHOSEN = {"chosen": [user("a"), answer("b")], "rejected": [user("a"), answer("c")]}
 BAD_PAIRS = [
-    ({"text": "a"}, "it has 'text', as for training without pairs; expected 'chosen' with 'rej"),
+    ({"text": "a"}, 'it has "text", as for training without pairs; expected "chosen" with "rej'),
     ({"prompt": "a", "chosen": "b", "rejected": "b"}, '"chosen" and "rejected" are the same'),
     ({"chosen": "ab", "rejected": "ac"}, 'it has no "prompt"'),
     ({**CHOSEN, "prompt": "a"}, '"prompt" and "chosen" are str and list; expected two strings'),

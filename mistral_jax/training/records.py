@@ -155,14 +155,14 @@ def _form(record: Mapping[str, Any], pairs: bool) -> str:
         hint = ""
         if any(keys.issuperset(form) for form in others):
             hint = ", as for training without pairs" if pairs else ", as for training on pairs"
-        has = ", ".join(map(repr, sorted(keys))) or "no keys"
+        has = ", ".join(f'"{key}"' for key in sorted(keys)) or "no keys"
         raise ValueError(f"it has {has}{hint}; expected {_list(forms, 'or')}")
     _refuse_tools(record)
     return found[0][0]
 
 
 def _list(forms: Sequence[Sequence[str]], word: str) -> str:
-    return f" {word} ".join(" with ".join(map(repr, form)) for form in forms)
+    return f" {word} ".join(" with ".join(f'"{key}"' for key in form) for form in forms)
 
 
 def _refuse_tools(record: Mapping[str, Any]) -> None:
