@@ -26,19 +26,27 @@ Tree = Mapping[str, Any]
 _CHUNK_BYTES = 2 << 20
 
 
-def save(path: Path, tree: Any) -> None:
-    """Writes a whole tree of arrays into the folder `path`, which must not exist yet.
+def save_in_background(path: Path, tree: Any) -> Callable[[], None]:
+    """Begins to write a whole tree of arrays into the folder `path`, which must not exist yet.
 
-    Of several processes all must call it, for each writes its own part of an array.
+    Of several processes all must call it, for each writes its own part of an array. On a CPU the
+    arrays must not be changed or consumed before all is written.
+
+    Returns:
+      A function that waits until it is, to be called once.
     """
     context = ocp.Context()
     saving = context.array.saving
     saving.use_ocdbt = saving.use_zarr3 = saving.use_compression = False
-    _run(context, lambda: ocp.save(path.absolute(), tree))
-    if distributed.is_first():
-        # It names the folder on this machine, which may be another's business; nobody reads it.
-        (path / "commit_success.txt").unlink(missing_ok=True)
-    distributed.sync()
+    response = _run(context, lambda: ocp.save_async(path.absolute(), tree))
+
+    def finish():
+        response.result()
+        if distributed.is_first():
+            # It names the folder on this machine, which may be another's business; nobody reads it.
+            (path / "commit_success.txt").unlink(missing_ok=True)
+
+    return finish
 
 
 def lay_out(path: Path, tree: Tree) -> None:

@@ -1,22 +1,28 @@
 """The command line of training, `python -m mistral_jax.train`: it parses, calls and prints."""
 
 import argparse
-import contextlib
+import itertools
+import signal
 import sys
-from collections.abc import Callable, Iterator
+import time
+import tomllib
 from pathlib import Path
+from typing import Any
 
 from mistral_jax import command
 
 DESCRIPTION = """\
-Trains a small Mistral from nothing on the Python source that is installed here: gathers the corpus,
-makes the vocabulary, trains, and saves a checkpoint. All of it lies in one folder; a run that was
-stopped goes on where it was when the same command is given again.
+Trains a model by a recipe: the model of a checkpoint further on files of examples (all of it, or
+LoRA adapters), or a new small one on the Python source that is installed here. All that belongs to
+a run lies in one folder; a run that was stopped goes on where it was when the same command is given
+again.
 """
 EPILOG = """\
 for instance:
+  python -m mistral_jax.train configs/training/lora.toml --data train.jsonl --preview 3
+  python -m mistral_jax.train configs/training/lora.toml --checkpoint mistral-7b-v0.3 \\
+      --data train.jsonl --validation valid.jsonl --set learning_rate=1e-4 --set lora.rank=32
   python -m mistral_jax.train configs/training/nano.toml
-  python -m mistral_jax.sample --checkpoint runs/nano/checkpoint "def main("
 """
 
 
@@ -32,21 +38,53 @@ def _parser() -> command.Parser:
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("recipe", type=Path, help="TOML file, such as configs/training/nano.toml")
-    parser.add_argument(
+    add = parser.add_argument
+    add("recipe", type=Path, help="TOML file, such as configs/training/lora.toml")
+    add(
         "--run",
         type=Path,
         metavar="FOLDER",
         help="folder of the run (default: runs/<recipe's name>)",
     )
-    parser.add_argument(
+    add("--checkpoint", metavar="DIR", help="model to train further (default: the bundled model)")
+    add(
+        "--data",
+        nargs="+",
+        metavar="FILE",
+        help="examples to train on: JSONL with text, prompt and completion, or chat messages",
+    )
+    add("--validation", nargs="+", metavar="FILE", help="examples to measure the loss on")
+    add("--skip-bad", action="store_true", help="count bad lines of the data, and go on")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        type=_setting,
+        metavar="KEY=VALUE",
+        help="replace a value of the recipe, such as epochs=2 or lora.rank=32; may be repeated",
+    )
+    add(
+        "--preview",
+        type=int,
+        metavar="N",
+        help="print the first N examples, with what is learnt from them, and train nothing",
+    )
+    add(
+        "--log",
+        nargs="+",
+        choices=("tensorboard", "wandb"),
+        default=[],
+        help="write the curve there too; <run>/curve.jsonl is always written",
+    )
+    add(
         "--plot",
         action="store_true",
-        help="draw the curve as <run>/curve.png at the end (matplotlib)",
+        help="insist on <run>/curve.png, which is drawn at the end where matplotlib is installed",
     )
     command.add_layout(parser)
-    parser.add_argument(
+    add(
         "--no-compilation-cache",
         dest="compilation_cache",
         action="store_false",
@@ -55,67 +93,90 @@ def _parser() -> command.Parser:
     return parser
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    from mistral_jax.training.recipe import Recipe
+def _setting(text: str) -> tuple[list[str], Any]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, such as epochs=2")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value  # a string without its quotes
+    return name.split("."), parsed
 
-    recipe = Recipe.from_file(arguments.recipe)
+
+def _run(arguments: argparse.Namespace) -> int:
+    from mistral_jax.training.recipe import Recipe, read_table
+
+    table = _override(read_table(arguments.recipe), arguments)
+    recipe = Recipe.from_dict(table, str(arguments.recipe))
     path = arguments.run or Path("runs") / arguments.recipe.stem
-    from mistral_jax import machine
-    from mistral_jax.training import curve, run
+    if arguments.preview is not None:
+        _preview(recipe, arguments.preview)
+        return 0
+
+    from mistral_jax import distributed, machine
+    from mistral_jax.training import curve, progress, run, summary
+    from mistral_jax.training.loggers import open_loggers
 
     if arguments.compilation_cache:
         machine.use_compilation_cache()
     if arguments.plot:
         curve.check_plot()
-    print(f"training {recipe.model} in {path}", flush=True)
-    with _progress(recipe.steps) as report:
-        complete = run.train(recipe, path, report, arguments.sharding, arguments.mesh)
-    if arguments.plot:
-        curve.plot(path / "curve.jsonl", path / "curve.png")
-    if complete:
-        print(f"the model is in {path / 'checkpoint'}")
-        return 0
-    print(
-        f"stopped and saved; the same command goes on: {' '.join(sys.orig_argv)}", file=sys.stderr
-    )
-    return 130
+    print(f"training {recipe.model or recipe.checkpoint or 'the bundled model'} in {path}")
+    began = time.perf_counter()
+    loggers = arguments.log if distributed.is_first() else []
+    with (
+        progress.show(recipe.steps) as show,
+        open_loggers(loggers, path, recipe.to_dict()) as log,
+    ):
+
+        def report(entry):
+            show(entry)
+            log(entry)
+
+        outcome = run.train(recipe, path, report, arguments.sharding, arguments.mesh)
+    if outcome.stopped is not None:
+        again = " ".join(sys.orig_argv)
+        print(f"stopped and saved; the same command goes on: {again}", file=sys.stderr)
+        # A machine that is about to be taken away has been served; a person has interrupted.
+        return 0 if outcome.stopped == signal.SIGTERM else 130
+    if distributed.is_first():
+        seconds = time.perf_counter() - began
+        print(summary.write(path, recipe.to_dict(), outcome.result, outcome.command, seconds))
+    return 0
 
 
-@contextlib.contextmanager
-def _progress(steps: int) -> Iterator[Callable[[dict[str, float]], None]]:
-    """Yields what shows an entry of the curve: a bar on a terminal, plain lines elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda entry: print(_line(entry), file=sys.stderr, flush=True)
-        return
+def _override(table: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns the table of a recipe with what the command line says in its place."""
+    settings = list(arguments.set)
+    for name, value in (
+        (["checkpoint"], arguments.checkpoint),
+        (["data", "train"], arguments.data),
+        (["data", "validation"], arguments.validation),
+        (["data", "skip_bad"], arguments.skip_bad or None),
+    ):
+        if value is not None:
+            settings.append((name, value))
+    for (*tables, name), value in settings:
+        place = table
+        for inner in tables:
+            place = place.setdefault(inner, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"--set {'.'.join((*tables, name))}: {inner} is no table")
+        place[name] = value
+    return table
+
+
+def _preview(recipe, count: int) -> None:
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
 
-    columns = [
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[line]}"),
-    ]
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("training", total=steps, line="preparing")
+    from mistral_jax.training import finetuning, preview
 
-        def show(entry):
-            line = _line(entry)
-            bar.update(task, completed=entry["step"], line=line)
-            if "validation_loss" in entry:
-                bar.console.print(line)
-
-        yield show
-
-
-def _line(entry: dict[str, float]) -> str:
-    return "  ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in entry.items())
+    if recipe.data is None:
+        raise ValueError("--preview shows examples, and this recipe trains on a corpus")
+    tokenizer = finetuning.read_tokenizer(recipe)
+    examples = finetuning.read_examples(recipe, recipe.data.train, tokenizer)
+    preview.show(itertools.islice(examples, count), tokenizer, Console())
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def test_what_is_written_one_by_one_is_read_whole(written):
 
 def test_a_whole_tree_with_scalars_is_read_again(tmp_path):
     state = {"step": jnp.int32(7), **tree()}
-    arrays.save(tmp_path / "t", state)
+    arrays.save_in_background(tmp_path / "t", state)()
     equal(arrays.read(tmp_path / "t", abstract(state)), state)
 
 

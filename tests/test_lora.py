@@ -103,8 +103,8 @@ def test_adapters_lie_as_their_kernels_do():
     [
         ({"targets": ("wq",)}, "targets has 'wq'; expected some of q_proj, k_proj"),
         ({"targets": ()}, "targets is empty"),
-        ({"rank": 0}, "rank is 0; expected at least 1"),
-        ({"dropout": 1.0}, r"dropout is 1\.0; expected at least 0 and less than 1"),
+        ({"rank": 0}, "rank is 0; expected an integer of at least 1"),
+        ({"dropout": 1.0}, r"dropout is 1\.0; expected less than 1"),
         ({"alpha": 0.0}, r"alpha is 0\.0"),
     ],
 )

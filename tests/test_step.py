@@ -4,23 +4,24 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
 
-from mistral_jax.training.loss import IGNORED, cross_entropy
-from mistral_jax.training.step import Batch, TrainState, adamw, make_train_step
+from mistral_jax.training.loss import IGNORED
+from mistral_jax.training.objective import make_loss_fn
+from mistral_jax.training.optimizers import make_optimizer
+from mistral_jax.training.step import Batch, TrainState, make_train_step
 
 MODEL, PARAMS = tiny.build()
 TARGET = np.array([[0.0, 1.0], [1.0, 3.0]], np.float32)
 VALUES = {"b1": 0.9, "b2": 0.95, "weight_decay": 0.1, "clip_norm": 1.0}
 
 
-def loss_fn(trainable, frozen, batch):
-    logits, _ = MODEL.apply({"params": trainable | frozen}, batch.tokens, batch.positions)
-    return cross_entropy(logits, batch.targets)
+loss_fn = make_loss_fn(MODEL, lambda trainable, frozen: trainable | frozen)
 
 
-def quadratic(trainable, frozen, batch):
-    return 0.5 * jnp.sum((trainable["w"] - TARGET) ** 2), jnp.float32(1)
+def quadratic(trainable, frozen, batch, key):
+    return 0.5 * jnp.sum((trainable["w"] - TARGET) ** 2), {"targets": jnp.float32(1)}
 
 
 def some_batch(rows=4, length=12, seed=0):
@@ -37,7 +38,7 @@ def new_state(optimizer, params=PARAMS, frozen=None):
 
 
 def test_accumulation_is_one_large_batch():
-    optimizer, batch = adamw(1e-3, **VALUES), some_batch()
+    optimizer, batch = make_optimizer("adamw", 1e-3, **VALUES), some_batch()
     whole, whole_metrics = make_train_step(loss_fn, optimizer)(new_state(optimizer), batch)
     for microbatches in (2, 4):
         step = make_train_step(loss_fn, optimizer, microbatches)
@@ -50,9 +51,10 @@ def test_accumulation_is_one_large_batch():
 
 
 def test_metrics_are_of_the_mean_before_the_step():
-    optimizer, batch = adamw(1e-3, **VALUES), some_batch()
+    optimizer, batch = make_optimizer("adamw", 1e-3, **VALUES), some_batch()
     differentiate = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
-    (total, count), gradient = differentiate(PARAMS, {}, batch)
+    (total, sums), gradient = differentiate(PARAMS, {}, batch, None)
+    count = sums["targets"]
     squares = sum(float(jnp.sum(g.astype(jnp.float32) ** 2)) for g in jax.tree.leaves(gradient))
     _, metrics = make_train_step(loss_fn, optimizer)(new_state(optimizer), batch)
     np.testing.assert_allclose(metrics["loss"], total / count, rtol=1e-6)
@@ -61,7 +63,7 @@ def test_metrics_are_of_the_mean_before_the_step():
 
 
 def test_frozen_parameters_stay_and_cost_no_optimizer_state():
-    optimizer = adamw(1e-2, **VALUES)
+    optimizer = make_optimizer("adamw", 1e-2, **VALUES)
     trainable = {"final_norm": PARAMS["final_norm"]}
     frozen = {name: value for name, value in PARAMS.items() if name != "final_norm"}
     state = new_state(optimizer, trainable, jax.tree.map(jnp.copy, frozen))
@@ -75,7 +77,7 @@ def test_frozen_parameters_stay_and_cost_no_optimizer_state():
 
 def test_learns_one_batch_by_heart_with_one_compilation():
     chex.clear_trace_counter()
-    optimizer, batch = adamw(1e-2, **VALUES), some_batch()
+    optimizer, batch = make_optimizer("adamw", 1e-2, **VALUES), some_batch()
     step = make_train_step(chex.assert_max_traces(loss_fn, 1), optimizer)
     state, losses = new_state(optimizer), []
     for _ in range(40):
@@ -85,18 +87,67 @@ def test_learns_one_batch_by_heart_with_one_compilation():
     assert state.step == 40
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(bad):
+    """Though one microbatch of two is sound; and the next step is what it would have been."""
+
+    def sometimes(trainable, frozen, batch, key):
+        loss, sums = quadratic(trainable, frozen, batch, key)
+        return jnp.where(batch.tokens[0, 0] == 7, bad, 1.0) * loss, sums
+
+    optimizer = make_optimizer("adamw", 1e-2, **VALUES)
+    step = make_train_step(sometimes, optimizer, microbatches=2)
+    batch = some_batch()
+    batch.tokens[[0, 2], 0] = 1
+    spoilt = batch.replace(tokens=np.where(np.arange(12) == 0, [[1], [1], [7], [1]], batch.tokens))
+
+    def run(*batches):
+        state = TrainState.create(optimizer, {"w": jnp.asarray(TARGET) + 1})
+        skipped = []
+        for each in batches:
+            state, metrics = step(state, each)
+            skipped.append(float(metrics["skipped"]))
+        return state, skipped
+
+    state, skipped = run(batch, spoilt, batch)
+    expected, _ = run(batch, batch)
+    assert skipped == [0, 1, 0]
+    assert state.step == 3
+    chex.assert_trees_all_equal(state.replace(step=expected.step), expected)
+
+
+def test_every_step_and_part_has_a_key_of_its_own_and_the_seed_decides_them():
+    def draw(trainable, frozen, batch, key):
+        number = jax.random.uniform(key)
+        return 0.0 * jnp.sum(trainable["w"]), {"targets": jnp.float32(1), "number": number}
+
+    optimizer = make_optimizer("sgd", 1e-2)
+
+    def numbers(seed, microbatches):
+        state = TrainState.create(optimizer, {"w": jnp.ones(2)})
+        step = make_train_step(draw, optimizer, microbatches, seed=seed)
+        found = []
+        for _ in range(3):
+            state, metrics = step(state, some_batch())
+            found.append(float(metrics["number"]))
+        return found
+
+    assert numbers(0, 1) == numbers(0, 1)
+    assert len({*numbers(0, 1), *numbers(1, 1), *numbers(0, 2)}) == 9
+
+
 def test_consumes_its_state():
-    optimizer = adamw(1e-3, **VALUES)
+    optimizer = make_optimizer("adamw", 1e-3, **VALUES)
     state = TrainState.create(optimizer, {"w": jnp.ones((2, 2))})
     make_train_step(quadratic, optimizer)(state, some_batch())
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.trainable))
 
 
 def test_without_a_target_only_matrices_decay():
-    def nothing(trainable, frozen, batch):
-        return 0.0 * jnp.sum(trainable["matrix"]), jnp.float32(0)
+    def nothing(trainable, frozen, batch, key):
+        return 0.0 * jnp.sum(trainable["matrix"]), {"targets": jnp.float32(0)}
 
-    optimizer = adamw(1e-2, **VALUES)
+    optimizer = make_optimizer("adamw", 1e-2, **VALUES)
     state = TrainState.create(optimizer, {"matrix": jnp.ones((2, 2)), "scale": jnp.ones(2)})
     state, metrics = make_train_step(nothing, optimizer)(state, some_batch())
     np.testing.assert_allclose(state.trainable["matrix"], 1 - 1e-2 * 0.1, rtol=1e-6)
@@ -108,7 +159,9 @@ def test_adamw_is_the_papers():
     rate, beta1, beta2, decay, clip = 0.1, 0.9, 0.95, 0.2, 1.0
     weights = np.array([[1.0, -2.0], [0.5, 3.0]])
     m, v = np.zeros_like(weights), np.zeros_like(weights)
-    optimizer = adamw(rate, b1=beta1, b2=beta2, weight_decay=decay, clip_norm=clip)
+    optimizer = make_optimizer(
+        "adamw", rate, b1=beta1, b2=beta2, weight_decay=decay, clip_norm=clip
+    )
     step = make_train_step(quadratic, optimizer)
     state = TrainState.create(optimizer, {"w": jnp.asarray(weights, jnp.float32)})
     for t in range(1, 4):

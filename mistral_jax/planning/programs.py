@@ -15,9 +15,10 @@ from mistral_jax.generation.sampling import RowSampling, Sampling
 from mistral_jax.model.cache import Cache
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.sharding import Layout, abstract_params
-from mistral_jax.training.run import make_loss_fn
+from mistral_jax.training.objective import make_loss_fn
+from mistral_jax.training.optimizers import make_optimizer
 from mistral_jax.training.states import abstract_state
-from mistral_jax.training.step import Batch, adamw, make_train_step
+from mistral_jax.training.step import Batch, make_train_step
 
 PROGRAMS = ("prefill", "decode", "train")
 
@@ -50,7 +51,7 @@ def shapes(layout: Layout, batch: int, length: int, dtype: str) -> Shapes:
 def arguments(program: str, model: Transformer, layout: Layout, of: Shapes) -> Any:
     """Describes what a program works on: (params, cache), or the state of training."""
     if program == "train":
-        return abstract_state(model, _optimizer(), layout)
+        return abstract_state(_optimizer(), abstract_params(model, layout), layout)
     params = jax.tree.map(lambda x: x.update(dtype=of.dtype), abstract_params(model, layout))
     return params, _cache(model, layout, of)
 
@@ -106,4 +107,4 @@ def _array(layout, shape, dtype, axes) -> jax.ShapeDtypeStruct:
 
 
 def _optimizer():
-    return adamw(1e-4, b1=0.9, b2=0.95, weight_decay=0.1, clip_norm=1.0)
+    return make_optimizer("adamw", 1e-4, clip_norm=1.0)

@@ -1,4 +1,4 @@
-"""The data: documents as one array of token ids, and the batch of every step. It trains nothing.
+"""The data: documents as one array of token ids, and batches, over devices too. It trains nothing.
 
 A batch is a pure function of the array, the seed and the step, so a run that goes on sees what it
 would have seen.
@@ -75,18 +75,29 @@ def batches_in_order(tokens: np.ndarray, *, context: int, rows: int) -> Iterator
 
 def spread(batch: Batch, layout: Layout, microbatches: int = 1) -> Batch:
     """Lays a batch over devices, filled up with padding to what they share evenly."""
-    parts = microbatches * layout.parts("batch"), layout.parts("length")
 
-    def fill(x, value):
+    def place(x, value):
+        axes = ("batch", *[None] * (x.ndim - 2), "length")
+        parts = [layout.parts(axis) if axis else 1 for axis in axes]
+        parts[0] *= microbatches
         extra = [(0, -size % part) for size, part in zip(x.shape, parts, strict=True)]
-        return np.pad(x, extra, constant_values=value)
+        filled = np.pad(x, extra, constant_values=value)
+        sharding = layout.sharding(*axes)
+        return jax.make_array_from_callback(filled.shape, sharding, lambda index: filled[index])
 
-    def place(x):
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+    return Batch(
+        place(batch.tokens, 0),
+        place(batch.positions, -1),
+        place(batch.targets, IGNORED),
+        None if batch.weights is None else place(batch.weights, 0),
+    )
 
-    sharding = layout.sharding("batch", "length")
-    filled = Batch(fill(batch.tokens, 0), fill(batch.positions, -1), fill(batch.targets, IGNORED))
-    return jax.tree.map(place, filled)
+
+def own_rows(layout: Layout, rows: int, microbatches: int = 1) -> list[int]:
+    """Returns which rows of a batch lie on devices of this process: `spread` looks at no others."""
+    filled = rows + -rows % (layout.parts("batch") * microbatches)
+    parts = layout.sharding("batch").addressable_devices_indices_map((filled,)).values()
+    return sorted({row for (part,) in parts for row in range(filled)[part] if row < rows})
 
 
 @functools.lru_cache(maxsize=2)  # The rows of one step may lie in two epochs.

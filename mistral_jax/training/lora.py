@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mistral_jax.training.fields import check
+
 Params = Mapping[str, Any]
 
 # Axes of a kernel that are its outputs; one where it is not said.
@@ -41,6 +43,7 @@ class Lora:
     targets: tuple[str, ...] = PROJECTIONS
 
     def __post_init__(self):
+        check(self, "lora.")
         known = (*PROJECTIONS, HEAD)
         if unknown := [name for name in self.targets if name not in known]:
             raise ValueError(
@@ -48,12 +51,10 @@ class Lora:
             )
         if not self.targets:
             raise ValueError("lora.targets is empty; name at least one projection")
-        if self.rank < 1:
-            raise ValueError(f"lora.rank is {self.rank}; expected at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora.dropout is {self.dropout}; expected at least 0 and less than 1")
-        if not 0 < self.alpha < math.inf:
-            raise ValueError(f"lora.alpha is {self.alpha}; expected a finite number above 0")
+        if self.dropout >= 1:
+            raise ValueError(f"lora.dropout is {self.dropout}; expected less than 1")
+        if not self.alpha:
+            raise ValueError(f"lora.alpha is {self.alpha}; expected more than 0")
 
     @property
     def scale(self) -> float:
@@ -112,27 +113,64 @@ def attach(params: Params, adapters: Params, scale: float = 1.0) -> Params:
 def merge(params: Params, adapters: Params, scale: float = 1.0) -> Params:
     """Adds the product of each adapter to its kernel, in float32, and rounds to its dtype.
 
-    Args and errors are those of `attach`.
+    Args are those of `attach`.
+
+    Raises:
+      ValueError: as `attach` does; or a kernel is quantised.
     """
     flat = flatten_dict(attach(params, adapters, scale))
     merged = {path: array for path, array in flat.items() if not path[-1].startswith("lora_")}
     for path in {path[:-1] for path in flatten_dict(adapters)}:
         place = (*path, "kernel")
+        if hasattr(flat[place], "dequantize"):
+            raise ValueError(
+                f"{'/'.join(path)} is quantised, and takes no product; merge the adapters into the "
+                "model as it was before"
+            )
         merged[place] = _merged(flat[place], flat[*path, "lora_a"], flat[*path, "lora_b"])
     return unflatten_dict(merged)
+
+
+def apply(params: Params, lora: Lora, adapters: Params, merged: bool = False) -> Params:
+    """Puts adapters from host memory to use, on the devices of their kernels and split as these.
+
+    Args:
+      params: the model's parameters; with `merged` they are consumed.
+      lora: what the adapters are.
+      adapters: the tree of them, of NumPy arrays.
+      merged: whether their products are added to the kernels; else they lie beside these, in the
+        same dtype.
+    """
+    kernels, placed = flatten_dict(params), {}
+    places = flatten_dict(adapter_shardings(params, adapters))
+    for path, array in flatten_dict(adapters).items():
+        array = array * lora.scale if path[-1] == "lora_b" else array
+        array = array if merged else array.astype(kernels[*path[:-1], "kernel"].dtype)
+        placed[path] = jax.make_array_from_callback(array.shape, places[path], array.__getitem__)
+    placed = unflatten_dict(placed)
+    if not merged:
+        return attach(params, placed)
+    result = dict(params)
+    for name, part in placed.items():  # A layer at a time: no second model in memory.
+        result |= merge({name: params[name]}, {name: part})
+        jax.tree.map(lambda old, new: old is new or old.delete(), params[name], result[name])
+    return result
 
 
 def adapter_shardings(params: Params, adapters: Params) -> Params:
     """Returns where adapters lie: split as the axes of their kernels are, and whole along R.
 
     Args:
-      params: the model's parameters on a mesh.
+      params: the model's parameters.
       adapters: their adapters, or the shapes of these.
     """
     kernels = flatten_dict(params)
     found = {}
     for path in flatten_dict(adapters):
         kernel = kernels[*path[:-1], "kernel"]
+        if not isinstance(kernel.sharding, NamedSharding):  # On one device.
+            found[path] = kernel.sharding
+            continue
         spec = [*kernel.sharding.spec, *[None] * (kernel.ndim - len(kernel.sharding.spec))]
         outputs, inputs = split_axes(path[-2], tuple(spec))
         axes = (None, *inputs) if path[-1] == "lora_a" else (*outputs, None)

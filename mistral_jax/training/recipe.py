@@ -1,93 +1,215 @@
-"""`Recipe`: how a model is trained from nothing. It holds no weights, and no folder of a run."""
+"""`Recipe`: how a model is trained, from nothing or further. It holds no weights, and no folder."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mistral_jax.config import ModelConfig, read_toml
+from mistral_jax.training.fields import build, check
+from mistral_jax.training.lora import Lora
+from mistral_jax.training.optimizers import SCHEDULES, make_optimizer, parameters_of
 
-# What a stopped run may change when it goes on: its length, and how often it looks up.
-CHANGEABLE = ("steps", "remat", "validate_every", "save_every")
+# What a stopped run may change when it goes on: its length, its memory, and how often it looks up.
+CHANGEABLE = (
+    *("steps", "epochs", "remat", "microbatches", "most_skipped"),
+    *("validate_every", "save_every", "sample_every", "sample_prompts", "keep", "export_best"),
+)
+DTYPES = ("auto", "float32", "bfloat16")
+REMAT = (
+    *("none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"),
+    "everything_saveable",
+)
+QUANTIZED = ("none", "int8", "nf4")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Files of examples; see `records.py` for their form.
+
+    Attributes:
+      train: JSONL files, or folders that Hugging Face's `datasets` saved.
+      validation: others, to measure the loss on; none = it is not measured.
+      pack: whether a row holds as many examples as fit.
+      skip_bad: whether bad lines are counted and left out, rather than refused.
+    """
+
+    train: tuple[str, ...]
+    validation: tuple[str, ...] = ()
+    pack: bool = True
+    skip_bad: bool = False
+
+    def __post_init__(self):
+        check(self, "data.")
+        if not self.train:
+            raise ValueError("data.train is empty; name at least one JSONL file (--data FILE)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """Learning from pairs of answers, by direct preference optimization (arXiv 2305.18290).
+
+    Attributes:
+      beta: how strongly the model is held to the one that it began as.
+      label_smoothing: share of pairs that are taken to be the wrong way around.
+    """
+
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+
+    def __post_init__(self):
+        check(self, "dpo.")
+        if not self.label_smoothing < 0.5:
+            raise ValueError(
+                f"dpo.label_smoothing is {self.label_smoothing}; expected less than 0.5"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """Everything that decides what a training run computes.
 
+    It trains either a new `model` on a `corpus`, or the model of a `checkpoint` on `data`.
+
     Attributes:
-      model: name of a file in configs/models.
-      corpus: installed distributions whose Python source is read, and how often in an epoch; what
-        they need in their turn is read once. "python" is the standard library.
       context: tokens a row (T).
       rows: rows a step (B).
-      microbatches: parts that a step computes one after another, to save memory; divides rows.
-      remat: whether a step computes each block again on its way back, to save memory.
-      steps: optimizer steps in all.
+      learning_rate: its peak.
+      model: name of a file in configs/models, for a model that begins with random weights.
+      corpus: installed distributions whose Python source is read, and how often in an epoch; what
+        they need in their turn is read once. "python" is the standard library.
+      checkpoint: folder of the model to train further; None = the bundled model.
+      data: what that is trained on.
+      lora: the adapters to train, all else being frozen; None = everything is trained.
+      quantize: whether the frozen projections are kept in "int8" or "nf4" (QLoRA, arXiv
+        2305.14314), or as they are: "none".
+      dpo: how to learn from pairs of answers; None = each next token is learnt.
+      steps: optimizer steps in all; or
+      epochs: how often all of the data is read. One of the two.
       warmup_steps: steps in which the learning rate rises from 0.
-      learning_rate: its peak; from there it falls along a cosine.
+      schedule: how it goes on: "cosine", "linear" or "constant".
       final_learning_rate: where it ends.
-      beta1: decay of AdamW's mean of gradients.
-      beta2: decay of AdamW's mean of their squares.
-      weight_decay: AdamW's decay of matrices.
-      clip_norm: global norm that gradients are clipped to.
-      seed: of the first weights, the vocabulary's sample, and the order of the data.
+      optimizer: by its name in Optax.
+      beta1: decay of its mean of gradients, where it has one.
+      beta2: decay of its mean of their squares, where it has one.
+      weight_decay: its decay of matrices, where it has one.
+      optimizer_options: further arguments of Optax's function.
+      clip_norm: global norm that gradients are clipped to; 0 = they are not.
+      microbatches: parts that a step computes one after another, to save memory; divides rows.
+      dtype: of computation, and of frozen parameters; those that are trained are float32. "auto" =
+        float32 on a CPU, bfloat16 elsewhere.
+      remat: what a step keeps of each block for its way back, the rest of which it computes again:
+        "none" = everything is kept, or a policy of `jax.checkpoint_policies`.
+      scan: whether one compiled block runs over all layers: a model of 32 compiles 10 times faster.
+      seed: of first weights, adapters and dropout, the vocabulary's sample, and the data's order.
       validate_every: steps between two measurements of the validation loss.
       save_every: steps between two saved states.
+      keep: how many states are kept, the latest; the best by validation is kept too.
+      export_best: whether the result is the best state by validation, rather than the last.
+      most_skipped: steps in a row whose loss or gradients are not finite, after which a run stops.
+      sample_every: steps between two rounds of sample texts; 0 = none.
+      sample_prompts: what they answer; none = the first few of the validation data.
     """
 
-    model: str
-    corpus: Mapping[str, int]
     context: int
     rows: int
-    steps: int
-    warmup_steps: int
     learning_rate: float
-    final_learning_rate: float
-    microbatches: int = 1
-    remat: bool = False
+    model: str | None = None
+    corpus: Mapping[str, int] | None = None
+    checkpoint: str | None = None
+    data: Data | None = None
+    lora: Lora | None = None
+    quantize: str = "none"
+    dpo: Preference | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    warmup_steps: int = 0
+    schedule: str = "cosine"
+    final_learning_rate: float = 0.0
+    optimizer: str = "adamw"
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.1
+    optimizer_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     clip_norm: float = 1.0
+    microbatches: int = 1
+    dtype: str = "auto"
+    remat: str = "none"
+    scan: bool = False
     seed: int = 0
     validate_every: int = 500
     save_every: int = 200
+    keep: int = 2
+    export_best: bool = False
+    most_skipped: int = 10
+    sample_every: int = 0
+    sample_prompts: tuple[str, ...] = ()
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int:
-                least = 0 if field.name in ("seed", "warmup_steps") else 1
-                good, expected = _is_count(value, least), f"an integer of at least {least}"
-            elif field.type is float:
-                good = isinstance(value, int | float) and not isinstance(value, bool)
-                good = good and 0 <= value < float("inf")
-                expected = "a finite number of at least 0"
-            elif field.type is bool:
-                good, expected = isinstance(value, bool), "true or false"
-            elif field.type is str:
-                good, expected = isinstance(value, str), "a string"
-            else:
-                good = isinstance(value, Mapping) and len(value) > 0
-                good = good and all(_is_count(times, 1) for times in value.values())
-                expected = "a table of distributions and whole numbers, such as { python = 1 }"
-            if not good:
-                raise ValueError(f"{field.name} is {value!r}; expected {expected}")
+        check(self, zero=("seed", "warmup_steps", "sample_every"))
+        for name, known in (
+            ("schedule", SCHEDULES),
+            ("dtype", DTYPES),
+            ("remat", REMAT),
+            ("quantize", QUANTIZED),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}"
+                )
+        self._check_kind()
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("a recipe says steps or epochs; expected one of the two")
         if self.rows % self.microbatches:
             raise ValueError(
                 f"microbatches is {self.microbatches}; expected a divisor of rows ({self.rows})"
             )
-        if self.warmup_steps >= self.steps:
+        if self.steps is not None and self.warmup_steps >= self.steps:
             raise ValueError(
                 f"warmup_steps is {self.warmup_steps}; expected less than steps ({self.steps})"
+            )
+        try:
+            make_optimizer(self.optimizer, 1.0, **self.optimizer_arguments)
+        except TypeError as error:
+            raise ValueError(f"optimizer_options: {error}") from None
+
+    def _check_kind(self) -> None:
+        if self.data is None:
+            if self.model is None or self.corpus is None:
+                raise ValueError(
+                    "a recipe trains a new model on a corpus (model, corpus), or a checkpoint on "
+                    "files of examples ([data] or --data FILE); expected one of the two"
+                )
+            if not self.corpus or not all(
+                type(times) is int and times > 0 for times in self.corpus.values()
+            ):
+                raise ValueError(
+                    f"corpus is {self.corpus!r}; expected a table of distributions and whole "
+                    "numbers, such as { python = 1 }"
+                )
+        of_data = ("checkpoint", "lora", "dpo", "epochs")
+        of_corpus = ("model", "corpus")
+        kind, foreign = ("a corpus", of_data) if self.data is None else ("data", of_corpus)
+        for name in foreign:
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} is not for training on {kind}; leave it out")
+        if self.quantize != "none" and self.lora is None:
+            raise ValueError(
+                f"quantize is {self.quantize!r}, of what is frozen, and all is trained: add [lora]"
             )
 
     @property
     def model_config(self) -> ModelConfig:
         """The architecture that `model` names."""
         return ModelConfig.from_name(self.model)
+
+    @property
+    def optimizer_arguments(self) -> dict[str, Any]:
+        """The arguments of `make_optimizer` beside the learning rate."""
+        known = parameters_of(self.optimizer)
+        named = {"b1": self.beta1, "b2": self.beta2, "weight_decay": self.weight_decay}
+        own = {name: value for name, value in named.items() if name in known}
+        return {"clip_norm": self.clip_norm or None, **own, **self.optimizer_options}
 
     @classmethod
     def from_file(cls, path: Path | str) -> "Recipe":
@@ -96,33 +218,12 @@ class Recipe:
         Raises:
           ValueError: there is no such file, or a key is unknown, missing or invalid.
         """
-        if not Path(path).is_file():
-            raise ValueError(
-                f"there is no file {path}; expected a recipe like configs/training/nano.toml"
-            )
-        return cls.from_dict(read_toml(path), str(path))
+        return cls.from_dict(read_table(path), str(path))
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], source: str = "recipe") -> "Recipe":
         """Builds a recipe from its fields; `source` is what messages call their place."""
-        known = {field.name: field for field in dataclasses.fields(cls)}
-        for name in fields:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, 1, 0)[0]
-                raise ValueError(
-                    f"{source}: unknown key {name!r}; the nearest known one is {near!r}"
-                )
-        missing = [
-            name
-            for name, field in known.items()
-            if name not in fields and field.default is dataclasses.MISSING
-        ]
-        if missing:
-            raise ValueError(f"{source}: missing {', '.join(missing)}")
-        try:
-            return cls(**fields)
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from None
+        return build(cls, fields, source)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as JSON values, such that `from_dict` gives an equal recipe."""
@@ -130,14 +231,19 @@ class Recipe:
 
     def check_continues(self, earlier: "Recipe", where: str) -> None:
         """Raises a ValueError if the run in `where`, of `earlier`, can't go on with this recipe."""
-        for name, value in earlier.to_dict().items():
-            mine = self.to_dict()[name]
-            if name not in CHANGEABLE and mine != value:
+        for field in dataclasses.fields(self):
+            value, mine = getattr(earlier, field.name), getattr(self, field.name)
+            if field.name not in CHANGEABLE and mine != value:
                 raise ValueError(
-                    f"{where} holds a run with {name} = {value!r}, and this recipe says {mine!r}: "
-                    "name another folder with --run, or restore the recipe"
+                    f"{where} holds a run with {field.name} = {value!r}, and this recipe says "
+                    f"{mine!r}: name another folder with --run, or restore the recipe"
                 )
 
 
-def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def read_table(path: Path | str) -> dict[str, Any]:
+    """Reads the fields of a recipe; raises a ValueError if there is no such file."""
+    if not Path(path).is_file():
+        raise ValueError(
+            f"there is no file {path}; expected a recipe like configs/training/nano.toml"
+        )
+    return read_toml(path)

@@ -1,32 +1,49 @@
-"""A training run: a folder of data, states, curve and model, and the loop that fills it.
+"""A training run: a folder of data, states, curve and result, and the loop that fills it.
 
 It is the bookkeeping around `step.py`. A run that was stopped goes on where it was, to the bit.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
-from mistral_jax import checkpoint, distributed, folder
+from mistral_jax import distributed, folder
 from mistral_jax.config import read_json
-from mistral_jax.model.transformer import Transformer
-from mistral_jax.sharding import on_mesh, read_layout
-from mistral_jax.tokenizer import Tokenizer
-from mistral_jax.training import corpus, data
+from mistral_jax.generation.sampling import Sampling
+from mistral_jax.generation.text import completions
+from mistral_jax.sharding import on_mesh
+from mistral_jax.training import curve, data, finetuning, pretraining
 from mistral_jax.training.curve import Curve, Entry
-from mistral_jax.training.loss import cross_entropy
+from mistral_jax.training.job import Job, optimizer_of
 from mistral_jax.training.recipe import Recipe
-from mistral_jax.training.states import initial_state, restore_state, save_state
-from mistral_jax.training.step import Batch, LossFn, Params, TrainState, adamw, make_train_step
-from mistral_jax.training.vocabulary import train_vocabulary
+from mistral_jax.training.states import Saver, restore_state, saved_steps
+from mistral_jax.training.step import Batch, TrainState, make_train_step
+from mistral_jax.training.utilisation import flops_per_token, peak_flops
+
+_SAMPLE_TOKENS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+      stopped: the signal that stopped it, state saved; None = it is complete.
+      result: what came of it, a folder: a checkpoint, or adapters.
+      command: how to use that.
+    """
+
+    stopped: signal.Signals | None = None
+    result: Path | None = None
+    command: str = ""
 
 
 def train(
@@ -35,8 +52,10 @@ def train(
     report: Callable[[Entry], None],
     sharding: Path | str | None = None,
     mesh: Mapping[str, int] | None = None,
-) -> bool:
-    """Trains a model, or goes on with it, and saves it in bfloat16 as `<path>/checkpoint`.
+) -> Outcome:
+    """Trains a model, or goes on with it, and saves what comes of it in the folder of the run.
+
+    That is `<path>/checkpoint`, in bfloat16, or `<path>/adapter`, where adapters are trained.
 
     Args:
       recipe: how.
@@ -45,65 +64,22 @@ def train(
       sharding: how to spread the work over devices, and `mesh`: see `read_layout`. A run may go on
         under another layout than it began with.
 
-    Returns:
-      Whether the run is complete; False = an interrupt or SIGTERM stopped it, state saved.
-
     Raises:
-      ValueError: the recipe does not fit the run in the folder, or the text that is installed; or
-        the loss is no longer a number.
+      ValueError: the recipe does not fit the run in the folder, the data or the model; or steps in
+        a row were not finite.
     """
     path = Path(path).absolute()
-    layout = read_layout(sharding, recipe.model_config, mesh=mesh)
+    kind = finetuning if recipe.data else pretraining
     distributed.from_first(lambda: prepare(recipe, path))
-    train_tokens, validation_tokens = (
-        np.load(path / "data" / f"{name}.npy", mmap_mode="r") for name in ("train", "validation")
-    )
-    rules = layout.rules if layout else ()
-    model = Transformer(recipe.model_config, rules=rules, remat=recipe.remat)
-    schedule, optimizer = make_optimizer(recipe)
-    state = restore_state(path, initial_state(model, optimizer, recipe.seed, layout))
-    places = jax.tree.map(lambda x: x.sharding, state) if layout else None
-    loss_fn = make_loss_fn(model)
-    train_step = make_train_step(loss_fn, optimizer, recipe.microbatches, places)
-    evaluate = jax.jit(loss_fn)
-    curve = Curve(path / "curve.jsonl" if distributed.is_first() else None, int(state.step), report)
-    shape = {"context": recipe.context, "rows": recipe.rows}
-
-    def spread(batch):
-        return data.spread(batch, layout, recipe.microbatches) if layout else batch
-
-    with _signals() as stopped, on_mesh(state.trainable):
-        for step in range(int(state.step), recipe.steps):
-            batch = data.batch_at(step, train_tokens, **shape, seed=recipe.seed)
-            state, metrics = train_step(state, spread(batch))
-            if not math.isfinite(metrics["loss"]):
-                raise ValueError(
-                    f"the loss of step {step + 1} is {metrics['loss']}: begin another run with a "
-                    f"learning_rate below {recipe.learning_rate}"
-                )
-            curve.add(step + 1, metrics, batch.tokens.size, float(schedule(step)))
-            last = step + 1 == recipe.steps
-            if last or (step + 1) % recipe.validate_every == 0:
-                batches = data.batches_in_order(validation_tokens, **shape)
-                # One at a time: CPU devices run what does not depend on each other at once, and
-                # processes that do so in another order wait for each other forever.
-                sums = [
-                    jax.device_get(evaluate(state.trainable, state.frozen, spread(b)))
-                    for b in batches
-                ]
-                loss, count = np.sum(sums, axis=0)
-                curve.write({"step": step + 1, "validation_loss": float(loss / count)})
-            stop = distributed.any_of(stopped())
-            if last or stop or (step + 1) % recipe.save_every == 0:
-                save_state(path, state)
-            if stop and not last:
-                return False
-    export(recipe, path, path / "checkpoint", state)
-    return True
+    job = kind.make_job(recipe, path, sharding, mesh)
+    state = _Run(recipe, path, job, report).go_on()
+    if isinstance(state, signal.Signals):
+        return Outcome(stopped=state)
+    return Outcome(None, *job.export(state))
 
 
 def prepare(recipe: Recipe, path: Path) -> None:
-    """Makes the folder of a run, its vocabulary and its tokens, where they are not there yet."""
+    """Makes the folder of a run and its data, where they are not there yet."""
     notes = path / "recipe.json"
     if notes.is_file():
         recipe.check_continues(Recipe.from_dict(read_json(notes), str(notes)), str(path))
@@ -111,81 +87,161 @@ def prepare(recipe: Recipe, path: Path) -> None:
         folder.check_target(path)
         path.mkdir(parents=True, exist_ok=True)
     notes.write_text(json.dumps(recipe.to_dict(), indent=2) + "\n")
-    if not (path / "data").is_dir():
-        with folder.whole(path / "data") as part:
-            _write_data(recipe, part)
+    (finetuning if recipe.data else pretraining).prepare(recipe, path)
 
 
-def _write_data(recipe: Recipe, part: Path) -> None:
-    sources = corpus.gather(recipe.corpus)
-    splits = {source.name: data.split(source.name, source.files) for source in sources}
-    times = {corpus.normal_name(name): count for name, count in recipe.corpus.items()}
-    train_texts = [text for texts, _ in splits.values() for text in texts]
-    vocabulary = train_vocabulary(train_texts, recipe.model_config.vocab_size, recipe.seed)
-    (part / "tokenizer.model").write_bytes(vocabulary)
-    tokenizer = Tokenizer.from_file(part / "tokenizer.model")
-    train, validation = [], []
-    for name, (train_texts, validation_texts) in splits.items():
-        train += [data.tokenize(train_texts, tokenizer)] * times.get(name, 1)
-        validation.append(data.tokenize(validation_texts, tokenizer))
-    np.save(part / "train.npy", np.concatenate(train))
-    np.save(part / "validation.npy", np.concatenate(validation))
-    listing = [source.summary() for source in sources]
-    (part / "corpus.json").write_text(json.dumps(listing, indent=2) + "\n")
+class _Run:
+    """The loop of a run, and what it looks at."""
+
+    def __init__(self, recipe: Recipe, path: Path, job: Job, report: Callable[[Entry], None]):
+        self._recipe, self._path, self._job = recipe, path, job
+        self._schedule, optimizer = optimizer_of(recipe, job.steps)
+        self._state = restore_state(path, job.state)
+        places = jax.tree.map(lambda x: x.sharding, self._state) if job.layout else None
+        self._train_step = make_train_step(
+            job.loss_fn, optimizer, recipe.microbatches, places, recipe.seed
+        )
+        self._evaluate = jax.jit(job.loss_fn)
+        step = int(self._state.step)
+        file = path / "curve.jsonl"
+        flops = flops_per_token(
+            job.model.config,
+            recipe.context,
+            adapters=recipe.lora is not None,
+            reference=recipe.dpo is not None,
+        )
+        self._curve = Curve(
+            file if distributed.is_first() else None,
+            step,
+            report,
+            flops,
+            peak_flops() if distributed.is_first() else None,
+        )
+        self._best = distributed.from_first(lambda: _best(file))
+
+    def go_on(self) -> TrainState | signal.Signals:
+        """Trains to the end, or until a signal comes; returns the last state, or the signal."""
+        recipe, job = self._recipe, self._job
+        first, skipped = int(self._state.step), 0
+        with (
+            _signals() as stopped,
+            on_mesh(self._state.trainable),
+            Saver(self._path, recipe.keep, lambda: self._best.step) as saver,
+            contextlib.closing(job.feed(range(first, job.steps))) as batches,
+        ):
+            if job.before and not first:
+                self._look(0, last=False)
+            for step, batch in enumerate(batches, first + 1):
+                last = step == job.steps
+                self._state, metrics = self._train_step(self._state, self._spread(batch))
+                metrics = jax.device_get(metrics)
+                self._curve.add(
+                    step, metrics, batch.tokens.size, float(self._schedule(step - 1)), flush=last
+                )
+                skipped = skipped + 1 if metrics["skipped"] else 0
+                improved = self._look(step, last)
+                stop = _agree(stopped())
+                ended = skipped == recipe.most_skipped
+                if last or stop or ended or improved or step % recipe.save_every == 0:
+                    with self._curve.pause():
+                        saver.save(self._state)
+                if ended:
+                    saver.wait()
+                    raise ValueError(
+                        f"the loss or the gradients of {skipped} steps in a row, up to step "
+                        f"{step}, are not finite (loss {metrics['loss']}): the last good state is "
+                        f"saved; begin another run with a learning_rate below "
+                        f"{recipe.learning_rate:g}"
+                    )
+                if stop and not last:
+                    return stop
+        if recipe.export_best and self._best.step in distributed.from_first(
+            lambda: saved_steps(self._path)
+        ):
+            self._state = restore_state(self._path, self._state, self._best.step)
+        return self._state
+
+    def _look(self, step: int, last: bool) -> bool:
+        """Validates and samples where that is due; returns whether the model is the best so far."""
+        recipe, improved = self._recipe, False
+        with self._curve.pause():
+            if last or step % recipe.validate_every == 0:
+                improved = self._validate(step)
+            if recipe.sample_every and (last or step % recipe.sample_every == 0):
+                self._curve.write_samples(step, self._sample())
+        return improved and step > 0
+
+    def _validate(self, step: int) -> bool:
+        # One at a time: CPU devices run what does not depend on each other at once, and processes
+        # that do so in another order wait for each other forever.
+        sums = [
+            jax.device_get(
+                self._evaluate(self._state.trainable, self._state.frozen, self._spread(batch), None)
+            )
+            for batch in self._job.validation()
+        ]
+        if not sums:
+            return False
+        loss, sums = jax.tree.map(lambda *parts: float(np.sum(parts)), *sums)
+        count = sums.pop("targets")
+        means = {f"validation_{name}": value / count for name, value in sums.items()}
+        loss /= count
+        self._curve.write({"step": step, "validation_loss": loss, **means})
+        improved = loss < self._best.loss
+        if improved:
+            self._best = _Best(loss, step)
+        return improved
+
+    def _sample(self) -> list[tuple[str, str]]:
+        job, tokens = self._job, [prompt.tokens for prompt in self._job.prompts]
+        params, greedy = job.params(self._state), Sampling(temperature=0)
+        rows = completions(
+            job.model, params, job.tokenizer, tokens, _SAMPLE_TOKENS, sampling=greedy
+        )
+        return [(prompt.text, row.text) for prompt, row in zip(job.prompts, rows, strict=True)]
+
+    def _spread(self, batch: Batch) -> Batch:
+        layout = self._job.layout
+        return data.spread(batch, layout, self._recipe.microbatches) if layout else batch
 
 
-def make_optimizer(recipe: Recipe) -> tuple[optax.Schedule, optax.GradientTransformation]:
-    """Builds the learning rate of every step (a rise, then a cosine) and the optimizer."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0,
-        recipe.learning_rate,
-        recipe.warmup_steps,
-        recipe.steps,
-        recipe.final_learning_rate,
-    )
-    return schedule, adamw(
-        schedule,
-        b1=recipe.beta1,
-        b2=recipe.beta2,
-        weight_decay=recipe.weight_decay,
-        clip_norm=recipe.clip_norm,
-    )
+class _Best(NamedTuple):
+    """The lowest validation loss so far, and its step."""
+
+    loss: float
+    step: int | None
 
 
-def make_loss_fn(model: Transformer) -> LossFn:
-    """Builds the loss of training all of a model's parameters."""
-
-    def loss_fn(params: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        del frozen
-        logits, _ = model.apply({"params": params}, batch.tokens, batch.positions)
-        return cross_entropy(logits, batch.targets)
-
-    return loss_fn
-
-
-def export(recipe: Recipe, path: Path, target: Path, state: TrainState) -> None:
-    """Saves the model of a state as a checkpoint folder, in bfloat16 as Mistral's are."""
-    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), state.trainable)
-    provenance = {"recipe": recipe.to_dict(), "step": int(state.step)}
-    file = path / "data" / "tokenizer.model"
-    checkpoint.save(target, recipe.model_config, params, file, provenance, overwrite=True)
+def _best(path: Path) -> _Best:
+    """Reads it off a curve; step 0, whose state is not kept, does not count."""
+    entries = [entry for entry in curve.read(path) if entry.get("validation_loss") is not None]
+    found = [_Best(entry["validation_loss"], entry["step"]) for entry in entries if entry["step"]]
+    return min(found, default=_Best(math.inf, None))
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether a SIGINT or SIGTERM came; a second one acts at once."""
+def _signals() -> Iterator[Callable[[], signal.Signals | None]]:
+    """Yields a function that returns the SIGINT or SIGTERM that came; a second one acts at once."""
     received = []
     earlier = {}
 
     def note(number, frame):
-        received.append(number)
+        received.append(signal.Signals(number))
         signal.signal(number, earlier[number] or signal.SIG_DFL)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         earlier[number] = signal.signal(number, note)
     try:
-        yield lambda: bool(received)
+        yield lambda: received[0] if received else None
     finally:
         for number, handler in earlier.items():
             # None: one that Python did not set.
             signal.signal(number, handler or signal.SIG_DFL)
+
+
+def _agree(stopped: signal.Signals | None) -> signal.Signals | None:
+    """Returns the signal that came to any process."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if distributed.any_of(stopped == number):
+            return number
+    return None

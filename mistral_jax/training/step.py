@@ -13,22 +13,28 @@ import jax.numpy as jnp
 import optax
 
 Params = Any
-LossFn = Callable[[Params, Params, "Batch"], tuple[jax.Array, jax.Array]]
+Sums = dict[str, jax.Array]
+LossFn = Callable[[Params, Params, "Batch", jax.Array], tuple[jax.Array, Sums]]
 
 
 @flax.struct.dataclass
 class Batch:
     """Rows of text and what should follow each token.
 
+    A row may hold several texts, one after another. Rows of pairs, an answer that is preferred and
+    then one that is not, have an axis for the two: [B, 2, T].
+
     Attributes:
       tokens: token ids, [B, T] int32.
-      positions: place of each token in its row, [B, T] int32; -1 = padding.
+      positions: place of each token in its text, [B, T] int32; -1 = padding.
       targets: the token after each, [B, T] int32; -1 = not to be learnt.
+      weights: how much each target counts, [B, T] float32; None = all the same.
     """
 
     tokens: jax.Array
     positions: jax.Array
     targets: jax.Array
+    weights: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -59,67 +65,66 @@ class TrainState:
         return cls(trainable, {} if frozen is None else frozen, opt_state, jnp.zeros((), jnp.int32))
 
 
-def adamw(
-    learning_rate: float | optax.Schedule,
-    *,
-    b1: float,
-    b2: float,
-    weight_decay: float,
-    clip_norm: float,
-) -> optax.GradientTransformation:
-    """Builds AdamW (arXiv 1711.05101) after clipping by the global norm; only matrices decay."""
-
-    def matrices(params):
-        return jax.tree.map(lambda p: p.ndim > 1, params)
-
-    return optax.chain(
-        optax.clip_by_global_norm(clip_norm),
-        optax.adamw(learning_rate, b1, b2, weight_decay=weight_decay, mask=matrices),
-    )
-
-
 def make_train_step(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     microbatches: int = 1,
     places: TrainState | None = None,
+    seed: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Builds the jitted training step; it consumes the state that it is given.
 
+    A step whose loss or gradients are not finite changes nothing but the number of steps.
+
     Args:
-      loss_fn: `(trainable, frozen, batch)` to the summed loss and the number of targets in the sum.
+      loss_fn: `(trainable, frozen, batch, key)` to the summed loss, and other sums; among them
+        "targets", by which all are divided. The key is for what is random in the model.
       optimizer: turns gradients of the mean loss into updates.
       microbatches: parts that a batch is computed in, one after another; they must divide B. The
         result is that of one large batch, for the activations' memory of a part.
       places: shardings of the new state's arrays, those of the old one's as a rule; None = left to
         the compiler.
+      seed: of the keys.
 
     Returns:
       `train_step(state, batch) -> (state, metrics)`; the metrics are float32 scalars: `loss`, the
-      mean in nats a target, `targets`, how many there were, and `grad_norm` before clipping.
+      mean in nats a target, `targets`, how much they count in all, `grad_norm` before clipping,
+      `skipped`, 1 for a step that changed nothing, and the means of the other sums.
     """
     differentiate = jax.value_and_grad(loss_fn, has_aux=True)
 
     def train_step(state: TrainState, batch: Batch):
         parts = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), microbatches)
 
-        def accumulate(sums, part):
-            (loss, count), grads = differentiate(state.trainable, state.frozen, part)
-            return jax.tree.map(jnp.add, sums, (loss, count, grads)), None
+        def accumulate(totals, part):
+            (loss, sums), grads = differentiate(state.trainable, state.frozen, *part)
+            return jax.tree.map(jnp.add, totals, (loss, grads)), sums
 
-        zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), jnp.float32(0), state.trainable))
-        (loss, count, grads), _ = jax.lax.scan(accumulate, zeros, parts)
+        zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.trainable))
+        (loss, grads), sums = jax.lax.scan(accumulate, zeros, (parts, keys))
+        sums = jax.tree.map(jnp.sum, sums)
+        count = sums.pop("targets")
         # A batch without a single target changes nothing by its loss, instead of dividing by zero.
-        count_or_one = jnp.maximum(count, 1)
-        grads = jax.tree.map(lambda g: g / count_or_one, grads)
+        count_or_one = jnp.where(count > 0, count, 1)
+        loss, sums, grads = jax.tree.map(lambda x: x / count_or_one, (loss, sums, grads))
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         # Optax mixes Python and array scalars, which strict promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
             trainable = optax.apply_updates(state.trainable, updates)
+        trainable, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (trainable, opt_state),
+            (state.trainable, state.opt_state),
+        )
         metrics = {
-            "loss": loss / count_or_one,
+            "loss": loss,
             "targets": count,
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": grad_norm,
+            "skipped": 1 - finite.astype(jnp.float32),
+            **sums,
         }
         return state.replace(trainable=trainable, opt_state=opt_state, step=state.step + 1), metrics
 

@@ -1,0 +1,97 @@
+"""A job: what a run trains, on what, and what becomes of it. It takes no step, saves no state."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mistral_jax.model.transformer import Transformer
+from mistral_jax.sharding import Layout
+from mistral_jax.tokenizer import Tokenizer
+from mistral_jax.training.optimizers import make_optimizer, make_schedule
+from mistral_jax.training.recipe import Recipe
+from mistral_jax.training.step import Batch, LossFn, Params, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What a run shows the model from time to time.
+
+    Attributes:
+      text: for people.
+      tokens: its ids.
+    """
+
+    text: str
+    tokens: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a run trains, on what, and what becomes of it.
+
+    Attributes:
+      model: the model.
+      tokenizer: its tokenizer.
+      layout: where arrays lie; None = one device.
+      steps: optimizer steps in all.
+      state: the state before the first.
+      loss_fn: what each minimises.
+      feed: the batch of each of a range of steps, on the host.
+      validation: yields the batches to validate on; none = it is not validated.
+      before: whether it is validated before the first step too.
+      prompts: what it is sampled with.
+      params: the model's parameters, of a state, as generation takes them.
+      export: saves what has come of it to a folder of the run, of a state; returns where, and
+        the command to use it.
+    """
+
+    model: Transformer
+    tokenizer: Tokenizer
+    layout: Layout | None
+    steps: int
+    state: TrainState
+    loss_fn: LossFn
+    feed: Callable[[range], Iterator[Batch]]
+    validation: Callable[[], Iterator[Batch]]
+    before: bool
+    prompts: list[Prompt]
+    params: Callable[[TrainState], Params]
+    export: Callable[[TrainState], tuple[Path, str]]
+
+
+def optimizer_of(recipe: Recipe, steps: int) -> tuple[optax.Schedule, optax.GradientTransformation]:
+    """Builds the learning rate of every step, and the optimizer."""
+    if recipe.warmup_steps >= steps:
+        raise ValueError(
+            f"warmup_steps is {recipe.warmup_steps}; expected less than the run's {steps} steps: "
+            "warm up for fewer, or train for more epochs"
+        )
+    schedule = make_schedule(
+        recipe.schedule,
+        steps,
+        warmup_steps=recipe.warmup_steps,
+        learning_rate=recipe.learning_rate,
+        final_learning_rate=recipe.final_learning_rate,
+    )
+    return schedule, make_optimizer(recipe.optimizer, schedule, **recipe.optimizer_arguments)
+
+
+def compute_dtype(recipe: Recipe) -> jnp.dtype:
+    """Returns the dtype that a recipe's models compute in."""
+    if recipe.dtype != "auto":
+        return jnp.dtype(recipe.dtype)
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
+def trained_model(recipe: Recipe, model: Transformer) -> Transformer:
+    """Returns a model as a recipe has it computed in training."""
+    return model.clone(
+        dtype=compute_dtype(recipe),
+        remat=None if recipe.remat == "none" else recipe.remat,
+        scan=recipe.scan,
+        dropout=recipe.lora.dropout if recipe.lora else 0.0,
+    )

@@ -1,0 +1,112 @@
+"""The optimizer and its learning rate, by the names that Optax has for them. It trains nothing."""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+def make_schedule(
+    name: str, steps: int, *, warmup_steps: int, learning_rate: float, final_learning_rate: float
+) -> optax.Schedule:
+    """Builds the learning rate of every step: a rise from 0, then as the name says.
+
+    Args:
+      name: "cosine" or "linear", from the peak to the end; or "constant", at the peak.
+      steps: in all.
+      warmup_steps: of them, those in which it rises.
+      learning_rate: its peak.
+      final_learning_rate: where it ends.
+    """
+    rest = steps - warmup_steps
+    if name == "cosine":
+        share = final_learning_rate / learning_rate if learning_rate else 0.0
+        after = optax.cosine_decay_schedule(learning_rate, rest, share)
+    elif name == "linear":
+        after = optax.linear_schedule(learning_rate, final_learning_rate, rest)
+    else:
+        after = optax.constant_schedule(learning_rate)
+    if not warmup_steps:
+        return after
+    rise = optax.linear_schedule(0.0, learning_rate, warmup_steps)
+    return optax.join_schedules([rise, after], [warmup_steps])
+
+
+def make_optimizer(
+    name: str,
+    learning_rate: float | optax.Schedule,
+    *,
+    clip_norm: float | None = None,
+    **options: Any,
+) -> optax.GradientTransformation:
+    """Builds one of Optax's optimizers, after clipping by the global norm.
+
+    Where it decays weights, only matrices decay.
+
+    Args:
+      name: such as "adamw" (arXiv 1711.05101), "lion", "adafactor" or "sgd".
+      learning_rate: the rate, or one for every step.
+      clip_norm: global norm that gradients are clipped to; None = they are not.
+      options: further arguments of Optax's function of that name.
+
+    Raises:
+      ValueError: Optax has no such optimizer, or that has no such option.
+    """
+    known = parameters_of(name)
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, 1, 0)[0]
+            raise ValueError(f"{name} has no option {option!r}; the nearest is {near!r}")
+    for mask in ("mask", "weight_decay_mask"):
+        if mask in known:
+            options.setdefault(mask, _matrices)
+    optimizer = _optimizers()[name](learning_rate, **options)
+    if clip_norm is None:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+
+
+def parameters_of(name: str) -> Mapping[str, inspect.Parameter]:
+    """Returns the arguments of an optimizer, but for the learning rate.
+
+    Raises:
+      ValueError: Optax has no such optimizer.
+    """
+    if name not in _optimizers():
+        near = difflib.get_close_matches(name, _optimizers(), 1, 0)[0]
+        raise ValueError(f"Optax has no optimizer {name!r} of gradients; the nearest is {near!r}")
+    parameters = dict(inspect.signature(_optimizers()[name]).parameters)
+    del parameters["learning_rate"]
+    return parameters
+
+
+@functools.cache
+def _optimizers() -> Mapping[str, Any]:
+    """Returns Optax's functions from a learning rate alone to an optimizer of gradients."""
+    found = {}
+    for name, value in vars(optax).items():
+        if not inspect.isfunction(value) or name.startswith("_"):
+            continue
+        parameters = list(inspect.signature(value).parameters.values())
+        needed = [p.name for p in parameters if p.default is inspect.Parameter.empty]
+        is_first = bool(parameters) and parameters[0].name == "learning_rate"
+        if is_first and needed in ([], ["learning_rate"]) and name not in _NEED_MORE:
+            found[name] = value
+    return found
+
+
+# They ask for the loss or its Hessian in every update, or scale what another optimizer made.
+_NEED_MORE = {"lbfgs", "polyak_sgd", "scale_by_learning_rate", "scale_by_rprop"}
+
+
+def _matrices(params: Any) -> Any:
+    """Marks all but the scales of norms, which have two axes where layers are stacked."""
+    return jax.tree.map_with_path(
+        lambda path, p: p.ndim > 1 and path[-1] != jax.tree_util.DictKey("scale"), params
+    )

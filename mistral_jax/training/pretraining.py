@@ -1,0 +1,123 @@
+"""Training a new model on the Python source that is installed here. It knows no examples."""
+
+import functools
+import json
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mistral_jax import checkpoint, folder
+from mistral_jax.model.transformer import Transformer, stack_layers, unstack_layers
+from mistral_jax.sharding import Layout, abstract_params, read_layout
+from mistral_jax.tokenizer import Tokenizer
+from mistral_jax.training import corpus, data
+from mistral_jax.training.job import Job, optimizer_of, trained_model
+from mistral_jax.training.objective import make_loss_fn
+from mistral_jax.training.recipe import Recipe
+from mistral_jax.training.states import create_state
+from mistral_jax.training.step import Params, TrainState
+from mistral_jax.training.vocabulary import train_vocabulary
+
+
+def prepare(recipe: Recipe, path: Path) -> None:
+    """Makes the vocabulary and the tokens of a run, where they are not there yet."""
+    if not (path / "data").is_dir():
+        with folder.whole(path / "data") as part:
+            _write_data(recipe, part)
+
+
+def make_job(recipe: Recipe, path: Path, sharding=None, mesh=None) -> Job:
+    """Describes the training of a new model, in a folder that `prepare` has filled.
+
+    Args and errors are those of `run.train`.
+    """
+    config = recipe.model_config
+    layout = read_layout(sharding, config, mesh=mesh)
+    model = Transformer(config, rules=layout.rules if layout else ())
+    _, optimizer = optimizer_of(recipe, recipe.steps)
+    params = initial_params(model, recipe.seed, layout, recipe.scan)
+    trained = trained_model(recipe, model)
+    tokens = {
+        name: np.load(path / "data" / f"{name}.npy", mmap_mode="r")
+        for name in ("train", "validation")
+    }
+    shape = {"context": recipe.context, "rows": recipe.rows}
+
+    def feed(steps):
+        for step in steps:
+            yield data.batch_at(step, tokens["train"], **shape, seed=recipe.seed)
+
+    def whole(state: TrainState) -> Params:
+        return unstack_layers(state.trainable) if recipe.scan else state.trainable
+
+    def export(state):
+        target = path / "checkpoint"
+        save_model(recipe, config, whole(state), state, target, path / "data" / "tokenizer.model")
+        return target, f"python -m mistral_jax.sample --checkpoint {target} 'def main('"
+
+    return Job(
+        model=trained.clone(remat=None, scan=False),
+        tokenizer=Tokenizer.from_file(path / "data" / "tokenizer.model"),
+        layout=layout,
+        steps=recipe.steps,
+        state=create_state(optimizer, params, layout=layout),
+        loss_fn=make_loss_fn(trained),
+        feed=feed,
+        validation=functools.partial(data.batches_in_order, tokens["validation"], **shape),
+        before=False,
+        prompts=[],
+        params=whole,
+        export=export,
+    )
+
+
+def initial_params(
+    model: Transformer, seed: int, layout: Layout | None = None, scan: bool = False
+) -> Params:
+    """Draws the parameters of a new model, in float32: the same on any layout.
+
+    Args:
+      model: the model.
+      seed: of the numbers.
+      layout: where they lie; None = one device.
+      scan: whether its layers are stacked.
+    """
+    token = jnp.zeros((1, 1), jnp.int32)
+
+    def init(key):
+        params = nn.unbox(model.init(key, token, token))["params"]
+        return stack_layers(params) if scan else params
+
+    places = None
+    if layout:
+        described = model.clone(scan=scan)
+        places = jax.tree.map(lambda x: x.sharding, abstract_params(described, layout))
+    return jax.jit(init, out_shardings=places)(jax.random.key(seed))
+
+
+def save_model(recipe, config, params, state, target, tokenizer_file, **provenance) -> None:
+    """Saves a trained model as a checkpoint folder, in bfloat16 as Mistral's are."""
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    provenance = {"recipe": recipe.to_dict(), "step": int(state.step), **provenance}
+    checkpoint.save(target, config, params, tokenizer_file, provenance, overwrite=True)
+
+
+def _write_data(recipe: Recipe, part: Path) -> None:
+    sources = corpus.gather(recipe.corpus)
+    splits = {source.name: data.split(source.name, source.files) for source in sources}
+    times = {corpus.normal_name(name): count for name, count in recipe.corpus.items()}
+    train_texts = [text for texts, _ in splits.values() for text in texts]
+    vocabulary = train_vocabulary(train_texts, recipe.model_config.vocab_size, recipe.seed)
+    (part / "tokenizer.model").write_bytes(vocabulary)
+    tokenizer = Tokenizer.from_file(part / "tokenizer.model")
+    train, validation = [], []
+    for name, (train_texts, validation_texts) in splits.items():
+        train += [data.tokenize(train_texts, tokenizer)] * times.get(name, 1)
+        validation.append(data.tokenize(validation_texts, tokenizer))
+    np.save(part / "train.npy", np.concatenate(train))
+    np.save(part / "validation.npy", np.concatenate(validation))
+    listing = [source.summary() for source in sources]
+    (part / "corpus.json").write_text(json.dumps(listing, indent=2) + "\n")
