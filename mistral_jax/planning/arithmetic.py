@@ -15,6 +15,7 @@ from mistral_jax.config import ModelConfig
 from mistral_jax.model.attention import BLOCK
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.planning.collectives import Collective
+from mistral_jax.planning.flops import mean_seen, of_attention, of_weights
 from mistral_jax.planning.programs import Shapes
 from mistral_jax.sharding import Layout, abstract_params
 
@@ -27,21 +28,17 @@ def tokens(program: str, of: Shapes) -> int:
 def flops(program: str, config: ModelConfig, of: Shapes) -> float:
     """Counts the model's own multiplications and additions, on all devices together.
 
-    Two a weight and token, and 4 N H a pair of query and key that sees it (as in PaLM's appendix B,
-    arXiv 2204.02311); three times that for training. A chunk counts as the average of its prompt's.
-    Masked scores, filling, and what is computed twice are not the model's.
+    Training takes three times those of the way forward. A chunk counts as the average of its
+    prompt's. See `planning.flops` for what counts.
     """
-    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    layer = config.embed_dim * (heads + 3 * config.mlp_dim)
     count = tokens(program, of)
     scored = of.batch if program == "prefill" else count  # positions whose logits are wanted
     if program == "decode":
         seen = sum(min(of.length, window or of.length) for window in config.windows)
     else:
-        seen = sum(_seen(of.length, window) for window in config.windows)
-    matrices = count * config.num_layers * layer + scored * config.vocab_size * config.embed_dim
-    attention = 2 * count * seen * config.num_heads * config.head_dim
-    return 2 * (matrices + attention) * (3 if program == "train" else 1)
+        seen = mean_seen(config, of.length)
+    forward = of_weights(config, count, scored) + of_attention(config, count, seen)
+    return forward * (3 if program == "train" else 1)
 
 
 def moved(program: str, held: Any, config: ModelConfig) -> float:
@@ -136,12 +133,6 @@ def state_sizes(program: str, held: Any) -> dict[str, int]:
     if program == "train":
         return {"weights": size(held.trainable), "optimizer": size(held.opt_state)}
     return {"weights": size(held[0]), "cache": size(held[1])}
-
-
-def _seen(length: int, window: int | None) -> float:
-    """Returns how many keys the queries of a row see on average."""
-    full = min(length, window or length)
-    return (full * (full + 1) / 2 + (length - full) * full) / length
 
 
 def _local(x: jax.ShapeDtypeStruct) -> int:

@@ -23,6 +23,7 @@ class Hardware:
       link: bytes/s sent along one mesh axis.
       source: address of the figures.
       topologies: slices that its compiler knows; empty where there is no compiler without a chip.
+      kinds: what JAX calls it, and chips that compute as fast (`jax.Device.device_kind`).
     """
 
     name: str
@@ -32,6 +33,7 @@ class Hardware:
     link: float
     source: str
     topologies: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,7 @@ def known() -> dict[str, Hardware]:
     """Reads all accelerators, by their short names."""
     table = read_toml(CONFIG_DIR / "hardware.toml")
     return {
-        name: Hardware(**fields | {"topologies": tuple(fields.get("topologies", ()))})
+        name: Hardware(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
         for name, fields in table.items()
     }
 

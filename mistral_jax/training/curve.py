@@ -1,66 +1,148 @@
 """The curve of a run: a JSON line for every few steps, and its plot. It decides nothing."""
 
+import contextlib
 import importlib.util
 import json
+import math
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-EVERY = 10  # steps that a line sums up
+import jax
 
-Entry = dict[str, float]
+from mistral_jax.training.utilisation import peak_memory
+
+EVERY = 10  # steps that a line sums up
+_SMOOTHED = 0.1  # part of the training's lines that the smoothed loss looks back on
+
+Entry = dict[str, Any]
 
 
 class Curve:
     """Writes the curve as training goes, to a file that may hold an earlier part of it.
 
+    An entry has a `step` and one of three: what training was like since the entry before it
+    (`loss` and more, see `add`), a `validation_loss`, or `samples`.
+
     Args:
       path: the JSONL file; None = none, and no report either.
       step: steps taken so far; lines of later ones, from before a crash, are dropped.
       report: is given every entry too.
+      flops_per_token: what the model's arithmetic needs.
+      peak_flops: FLOP/s that the devices could do; None = not known, and no utilisation told.
     """
 
-    def __init__(self, path: Path | None, step: int, report: Callable[[Entry], None]):
+    def __init__(
+        self,
+        path: Path | None,
+        step: int,
+        report: Callable[[Entry], None],
+        flops_per_token: float = 0.0,
+        peak_flops: float | None = None,
+    ):
+        earlier = []
         if path is not None:
             earlier = [entry for entry in read(path) if entry["step"] <= step] if step else []
-            path.write_text("".join(json.dumps(entry) + "\n" for entry in earlier))
+            part = path.with_name(f".{path.name}.partial")
+            part.write_text("".join(map(_to_line, earlier)), encoding="utf-8")
+            os.replace(part, path)
+        counted = next((entry for entry in reversed(earlier) if "tokens" in entry), {})
         self._path, self._report = path, report
-        self._recent: list[tuple[float, int]] = []
-        self._began = time.perf_counter()
+        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+        self._recent: list[Mapping[str, float]] = []
+        self._tokens = counted.get("tokens", 0)
+        self._began = time.perf_counter() - counted.get("seconds", 0.0)
+        # What the rate counts; None until the first step, which compiles, is over.
+        self._timed: int | None = None
+        self._since = 0.0
 
-    def add(self, step: int, metrics: Mapping[str, Any], tokens: int, learning_rate: float) -> None:
-        """Waits for the metrics of a step, and writes a line where one is due."""
-        self._recent.append((float(metrics["loss"]), tokens))
-        if step % EVERY:
-            return
-        seconds = time.perf_counter() - self._began
-        losses, counts = zip(*self._recent, strict=True)
-        self.write(
-            {
-                "step": step,
-                "loss": sum(losses) / len(losses),
-                "grad_norm": float(metrics["grad_norm"]),
-                "learning_rate": learning_rate,
-                "tokens_per_second": sum(counts) / seconds,
-            }
-        )
-        self._recent, self._began = [], time.perf_counter()
+    def add(
+        self,
+        step: int,
+        metrics: Mapping[str, Any],
+        tokens: int,
+        learning_rate: float,
+        flush: bool = False,
+    ) -> None:
+        """Waits for the metrics of a step, and writes a line where one is due.
+
+        Its `loss` and the other metrics are means over steps, those that are no number left out;
+        `skipped` is a sum. `tokens` and `seconds` count from the run's beginning, `memory` is the
+        most bytes in use so far, and `mfu` the share of the peak that the rate makes use of.
+
+        Args:
+          step: number of the step, from 1.
+          metrics: scalars, as a training step returns them.
+          tokens: that it has read.
+          learning_rate: that it was taken with.
+          flush: write a line though none is due: the run ends here, or a state is saved from which
+            it may go on, and a second half would sum up less than the whole.
+        """
+        metrics = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        metrics.pop("targets", None)
+        self._recent.append(metrics)
+        self._tokens += tokens
+        if self._timed is None:
+            self._timed, self._since = 0, time.perf_counter()
+        else:
+            self._timed += tokens
+        if step % EVERY == 0 or flush:
+            self.write({"step": step, **self._summary(learning_rate)})
+            self._recent, self._timed, self._since = [], 0, time.perf_counter()
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Keeps what is done inside, such as a validation, out of the tokens a second."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - began
 
     def write(self, entry: Entry) -> None:
-        """Appends a line, rounded to what means something."""
+        """Appends a line, rounded to what means something; what is no number becomes null."""
         if self._path is None:
             return
-        entry = {k: v if isinstance(v, int) else float(f"{v:.5g}") for k, v in entry.items()}
-        with self._path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        entry = {name: _rounded(value) for name, value in entry.items()}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(_to_line(entry))
         self._report(entry)
+
+    def write_samples(self, step: int, samples: Iterable[tuple[str, str]]) -> None:
+        """Appends a line of texts that the model has written, as (prompt, what followed)."""
+        texts = [{"prompt": prompt, "text": text} for prompt, text in samples]
+        self.write({"step": step, "samples": texts})
+
+    def _summary(self, learning_rate: float) -> Entry:
+        columns = {name: [metrics[name] for metrics in self._recent] for name in self._recent[0]}
+        entry = {name: _mean(values) for name, values in columns.items()}
+        if "skipped" in columns:
+            entry["skipped"] = int(sum(columns["skipped"]))
+        now = time.perf_counter()
+        entry |= {"learning_rate": learning_rate, "tokens": self._tokens}
+        entry["seconds"] = now - self._began
+        if self._timed:
+            rate = self._timed / (now - self._since)
+            entry["tokens_per_second"] = rate
+            if self._peak_flops:
+                entry["mfu"] = rate * self._flops_per_token / self._peak_flops
+        if (memory := peak_memory()) is not None:
+            entry["memory"] = memory
+        return entry
 
 
 def read(path: Path | str) -> list[Entry]:
     """Reads the entries of a curve; a last line that a crash cut off is left out."""
-    lines = Path(path).read_text().splitlines(keepends=True) if Path(path).is_file() else []
+    path = Path(path)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def points(entries: Iterable[Entry], name: str) -> list[tuple[int, float]]:
+    """Returns (step, value) of the entries that have a value of that name."""
+    return [(entry["step"], entry[name]) for entry in entries if entry.get(name) is not None]
 
 
 def check_plot() -> None:
@@ -70,17 +152,60 @@ def check_plot() -> None:
 
 
 def plot(path: Path | str, target: Path | str) -> None:
-    """Draws the training and the validation loss of a curve into an image file, with matplotlib."""
+    """Draws the training and the validation loss of a curve into an image file, with matplotlib.
+
+    The training loss of many lines is drawn faint, under its mean over a tenth of them; the best
+    validation is marked.
+    """
+    draw(read(path)).savefig(target, dpi=150)
+
+
+def draw(entries: Iterable[Entry]) -> Any:
+    """Draws what `plot` saves; returns matplotlib's figure."""
     from matplotlib.figure import Figure
 
-    entries = read(path)
+    entries = list(entries)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name, style in (("loss", "-"), ("validation_loss", "o-")):
-        points = [(entry["step"], entry[name]) for entry in entries if name in entry]
-        steps, losses = zip(*points, strict=True) if points else ((), ())
-        axes.plot(steps, losses, style, label=name.replace("_", " "))
-    axes.set(xlabel="step", ylabel="nats a token")
-    axes.legend()
+    axes.set(xlabel="step", ylabel="loss (nats a target)")
     axes.grid(alpha=0.3)
-    figure.savefig(target)
+    axes.spines[["top", "right"]].set_visible(False)
+    if training := points(entries, "loss"):
+        steps, losses = zip(*training, strict=True)
+        smoothed = _smooth(losses)
+        axes.plot(steps, losses, color="C0", alpha=0.3, linewidth=1)
+        axes.plot(steps, smoothed, color="C0", label=f"training, {smoothed[-1]:.3f} at the end")
+    if validation := points(entries, "validation_loss"):
+        axes.plot(*zip(*validation, strict=True), "o-", color="C1", markersize=4, linewidth=1)
+        step, loss = min(validation, key=lambda point: point[1])
+        label = f"validation, {loss:.3f} at best, step {step}"
+        axes.plot(step, loss, "*", color="C1", markersize=14, markeredgecolor="white", label=label)
+    if training or validation:
+        axes.legend(frameon=False)
+    return figure
+
+
+def _smooth(values: tuple[float, ...]) -> list[float]:
+    """Averages values with those that came before, less the longer ago."""
+    decay = max(0.0, 1 - 1 / max(1.0, _SMOOTHED * len(values) / 2))
+    total = weight = 0.0
+    smoothed = []
+    for value in values:
+        total, weight = decay * total + value, decay * weight + 1
+        smoothed.append(total / weight)
+    return smoothed
+
+
+def _mean(values: list[float]) -> float:
+    numbers = [value for value in values if math.isfinite(value)]
+    return sum(numbers) / len(numbers) if numbers else math.nan
+
+
+def _rounded(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.5g}") if math.isfinite(value) else None
+
+
+def _to_line(entry: Entry) -> str:
+    return json.dumps(entry, allow_nan=False) + "\n"

@@ -1,0 +1,205 @@
+"""The curve: what a line sums up, what its rate counts, what a resumed run keeps, and its plot."""
+
+import json
+import math
+
+import jax.numpy as jnp
+import pytest
+
+from mistral_jax.training import curve
+from mistral_jax.training.curve import Curve
+
+
+class Clock:
+    """Stands for `time`, and stands still."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(curve, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "curve.jsonl"
+
+
+def metrics(loss=1.0, skipped=0.0, **more):
+    names = {"loss": loss, "grad_norm": 2.0, "targets": 7.0, "skipped": skipped, **more}
+    return {name: jnp.float32(value) for name, value in names.items()}
+
+
+def train(found, clock, steps, seconds=2.0, **options):
+    for step in steps:
+        clock.now += seconds
+        found.add(step, metrics(loss=step), 100, 1e-3, **options)
+
+
+def test_a_line_sums_up_the_steps_since_the_last(path, clock):
+    reported = []
+    found = Curve(path, 0, reported.append)
+    for step in range(1, 21):
+        clock.now += 1.0
+        skipped = float(step in (3, 4))
+        found.add(step, metrics(step, skipped, accuracy=step / 20, margin=-step), 100, step * 1e-3)
+    first, second = curve.read(path)
+    assert reported == [first, second]
+    assert {name: first[name] for name in ("step", "loss", "grad_norm", "skipped")} == {
+        "step": 10, "loss": 5.5, "grad_norm": 2.0, "skipped": 2}  # fmt: skip
+    assert {name: second[name] for name in ("loss", "accuracy", "margin", "skipped")} == {
+        "loss": 15.5, "accuracy": 0.775, "margin": -15.5, "skipped": 0}  # fmt: skip
+    assert (first["learning_rate"], second["learning_rate"]) == (0.01, 0.02)
+    assert (first["tokens"], second["tokens"]) == (1000, 2000)
+    assert "targets" not in first
+
+
+def test_lines_are_json_whatever_the_loss(path):
+    found = Curve(path, 0, lambda entry: None)
+    for step in range(1, 21):
+        found.add(step, metrics(math.nan if step > 5 else 3.0, grad_norm=math.inf), 1, 0.1)
+    found.write({"step": 20, "validation_loss": math.nan})
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    lines = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+    assert [line["loss"] for line in lines[:2]] == [3.0, None]  # of the steps that have one
+    assert lines[0]["grad_norm"] is None
+    assert lines[2] == {"step": 20, "validation_loss": None}
+    assert curve.points(curve.read(path), "loss") == [(10, 3.0)]
+
+
+def test_the_rate_leaves_out_the_first_step_and_pauses(path, clock):
+    found = Curve(path, 0, lambda entry: None, flops_per_token=6.0, peak_flops=1200.0)
+    train(found, clock, [1], seconds=60.0)  # compiles
+    train(found, clock, range(2, 8))
+    with found.pause():
+        clock.now += 500.0
+    train(found, clock, range(8, 11))
+    with found.pause():
+        clock.now += 500.0
+    clock.now += 5.0  # waits for data
+    train(found, clock, range(11, 21))
+    first, second = curve.read(path)
+    assert (first["tokens_per_second"], first["mfu"]) == (50.0, 0.25)
+    assert second["tokens_per_second"] == 40.0
+    assert (first["seconds"], second["seconds"]) == (60 + 18 + 500, 60 + 18 + 1000 + 5 + 20)
+
+
+def test_what_reports_take_is_not_counted(path, clock):
+    def report(entry):
+        clock.now += 100.0
+
+    train(Curve(path, 0, report), clock, range(1, 31))
+    assert {entry["tokens_per_second"] for entry in curve.read(path)} == {50.0}
+
+
+def test_nothing_is_told_that_is_not_known(path, clock, monkeypatch):
+    monkeypatch.setattr(curve, "peak_memory", lambda: None)
+    found = Curve(path, 0, lambda entry: None, flops_per_token=6.0)
+    train(found, clock, [1], flush=True)
+    train(found, clock, range(2, 11))
+    first, second = curve.read(path)
+    assert "tokens_per_second" not in first  # it compiled
+    assert second["tokens_per_second"] == 50.0
+    assert not {"mfu", "memory"} & (first.keys() | second.keys())
+
+
+def test_the_last_step_and_saved_ones_have_a_line(path, clock):
+    found = Curve(path, 0, lambda entry: None)
+    train(found, clock, range(1, 13))
+    train(found, clock, [13], flush=True)
+    train(found, clock, range(14, 21))
+    entries = curve.read(path)
+    assert [(entry["step"], entry["loss"]) for entry in entries] == [
+        (10, 5.5),
+        (13, 12.0),
+        (20, 17.0),
+    ]
+
+
+def test_a_resumed_curve_goes_on_as_if_never_stopped(path, tmp_path, clock):
+    whole = Curve(tmp_path / "whole.jsonl", 0, lambda entry: None)
+    for steps in (range(1, 13), range(14, 41)):
+        train(whole, clock, steps)
+        train(whole, clock, [steps[-1] + 1], flush=True)
+
+    found = Curve(path, 0, lambda entry: None)
+    train(found, clock, range(1, 13))
+    train(found, clock, [13], flush=True)  # saved here
+    found.write({"step": 13, "validation_loss": 9.0})
+    train(found, clock, range(14, 26))  # killed here, in the middle of a line
+    with path.open("a") as file:
+        file.write('{"step": 25, "lo')
+    clock.now += 1e5
+    found = Curve(path, 13, lambda entry: None)
+    assert [entry["step"] for entry in curve.read(path)] == [10, 13, 13]
+    train(found, clock, range(14, 41))
+    train(found, clock, [41], flush=True)
+
+    def comparable(path):
+        entries = [entry for entry in curve.read(path) if "loss" in entry]
+        return [
+            (entry["step"], entry["loss"], entry["tokens"], entry["seconds"]) for entry in entries
+        ]
+
+    assert comparable(path) == comparable(tmp_path / "whole.jsonl")
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["curve.jsonl", "whole.jsonl"]
+
+
+def test_a_run_from_the_start_leaves_nothing_of_another(path, clock):
+    train(Curve(path, 0, lambda entry: None), clock, range(1, 11))
+    Curve(path, 0, lambda entry: None)
+    assert curve.read(path) == []
+
+
+def test_texts_are_kept_as_they_are(path):
+    reported = []
+    texts = [("a\nb", 'é "\u2028\x85 \ud83d'), ("", "")]
+    Curve(path, 0, reported.append).write_samples(5, texts)
+    (entry,) = curve.read(path)
+    assert entry == {"step": 5, "samples": [{"prompt": p, "text": t} for p, t in texts]}
+    assert reported == [entry]
+
+
+def test_other_processes_write_and_report_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = Curve(None, 0, pytest.fail)
+    found.add(10, metrics(), 100, 0.1)
+    found.write_samples(10, [("a", "b")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_smoothing_keeps_a_constant_and_quiets_what_alternates():
+    assert curve._smooth((3.0,) * 50) == pytest.approx([3.0] * 50)
+    assert curve._smooth((1.0, 5.0, 2.0)) == [1.0, 5.0, 2.0]  # too few to be averaged
+    smoothed = curve._smooth((1.0, 3.0) * 100)
+    assert max(abs(value - 2) for value in smoothed[20:]) < 0.2
+
+
+def test_a_curve_is_drawn_with_its_best_validation_marked():
+    losses = [{"step": 10 * i, "loss": None if i == 7 else 9.0 - i % 2} for i in range(1, 61)]
+    validations = [
+        {"step": s, "validation_loss": v} for s, v in ((200, 3.0), (400, 2.0), (600, 4.0))
+    ]
+    samples = [{"step": 600, "samples": []}]
+    (axes,) = curve.draw(losses + validations + samples).axes
+    raw, smoothed, validation, best = [line.get_xydata().tolist() for line in axes.lines]
+    assert len(raw) == len(smoothed) == 59
+    assert raw[:2] == [[10, 8], [20, 9]]
+    assert abs(smoothed[-1][1] - 8.5) < 0.25
+    assert validation == [[200, 3], [400, 2], [600, 4]]
+    assert best == [[400, 2]]
+
+
+def test_a_plot_is_an_image_even_of_nothing(path, tmp_path):
+    curve.plot(path, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
