@@ -38,10 +38,14 @@ def save_in_background(path: Path, tree: Any) -> Callable[[], None]:
     context = ocp.Context()
     saving = context.array.saving
     saving.use_ocdbt = saving.use_zarr3 = saving.use_compression = False
-    response = _run(context, lambda: ocp.save_async(path.absolute(), tree))
+    quiet = contextlib.ExitStack()
+    quiet.enter_context(_quiet())
+    with context:
+        response = ocp.save_async(path.absolute(), tree)
 
     def finish():
-        response.result()
+        with quiet:
+            response.result()
         if distributed.is_first():
             # It names the folder on this machine, which may be another's business; nobody reads it.
             (path / "commit_success.txt").unlink(missing_ok=True)
@@ -187,12 +191,17 @@ def _frugal_allocator() -> Iterator[None]:
 
 
 def _run(context: ocp.Context, task: Callable[[], Any]) -> Any:
-    """Calls `task` in a context of Orbax, whose log repeats errors and warns of plain files."""
+    with _quiet(), context:
+        return task()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the log of Orbax, which repeats errors and warns of plain files."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        with context:
-            return task()
+        yield
     finally:
         logger.setLevel(level)

@@ -198,7 +198,8 @@ class _Run:
         rows = completions(
             job.model, params, job.tokenizer, tokens, _SAMPLE_TOKENS, sampling=greedy
         )
-        return [(prompt.text, row.text) for prompt, row in zip(job.prompts, rows, strict=True)]
+        texts = [row.text.removeprefix(" ") for row in rows]
+        return [(prompt.text, text) for prompt, text in zip(job.prompts, texts, strict=True)]
 
     def _spread(self, batch: Batch) -> Batch:
         layout = self._job.layout
