@@ -16,11 +16,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from rich.filesize import decimal
 
-from mistral_jax import arrays, distributed, folder, manifest, memory
+from mistral_jax import adapters, arrays, distributed, folder, manifest, memory
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.sharding import abstract_params, read_layout
 from mistral_jax.tokenizer import Tokenizer
+from mistral_jax.training.lora import apply
 
 BUNDLED = Path(__file__).resolve().parent / "assets" / "nano"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -37,6 +38,8 @@ def load(
     sharding: Path | str | None = None,
     mesh: Mapping[str, int] | None = None,
     dtype: jnp.dtype | str | None = None,
+    lora: Path | str | None = None,
+    merge: bool = False,
 ) -> tuple[Transformer, Params, Tokenizer | None]:
     """Loads a model; of several processes, each reads its own part.
 
@@ -47,16 +50,22 @@ def load(
       mesh: sizes of that file's mesh axes, in place of its own: `{"tensor": 4}`.
       dtype: of parameters and computation. None = as stored; on a CPU, float32 if it fits, which
         is exact.
+      lora: adapters of the model to use: a folder or a file, as `adapters.read` takes it.
+      merge: whether to add their products to the kernels, as fast as if there were none, and ready
+        to be saved; else they stay matrices of their own, beside the kernels.
 
     Returns:
       The model, its parameters, and its tokenizer (None if the folder has none).
 
     Raises:
       ValueError: the folder is no whole checkpoint of a format that this version knows, its parts
-        do not fit each other, or it does not fit in memory.
+        do not fit each other, it does not fit in memory, or the adapters are not the model's.
     """
     path = Path(BUNDLED if path is None else path)
     config, _ = manifest.read(path)
+    if merge and lora is None:
+        raise ValueError("merge is True, but lora names no adapters to merge; name their folder")
+    adapted = None if lora is None else adapters.read(lora, config)
     stored = arrays.stored(path / "params")
     if dtype is not None:
         dtype = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
@@ -73,7 +82,10 @@ def load(
         abstract = _replace(abstract, sharding=one)
     abstract = _choose_dtype(path, abstract, stored, dtype)
     dtype = jax.tree.leaves(abstract)[0].dtype
-    return model.clone(dtype=dtype), arrays.read(path / "params", abstract), tokenizer
+    params = arrays.read(path / "params", abstract)
+    if adapted is not None:
+        params = apply(params, *adapted, merge)
+    return model.clone(dtype=dtype), params, tokenizer
 
 
 def save(
@@ -97,8 +109,17 @@ def save(
       overwrite: whether a checkpoint at `path` may be replaced.
 
     Raises:
-      ValueError: something else is at `path`, or `params` are not those of `config`.
+      ValueError: something else is at `path`, or `params` are not those of `config`, or have
+        adapters beside them, or are quantised.
     """
+    for name, array in flatten_dict(params, sep="/").items():
+        if "/lora_" in name:
+            raise ValueError(
+                f"params has {name}: save adapters by themselves, with adapters.save, or merge "
+                "them first, with load(..., lora=..., merge=True)"
+            )
+        if hasattr(array, "dequantize"):
+            raise ValueError(f"params has {name} quantised; save the model as it was before")
     shapes = _shapes(abstract_params(Transformer(config)))
     _check_shapes(shapes, _shapes(params), "params")
     writers = []

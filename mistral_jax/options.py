@@ -16,6 +16,7 @@ EPILOG = """\
 for instance:
   python -m mistral_jax.sample "def read_json(path):" --max-tokens 100
   python -m mistral_jax.sample --checkpoint mistral-7b-instruct-v0.3 --chat
+  python -m mistral_jax.sample --checkpoint mistral-7b-v0.3 --lora my-adapters "def main"
   echo "class Stack:" | python -m mistral_jax.sample - --json
   python -m mistral_jax.sample --prompts-file prompts.txt --temperature 0 --stats
 """
@@ -59,6 +60,12 @@ def parser() -> Parser:
         choices=("float32", "bfloat16", "float16"),
         metavar="TYPE",
         help="float32, bfloat16 or float16 [as stored; float32 on a CPU that has the memory]",
+    )
+    add("--lora", metavar="DIR", help="adapters to use with it: PEFT's folder or Mistral's file")
+    add(
+        "--merge",
+        action="store_true",
+        help="add them to its weights: loads longer, and is as fast as without them",
     )
     add_layout(group)
     add(

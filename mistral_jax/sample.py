@@ -29,6 +29,8 @@ def _run(arguments: argparse.Namespace) -> None:
         raise ValueError("--system is for --chat; a plain completion has no system message")
     if prompts is None and arguments.json:
         raise ValueError("--json is for prompts, not for a conversation; give one or more")
+    if arguments.merge and arguments.lora is None:
+        raise ValueError("--merge is for --lora DIR; name the adapters to merge")
 
     import logging
 
@@ -68,6 +70,8 @@ class _Model:
             sharding=arguments.sharding,
             mesh=arguments.mesh,
             dtype=arguments.dtype,
+            lora=arguments.lora,
+            merge=arguments.merge,
         )
         if self._tokenizer is None:
             raise ValueError(

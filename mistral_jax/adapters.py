@@ -1,0 +1,199 @@
+"""Adapter files: LoRA as PEFT keeps it, and as Mistral does. It trains nothing, and reads no model.
+
+Here all adapters of a model have one scale, whatever their ranks are. A file may give each its own:
+what that differs by goes into `lora_b` when it is read.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from mistral_jax import distributed, folder, peft
+from mistral_jax.adapter_names import PREFIX, Pair, Slot, slots
+from mistral_jax.config import ModelConfig, read_json
+from mistral_jax.training.lora import HEAD, Lora
+
+PEFT, PEFT_CONFIG, OFFICIAL = "adapter_model.safetensors", "adapter_config.json", "lora.safetensors"
+
+# What mistral-inference multiplies products by, unless it is told another number.
+_OFFICIAL_SCALE = 2.0
+
+
+def read(
+    path: Path | str, config: ModelConfig, scaling: float | None = None
+) -> tuple[Lora, dict[str, Any]]:
+    """Reads adapters of either kind.
+
+    Args:
+      path: a folder with adapter_model.safetensors and adapter_config.json (PEFT's) or with
+        lora.safetensors (Mistral's), or such a file.
+      config: the model that they are for.
+      scaling: what the products of Mistral's file are multiplied by, which it does not tell; None =
+        as a params.json beside it says, or else 2. PEFT's tell it.
+
+    Returns:
+      What they are (where modules have ranks and alphas of their own: the file's defaults), and a
+      tree of them as `init_adapters` makes it, in float32 NumPy arrays. `Lora.scale` is right for
+      all of them.
+
+    Raises:
+      ValueError: there are none; they are not plain LoRA; or they are for another model.
+    """
+    file = _find(Path(path))
+    tensors = _tensors(file)
+    official = not any(name.startswith(PREFIX) for name in tensors)
+    described = None if official else peft.read(file.parent / PEFT_CONFIG)
+    pairs = _pairs(file, tensors, slots(config), official)
+    if described is not None and scaling is not None:
+        raise ValueError(f"scaling is {scaling}, but {PEFT_CONFIG} has its own; leave it out")
+    if described is None:
+        rank = max(len(a) for a, _ in pairs.values())
+        lora = Lora(rank, rank * (_official_scale(file) if scaling is None else scaling))
+    else:
+        lora = described.lora
+    adapters = {}
+    for slot, (a, b) in pairs.items():
+        if described is not None:
+            own = described.of(slot.module(official))
+            if own.rank != len(a):
+                raise ValueError(
+                    f"{file} has rank {len(a)} for {slot.module(official)}; expected {own.rank}, "
+                    f"as {PEFT_CONFIG} says"
+                )
+            b = b * np.float32(own.scale / lora.scale)
+        adapters[slot.path] = slot.from_file((a, b), official)
+    targets = tuple(sorted({slot.projection for slot in pairs}))
+    return dataclasses.replace(lora, targets=targets), unflatten_dict(adapters)
+
+
+def save(
+    path: Path | str,
+    config: ModelConfig,
+    lora: Lora,
+    adapters: Mapping[str, Any],
+    *,
+    base: str | None = None,
+    format: str = "peft",
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Saves adapters; the folder appears whole or not at all.
+
+    Of several processes all must call it, and the first writes.
+
+    Args:
+      path: the folder to make.
+      config: the model that they are for.
+      lora: what they are.
+      adapters: the tree of them, of any dtype, on any devices.
+      base: path or name of the model in Hugging Face's format, for PEFT to look up.
+      format: "peft", or "official" for mistral-inference. This wants an adapter in every projection
+        of every layer, and gets zeros where there is none; its default scale, 2, is right.
+      dtype: of the tensors; None = float32, but bfloat16 for mistral-inference, which wants that of
+        its model.
+      overwrite: whether adapters at `path` may be replaced.
+
+    Raises:
+      ValueError: something else is at `path`, the format cannot hold them, or they are not those of
+        `config`, or not finite.
+    """
+    if format not in ("peft", "official"):
+        raise ValueError(f"format is {format!r}; expected 'peft' or 'official'")
+    official, flat, found = format == "official", flatten_dict(adapters), {}
+    places = {slot.path: slot for slot in slots(config) if not (official and slot.path == (HEAD,))}
+    for place in sorted({path[:-1] for path in flat}):
+        if place not in places:
+            raise ValueError(
+                f"adapters has {'/'.join(place)}, which this model has not in {format}"
+            )
+        own = {
+            name: distributed.gather(flat[*place, name]).astype(np.float32)
+            for name in ("lora_a", "lora_b")
+        }
+        found[place] = places[place].to_file(own, official)
+        places[place].check(found[place], official, "adapters")
+    ranks = {places[place].module(official): len(a) for place, (a, _) in found.items()}
+    dtype = np.dtype(dtype or (ml_dtypes.bfloat16 if official else np.float32))
+    factor = lora.scale / _OFFICIAL_SCALE if official else 1
+    tensors = {}
+    for place, slot in places.items():
+        if place in found or official:
+            a, b = found.get(place) or slot.zeros(max(ranks.values()))
+            for name, array in zip(slot.names(official), (a, b * factor), strict=True):
+                tensors[name] = np.ascontiguousarray(array.astype(dtype))
+
+    def write():
+        with folder.whole(path, _is_adapter if overwrite else None) as part:
+            data = safetensors.numpy.save(tensors, {"format": "pt"})
+            (part / (OFFICIAL if official else PEFT)).write_bytes(data)
+            if not official:
+                modules = [slot.module(official) for slot in places.values()]
+                peft.write(part / PEFT_CONFIG, lora, ranks, modules, base)
+
+    distributed.from_first(write)
+
+
+def _find(path: Path) -> Path:
+    """Returns the file with the tensors."""
+    if path.is_file() and path.suffix == ".safetensors":
+        return path
+    found = [path / name for name in (PEFT, OFFICIAL) if (path / name).is_file()]
+    if len(found) > 1:
+        raise ValueError(f"{path} has both {PEFT} and {OFFICIAL}; name one of the two files")
+    if not found:
+        pickled = path.is_file() or (path / "adapter_model.bin").is_file()
+        remedy = "; save it with safetensors: PEFT does where safe_serialization=True"
+        raise ValueError(f"{path} has no {PEFT} and no {OFFICIAL}{remedy if pickled else ''}")
+    return found[0]
+
+
+def _tensors(file: Path) -> dict[str, np.ndarray]:
+    try:
+        return safetensors.numpy.load_file(file)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is cut short or no safetensors file: {error}") from None
+
+
+def _pairs(
+    file: Path, tensors: Mapping[str, np.ndarray], places: list[Slot], official: bool
+) -> dict[Slot, Pair]:
+    """Returns the matrices of each projection that has them, in float32, checked."""
+    known = {name for slot in places for name in slot.names(official)}
+    # PEFT adds a copy of the frozen output to an adapter of it.
+    known.add(f"{PREFIX}{HEAD}.base_layer.weight")
+    if unknown := sorted(set(tensors) - known):
+        raise ValueError(
+            f"{file} has {unknown[0]}, and the model has nothing that it would adapt: it is of "
+            "another model, or more than plain LoRA of projections"
+        )
+    pairs = {}
+    for slot in places:
+        found = [name for name in slot.names(official) if name in tensors]
+        if len(found) == 1:
+            raise ValueError(f"{file} has {found[0]} alone; expected both, lora_A and lora_B")
+        if found:
+            pair = tuple(tensors[name].astype(np.float32) for name in found)
+            slot.check(pair, official, file)
+            pairs[slot] = pair
+    if not pairs:
+        raise ValueError(f"{file} has no lora_A and lora_B of any projection")
+    return pairs
+
+
+def _official_scale(file: Path) -> float:
+    """Returns the scale that mistral-finetune has used, or else the default."""
+    beside = file.with_name("params.json")
+    described = (read_json(beside).get("lora") or {}) if beside.is_file() else {}
+    return described.get("scaling", _OFFICIAL_SCALE)
+
+
+def _is_adapter(path: Path) -> bool:
+    """Tells whether a folder has what `save` makes."""
+    return any((path / name).is_file() for name in (PEFT, OFFICIAL))
