@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import jax
 from mistral_jax.training.utilisation import peak_memory
 
 EVERY = 10  # steps that a line sums up
-_SMOOTHED = 0.1  # part of the training's lines that the smoothed loss looks back on
+_SMOOTHED = 0.05  # part of the training's lines that a point of the smoothed loss is the mean of
 
 Entry = dict[str, Any]
 
@@ -32,6 +32,7 @@ class Curve:
       report: is given every entry too.
       flops_per_token: what the model's arithmetic needs.
       peak_flops: FLOP/s that the devices could do; None = not known, and no utilisation told.
+      steps: of the whole run, for who reads a line; None = not told.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Curve:
         report: Callable[[Entry], None],
         flops_per_token: float = 0.0,
         peak_flops: float | None = None,
+        steps: int | None = None,
     ):
         earlier = []
         if path is not None:
@@ -49,7 +51,7 @@ class Curve:
             part.write_text("".join(map(_to_line, earlier)), encoding="utf-8")
             os.replace(part, path)
         counted = next((entry for entry in reversed(earlier) if "tokens" in entry), {})
-        self._path, self._report = path, report
+        self._path, self._report, self._steps = path, report, steps
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._recent: list[Mapping[str, float]] = []
         self._tokens = counted.get("tokens", 0)
@@ -89,7 +91,8 @@ class Curve:
         else:
             self._timed += tokens
         if step % EVERY == 0 or flush:
-            self.write({"step": step, **self._summary(learning_rate)})
+            whole = {} if self._steps is None else {"steps": self._steps}
+            self.write({"step": step, **whole, **self._summary(learning_rate)})
             self._recent, self._timed, self._since = [], 0, time.perf_counter()
 
     @contextlib.contextmanager
@@ -102,10 +105,10 @@ class Curve:
             self._since += time.perf_counter() - began
 
     def write(self, entry: Entry) -> None:
-        """Appends a line, rounded to what means something; what is no number becomes null."""
+        """Appends a line; what is no number becomes null."""
         if self._path is None:
             return
-        entry = {name: _rounded(value) for name, value in entry.items()}
+        entry = {name: None if _is_nan(value) else value for name, value in entry.items()}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(_to_line(entry))
         self._report(entry)
@@ -122,12 +125,12 @@ class Curve:
             entry["skipped"] = int(sum(columns["skipped"]))
         now = time.perf_counter()
         entry |= {"learning_rate": learning_rate, "tokens": self._tokens}
-        entry["seconds"] = now - self._began
+        entry["seconds"] = round(now - self._began, 2)
         if self._timed:
             rate = self._timed / (now - self._since)
-            entry["tokens_per_second"] = rate
+            entry["tokens_per_second"] = round(rate, 2)
             if self._peak_flops:
-                entry["mfu"] = rate * self._flops_per_token / self._peak_flops
+                entry["mfu"] = round(rate * self._flops_per_token / self._peak_flops, 4)
         if (memory := peak_memory()) is not None:
             entry["memory"] = memory
         return entry
@@ -154,8 +157,8 @@ def check_plot() -> None:
 def plot(path: Path | str, target: Path | str) -> None:
     """Draws the training and the validation loss of a curve into an image file, with matplotlib.
 
-    The training loss of many lines is drawn faint, under its mean over a tenth of them; the best
-    validation is marked.
+    The training loss of many lines is drawn faint, under its mean over a twentieth of them;
+    the best validation is marked.
     """
     draw(read(path)).savefig(target, dpi=150)
 
@@ -185,15 +188,11 @@ def draw(entries: Iterable[Entry]) -> Any:
     return figure
 
 
-def _smooth(values: tuple[float, ...]) -> list[float]:
-    """Averages values with those that came before, less the longer ago."""
-    decay = max(0.0, 1 - 1 / max(1.0, _SMOOTHED * len(values) / 2))
-    total = weight = 0.0
-    smoothed = []
-    for value in values:
-        total, weight = decay * total + value, decay * weight + 1
-        smoothed.append(total / weight)
-    return smoothed
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Averages each value with as many before it as after it, where there are as many."""
+    half = int(_SMOOTHED * len(values) / 2)
+    near = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return [sum(some) / len(some) for some in near]
 
 
 def _mean(values: list[float]) -> float:
@@ -201,10 +200,8 @@ def _mean(values: list[float]) -> float:
     return sum(numbers) / len(numbers) if numbers else math.nan
 
 
-def _rounded(value: Any) -> Any:
-    if not isinstance(value, float):
-        return value
-    return float(f"{value:.5g}") if math.isfinite(value) else None
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _to_line(entry: Entry) -> str:
