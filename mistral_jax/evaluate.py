@@ -51,7 +51,7 @@ def _parser() -> command.Parser:
     add(
         "--positions",
         nargs="?",
-        type=int,
+        type=_count,
         const=0,
         metavar="N",
         help="also the loss of the files' tokens by position, in N equal buckets [powers of two]",
@@ -61,7 +61,7 @@ def _parser() -> command.Parser:
     add("--tasks", type=_names, default=[], metavar="A,B", help="tasks of lm-evaluation-harness")
     add("--include-path", type=Path, metavar="DIR", help="a folder of more tasks, in YAML")
     add("--num-fewshot", type=int, metavar="K", help="examples before a question [the task's]")
-    add("--limit", type=int, metavar="N", help="questions of each task [all]")
+    add("--limit", type=_count, metavar="N", help="questions of each task [all]")
 
     group = parser.add_argument_group("the model")
     add = group.add_argument
@@ -74,7 +74,7 @@ def _parser() -> command.Parser:
         help="float32, bfloat16 or float16 [as stored; float32 on a CPU that has the memory]",
     )
     command.add_layout(group)
-    add("--batch", type=int, default=8, metavar="N", help="texts or answers at a time [8]")
+    add("--batch", type=_count, default=8, metavar="N", help="texts or answers at a time [8]")
     add(
         "--no-compilation-cache",
         dest="compilation_cache",
@@ -83,6 +83,12 @@ def _parser() -> command.Parser:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a result, on a line")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def _names(text: str) -> list[str]:
@@ -130,8 +136,6 @@ def _run(arguments: argparse.Namespace) -> None:
 def _check(arguments: argparse.Namespace) -> None:
     if not (arguments.files or arguments.choices or arguments.tasks):
         raise ValueError("there is nothing to evaluate; give a FILE, --choices or --tasks")
-    if arguments.batch < 1:
-        raise ValueError(f"--batch is {arguments.batch}; expected at least 1")
     if (arguments.positions is not None or arguments.plot) and not arguments.files:
         raise ValueError("--positions and --plot are of the texts in files; give a FILE")
     for name in ("include_path", "num_fewshot", "limit"):

@@ -57,9 +57,11 @@ def read(path: Path) -> str:
     """Reads a file as it is, its line ends too.
 
     Raises:
-      ValueError: it is not UTF-8.
+      ValueError: there is none, or it is not UTF-8.
       OSError: it cannot be read.
     """
+    if not path.exists():
+        raise ValueError(f"there is no file {path}; expected a text in UTF-8")
     data = path.read_bytes()
     try:
         return data.decode()

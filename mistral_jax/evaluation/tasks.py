@@ -42,7 +42,9 @@ def prepare(
     manager = TaskManager(include_path=include_path)
     for name in tasks:
         if name not in manager.all_tasks and not Path(name).is_file():
-            raise ValueError(f"lm-evaluation-harness has no task {name!r}: lm_eval ls tasks")
+            raise ValueError(
+                f"lm-evaluation-harness has no task {name!r}; `lm_eval ls tasks` lists all"
+            )
 
     def run(model, params, tokenizer, batch):
         # Its other way is to fork, which a program with threads of its own does not survive.
