@@ -1,0 +1,226 @@
+"""A small instruction set, docstring -> function signature, and its score. It trains nothing.
+
+The pairs are taken out of the Python source that is installed, so anyone can make them again:
+
+    python examples/finetune/signatures.py make runs/signatures-data
+    python examples/finetune/signatures.py score runs/signatures-data/test.jsonl
+"""
+
+import argparse
+import ast
+import collections
+import hashlib
+import json
+import math
+import re
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import mistral_jax
+from mistral_jax import command
+from mistral_jax.config import CONFIG_DIR
+from mistral_jax.generation.score import likelihoods
+from mistral_jax.training import corpus, records
+from mistral_jax.training.recipe import Recipe
+
+PARTS = ("test", "test", "validation", *["train"] * 22)  # of 25 names, which go where
+MOST_ARGUMENTS = 3  # beside self or cls
+LONGEST = 40  # tokens of an answer
+ROWS = 64  # answers at a time
+
+_SENTENCE = re.compile(r"[A-Z][a-z]+( [A-Za-z0-9'(),;:/.-]+){2,15}")
+_NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
+_LITTLE = re.compile("as|by|for|from|get|has|in|is|make|of|on|or|set|the|to|with")
+_RECEIVERS = {"self", "cls"}
+
+Pair = tuple[str, str]  # the first sentence of a docstring, and the signature
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    parser = command.Parser(description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(required=True, metavar="{make,score}")
+    maker = commands.add_parser("make", help="write train, validation and test.jsonl")
+    maker.add_argument("folder", type=Path, help="where to write them")
+    maker.set_defaults(task=_make)
+    scorer = commands.add_parser("score", help="let a model answer the pairs of a file")
+    scorer.add_argument("file", type=Path, help="such as test.jsonl")
+    scorer.add_argument("--checkpoint", type=Path, metavar="DIR", help="[the bundled model]")
+    scorer.add_argument("--lora", type=Path, metavar="DIR", help="adapters of the model")
+    scorer.add_argument("--show", type=int, default=6, metavar="N", help="answers to print [6]")
+    scorer.set_defaults(task=_score)
+    arguments = parser.parse_args(argv)
+    return command.run(lambda: arguments.task(arguments))
+
+
+def extract(source: str) -> Iterator[Pair]:
+    """Finds the functions of a source text whose docstrings tell what their names say.
+
+    Yields:
+      The docstring's first sentence, and the signature by names alone: without annotations,
+      defaults, or an underscore in front.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of other people's source
+        try:
+            tree = ast.parse(source)
+        except SyntaxError:
+            return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            paragraph = (ast.get_docstring(node) or "").strip().partition("\n\n")[0]
+            plain = " ".join(re.sub('[`"*]', "", paragraph).split())
+            sentence = re.split(r"(?<=\.)\s", plain)[0].removesuffix(".") + "."
+            name = node.name.removeprefix("_")
+            arguments = _arguments(node.args)
+            if (
+                _SENTENCE.fullmatch(sentence)
+                and _NAME.fullmatch(name)
+                and _tells(sentence, name)
+                and len(set(arguments) - _RECEIVERS) <= MOST_ARGUMENTS
+            ):
+                yield sentence, f"def {name}({', '.join(arguments)}):"
+
+
+def _tells(sentence: str, name: str) -> bool:
+    """Whether the words of a name are those of a sentence, but for endings and little words."""
+    told = {word[:4] for word in words(sentence)}
+    content = [word[:4] for word in words(name) if not _LITTLE.fullmatch(word)]
+    return bool(content) and told.issuperset(content)
+
+
+def _arguments(arguments: ast.arguments) -> list[str]:
+    """Writes arguments by their names, with the stars of *args and **kwargs."""
+    names = [argument.arg for argument in arguments.posonlyargs + arguments.args]
+    names += [f"*{arguments.vararg.arg}"] if arguments.vararg else []
+    names += [argument.arg for argument in arguments.kwonlyargs]
+    return names + ([f"**{arguments.kwarg.arg}"] if arguments.kwarg else [])
+
+
+def split(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
+    """Divides pairs so that no sentence and no function's name is in two parts.
+
+    A sentence is kept where it comes first, and the hash of a name decides on its part.
+    """
+    parts = {name: [] for name in PARTS}
+    seen = set()
+    for sentence, signature in pairs:
+        if sentence.lower() not in seen:
+            seen.add(sentence.lower())
+            digest = hashlib.sha256(function_name(signature).encode()).digest()
+            place = int.from_bytes(digest[:8], "big") % len(PARTS)
+            parts[PARTS[place]].append((sentence, signature))
+    return parts
+
+
+def conversation(sentence: str, signature: str) -> dict[str, list[dict[str, str]]]:
+    """Writes a pair as a record that trainers and chat APIs read: a question and its answer."""
+    contents = {"user": sentence, "assistant": signature}
+    return {"messages": [{"role": role, "content": text} for role, text in contents.items()]}
+
+
+def _make(arguments: argparse.Namespace) -> None:
+    roots = Recipe.from_file(CONFIG_DIR / "training" / "nano.toml").corpus
+    _, _, tokenizer = mistral_jax.load()
+    pairs = (
+        pair
+        for source in corpus.gather(list(roots))
+        for text in source.files.values()
+        for pair in extract(text)
+        if len(tokenizer.encode(pair[1], eos=True)) <= LONGEST
+    )
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    for name, part in split(pairs).items():
+        lines = [json.dumps(conversation(*pair)) + "\n" for pair in part]
+        (arguments.folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        print(f"{name}.jsonl: {len(part)} pairs")
+
+
+def words(text: str) -> list[str]:
+    """Splits names and prose into words in lower case; `get_node` and `getNode` have two."""
+    return [word.lower() for word in _WORD.findall(text)]
+
+
+def function_name(answer: str) -> str | None:
+    """Returns the name in `def name(...):`, or None for an answer that is not just that."""
+    try:
+        body = ast.parse(f"{answer} ...").body
+    except (SyntaxError, ValueError):
+        return None
+    alone = len(body) == 1 and isinstance(body[0], ast.FunctionDef) and "\n" not in answer
+    return body[0].name if alone else None
+
+
+def f1(answer: str, signature: str) -> float:
+    """Returns the F1 of the bags of words of two signatures; def, self and cls do not count."""
+    given, wanted = (
+        collections.Counter(word for word in words(text) if word not in {"def", *_RECEIVERS})
+        for text in (answer, signature)
+    )
+    return 2 * (given & wanted).total() / max(1, given.total() + wanted.total())
+
+
+def measure(answers: Sequence[str], ended: Sequence[bool], signatures: Sequence[str]) -> dict:
+    """Scores answers against the signatures that were wanted.
+
+    Args:
+      answers: what the model wrote.
+      ended: whether it ended each by itself.
+      signatures: what it should have written.
+
+    Returns:
+      How many there are (`answers`); the shares of those that `ended`, that are a `signature`, and
+      that have the right `name`; and the mean `f1` of their words.
+    """
+    names = [(function_name(a), function_name(s)) for a, s in zip(answers, signatures, strict=True)]
+    total = len(answers)
+    return {
+        "answers": total,
+        "ended": sum(ended) / total,
+        "signature": sum(given is not None for given, _ in names) / total,
+        "name": sum(given == wanted for given, wanted in names) / total,
+        "f1": math.fsum(map(f1, answers, signatures)) / total,
+    }
+
+
+def ask(model, params: Mapping, tokenizer, sentences: Sequence[str]) -> list[tuple[str, bool]]:
+    """Lets a model answer, greedily; returns each text, and whether the model ended it."""
+    greedy = mistral_jax.Sampling(temperature=0)
+    prompts = [tokenizer.encode_chat([{"role": "user", "content": text}]) for text in sentences]
+    rows = []
+    for start in range(0, len(prompts), ROWS):
+        batch = prompts[start : start + ROWS]
+        rows += mistral_jax.generate(model, params, batch, LONGEST, sampling=greedy)
+    return [(tokenizer.decode(row.tokens), row.finish_reason == "stop") for row in rows]
+
+
+def reference_loss(model, params: Mapping, tokenizer, file: Path) -> float:
+    """Returns the loss of the wanted answers, their ends included, in nats a token."""
+    examples = list(records.read([file], tokenizer))
+    rows = likelihoods(model, params, [example.tokens.tolist() for example in examples], ROWS)
+    pairs = zip(examples, rows, strict=True)
+    loss = -math.fsum(example.weights[1:] @ row.logprobs for example, row in pairs)
+    return loss / math.fsum(example.weights.sum() for example in examples)
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    model, params, tokenizer = mistral_jax.load(
+        arguments.checkpoint, dtype="float32", lora=arguments.lora
+    )
+    loss = reference_loss(model, params, tokenizer, arguments.file)
+    lines = arguments.file.read_text(encoding="utf-8").splitlines()
+    contents = [[m["content"] for m in json.loads(line)["messages"]] for line in lines]
+    sentences, signatures = zip(*contents, strict=True)
+    answers, ended = zip(*ask(model, params, tokenizer, sentences), strict=True)
+    for i in range(0, len(lines), -(-len(lines) // max(1, arguments.show)))[: arguments.show]:
+        shown = f"{sentences[i]}\n  wanted    {signatures[i]}\n  answered  {answers[i]!r}"
+        print(shown, file=sys.stderr)
+    result = {**measure(answers, ended, signatures), "loss": loss}
+    print(json.dumps({name: round(value, 4) for name, value in result.items()}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
