@@ -59,9 +59,12 @@ def make_preference_loss_fn(
         def flat(x):
             return x.reshape(-1, x.shape[-1])
 
-        tokens, positions, targets = map(flat, (batch.tokens, batch.positions, batch.targets))
-        chosen = logprobs(_logits(model, params, tokens, positions, key), targets)
-        return jnp.sum(chosen, axis=-1).reshape(-1, 2)
+        flat_batch = jax.tree.map(flat, batch)
+        logits = _logits(model, params, flat_batch.tokens, flat_batch.positions, key)
+        each = logprobs(logits, flat_batch.targets)
+        if batch.weights is not None:
+            each *= flat_batch.weights
+        return jnp.sum(each, axis=-1).reshape(-1, 2)
 
     def loss_fn(trainable: Params, frozen: Params, batch: Batch, key: jax.Array):
         before = jax.lax.stop_gradient(answers(reference(trainable, frozen), batch))
@@ -69,7 +72,11 @@ def make_preference_loss_fn(
         losses, margin = preference(after, before, beta, label_smoothing)
         # A pair without a target was added to fill the batch up.
         counts = jnp.any(batch.targets >= 0, axis=(1, 2)).astype(jnp.float32)
-        sums = {"targets": counts, "accuracy": counts * (margin > 0), "margin": counts * margin}
+        sums = {
+            "targets": counts,
+            "accuracy": jnp.where(margin > 0, counts, 0),
+            "margin": counts * margin,
+        }
         return jnp.sum(counts * losses), jax.tree.map(jnp.sum, sums)
 
     return loss_fn
