@@ -66,7 +66,7 @@ def _parser() -> command.Parser:
     group = parser.add_argument_group("the model")
     add = group.add_argument
     add("--checkpoint", metavar="DIR", help="its folder [the bundled model]")
-    add("--lora", metavar="DIR", help="adapters to evaluate it with")
+    add("--lora", metavar="DIR", help="adapters to use with it: PEFT's folder or Mistral's file")
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -111,13 +111,14 @@ def _run(arguments: argparse.Namespace) -> None:
 
     if arguments.compilation_cache:
         machine.use_compilation_cache()
-    adapters = {} if arguments.lora is None else {"lora": arguments.lora}
+    if note := machine.unseen_accelerator():
+        print(note, file=sys.stderr)
     model, params, tokenizer = checkpoint.load(
         arguments.checkpoint,
         sharding=arguments.sharding,
         mesh=arguments.mesh,
         dtype=arguments.dtype,
-        **adapters,
+        lora=arguments.lora,
     )
     if tokenizer is None:
         raise ValueError(f"{arguments.checkpoint} has no tokenizer.model; put the model's there")

@@ -4,15 +4,17 @@ import json
 import math
 import sys
 
+import jax
 import pytest
 import tiny
 import tokenizer_samples
 from processes import together
 
 import mistral_jax as mj
-from mistral_jax import checkpoint, evaluate
+from mistral_jax import adapters, checkpoint, evaluate
 from mistral_jax.evaluation import choices
 from mistral_jax.tokenizer import Tokenizer
+from mistral_jax.training.lora import Lora, init_adapters
 
 TEXTS = ["import os\r\n\n" * 9, "Straße 日本", "def f(x):\n    return x"]
 QUESTIONS = [
@@ -86,6 +88,20 @@ def test_each_file_has_the_loss_of_its_texts_and_all_have_that_of_all(command, f
         expected("all", scores),
     ]
     assert records(command(a, "--json")[1]) == records(out)[:1]
+
+
+def test_adapters_change_the_loss_to_that_of_the_adapted_model(command, folder, loaded):
+    model, params, _ = loaded
+    lora = Lora(rank=2, alpha=4.0)
+    made = jax.tree.map(lambda x: x + 0.3, init_adapters(lora, params, jax.random.key(0)))
+    adapters.save(folder / "adapters", model.config, lora, made, overwrite=True)
+    path = folder / "a.txt"
+    code, out, err = command(path, "--json", "--lora", folder / "adapters")
+    assert (code, err) == (0, "")
+    adapted = mj.load(folder / "tiny", dtype="float32", lora=folder / "adapters")
+    scores = [mj.score(*own, TEXTS[0]) for own in (adapted, loaded)]
+    assert records(out) == [expected(path, scores[:1])]
+    assert abs(scores[0].logprob - scores[1].logprob) > 1
 
 
 def test_a_table_has_a_line_a_file_however_long_its_name(command, folder):
