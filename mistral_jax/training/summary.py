@@ -1,0 +1,166 @@
+"""The report of a complete run, for people, from what lies in its folder. It loads no model.
+
+`<run>/report.md`, and `<run>/curve.png` where matplotlib is installed.
+"""
+
+import importlib.util
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mistral_jax.training import curve
+from mistral_jax.training.curve import Entry, points
+from mistral_jax.training.progress import amount, duration
+
+_CURVES = tuple(
+    f"{of}{name}" for of in ("", "validation_") for name in ("loss", "accuracy", "margin")
+)
+
+
+def write(folder: Path, recipe: Mapping[str, Any], result: Path, command: str) -> str:
+    """Writes the report of a run; returns the few lines of it that a terminal should see.
+
+    Args:
+      folder: of the run.
+      recipe: its recipe, as `Recipe.to_dict` gives it.
+      result: what came of it: the folder of a checkpoint, or of adapters.
+      command: how to use that.
+    """
+    entries = curve.read(folder / "curve.jsonl")
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    if drawn:
+        curve.plot(folder / "curve.jsonl", folder / "curve.png")
+    parts = [
+        f"# {folder.name}",
+        _table(("", ""), _facts(folder, recipe, entries)),
+        "## Loss",
+        _table(("", "first", "last", "best"), _losses(entries)),
+        *(["![loss](curve.png)"] if drawn else []),
+        *_samples(entries),
+        "## Use",
+        f"The result is in `{result}`:",
+        _block(command),
+        "`recipe.json` has all settings of the run, `curve.jsonl` all of its measurements.",
+    ]
+    (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    what = "adapters are" if recipe.get("lora") else "model is"
+    return "\n".join(
+        [
+            *_in_short(entries),
+            f"report: {folder / 'report.md'}",
+            f"the {what} in {result}",
+            f"to use it: {command}",
+        ]
+    )
+
+
+def _facts(folder: Path, recipe: Mapping[str, Any], entries: Sequence[Entry]):
+    """Yields rows of a table: what was trained on what, and what it took."""
+    new = recipe.get("model")
+    yield (
+        "model",
+        f"{new}, from nothing" if new else recipe.get("checkpoint") or "the bundled model",
+    )
+    yield "trained", _trained(recipe)
+    yield from _data(folder / "data")
+    yield "steps", f"{_last(entries, 'step'):,} of {recipe['rows']} x {recipe['context']} tokens"
+    yield "skipped", f"{sum(entry.get('skipped', 0) for entry in entries)} steps, not finite"
+    if tokens := _last(entries, "tokens"):
+        yield "tokens", f"{tokens:,}"
+        yield "time", duration(_last(entries, "seconds"))
+    if rates := [rate for _, rate in points(entries, "tokens_per_second")]:
+        yield "speed", f"{amount(statistics.median(rates))} tokens/s"
+    if shares := [share for _, share in points(entries, "mfu")]:
+        yield "utilisation", f"{statistics.median(shares):.1%} of the devices' peak (MFU)"
+    if memory := _last(entries, "memory"):
+        yield "memory", f"{memory / 1e9:.3g} GB at most"
+
+
+def _trained(recipe: Mapping[str, Any]) -> str:
+    if lora := recipe.get("lora"):
+        told = f"LoRA adapters of rank {lora['rank']}"
+        if recipe.get("quantize", "none") != "none":
+            told += f", beside weights in {recipe['quantize']}"
+    else:
+        told = "all parameters"
+    if dpo := recipe.get("dpo"):
+        told += f", on preferences (DPO, beta {dpo['beta']:g})"
+    return told
+
+
+def _data(folder: Path):
+    """Yields rows on data, from the notes that preparing it has left."""
+    if (folder / "corpus.json").is_file():
+        sources = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+        files, size = (sum(source[name] for source in sources) for name in ("files", "bytes"))
+        names = ", ".join(f"{source['name']} {source['version']}" for source in sources)
+        yield "data", f"{files:,} files of Python, {size / 1e6:.3g} MB, of {names}"
+    if (folder / "data.json").is_file():
+        notes = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+        for name in ("train", "validation"):
+            if name in notes:
+                yield f"{name} data", _split(notes[name])
+
+
+def _split(notes: Mapping[str, Any]) -> str:
+    told = (
+        f"{notes['examples']:,} examples in {notes['rows']:,} rows, {notes['fill']:.0%} filled; "
+        f"{notes['learnt']:,} of {notes['tokens']:,} tokens learnt"
+    )
+    for name in ("bad", "too_long", "left_out"):
+        if notes.get(name):
+            told += f"; {notes[name]:,} {name.replace('_', ' ')}"
+    return told
+
+
+def _losses(entries: Sequence[Entry]):
+    """Yields a row for each thing that was measured: first, last and best, and their steps."""
+    for name in _CURVES:
+        if found := points(entries, name):
+            best = (min if name.endswith("loss") else max)(found, key=lambda point: point[1])
+            title = name if name.startswith("validation") else f"training {name}"
+            chosen = found[0], found[-1], best
+            yield title.replace("_", " "), *(f"{y:.4g} (step {x})" for x, y in chosen)
+
+
+def _samples(entries: Sequence[Entry]):
+    """Yields what the model made of each prompt first, and what last."""
+    rounds = [entry for entry in entries if "samples" in entry]
+    if len(rounds) < 2:
+        return
+    yield "## Samples"
+    before, after = rounds[0], rounds[-1]
+    for old, new in zip(before["samples"], after["samples"], strict=True):
+        yield "Prompt:"
+        yield _block(new["prompt"])
+        for entry, sample in ((before, old), (after, new)):
+            yield f"Step {entry['step']}:"
+            yield _block(sample["text"])
+
+
+def _in_short(entries: Sequence[Entry]):
+    """Yields the lines of a summary, as far as there is one."""
+    if losses := points(entries, "loss"):
+        told = f"loss {losses[0][1]:.4g} -> {losses[-1][1]:.4g}"
+        if validations := points(entries, "validation_loss"):
+            first = validations[0][1]
+            step, best = min(validations, key=lambda point: point[1])
+            told += f", validation {first:.4g} -> {best:.4g} at best, step {step}"
+        tokens, seconds = _last(entries, "tokens"), _last(entries, "seconds")
+        yield f"{losses[-1][0]} steps, {amount(tokens)} tokens in {duration(seconds)}: {told}"
+
+
+def _last(entries: Sequence[Entry], name: str) -> float:
+    return next((entry[name] for entry in reversed(entries) if name in entry), 0)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _block(text: str) -> str:
+    """Returns a text as Markdown that shows it as it is, whatever fences are in it."""
+    return "\n".join(f"    {line}" for line in text.split("\n"))
