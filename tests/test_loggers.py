@@ -3,7 +3,7 @@
 import importlib.util
 import struct
 import sys
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 
@@ -124,7 +124,6 @@ def wandb(monkeypatch):
     module.__spec__ = importlib.util.spec_from_loader("wandb", None)
     module.calls = calls
     module.Error = type("Error", (Exception,), {})
-    module.util = SimpleNamespace(generate_id=lambda: f"id{len(calls)}")
     module.Table = lambda columns, data: (columns, data)
     module.init = lambda **options: calls.append(("init", options)) or Run(calls)
     monkeypatch.setitem(sys.modules, "wandb", module)

@@ -7,6 +7,7 @@ of those that were there.
 import contextlib
 import importlib.util
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def _wandb(folder: Path, config: Mapping[str, Any], step: int):
     notes = folder / "wandb" / "id"
     if not notes.is_file():
         notes.parent.mkdir(exist_ok=True)
-        notes.write_text(wandb.util.generate_id() + "\n", encoding="utf-8")
+        notes.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
     try:
         run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "mistral_jax"),
@@ -90,6 +91,7 @@ def _wandb(folder: Path, config: Mapping[str, Any], step: int):
             resume="allow",
             config=dict(config),
             allow_val_change=True,
+            settings={"console": "off"},  # a bar that is drawn anew is no log
         )
     except wandb.Error as error:
         raise ValueError(f"wandb does not begin, {error}; or set WANDB_MODE=offline") from None
