@@ -1,11 +1,10 @@
 """The command line of evaluation, `python -m mistral_jax.evaluate`: it parses, calls and prints."""
 
 import argparse
-import contextlib
 import dataclasses
-import json
+import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,14 @@ lm-evaluation-harness. Values in brackets are defaults.
 EPILOG = """\
 for instance:
   python -m mistral_jax.evaluate README.md docs/*.md
-  python -m mistral_jax.evaluate --checkpoint mistral-7b-v0.1 book.txt --positions --plot loss.png
+  python -m mistral_jax.evaluate --checkpoint mistral-7b-v0.1 book.txt --positions 16 \\
+      --circle 16384 --plot loss.png
   python -m mistral_jax.evaluate --choices questions.jsonl
   python -m mistral_jax.evaluate --checkpoint mistral-7b-v0.3 --tasks hellaswag,arc_easy
 
 A .jsonl file has texts as {"text": ...}, one a line, each read from its own beginning. A line of
 --choices is {"question": "1 + 1 =", "choices": ["2", "3"], "answer": 0}, or "answer": "A".
 """
-
-
-_UNFOLDED = 1000
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,7 +40,9 @@ def _parser() -> command.Parser:
         usage="%(prog)s [FILE ...] [options]",
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, max_help_position=26, width=100
+        ),
         allow_abbrev=False,
     )
     add = parser.add_argument_group("what is evaluated").add_argument
@@ -55,6 +54,13 @@ def _parser() -> command.Parser:
         const=0,
         metavar="N",
         help="also the loss of the files' tokens by position, in N equal buckets [powers of two]",
+    )
+    add(
+        "--circle",
+        type=_count,
+        metavar="T",
+        help="for --positions N: every T tokens of a text are a circle, read from N places on, so "
+        "that all buckets have the same tokens",
     )
     add("--plot", type=Path, metavar="FILE", help="draw it, with the model's window (matplotlib)")
     add("--choices", type=Path, metavar="FILE", help="multiple choice, as JSON Lines")
@@ -81,7 +87,8 @@ def _parser() -> command.Parser:
         action="store_false",
         help="compile anew, and keep nothing in the user's cache folder",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object a result, on a line")
+    add = parser.add_argument_group("the output").add_argument
+    add("--json", action="store_true", help="one JSON object a result, on a line")
     return parser
 
 
@@ -97,7 +104,7 @@ def _names(text: str) -> list[str]:
 
 def _run(arguments: argparse.Namespace) -> None:
     from mistral_jax import distributed
-    from mistral_jax.evaluation import choices, documents, positions
+    from mistral_jax.evaluation import choices, documents, positions, report
 
     _check(arguments)
     if arguments.plot:
@@ -126,12 +133,12 @@ def _run(arguments: argparse.Namespace) -> None:
     if texts:
         _perplexity(arguments, loaded, texts)
     if questions:
-        with _progress("answering") as report:
-            found = choices.logprobs(*loaded, questions, arguments.batch, report)
+        with report.progress("answering") as show:
+            found = choices.logprobs(*loaded, questions, arguments.batch, show)
         fields = dataclasses.asdict(choices.accuracy(questions, found))
-        _print(arguments, [{"choices": str(path)} | fields])
+        report.show([{"choices": str(path)} | fields], arguments.json)
     if suite is not None:
-        _print(arguments, suite(*loaded, arguments.batch))
+        report.show(suite(*loaded, arguments.batch), arguments.json)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -139,6 +146,10 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError("there is nothing to evaluate; give a FILE, --choices or --tasks")
     if (arguments.positions is not None or arguments.plot) and not arguments.files:
         raise ValueError("--positions and --plot are of the texts in files; give a FILE")
+    if arguments.circle and (not arguments.positions or arguments.circle % arguments.positions):
+        raise ValueError(
+            f"--circle is {arguments.circle}; expected a multiple of N in --positions N"
+        )
     for name in ("include_path", "num_fewshot", "limit"):
         if getattr(arguments, name) is not None and not arguments.tasks:
             raise ValueError(f"--{name.replace('_', '-')} is for --tasks; name some")
@@ -161,11 +172,12 @@ def _suite(arguments: argparse.Namespace) -> Callable[..., list[dict[str, Any]]]
 def _perplexity(arguments: argparse.Namespace, loaded, texts: list[list[str]]) -> None:
     """Scores the texts of all files together; prints the loss of each, and by position."""
     from mistral_jax import distributed
-    from mistral_jax.evaluation import perplexity, positions
+    from mistral_jax.evaluation import perplexity, positions, report
 
     together = [text for own in texts for text in own]
-    with _progress("reading") as report:
-        found = perplexity.token_losses(*loaded, together, arguments.batch, report)
+    circles = _circles(arguments, loaded[2], together) if arguments.circle else []
+    with report.progress("reading") as show:
+        found = perplexity.token_losses(*loaded, together, arguments.batch, show)
     rest = iter(found)
     named = [
         (str(path), perplexity.loss(own, [next(rest) for _ in own]))
@@ -173,14 +185,31 @@ def _perplexity(arguments: argparse.Namespace, loaded, texts: list[list[str]]) -
     ]
     if len(named) > 1:
         named.append(("all", perplexity.loss(together, found)))
-    _print(arguments, [_fields(name, loss) for name, loss in named])
+    report.show([_fields(name, loss) for name, loss in named], arguments.json)
     if arguments.positions is None and not arguments.plot:
         return
+    if circles:
+        with report.progress("reading circles of") as show:
+            found = perplexity.row_losses(*loaded[:2], circles, arguments.batch, show)
     buckets = positions.by_position(found, arguments.positions or None)
-    _print(arguments, [bucket._asdict() for bucket in buckets])
+    report.show([bucket._asdict() for bucket in buckets], arguments.json)
     if arguments.plot:
         config = loaded[0].config
         distributed.from_first(lambda: positions.plot(buckets, config, arguments.plot))
+
+
+def _circles(arguments: argparse.Namespace, tokenizer, texts: list[str]) -> list[list[int]]:
+    """Returns the rows that --circle reads."""
+    from mistral_jax.evaluation import positions
+
+    length, count = arguments.circle, arguments.positions
+    encoded = [tokenizer.encode(text) for text in texts]
+    rows = [row for ids in encoded for row in positions.turns(ids, length, count)]
+    if not rows:
+        raise ValueError(
+            f"--circle is {length}; the longest text has {max(map(len, encoded))} tokens"
+        )
+    return [[tokenizer.bos_id, *row] for row in rows]
 
 
 def _fields(name: str, loss) -> dict[str, Any]:
@@ -193,48 +222,6 @@ def _fields(name: str, loss) -> dict[str, Any]:
         "perplexity": loss.perplexity,
         "bits_per_byte": loss.bits_per_byte,
     }
-
-
-def _print(arguments: argparse.Namespace, results: list[dict[str, Any]]) -> None:
-    """Prints results of one kind: a table, or a JSON object each."""
-    if arguments.json:
-        for result in results:
-            print(json.dumps(result), flush=True)
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for name, value in results[0].items():
-        is_text = isinstance(value, str)
-        table.add_column(
-            name.replace("_", " "), justify="left" if is_text else "right", overflow="fold"
-        )
-    for result in results:
-        table.add_row(*map(_cell, result.values()))
-    # Only a terminal has an edge at which names are to be folded.
-    Console(width=None if sys.stdout.isatty() else _UNFOLDED).print(table)
-
-
-def _cell(value: str | int | float | None) -> str:
-    if isinstance(value, float):
-        return f"{value:.4f}"
-    return f"{value:,}" if isinstance(value, int) else value or "-"
-
-
-@contextlib.contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields what shows how many tokens are done: a bar on a terminal, nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    columns = f"{what} tokens", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 if __name__ == "__main__":

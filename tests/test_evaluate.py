@@ -5,6 +5,7 @@ import math
 import sys
 
 import jax
+import numpy as np
 import pytest
 import tiny
 import tokenizer_samples
@@ -13,6 +14,7 @@ from processes import together
 import mistral_jax as mj
 from mistral_jax import adapters, checkpoint, evaluate
 from mistral_jax.evaluation import choices
+from mistral_jax.generation.score import likelihoods
 from mistral_jax.tokenizer import Tokenizer
 from mistral_jax.training.lora import Lora, init_adapters
 
@@ -129,6 +131,19 @@ def test_positions_share_out_all_tokens(command, folder, option, starts):
         assert len(buckets) == 4
 
 
+def test_a_circle_has_the_same_tokens_in_all_buckets(command, folder, loaded):
+    path = folder / "a.txt"
+    code, out, err = command(path, "--json", "--positions", 4, "--circle", 80)
+    assert (code, err) == (0, "")
+    buckets = records(out)[1:]
+    assert [bucket["tokens"] for bucket in buckets] == [80] * 4
+    tokenizer = loaded[2]
+    ids = tokenizer.encode(TEXTS[0])[:80]
+    rows = [[tokenizer.bos_id, *ids[i:], *ids[:i]] for i in (0, 20, 40, 60)]
+    found = [row.logprobs[60:] for row in likelihoods(*loaded[:2], rows, 1)]
+    assert buckets[3]["loss"] == pytest.approx(-np.mean(found), rel=1e-5)
+
+
 def test_a_plot_is_drawn(command, folder, tmp_path):
     pytest.importorskip("matplotlib")
     code, out, err = command(folder / "a.txt", "--plot", tmp_path / "loss.png", "--json")
@@ -181,6 +196,9 @@ def test_choices_are_judged(command, folder, loaded):
         (["good.txt", "--batch", "0"], "--batch: '0' is not a whole number above 0"),
         (["good.txt", "--positions", "x"], "--positions: 'x' is not a whole number above 0"),
         (["--choices", "good.txt", "--positions"], "--positions and --plot are of the texts"),
+        (["good.txt", "--positions", "3", "--circle", "8"], "--circle is 8; expected a multiple"),
+        (["good.txt", "--positions", "--circle", "8"], "--circle is 8; expected a multiple"),
+        (["good.txt", "--positions", "2", "--circle", "8"], "the longest text has 2 tokens"),
         (["good.txt", "--limit", "3"], "--limit is for --tasks; name some"),
         (["good.txt", "--sharding", "nothing"], "no sharding named 'nothing'"),
     ],

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 import mistral_jax as mj
-from mistral_jax.evaluation.perplexity import loss, token_losses
-from mistral_jax.evaluation.positions import by_position, plot
-from mistral_jax.generation.score import likelihoods
+from mistral_jax.evaluation.perplexity import loss, row_losses, token_losses
+from mistral_jax.evaluation.positions import by_position, plot, turns
 
 
 @pytest.fixture
@@ -47,6 +46,18 @@ def test_no_buckets_are_refused(losses):
         by_position(losses, 0)
 
 
+def test_turns_put_every_token_of_a_circle_into_every_bucket_once():
+    ids = list(range(100, 127))
+    rows = turns(ids, 12, 3)
+    assert rows[1] == [*range(104, 112), *range(100, 104)]
+    for circle in (rows[:3], rows[3:]):
+        for bucket in range(3):
+            found = [token for row in circle for token in row[4 * bucket : 4 * bucket + 4]]
+            assert sorted(found) == sorted(circle[0])
+    assert sorted(rows[0] + rows[3]) == ids[:24]
+    assert turns(ids, 28, 4) == []
+
+
 def test_the_loss_is_flat_past_the_window():
     """Each token of a text is read at eight distances from the beginning, so buckets differ in
     these alone: rows begin at every eighth of a text that goes on from its end to its beginning.
@@ -60,9 +71,8 @@ def test_the_loss_is_flat_past_the_window():
     assert model.config.windows == (window,) * 4
     with open(dataclasses.__file__, encoding="utf-8") as file:
         ids = tokenizer.encode(file.read())[: 8 * window]
-    rows = [[tokenizer.bos_id, *ids[i:], *ids[:i]] for i in range(0, len(ids), window)]
-    losses = [-row.logprobs for row in likelihoods(model, params, rows, 8)]
-    buckets = by_position(losses, 8)
+    rows = [[tokenizer.bos_id, *row] for row in turns(ids, len(ids), 8)]
+    buckets = by_position(row_losses(model, params, rows), 8)
     within, *past = [bucket.loss for bucket in buckets]
     assert [bucket.last_position for bucket in buckets] == [window * i for i in range(1, 9)]
     assert within > past[0] + 0.1

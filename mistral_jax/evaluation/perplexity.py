@@ -71,6 +71,17 @@ def token_losses(
       The loss of each token of each text, in nats, [T] float32 a text.
     """
     rows = [tokenizer.encode(text, bos=True) for text in texts]
+    return row_losses(model, params, rows, batch, report)
+
+
+def row_losses(
+    model: Transformer,
+    params: Params,
+    rows: Sequence[Sequence[int]],
+    batch: int = 8,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> list[np.ndarray]:
+    """Scores rows of token ids as `token_losses` does texts; a row begins with BOS."""
     return [-row.logprobs for row in likelihoods(model, params, rows, batch, report)]
 
 

@@ -61,6 +61,25 @@ def by_position(losses: Sequence[np.ndarray], count: int | None = None) -> list[
     return buckets
 
 
+def turns(ids: Sequence[int], length: int, count: int) -> list[list[int]]:
+    """Cuts a text into circles, and each into rows that begin at other places of it.
+
+    So that buckets of `length / count` positions have the same tokens, each of them once: they
+    differ in what was read before, not in how hard their text is.
+
+    Args:
+      ids: the text's token ids.
+      length: tokens of a circle, and of a row (T); what remains of the text is left out.
+      count: rows of each circle; divides `length`.
+
+    Returns:
+      The rows, none if the text is shorter than `length`.
+    """
+    circles = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+    starts = range(0, length, length // count)
+    return [[*circle[i:], *circle[:i]] for circle in circles for i in starts]
+
+
 def check_plot() -> None:
     """Raises a ValueError if `plot` would, before the work rather than after."""
     if importlib.util.find_spec("matplotlib") is None:
