@@ -141,6 +141,25 @@ def bytes_read(checkpoint: str, sharding: str) -> dict:
     }
 
 
+def adapt(checkpoint: str, folder: str, target: str) -> dict:
+    """Uses adapters over all devices, beside the weights and merged; saves them again."""
+    import jax
+
+    import mistral_jax as mj
+    from mistral_jax import adapters
+    from mistral_jax.training.lora import adapter_shardings
+
+    found = {}
+    for merge in (False, True):
+        model, params, _ = mj.load(checkpoint, sharding="fsdp_tensor", lora=folder, merge=merge)
+        rows = mj.generate(model, params, PROMPTS, 10, sampling=mj.Sampling(0), stop_ids=())
+        found[f"merge={merge}"] = [row.tokens for row in rows]
+    lora, own = adapters.read(folder, model.config)
+    places = adapter_shardings(params, own)
+    adapters.save(target, model.config, lora, jax.device_put(own, places))
+    return found
+
+
 def late() -> int:
     """Lets the others wait for the first process longer than the runtime would, to connect."""
     from mistral_jax import distributed
@@ -182,7 +201,9 @@ def main() -> int:
     return command.run(
         lambda: print(
             json.dumps(
-                {"work": work, "bytes": bytes_read, "wait": wait, "late": late}[task](*arguments)
+                {"work": work, "bytes": bytes_read, "adapt": adapt, "wait": wait, "late": late}[
+                    task
+                ](*arguments)
             )
         )
     )

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import processes
 import pytest
 import reference
 import safetensors.numpy
@@ -215,6 +216,22 @@ def test_adapters_on_many_devices_are_saved_whole(tmp_path):
     adapters.save(tmp_path / "many", model.config, SOME, spread)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "many" / name).read_bytes()
+
+
+def test_two_processes_use_and_save_them_as_one_does(tmp_path):
+    model, params = tiny.build(vocab_size=96, n_heads=8, n_kv_heads=2, hidden_dim=48)
+    checkpoint.save(tmp_path / "base", model.config, params)
+    made = random_adapters(SOME, params)
+    adapters.save(tmp_path / "x", model.config, SOME, made)
+    params = attach(params, made, SOME.scale)
+    rows = generate(model, params, processes.PROMPTS, 10, sampling=Sampling(0), stop_ids=())
+    folders = [tmp_path / name for name in ("base", "x", "again")]
+    first, second = processes.together(processes.__file__, "adapt", *folders)
+    assert (first.status, second.status) == (0, 0), first.err + second.err
+    tokens = [row.tokens for row in rows]
+    assert json.loads(first.out) == {"merge=False": tokens, "merge=True": tokens}
+    for name in (adapters.PEFT, adapters.PEFT_CONFIG):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "x" / name).read_bytes()
 
 
 @pytest.mark.parametrize("options", [{}, {"sharding": "data_tensor", "mesh": {"tensor": 2}}])

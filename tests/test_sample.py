@@ -6,15 +6,17 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 import tiny
 import tokenizer_samples
 
 import mistral_jax
-from mistral_jax import checkpoint, sample
+from mistral_jax import adapters, checkpoint, sample
 from mistral_jax.generation.sampling import Sampling
 from mistral_jax.generation.text import chat, complete
 from mistral_jax.tokenizer import Tokenizer
+from mistral_jax.training.lora import Lora, init_adapters
 
 SAMPLING = Sampling(temperature=1, top_p=1, seed=4)
 FLAGS = ["--temperature", "1", "--top-p", "1", "--seed", "4", "--max-tokens", "12"]
@@ -135,6 +137,19 @@ def test_a_conversation_remembers(command, folder, typed):
     assert command("--chat") == (0, "".join(f"{a}\n" for a in (*answers, answers[0])), "")
 
 
+def test_adapters_are_used_beside_the_weights_and_merged(command, folder, tmp_path):
+    model, params, _ = checkpoint.load(folder)
+    lora, key = Lora(rank=2, targets=("v_proj", "lm_head")), jax.random.key(0)
+    made = jax.tree.map(lambda x: x + 0.3, init_adapters(lora, params, key))
+    adapters.save(tmp_path / "x", model.config, lora, made)
+    loaded = checkpoint.load(folder, lora=tmp_path / "x")
+    text = complete(*loaded, "def", 12, sampling=Sampling(0))
+    flags = ["def", "--lora", str(tmp_path / "x"), "--temperature", "0"]
+    assert command(*flags) == (0, text + "\n", "")
+    assert command(*flags, "--merge") == (0, text + "\n", "")
+    assert text != complete(*checkpoint.load(folder), "def", 12, sampling=Sampling(0))
+
+
 def test_stats_are_told_on_standard_error(command, folder):
     code, out, err = command("def main", "--stats")
     assert (code, out) == (0, expected(folder, "def main") + "\n")
@@ -175,6 +190,8 @@ def test_the_limit_can_be_lifted(command):
         (["x", "--mesh", "tensor"], "'tensor' is not a list of mesh axes and their sizes"),
         (["x", "--sharding", "tensor", "--mesh", "data=2"], "has no mesh axis 'data'"),
         (["x", "--checkpoint", "no/such"], "no/such"),
+        (["x", "--lora", "no/such"], "no/such has no adapter_model.safetensors and no lora."),
+        (["x", "--merge"], "--merge is for --lora DIR; name the adapters to merge"),
         (["\udcff"], "the text has a lone surrogate"),
     ],
 )
