@@ -33,7 +33,7 @@ def path(tmp_path):
 
 
 def metrics(loss=1.0, skipped=0.0, **more):
-    names = {"loss": loss, "grad_norm": 2.0, "targets": 7.0, "skipped": skipped, **more}
+    names = {"grad_norm": 2.0, "loss": loss, "skipped": skipped, "targets": 7.0, **more}
     return {name: jnp.float32(value) for name, value in names.items()}
 
 
@@ -60,6 +60,7 @@ def test_a_line_sums_up_the_steps_since_the_last(path, clock):
     assert (first["tokens"], second["tokens"]) == (1000, 2000)
     assert first["steps"] == 20
     assert "targets" not in first
+    assert list(first)[:3] == ["step", "steps", "loss"]  # what people look at first
 
 
 def test_lines_are_json_whatever_the_loss(path):

@@ -75,7 +75,7 @@ def test_a_report_has_facts_losses_texts_and_the_command(written):
     assert found["speed"] == ["2.02k tokens/s"]
     assert found["utilisation"] == ["41.0% of the devices' peak (MFU)"]
     assert found["memory"] == ["3.21 GB at most"]
-    assert found["skipped"] == ["11 steps, not finite"]
+    assert found["skipped steps"] == ["11, not finite"]
     assert found["training loss"] == ["4 (step 10)", "2.5 (step 30)", "2.5 (step 30)"]
     assert found["validation loss"] == ["5.25 (step 0)", "3.25 (step 30)", "3 (step 20)"]
     assert found["validation accuracy"] == ["0.5 (step 10)", "0.625 (step 30)", "0.75 (step 20)"]
@@ -83,6 +83,7 @@ def test_a_report_has_facts_losses_texts_and_the_command(written):
     before_and_after = report[report.index("## Samples") : report.index("## Use")]
     assert "Step 0:\n\n    more\n    noise\n" in before_and_after
     assert "Step 30:\n\n    ```\n    sense\n" in before_and_after
+    assert "Step 30:\n\n(nothing)\n" in before_and_after
     assert "half" not in before_and_after
     assert told == [
         "30 steps, 123k tokens in 1:00: loss 4 -> 2.5, validation 5.25 -> 3 at best, step 20",
@@ -103,7 +104,7 @@ def test_the_curve_is_drawn_where_matplotlib_is_installed(written, monkeypatch, 
 @pytest.mark.parametrize(
     ("recipe", "model", "trained"),
     [
-        ({"model": "nano"}, "nano, from nothing", "all parameters"),
+        ({"model": "nano", "export_best": True}, "nano, from nothing", "all parameters"),
         (
             {"lora": {"rank": 2}, "quantize": "nf4"},
             "the bundled model",
@@ -120,6 +121,9 @@ def test_a_report_says_what_was_trained(written, recipe, model, trained):
     report, told, _ = written([training(5, 1.0)], {"rows": 1, "context": 2, **recipe})
     assert table(report)["model"] == [model]
     assert table(report)["trained"] == [trained]
+    assert table(report)["skipped steps"] == ["none"]
+    best = "of the best step" in report
+    assert best == ("export_best" in recipe)
     noun = "adapters are" if "lora" in recipe else "model is"
     assert told[-2] == f"the {noun} in out/adapter"
 

@@ -13,6 +13,7 @@ import tiny
 
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.attention import visible
+from mistral_jax.planning import hardware
 from mistral_jax.training import utilisation
 from mistral_jax.training.loss import cross_entropy
 
@@ -95,9 +96,16 @@ def test_the_peak_is_that_of_all_devices(monkeypatch, kind, teraflops):
     assert utilisation.peak_flops() is None
 
 
+def test_every_chip_has_names_and_shares_none():
+    kinds = [chip.kinds for chip in hardware.known().values()]
+    assert all(kinds)
+    names = [name for some in kinds for name in some]
+    assert len(names) == len(set(names))
+
+
 def test_the_peak_of_a_cpu_is_measured():
     rates = utilisation.peak_flops(), utilisation.peak_flops()
-    assert max(rates) < 3 * min(rates)
+    assert max(rates) < 10 * min(rates)  # others may use it too
     assert 1e9 < min(rates) < 1e14
 
 

@@ -120,7 +120,7 @@ class Curve:
 
     def _summary(self, learning_rate: float) -> Entry:
         columns = {name: [metrics[name] for metrics in self._recent] for name in self._recent[0]}
-        entry = {name: _mean(values) for name, values in columns.items()}
+        entry = {"loss": math.nan} | {name: _mean(values) for name, values in columns.items()}
         if "skipped" in columns:
             entry["skipped"] = int(sum(columns["skipped"]))
         now = time.perf_counter()

@@ -40,7 +40,7 @@ def write(folder: Path, recipe: Mapping[str, Any], result: Path, command: str) -
         *(["![loss](curve.png)"] if drawn else []),
         *_samples(entries),
         "## Use",
-        f"The result is in `{result}`:",
+        f"The result, {_state(recipe)}, is in `{result}`:",
         _block(command),
         "`recipe.json` has all settings of the run, `curve.jsonl` all of its measurements.",
     ]
@@ -66,7 +66,8 @@ def _facts(folder: Path, recipe: Mapping[str, Any], entries: Sequence[Entry]):
     yield "trained", _trained(recipe)
     yield from _data(folder / "data")
     yield "steps", f"{_last(entries, 'step'):,} of {recipe['rows']} x {recipe['context']} tokens"
-    yield "skipped", f"{sum(entry.get('skipped', 0) for entry in entries)} steps, not finite"
+    skipped = sum(entry.get("skipped", 0) for entry in entries)
+    yield "skipped steps", f"{skipped}, not finite" if skipped else "none"
     if tokens := _last(entries, "tokens"):
         yield "tokens", f"{tokens:,}"
         yield "time", duration(_last(entries, "seconds"))
@@ -88,6 +89,10 @@ def _trained(recipe: Mapping[str, Any]) -> str:
     if dpo := recipe.get("dpo"):
         told += f", on preferences (DPO, beta {dpo['beta']:g})"
     return told
+
+
+def _state(recipe: Mapping[str, Any]) -> str:
+    return "of the best step by validation" if recipe.get("export_best") else "of the last step"
 
 
 def _data(folder: Path):
@@ -137,7 +142,7 @@ def _samples(entries: Sequence[Entry]):
         yield _block(new["prompt"])
         for entry, sample in ((before, old), (after, new)):
             yield f"Step {entry['step']}:"
-            yield _block(sample["text"])
+            yield _block(sample["text"]) if sample["text"] else "(nothing)"
 
 
 def _in_short(entries: Sequence[Entry]):
@@ -163,4 +168,4 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _block(text: str) -> str:
     """Returns a text as Markdown that shows it as it is, whatever fences are in it."""
-    return "\n".join(f"    {line}" for line in text.split("\n"))
+    return "\n".join(f"    {line}" for line in text.rstrip("\n").split("\n"))

@@ -66,11 +66,16 @@ def peak_memory() -> int | None:
 
 
 def _measured_flops() -> float:
-    """Measures the FLOP/s of a CPU by products of matrices: the best within a third of a second.
+    """Measures the FLOP/s of a CPU by products of matrices, the best of some, within a second.
 
-    CPU devices are made of the same cores, and one product takes them all.
+    CPU devices are made of the same cores, and one product takes them all. Which size is the
+    fastest depends on how many those are.
     """
-    matrix = jnp.ones((1024, 1024), jnp.float32)
+    return max(map(_product_flops, (512, 1024, 2048)))
+
+
+def _product_flops(size: int) -> float:
+    matrix = jnp.ones((size, size), jnp.float32)
     multiply = jax.jit(jnp.dot)
 
     def seconds():
@@ -80,6 +85,6 @@ def _measured_flops() -> float:
 
     seconds()  # compiles
     times = []
-    while sum(times) < 0.3:
+    while sum(times) < 0.1:
         times.append(seconds())
-    return 2 * 1024**3 / min(times)
+    return 2 * size**3 / min(times)
