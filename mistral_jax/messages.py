@@ -68,8 +68,8 @@ def lesson_parts(messages: Sequence[Mapping[str, Any]], version: str) -> list[tu
 
     Args:
       messages: as for `chat_parts`, the last an answer without a prefix. An answer's "weight" is
-        how much it is learnt: a number from 0 to 1000, 1 if it has none. Answers in a row, which are
-        joined, have one weight.
+        how much it is learnt: a number from 0 to 1000, 1 if it has none. Answers in a row, which
+        are joined, have one weight.
       version: as for `chat_parts`.
 
     Returns:

@@ -4,7 +4,6 @@ import argparse
 import itertools
 import signal
 import sys
-import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -123,7 +122,6 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         curve.check_plot()
     print(f"training {recipe.model or recipe.checkpoint or 'the bundled model'} in {path}")
-    began = time.perf_counter()
     loggers = arguments.log if distributed.is_first() else []
     with (
         progress.show(recipe.steps) as show,
@@ -141,8 +139,7 @@ def _run(arguments: argparse.Namespace) -> int:
         # A machine that is about to be taken away has been served; a person has interrupted.
         return 0 if outcome.stopped == signal.SIGTERM else 130
     if distributed.is_first():
-        seconds = time.perf_counter() - began
-        print(summary.write(path, recipe.to_dict(), outcome.result, outcome.command, seconds))
+        print(summary.write(path, recipe.to_dict(), outcome.result, outcome.command))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The curve: what a line sums up, what its rate counts, what a resumed run keeps, and its plot."""
+"""The curve: what a line tells, what its rate counts, what a resumed run keeps, and its plot."""
 
 import json
 import math
@@ -37,63 +37,59 @@ def metrics(loss=1.0, skipped=0.0, **more):
     return {name: jnp.float32(value) for name, value in names.items()}
 
 
-def train(found, clock, steps, seconds=2.0, **options):
+def train(found, clock, steps, seconds=2.0):
     for step in steps:
         clock.now += seconds
-        found.add(step, metrics(loss=step), 100, 1e-3, **options)
+        found.add(step, metrics(loss=step), 100, 1e-3)
 
 
-def test_a_line_sums_up_the_steps_since_the_last(path, clock):
+def test_a_line_tells_what_a_step_was_like(path, clock):
     reported = []
     found = Curve(path, 0, reported.append, steps=20)
-    for step in range(1, 21):
-        clock.now += 1.0
-        skipped = float(step in (3, 4))
-        found.add(step, metrics(step, skipped, accuracy=step / 20, margin=-step), 100, step * 1e-3)
-    first, second = curve.read(path)
-    assert reported == [first, second]
-    assert {name: first[name] for name in ("step", "loss", "grad_norm", "skipped")} == {
-        "step": 10, "loss": 5.5, "grad_norm": 2.0, "skipped": 2}  # fmt: skip
-    assert {name: second[name] for name in ("loss", "accuracy", "margin", "skipped")} == {
-        "loss": 15.5, "accuracy": 0.775, "margin": -15.5, "skipped": 0}  # fmt: skip
-    assert (first["learning_rate"], second["learning_rate"]) == (0.01, 0.02)
-    assert (first["tokens"], second["tokens"]) == (1000, 2000)
-    assert first["steps"] == 20
-    assert "targets" not in first
-    assert list(first)[:3] == ["step", "steps", "loss"]  # what people look at first
+    clock.now += 1.0
+    found.add(1, metrics(5.5, 1.0, accuracy=0.75, margin=-2.0), 100, 1e-3)
+    (entry,) = curve.read(path)
+    assert reported == [entry]
+    entry.pop("memory")
+    assert entry == {
+        "step": 1, "steps": 20, "loss": 5.5, "grad_norm": 2.0, "skipped": 1, "accuracy": 0.75,
+        "margin": -2.0, "learning_rate": 1e-3, "tokens": 100, "seconds": 1.0}  # fmt: skip
+    assert list(entry)[:3] == ["step", "steps", "loss"]  # what people look at first
 
 
 def test_lines_are_json_whatever_the_loss(path):
     found = Curve(path, 0, lambda entry: None)
-    for step in range(1, 21):
-        found.add(step, metrics(math.nan if step > 5 else 3.0, grad_norm=math.inf), 1, 0.1)
+    for step, loss in enumerate((3.0, math.nan, -math.inf), 1):
+        found.add(step, metrics(loss, grad_norm=math.inf), 1, 0.1)
     found.write({"step": 20, "validation_loss": math.nan})
 
     def refuse(constant):
         raise AssertionError(constant)
 
     lines = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
-    assert [line["loss"] for line in lines[:2]] == [3.0, None]  # of the steps that have one
+    assert [line["loss"] for line in lines[:3]] == [3.0, None, None]
     assert lines[0]["grad_norm"] is None
-    assert lines[2] == {"step": 20, "validation_loss": None}
-    assert curve.points(curve.read(path), "loss") == [(10, 3.0)]
+    assert lines[3] == {"step": 20, "validation_loss": None}
+    assert curve.points(curve.read(path), "loss") == [(1, 3.0)]
 
 
-def test_the_rate_leaves_out_the_first_step_and_pauses(path, clock):
+def test_the_rate_is_of_the_last_steps_without_the_first_and_pauses(path, clock):
     found = Curve(path, 0, lambda entry: None, flops_per_token=6.0, peak_flops=1200.0)
+    with found.pause():  # validates before the first step
+        clock.now += 500.0
     train(found, clock, [1], seconds=60.0)  # compiles
     train(found, clock, range(2, 8))
     with found.pause():
         clock.now += 500.0
-    train(found, clock, range(8, 11))
-    with found.pause():
-        clock.now += 500.0
+    train(found, clock, [8])
     clock.now += 5.0  # waits for data
-    train(found, clock, range(11, 21))
-    first, second = curve.read(path)
-    assert (first["tokens_per_second"], first["mfu"]) == (50.0, 0.25)
-    assert second["tokens_per_second"] == 40.0
-    assert (first["seconds"], second["seconds"]) == (60 + 18 + 500, 60 + 18 + 1000 + 5 + 20)
+    train(found, clock, range(9, 30))
+    entries = curve.read(path)
+    assert "tokens_per_second" not in entries[0]
+    assert (entries[7]["tokens_per_second"], entries[7]["mfu"]) == (50.0, 0.25)
+    assert entries[8]["tokens_per_second"] == round(800 / 21, 2)
+    assert entries[-1]["tokens_per_second"] == 50.0
+    assert entries[-1]["seconds"] == 500 + 60 + 12 + 500 + 2 + 5 + 42
 
 
 def test_what_reports_take_is_not_counted(path, clock):
@@ -101,51 +97,30 @@ def test_what_reports_take_is_not_counted(path, clock):
         clock.now += 100.0
 
     train(Curve(path, 0, report), clock, range(1, 31))
-    assert {entry["tokens_per_second"] for entry in curve.read(path)} == {50.0}
+    assert {entry["tokens_per_second"] for entry in curve.read(path)[1:]} == {50.0}
 
 
 def test_nothing_is_told_that_is_not_known(path, clock, monkeypatch):
     monkeypatch.setattr(curve, "peak_memory", lambda: None)
-    found = Curve(path, 0, lambda entry: None, flops_per_token=6.0)
-    train(found, clock, [1], flush=True)
-    train(found, clock, range(2, 11))
-    first, second = curve.read(path)
-    assert "tokens_per_second" not in first  # it compiled
-    assert second["tokens_per_second"] == 50.0
-    assert not {"mfu", "memory"} & (first.keys() | second.keys())
-
-
-def test_the_last_step_and_saved_ones_have_a_line(path, clock):
-    found = Curve(path, 0, lambda entry: None)
-    train(found, clock, range(1, 13))
-    train(found, clock, [13], flush=True)
-    train(found, clock, range(14, 21))
-    entries = curve.read(path)
-    assert [(entry["step"], entry["loss"]) for entry in entries] == [
-        (10, 5.5),
-        (13, 12.0),
-        (20, 17.0),
-    ]
+    train(Curve(path, 0, lambda entry: None, flops_per_token=6.0), clock, range(1, 11))
+    last = curve.read(path)[-1]
+    assert last["tokens_per_second"] == 50.0
+    assert not {"mfu", "memory"} & last.keys()
 
 
 def test_a_resumed_curve_goes_on_as_if_never_stopped(path, tmp_path, clock):
-    whole = Curve(tmp_path / "whole.jsonl", 0, lambda entry: None)
-    for steps in (range(1, 13), range(14, 41)):
-        train(whole, clock, steps)
-        train(whole, clock, [steps[-1] + 1], flush=True)
+    train(Curve(tmp_path / "whole.jsonl", 0, lambda entry: None), clock, range(1, 42))
 
     found = Curve(path, 0, lambda entry: None)
-    train(found, clock, range(1, 13))
-    train(found, clock, [13], flush=True)  # saved here
+    train(found, clock, range(1, 14))  # saved here
     found.write({"step": 13, "validation_loss": 9.0})
     train(found, clock, range(14, 26))  # killed here, in the middle of a line
     with path.open("a") as file:
         file.write('{"step": 25, "lo')
     clock.now += 1e5
     found = Curve(path, 13, lambda entry: None)
-    assert [entry["step"] for entry in curve.read(path)] == [10, 13, 13]
-    train(found, clock, range(14, 41))
-    train(found, clock, [41], flush=True)
+    assert [entry["step"] for entry in curve.read(path)] == [*range(1, 14), 13]
+    train(found, clock, range(14, 42))
 
     def comparable(path):
         entries = [entry for entry in curve.read(path) if "loss" in entry]

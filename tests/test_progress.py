@@ -64,6 +64,12 @@ def test_a_plain_line_tells_in_units_of_people(capsys):
     )
 
 
+def test_a_plain_line_is_of_every_tenth_step_and_the_last(capsys):
+    entries = [{"step": step, "steps": 23, "loss": 1.0} for step in range(1, 24)]
+    lines = plain(capsys, *entries, {"step": 23, "validation_loss": 1.0})
+    assert [int(line.split()[1]) for line in lines] == [10, 20, 23, 23]
+
+
 def test_plain_lines_tell_what_else_there_is(capsys):
     entries = (
         {"step": 10, "validation_loss": 4.5, "validation_accuracy": 0.5},

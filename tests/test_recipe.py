@@ -1,12 +1,13 @@
 """The recipe: every wrong value is named; a run goes on only with what it began with."""
 
 import dataclasses
+import json
 import math
 
 import pytest
 
 from mistral_jax.config import CONFIG_DIR
-from mistral_jax.training.recipe import Recipe
+from mistral_jax.training.recipe import Recipe, read_table
 
 FIELDS = {
     "model": "nano",
@@ -20,14 +21,23 @@ FIELDS = {
 }
 
 
+EXAMPLES = {"context": 16, "rows": 4, "epochs": 2, "learning_rate": 1e-3}
+EXAMPLES["data"] = {"train": ["a.jsonl"]}
+
+
 @pytest.mark.parametrize("path", sorted((CONFIG_DIR / "training").glob("*.toml")))
 def test_shipped_recipes_are_valid(path):
-    assert Recipe.from_file(path).model_config.vocab_size > 0
+    """Those of examples as they are used, with a file of them."""
+    table = read_table(path)
+    recipe = Recipe.from_dict(table if "corpus" in table else table | {"data": EXAMPLES["data"]})
+    assert recipe.context > 0
 
 
 def test_json_values_give_an_equal_recipe():
-    recipe = Recipe.from_dict(FIELDS | {"microbatches": 2, "seed": 7})
-    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    tables = {"lora": {"rank": 3, "targets": ["q_proj"]}, "dpo": {"beta": 0.2}}
+    for fields in (FIELDS | {"microbatches": 2, "seed": 7}, EXAMPLES | tables):
+        recipe = Recipe.from_dict(fields)
+        assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
 
 
 @pytest.mark.parametrize(
@@ -45,17 +55,67 @@ def test_json_values_give_an_equal_recipe():
         ({"weight_decay": -0.1}, "weight_decay is -0.1; expected a finite number of at least 0"),
         ({"clip_norm": "1"}, "clip_norm is '1'; expected a finite number"),
         ({"corpus": {}}, r"corpus is \{\}; expected a table of distributions"),
-        ({"corpus": ["python"]}, r"corpus is \['python'\]; expected a table of distributions"),
+        ({"corpus": ["python"]}, r"corpus is \['python'\]; expected a table"),
         ({"corpus": {"python": 0}}, r"corpus is \{'python': 0\}; expected a table of dist"),
         ({"microbatches": 3}, r"microbatches is 3; expected a divisor of rows \(4\)"),
         ({"warmup_steps": 10}, r"warmup_steps is 10; expected less than steps \(10\)"),
         ({"model": 7}, "model is 7; expected a string"),
-        ({"remat": 1}, "remat is 1; expected true or false"),
+        ({"remat": True}, "remat is True; expected a string"),
+        ({"remat": "some"}, "remat is 'some'; expected one of none, nothing_saveable"),
+        ({"schedule": "wave"}, "schedule is 'wave'; expected one of cosine, linear, constant"),
+        ({"dtype": "float16"}, "dtype is 'float16'; expected one of auto, float32, bfloat16"),
+        ({"optimizer": "adamv"}, "no optimizer 'adamv'"),
+        ({"optimizer_options": {"epsilon": 1e-6}}, "adamw has no option 'epsilon'; the nearest"),
+        ({"epochs": 1.0}, "epochs is not for training on a corpus"),
+        ({"lora": {}}, "lora is not for training on a corpus"),
+        ({"data": {"train": ["a"]}}, "model is not for training on data"),
+        ({"model": None}, r"a new model on a corpus .*or a checkpoint on files"),
+        ({"scan": 1}, "scan is 1; expected true or false"),
     ],
 )
 def test_a_wrong_value_is_named(fields, message):
     with pytest.raises(ValueError, match=message):
         Recipe.from_dict(FIELDS | fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"steps": 3}, "says steps or epochs; expected one of the two"),
+        ({"epochs": None}, "says steps or epochs; expected one of the two"),
+        ({"data": {"train": []}}, "data.train is empty"),
+        ({"data": {}}, "missing data.train"),
+        ({"data": {"train": "a.jsonl"}}, "data.train is 'a.jsonl'; expected a list of strings"),
+        ({"data": ["a"]}, r"data is \['a'\]; expected a table"),
+        ({"lora": {"rang": 3}}, "unknown key 'lora.rang'; the nearest known one is 'lora.rank'"),
+        ({"lora": {"rank": "3"}}, "lora.rank is '3'; expected an integer"),
+        ({"lora": {"targets": ["wq"]}}, "lora.targets has 'wq'; expected some of q_proj"),
+        ({"dpo": {"label_smoothing": 0.5}}, r"label_smoothing is 0\.5; expected less than 0\.5"),
+        ({"quantize": "nf4"}, r"quantize is 'nf4', of what is frozen.*add \[lora\]"),
+        ({"quantize": "int2", "lora": {}}, "quantize is 'int2'; expected one of none, int8, nf4"),
+        ({"sample_prompts": [1]}, r"sample_prompts is \(1,\); expected a list of strings"),
+    ],
+)
+def test_a_wrong_value_of_training_on_examples_is_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe.from_dict(EXAMPLES | fields)
+
+
+def test_options_reach_the_optimizers_that_have_them():
+    def arguments(**fields):
+        return Recipe.from_dict(FIELDS | fields).optimizer_arguments
+
+    adamw = {"clip_norm": 1.0, "b1": 0.9, "b2": 0.95, "weight_decay": 0.1}
+    assert arguments() == adamw
+    assert arguments(optimizer_options={"b2": 0.99, "eps": 1e-6}, clip_norm=0) == adamw | {
+        "b2": 0.99,
+        "eps": 1e-6,
+        "clip_norm": None,
+    }
+    assert arguments(optimizer="sgd", optimizer_options={"momentum": 0.9}) == {
+        "clip_norm": 1.0,
+        "momentum": 0.9,
+    }
 
 
 def test_missing_keys_and_files_are_named(tmp_path):
@@ -70,7 +130,7 @@ def test_missing_keys_and_files_are_named(tmp_path):
 
 def test_a_run_goes_on_longer_but_not_differently():
     recipe = Recipe.from_dict(FIELDS)
-    dataclasses.replace(recipe, steps=20, save_every=1, remat=True).check_continues(
+    dataclasses.replace(recipe, steps=20, save_every=1, remat="dots_saveable").check_continues(
         recipe, "runs/x"
     )
     with pytest.raises(

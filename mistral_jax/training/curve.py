@@ -1,5 +1,6 @@
-"""The curve of a run: a JSON line for every few steps, and its plot. It decides nothing."""
+"""The curve of a run: a JSON line for every step, and its plot. It decides nothing."""
 
+import collections
 import contextlib
 import importlib.util
 import json
@@ -14,7 +15,7 @@ import jax
 
 from mistral_jax.training.utilisation import peak_memory
 
-EVERY = 10  # steps that a line sums up
+_RATED = 10  # steps, the last ones, that the tokens a second are of
 _SMOOTHED = 0.05  # part of the training's lines that a point of the smoothed loss is the mean of
 
 Entry = dict[str, Any]
@@ -23,8 +24,8 @@ Entry = dict[str, Any]
 class Curve:
     """Writes the curve as training goes, to a file that may hold an earlier part of it.
 
-    An entry has a `step` and one of three: what training was like since the entry before it
-    (`loss` and more, see `add`), a `validation_loss`, or `samples`.
+    An entry has a `step` and one of three: what that was like (`loss` and more, see `add`), a
+    `validation_loss`, or `samples`.
 
     Args:
       path: the JSONL file; None = none, and no report either.
@@ -53,47 +54,45 @@ class Curve:
         counted = next((entry for entry in reversed(earlier) if "tokens" in entry), {})
         self._path, self._report, self._steps = path, report, steps
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
-        self._recent: list[Mapping[str, float]] = []
         self._tokens = counted.get("tokens", 0)
         self._began = time.perf_counter() - counted.get("seconds", 0.0)
-        # What the rate counts; None until the first step, which compiles, is over.
-        self._timed: int | None = None
-        self._since = 0.0
+        # Tokens and seconds of the last steps, without the first, which compiles.
+        self._rated: collections.deque[tuple[int, float]] = collections.deque(maxlen=_RATED)
+        self._since: float | None = None
 
-    def add(
-        self,
-        step: int,
-        metrics: Mapping[str, Any],
-        tokens: int,
-        learning_rate: float,
-        flush: bool = False,
-    ) -> None:
-        """Waits for the metrics of a step, and writes a line where one is due.
+    def add(self, step: int, metrics: Mapping[str, Any], tokens: int, learning_rate: float) -> None:
+        """Waits for the metrics of a step, and writes a line of them.
 
-        Its `loss` and the other metrics are means over steps, those that are no number left out;
-        `skipped` is a sum. `tokens` and `seconds` count from the run's beginning, `memory` is the
-        most bytes in use so far, and `mfu` the share of the peak that the rate makes use of.
+        `tokens` and `seconds` count from the run's beginning, `tokens_per_second` is of the last
+        few steps, `mfu` the share of the peak that it makes use of, and `memory` the most bytes in
+        use so far.
 
         Args:
           step: number of the step, from 1.
           metrics: scalars, as a training step returns them.
           tokens: that it has read.
           learning_rate: that it was taken with.
-          flush: write a line though none is due: the run ends here, or a state is saved from which
-            it may go on, and a second half would sum up less than the whole.
         """
         metrics = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         metrics.pop("targets", None)
-        self._recent.append(metrics)
+        metrics["skipped"] = int(metrics.get("skipped", 0))
+        now = time.perf_counter()
         self._tokens += tokens
-        if self._timed is None:
-            self._timed, self._since = 0, time.perf_counter()
-        else:
-            self._timed += tokens
-        if step % EVERY == 0 or flush:
-            whole = {} if self._steps is None else {"steps": self._steps}
-            self.write({"step": step, **whole, **self._summary(learning_rate)})
-            self._recent, self._timed, self._since = [], 0, time.perf_counter()
+        if self._since is not None:
+            self._rated.append((tokens, now - self._since))
+        entry = {"step": step} | ({} if self._steps is None else {"steps": self._steps})
+        entry |= {"loss": math.nan, **metrics, "learning_rate": learning_rate}
+        entry |= {"tokens": self._tokens, "seconds": round(now - self._began, 2)}
+        if self._rated:
+            counts, seconds = map(sum, zip(*self._rated, strict=True))
+            entry["tokens_per_second"] = round(counts / seconds, 2)
+            if self._peak_flops:
+                used = counts / seconds * self._flops_per_token
+                entry["mfu"] = round(used / self._peak_flops, 4)
+        if (memory := peak_memory()) is not None:
+            entry["memory"] = memory
+        self.write(entry)
+        self._since = time.perf_counter()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -102,7 +101,8 @@ class Curve:
         try:
             yield
         finally:
-            self._since += time.perf_counter() - began
+            if self._since is not None:
+                self._since += time.perf_counter() - began
 
     def write(self, entry: Entry) -> None:
         """Appends a line; what is no number becomes null."""
@@ -117,23 +117,6 @@ class Curve:
         """Appends a line of texts that the model has written, as (prompt, what followed)."""
         texts = [{"prompt": prompt, "text": text} for prompt, text in samples]
         self.write({"step": step, "samples": texts})
-
-    def _summary(self, learning_rate: float) -> Entry:
-        columns = {name: [metrics[name] for metrics in self._recent] for name in self._recent[0]}
-        entry = {"loss": math.nan} | {name: _mean(values) for name, values in columns.items()}
-        if "skipped" in columns:
-            entry["skipped"] = int(sum(columns["skipped"]))
-        now = time.perf_counter()
-        entry |= {"learning_rate": learning_rate, "tokens": self._tokens}
-        entry["seconds"] = round(now - self._began, 2)
-        if self._timed:
-            rate = self._timed / (now - self._since)
-            entry["tokens_per_second"] = round(rate, 2)
-            if self._peak_flops:
-                entry["mfu"] = round(rate * self._flops_per_token / self._peak_flops, 4)
-        if (memory := peak_memory()) is not None:
-            entry["memory"] = memory
-        return entry
 
 
 def read(path: Path | str) -> list[Entry]:
@@ -193,11 +176,6 @@ def _smooth(values: Sequence[float]) -> list[float]:
     half = int(_SMOOTHED * len(values) / 2)
     near = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
     return [sum(some) / len(some) for some in near]
-
-
-def _mean(values: list[float]) -> float:
-    numbers = [value for value in values if math.isfinite(value)]
-    return sum(numbers) / len(numbers) if numbers else math.nan
 
 
 def _is_nan(value: Any) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 from mistral_jax.training.curve import Entry
 
+_EVERY = 10  # steps that a plain line tells one of
 _SHOWN_PROMPT = 200  # characters of a sample's prompt, the last ones
 _UNTOLD = ("step", "steps", "tokens", "seconds")
 _IN_BAR = ("loss", "tokens_per_second", "mfu", "memory")
@@ -17,14 +18,21 @@ def show(steps: int | None = None) -> Iterator[Callable[[Entry], None]]:
     """Yields what shows an entry of the curve on standard error.
 
     A terminal gets a bar with the latest of training in one line, and validations, samples and
-    skipped steps above it, to stay.
+    skipped steps above it, to stay. Elsewhere there is a line for every tenth step.
 
     Args:
       steps: of the whole run, until an entry tells; None = not known yet.
     """
     time_left = _TimeLeft()
     if not sys.stderr.isatty():
-        yield lambda entry: print(line(entry, time_left(entry)), file=sys.stderr, flush=True)
+
+        def print_entry(entry: Entry) -> None:
+            left, step = time_left(entry), entry["step"]
+            is_due = step % _EVERY == 0 or step == entry.get("steps") or entry.get("skipped")
+            if "loss" not in entry or is_due:
+                print(line(entry, left), file=sys.stderr, flush=True)
+
+        yield print_entry
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn

@@ -96,10 +96,11 @@ class _Run:
     def __init__(self, recipe: Recipe, path: Path, job: Job, report: Callable[[Entry], None]):
         self._recipe, self._path, self._job = recipe, path, job
         self._schedule, optimizer = optimizer_of(recipe, job.steps)
-        self._state = restore_state(path, job.state)
-        places = jax.tree.map(lambda x: x.sharding, self._state) if job.layout else None
+        # Committed to their devices, as what a step returns is: else it would be compiled twice.
+        places = jax.tree.map(lambda x: x.sharding, job.state)
+        self._state = restore_state(path, jax.device_put(job.state, places))
         self._train_step = make_train_step(
-            job.loss_fn, optimizer, recipe.microbatches, places, recipe.seed
+            job.loss_fn, optimizer, recipe.microbatches, places if job.layout else None, recipe.seed
         )
         self._evaluate = jax.jit(job.loss_fn)
         step = int(self._state.step)
@@ -116,6 +117,7 @@ class _Run:
             report,
             flops,
             peak_flops() if distributed.is_first() else None,
+            job.steps,
         )
         self._best = distributed.from_first(lambda: _best(file))
 
@@ -135,9 +137,7 @@ class _Run:
                 last = step == job.steps
                 self._state, metrics = self._train_step(self._state, self._spread(batch))
                 metrics = jax.device_get(metrics)
-                self._curve.add(
-                    step, metrics, batch.tokens.size, float(self._schedule(step - 1)), flush=last
-                )
+                self._curve.add(step, metrics, batch.tokens.size, float(self._schedule(step - 1)))
                 skipped = skipped + 1 if metrics["skipped"] else 0
                 improved = self._look(step, last)
                 stop = _agree(stopped())

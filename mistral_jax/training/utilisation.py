@@ -4,6 +4,7 @@ Model FLOPs utilisation is what the model's own arithmetic needs, over what the 
 (PaLM, arXiv 2204.02311, appendix B): computing activations again does not raise it.
 """
 
+import functools
 import sys
 import time
 
@@ -65,6 +66,7 @@ def peak_memory() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+@functools.cache
 def _measured_flops() -> float:
     """Measures the FLOP/s of a CPU by products of matrices, the best of some, within a second.
 
