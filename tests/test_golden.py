@@ -1,8 +1,8 @@
 """Golden parity: two independent references, Transformers in float32 and NumPy in float64.
 
-The bound is 1e-5 of the largest logit. Float32 sums of a few dozen terms leave some 1e-6, which is
-also how far apart the references stand; a wrong window, base, layout or epsilon moves logits by far
-more.
+And a short training in PyTorch. The bound is 1e-5 of the largest logit, or of each step's loss.
+Float32 sums of a few dozen terms leave some 1e-6, which is also how far apart the references stand;
+a wrong window, base, layout or epsilon moves logits by far more.
 """
 
 import json
@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 import reference
 import tiny
+import training_case
 
 import mistral_jax
+from mistral_jax.training.objective import make_loss_fn
 
-CASES = sorted((Path(__file__).parent / "golden").glob("*.npz"))
+GOLDEN = Path(__file__).parent / "golden"
+CASES = sorted(GOLDEN.glob("*.npz"))
 TOLERANCE = 1e-5
 
 
@@ -59,3 +62,14 @@ def test_greedy_continuation_is_that_of_transformers(golden):
         stop_ids=(),
     )
     assert completion.tokens == expected
+
+
+def test_training_has_the_losses_of_pytorch_at_every_step():
+    """Rounding leaves 1e-6; a wrong order, rate, decay or mean of microbatches far more."""
+    golden = json.loads((GOLDEN / "training_curve.json").read_text())
+    tensors = reference.random_tensors(training_case.CONFIG, golden["seed"])
+    model, params = tiny.from_official(training_case.CONFIG, tensors)
+    batches = training_case.batches(golden["seed"])
+    losses, _ = training_case.train(make_loss_fn(model), params, {}, batches)
+    assert losses[-1] < 0.5 * losses[0]
+    np.testing.assert_allclose(losses, golden["losses"], rtol=TOLERANCE)
