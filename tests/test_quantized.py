@@ -50,9 +50,9 @@ def dequantized(params, dtype=jnp.float32):
 
 
 def random_adapters(params=PARAMS):
-    key = jax.random.key(1)
-    made = init_adapters(LORA, params, key)
-    return jax.tree.map(lambda x: x + 0.2 * jax.random.normal(key, x.shape), made)
+    rng = np.random.default_rng(1)
+    shapes = jax.eval_shape(lambda: init_adapters(LORA, params, jax.random.key(0)))
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(scale=0.2, size=x.shape), x.dtype), shapes)
 
 
 def close(found, expected, tolerance):
