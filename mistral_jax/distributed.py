@@ -110,9 +110,16 @@ def from_first(task: Callable[[], T]) -> T:
     return result
 
 
+def largest(number: int) -> int:
+    """Returns the largest `number` of all processes."""
+    if count() == 1:
+        return number
+    return int(np.max(multihost_utils.process_allgather(np.int32(number))))
+
+
 def any_of(flag: bool) -> bool:
     """Tells whether `flag` is true in any process."""
-    return flag if count() == 1 else bool(np.any(multihost_utils.process_allgather(np.bool_(flag))))
+    return bool(largest(flag))
 
 
 def sync() -> None:

@@ -143,16 +143,16 @@ def test_a_process_that_dies_ends_the_other_and_the_run_goes_on(
 
     first, second = train(configs, run, "--sharding", after)
     assert (first.status, second) == (0, (0, "", "")), first.err + second.err
-    assert first.out.splitlines()[-1] == f"the model is in {run / 'checkpoint'}"
+    assert f"the model is in {run / 'checkpoint'}" in first.out.splitlines()
     assert losses(run) == pytest.approx(losses_of_one, rel=1e-4)
-    assert len(losses_of_one) == 4
+    assert len(losses_of_one) == 20 + 2
     assert mj.load(run / "checkpoint")[0].config.vocab_size == 304
 
 
 def test_a_run_that_one_process_is_told_to_stop_is_saved_by_all(configs, tmp_path):
     options = "--sharding", "fsdp"
     ends = train(configs, tmp_path, *options, process=1, number=signal.SIGTERM.value)
-    assert [end.status for end in ends] == [130, 130], ends
+    assert [end.status for end in ends] == [0, 0], ends
     assert "stopped and saved; the same command goes on" in ends[0].err
     assert {state.name for state in (tmp_path / "states").iterdir()} == {"00000010", "00000014"}
 

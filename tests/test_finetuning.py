@@ -278,7 +278,7 @@ def test_steps_that_are_not_finite_are_skipped_and_too_many_end_the_run(folder, 
 @pytest.mark.parametrize("adapted", [True, False])
 def test_preferences_are_learnt_from_where_the_model_began(folder, tmp_path, adapted):
     pairs = {"train": [str(folder / "pairs.jsonl")], "validation": [str(folder / "pairs.jsonl")]}
-    fields = {"data": pairs, "dpo": {"beta": 0.5}, "learning_rate": 2e-2 if adapted else 1e-3}
+    fields = {"data": pairs, "dpo": {"beta": 0.5}, "learning_rate": 1e-2 if adapted else 1e-3}
     fields |= {"lora": {"rank": 4}} if adapted else {}
     train(recipe(folder, **fields), tmp_path / "run")
     validation = losses(tmp_path / "run", "validation_loss")

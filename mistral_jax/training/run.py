@@ -140,7 +140,8 @@ class _Run:
                 self._curve.add(step, metrics, batch.tokens.size, float(self._schedule(step - 1)))
                 skipped = skipped + 1 if metrics["skipped"] else 0
                 improved = self._look(step, last)
-                stop = _agree(stopped())
+                # All stop after the same step, and for the same reason: SIGTERM is the larger.
+                stop = distributed.largest(stopped())
                 ended = skipped == recipe.most_skipped
                 if last or stop or ended or improved or step % recipe.save_every == 0:
                     with self._curve.pause():
@@ -154,7 +155,7 @@ class _Run:
                         f"{recipe.learning_rate:g}"
                     )
                 if stop and not last:
-                    return stop
+                    return signal.Signals(stop)
         if recipe.export_best and self._best.step in distributed.from_first(
             lambda: saved_steps(self._path)
         ):
@@ -221,28 +222,20 @@ def _best(path: Path) -> _Best:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[Callable[[], signal.Signals | None]]:
-    """Yields a function that returns the SIGINT or SIGTERM that came; a second one acts at once."""
+def _signals() -> Iterator[Callable[[], int]]:
+    """Yields a function that returns the SIGINT or SIGTERM that came, or 0; a second one acts."""
     received = []
     earlier = {}
 
     def note(number, frame):
-        received.append(signal.Signals(number))
+        received.append(number)
         signal.signal(number, earlier[number] or signal.SIG_DFL)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         earlier[number] = signal.signal(number, note)
     try:
-        yield lambda: received[0] if received else None
+        yield lambda: max(received, default=0)
     finally:
         for number, handler in earlier.items():
             # None: one that Python did not set.
             signal.signal(number, handler or signal.SIG_DFL)
-
-
-def _agree(stopped: signal.Signals | None) -> signal.Signals | None:
-    """Returns the signal that came to any process."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        if distributed.any_of(stopped == number):
-            return number
-    return None
