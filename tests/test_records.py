@@ -304,3 +304,20 @@ def test_a_file_that_is_not_there_or_cut_is_an_error_though_bad_records_are_skip
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="is not a whole gzip file"):
             list(records.read([path], TOKENIZERS["v3"], skip_bad=True))
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"text": "a"}, False),
+        ({"prompt": "a", "completion": "b"}, False),
+        ({"prompt": [], "completion": [], "text": None}, True),
+        ({"messages": []}, True),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, False),
+        ({"chosen": [], "rejected": []}, True),
+        ({"input": {}, "preferred_output": [], "non_preferred_output": []}, True),
+    ],
+)
+def test_a_file_of_conversations_is_known_by_its_first_record(tmp_path, record, expected):
+    (tmp_path / "x.jsonl").write_text(f"no JSON\n{json.dumps(record)}\n")
+    assert records.are_conversations(tmp_path / "x.jsonl") is expected

@@ -8,6 +8,7 @@ import functools
 import itertools
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -57,7 +58,9 @@ def prepare(recipe: Recipe, path: Path) -> None:
             )
             notes[name] = {**dataclasses.asdict(summary), "fill": summary.fill}
             notes[name] |= {"bad": tally.bad, "reasons": tally.reasons}
-        notes["prompts"] = [dataclasses.asdict(prompt) for prompt in _prompts(recipe, tokenizer)]
+        chat = records.are_conversations(recipe.data.train[0])
+        prompts = _prompts(recipe, tokenizer, chat)
+        notes |= {"chat": chat, "prompts": [dataclasses.asdict(prompt) for prompt in prompts]}
         (part / "data.json").write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
 
 
@@ -99,6 +102,7 @@ def make_job(
             f"of {base}"
         )
     layout = read_layout(sharding, config, mesh=mesh)
+    notes = read_json(path / "data" / "data.json")
     examples = {
         name: rows.Rows(path / "data" / name)
         for name in ("train", "validation")
@@ -148,12 +152,13 @@ def make_job(
         if recipe.lora:
             target, option = path / "adapter", of_base + f" --lora {path / 'adapter'}"
             own = loose(state.trainable)
-            adapters.save(target, config, recipe.lora, own, base=str(base), overwrite=True)
+            adapters.save(target, config, recipe.lora, own, base=recipe.checkpoint, overwrite=True)
         else:
             target, option = path / "checkpoint", f" --checkpoint {path / 'checkpoint'}"
             file = base / "tokenizer.model"
             save_model(recipe, config, loose(state.trainable), state, target, file)
-        return target, f"python -m mistral_jax.sample{option}"
+        text = " --chat" if notes["chat"] else f" {shlex.quote(notes['prompts'][0]['text'])}"
+        return target, f"python -m mistral_jax.sample{option}{text}"
 
     return Job(
         model=trained.clone(remat=None, scan=False, dropout=0.0),
@@ -165,7 +170,8 @@ def make_job(
         feed=feed,
         validation=validation,
         before=True,
-        prompts=[Prompt(**prompt) for prompt in read_json(path / "data" / "data.json")["prompts"]],
+        prompts=[Prompt(**prompt) for prompt in notes["prompts"]],
+        chat=notes["chat"],
         params=params,
         export=export,
     )
@@ -184,10 +190,16 @@ def _beside(scale: float):
     return lambda trainable, frozen: attach(frozen, trainable, scale)
 
 
-def _prompts(recipe: Recipe, tokenizer: Tokenizer) -> list[Prompt]:
+def _prompts(recipe: Recipe, tokenizer: Tokenizer, chat: bool) -> list[Prompt]:
     """Chooses what the model is shown: the recipe's texts, or how the first examples begin."""
+
+    def encode(text):
+        if chat:
+            return tokenizer.encode_chat([{"role": "user", "content": text}])
+        return tokenizer.encode(text, bos=True)
+
     if recipe.sample_prompts:
-        return [Prompt(text, tokenizer.encode(text, bos=True)) for text in recipe.sample_prompts]
+        return [Prompt(text, encode(text)) for text in recipe.sample_prompts]
     files = recipe.data.validation or recipe.data.train
     found = []
     for example in itertools.islice(read_examples(recipe, files, tokenizer), _PROMPTS):

@@ -44,6 +44,7 @@ class Job:
       validation: yields the batches to validate on; none = it is not validated.
       before: whether it is validated before the first step too.
       prompts: what it is sampled with.
+      chat: whether they ask for an answer, rather than begin a text.
       params: the model's parameters, of a state, as generation takes them.
       export: saves what has come of it to a folder of the run, of a state; returns where, and
         the command to use it.
@@ -59,6 +60,7 @@ class Job:
     validation: Callable[[], Iterator[Batch]]
     before: bool
     prompts: list[Prompt]
+    chat: bool
     params: Callable[[TrainState], Params]
     export: Callable[[TrainState], tuple[Path, str]]
 

@@ -69,6 +69,7 @@ def make_job(recipe: Recipe, path: Path, sharding=None, mesh=None) -> Job:
         validation=functools.partial(data.batches_in_order, tokens["validation"], **shape),
         before=False,
         prompts=[],
+        chat=False,
         params=whole,
         export=export,
     )

@@ -194,13 +194,17 @@ class _Run:
         return improved
 
     def _sample(self) -> list[tuple[str, str]]:
-        job, tokens = self._job, [prompt.tokens for prompt in self._job.prompts]
-        params, greedy = job.params(self._state), Sampling(temperature=0)
+        job = self._job
         rows = completions(
-            job.model, params, job.tokenizer, tokens, _SAMPLE_TOKENS, sampling=greedy
+            job.model,
+            job.params(self._state),
+            job.tokenizer,
+            [prompt.tokens for prompt in job.prompts],
+            _SAMPLE_TOKENS,
+            sampling=Sampling(temperature=0),
+            is_new=job.chat,
         )
-        texts = [row.text.removeprefix(" ") for row in rows]
-        return [(prompt.text, text) for prompt, text in zip(job.prompts, texts, strict=True)]
+        return [(prompt.text, row.text) for prompt, row in zip(job.prompts, rows, strict=True)]
 
     def _spread(self, batch: Batch) -> Batch:
         layout = self._job.layout
