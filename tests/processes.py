@@ -192,21 +192,23 @@ def train(configs: str, process: str, number: str, *arguments: str) -> int:
     return train.main(["--no-compilation-cache", *arguments])
 
 
+def finetune(recipe: str, run: str, sharding: str) -> str:
+    """Trains adapters by a recipe; returns the command that uses them."""
+    from mistral_jax.training import run as runs
+    from mistral_jax.training.recipe import Recipe
+
+    made = Recipe.from_dict(json.loads(recipe))
+    return runs.train(made, run, lambda entry: None, sharding).command
+
+
 def main() -> int:
     task, *arguments = sys.argv[1:]
     if task == "train":
         return train(*arguments)
     from mistral_jax import command
 
-    return command.run(
-        lambda: print(
-            json.dumps(
-                {"work": work, "bytes": bytes_read, "adapt": adapt, "wait": wait, "late": late}[
-                    task
-                ](*arguments)
-            )
-        )
-    )
+    tasks = {"bytes": bytes_read} | {f.__name__: f for f in (work, adapt, late, wait, finetune)}
+    return command.run(lambda: print(json.dumps(tasks[task](*arguments))))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 import tiny
 import tokenizer_samples
@@ -226,6 +227,37 @@ def test_it_goes_on_under_another_layout(folder, adapted, tmp_path):
     assert losses(tmp_path / "run", "validation_loss")[-1] == pytest.approx(
         losses(adapted[0], "validation_loss")[-1], rel=1e-4
     )
+
+
+def test_two_processes_train_as_one(folder, adapted, tmp_path):
+    """Each reads its own rows, and the first alone writes what comes of them."""
+    arguments = (
+        json.dumps(recipe(folder, sample_every=6, **LORA).to_dict()),
+        tmp_path / "run",
+        "fsdp",
+    )
+    first, second = processes.together(processes.__file__, "finetune", *arguments)
+    assert (first.status, second) == (0, (0, "", "")), first.err
+    for found, expected in zip(losses(tmp_path / "run"), losses(adapted[0]), strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+    (_, one), (_, two) = (
+        adapters.read(path / "adapter", mj.load(folder / "base")[0].config)
+        for path in (adapted[0], tmp_path / "run")
+    )
+    chex.assert_trees_all_close(one, two, rtol=1e-3, atol=1e-4)
+
+
+def test_parameters_are_float32_and_what_is_frozen_is_of_the_dtype_of_computation(folder, adapted):
+    def dtypes(tree):
+        return {leaf.dtype for leaf in jax.tree.leaves(tree)}
+
+    job = finetuning.make_job(recipe(folder, dtype="bfloat16", **LORA), adapted[0])
+    assert job.model.dtype == jnp.bfloat16
+    assert dtypes(job.state.trainable) == {jnp.dtype(jnp.float32)}
+    assert dtypes(job.state.frozen) == {jnp.dtype(jnp.bfloat16)}
+    job = finetuning.make_job(recipe(folder, dtype="bfloat16"), adapted[0])
+    assert dtypes(job.state.trainable) == {jnp.dtype(jnp.float32)}
+    assert not jax.tree.leaves(job.state.frozen)
 
 
 def test_the_latest_states_are_kept_and_the_best(folder, tmp_path, monkeypatch):
