@@ -114,15 +114,19 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
 
     from mistral_jax import distributed, machine
-    from mistral_jax.training import curve, progress, run, summary
+    from mistral_jax.training import curve, finetuning, progress, run, summary
     from mistral_jax.training.loggers import open_loggers
 
     if arguments.compilation_cache:
         machine.use_compilation_cache()
     if arguments.plot:
         curve.check_plot()
-    print(f"training {recipe.model or recipe.checkpoint or 'the bundled model'} in {path}")
+    what = recipe.model or recipe.checkpoint or "the bundled model"
+    print(f"training {what} in {path}", flush=True)
     loggers = arguments.log if distributed.is_first() else []
+    distributed.from_first(lambda: run.prepare(recipe, path))
+    if recipe.data and distributed.is_first():
+        print("\n".join(finetuning.describe(path)), flush=True)
     with (
         progress.show(recipe.steps) as show,
         open_loggers(loggers, path, recipe.to_dict()) as log,
@@ -154,6 +158,9 @@ def _override(table: dict[str, Any], arguments: argparse.Namespace) -> dict[str,
     ):
         if value is not None:
             settings.append((name, value))
+    for name, other in (("steps", "epochs"), ("epochs", "steps")):
+        if [name] in (names for names, _ in arguments.set):
+            table.pop(other, None)
     for (*tables, name), value in settings:
         place = table
         for inner in tables:

@@ -365,7 +365,11 @@ def test_a_bad_line_is_named_and_nothing_is_left_behind(folder, tmp_path):
     with pytest.raises(ValueError, match=r"bad\.jsonl.*61"):
         train(recipe(folder, data=data), tmp_path / "run")
     assert not (tmp_path / "run" / "data").exists()
-    train(recipe(folder, data=data | {"skip_bad": True}, **LORA), tmp_path / "other")
-    notes = json.loads((tmp_path / "other/data/data.json").read_text())["train"]
-    assert notes["bad"] == 1
-    assert "61" in notes["reasons"][0]
+    mended = recipe(folder, data=data | {"skip_bad": True}, **LORA)
+    run.prepare(mended, tmp_path / "run")
+    first, *rest = finetuning.describe(tmp_path / "run")
+    assert first.startswith("train: 60 examples in ")
+    assert rest[0] == "  1 bad lines were left out, such as"
+    assert "bad.jsonl, line 61: " in rest[1]
+    with pytest.raises(ValueError, match="holds a run with data"):
+        run.prepare(recipe(folder, data=data), tmp_path / "run")

@@ -20,10 +20,11 @@ import mistral_jax
 from mistral_jax import config, train
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.sharding import on_mesh, read_layout
-from mistral_jax.training import corpus, curve, data, pretraining, run
+from mistral_jax.training import corpus, curve, data, finetuning, pretraining, run
 from mistral_jax.training.job import optimizer_of
+from mistral_jax.training.lora import Lora
 from mistral_jax.training.objective import make_loss_fn
-from mistral_jax.training.recipe import Recipe
+from mistral_jax.training.recipe import Data, Recipe
 from mistral_jax.training.states import create_state, restore_state
 from mistral_jax.training.step import make_train_step
 
@@ -350,3 +351,53 @@ def test_an_epoch_reads_a_source_as_often_as_the_recipe_says(finished):
     once, twice = np.split(tokens, 2)
     np.testing.assert_array_equal(once, twice)
     assert np.sum(tokens == 1) == 2 * len(data.split("any", SOURCE.files)[0])
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The recipes that the command would train by."""
+    recipes = []
+
+    def remember(recipe, *rest):
+        recipes.append(recipe)
+        return run.Outcome(signal.SIGTERM)
+
+    monkeypatch.setattr(run, "train", remember)
+    monkeypatch.setattr(run, "prepare", lambda recipe, path: None)
+    monkeypatch.setattr(finetuning, "describe", lambda path: ())
+    return recipes
+
+
+def test_the_command_line_overrides_the_recipe(trained, tmp_path):
+    file = tmp_path / "r.toml"
+    file.write_text("context = 8\nrows = 2\nlearning_rate = 1e-3\nepochs = 1\n[lora]\nrank = 4\n")
+    options = "--checkpoint", "base", "--data", "a", "b", "--validation", "c", "--skip-bad"
+    settings = "steps=7", "lora.rank=9", "optimizer=lion", "lora.targets=['q_proj']"
+    command(file, *options, *(part for setting in settings for part in ("--set", setting)))
+    (recipe,) = trained
+    assert recipe.checkpoint == "base"
+    assert recipe.data == Data(train=("a", "b"), validation=("c",), skip_bad=True)
+    assert (recipe.steps, recipe.epochs, recipe.optimizer) == (7, None, "lion")
+    assert recipe.lora == Lora(rank=9, targets=("q_proj",))
+
+
+def test_a_setting_that_is_none_is_refused(recipe_file, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command(recipe_file, "--set", "steps")
+    assert command(recipe_file, "--set", "steps.x=1") == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "'steps' is not KEY=VALUE, such as epochs=2" in first
+    assert second == "error: --set steps.x: steps is no table"
+
+
+def test_a_preview_shows_what_is_learnt_and_trains_nothing(trained, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "def f(", "completion": "x):"}\n' * 3)
+    file = tmp_path / "r.toml"
+    file.write_text("context = 8\nrows = 2\nlearning_rate = 1e-3\nepochs = 1\n")
+    assert command(file, "--data", tmp_path / "a.jsonl", "--preview", "2") == 0
+    shown = capsys.readouterr().out
+    assert shown.count("def f(") == 2
+    assert "⟦x):" in shown
+    assert not trained
+    assert command(config.CHECKOUT / "configs/training/nano.toml", "--preview", "1") == 2
+    assert "trains on a corpus" in capsys.readouterr().err

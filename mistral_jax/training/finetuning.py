@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -62,6 +62,27 @@ def prepare(recipe: Recipe, path: Path) -> None:
         prompts = _prompts(recipe, tokenizer, chat)
         notes |= {"chat": chat, "prompts": [dataclasses.asdict(prompt) for prompt in prompts]}
         (part / "data.json").write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
+
+
+def describe(path: Path) -> Iterator[str]:
+    """Yields lines on the data of a run: how much there is, and what was left out, and why."""
+    notes = read_json(path / "data" / "data.json")
+    for name in ("train", "validation"):
+        if name not in notes:
+            continue
+        of = notes[name]
+        yield (
+            f"{name}: {of['examples']:,} {'pairs' if of['pairs'] else 'examples'} in "
+            f"{of['rows']:,} rows of {of['context']:,} tokens, {of['fill']:.0%} filled; "
+            f"{of['learnt']:,} of {of['tokens']:,} tokens are learnt"
+        )
+        if of["too_long"]:
+            yield f"  {of['too_long']:,} are longer than a row, and were cut"
+        if of["left_out"]:
+            yield f"  {of['left_out']:,} have nothing to be learnt in what fits, and were left out"
+        if of["bad"]:
+            yield f"  {of['bad']:,} bad lines were left out, such as"
+            yield from (f"    {reason}" for reason in of["reasons"])
 
 
 def read_tokenizer(recipe: Recipe) -> Tokenizer:

@@ -79,11 +79,11 @@ def train(
 
 
 def prepare(recipe: Recipe, path: Path) -> None:
-    """Makes the folder of a run and its data, where they are not there yet."""
+    """Makes the folder of a run and its data, where they are not there yet; of one process only."""
     notes = path / "recipe.json"
-    if notes.is_file():
+    if notes.is_file() and (path / "data").is_dir():
         recipe.check_continues(Recipe.from_dict(read_json(notes), str(notes)), str(path))
-    else:
+    elif not notes.is_file():
         folder.check_target(path)
         path.mkdir(parents=True, exist_ok=True)
     notes.write_text(json.dumps(recipe.to_dict(), indent=2) + "\n")
