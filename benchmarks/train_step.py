@@ -42,9 +42,7 @@ BETAS = (0.9, 0.95)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--model", nargs="+", help="nano, 31M or 229M; with --device a file of configs/models"
-    )
+    parser.add_argument("--model", nargs="+", help="nano, 31M or 229M; see --device")
     parser.add_argument("--train", nargs="+", choices=("full", "lora"), default=["full", "lora"])
     parser.add_argument("--context", type=int, nargs="+", help="default: 512; 2048 and 4096")
     parser.add_argument("--rows", type=int, help="default: 4; 1 with --device")
