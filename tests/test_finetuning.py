@@ -336,6 +336,20 @@ def test_epochs_count_rows_of_the_data(folder, tmp_path):
     assert losses(tmp_path / "run")[-1][0] == -(-2 * notes["train"]["rows"] // 4)
 
 
+@pytest.mark.parametrize("layout", [(), ("fsdp", {"fsdp": 4})])
+def test_a_step_is_compiled_once(folder, tmp_path, monkeypatch, layout):
+    made, make_train_step = [], run.make_train_step
+
+    def make(*arguments):
+        made.append(make_train_step(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(run, "make_train_step", make)
+    train(recipe(folder, steps=3, **LORA), tmp_path / "run", *layout)
+    train(recipe(folder, steps=5, **LORA), tmp_path / "run", *layout)
+    assert [step._cache_size() for step in made] == [1, 1]
+
+
 def test_samples_are_written_as_it_goes(folder, tmp_path):
     fields = {"sample_every": 6, "sample_prompts": ["say"], **LORA}
     _, entries = train(recipe(folder, **fields), tmp_path / "run")
