@@ -209,3 +209,9 @@ def test_the_command_runs_them_too(models, folder, capsys):
         for name in names
     }
     assert own["questions"] == len(QUESTIONS)
+    for wrong, message in (
+        (["--tasks", "nano_chose"], "lm-evaluation-harness has no task 'nano_chose'"),
+        (["--tasks", "nano_choose", "--include-path", "absent"], "there is no folder absent"),
+    ):
+        assert evaluate.main(wrong) == 2
+        assert message in capsys.readouterr().err
