@@ -112,6 +112,8 @@ def test_a_plot_has_the_buckets_and_marks_the_windows(losses, tmp_path, monkeypa
     buckets = by_position(losses)
     plot(buckets, config, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    plot(by_position(losses, 4), config, tmp_path / "loss.png")
+    assert [figure.axes[0].get_xscale() for figure in drawn] == ["log", "linear"]
     (axes,) = drawn[0].axes
     curve, *rest = axes.lines
     assert [y for _, y in curve.get_xydata()] == [bucket.loss for bucket in buckets]

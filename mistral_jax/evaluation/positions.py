@@ -102,13 +102,15 @@ def plot(buckets: Sequence[Bucket], config: ModelConfig, target: Path) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    middles = [math.sqrt(bucket.first_position * bucket.last_position) for bucket in buckets]
+    middles = [(bucket.first_position + bucket.last_position) / 2 for bucket in buckets]
     errors = [bucket.stderr or 0 for bucket in buckets]
     axes.errorbar(middles, [bucket.loss for bucket in buckets], errors, fmt="o-", capsize=3)
     for window in sorted({*config.windows} - {None}):
         axes.axvline(window, color="gray", linestyle="--", label=f"window of {window}")
         axes.legend()
-    axes.set_xscale("log", base=2)
+    widths = [bucket.last_position - bucket.first_position for bucket in buckets]
+    if max(widths) > widths[0]:
+        axes.set_xscale("log", base=2)
     axes.set(xlabel="position in the text (tokens)", ylabel="nats a token")
     axes.grid(alpha=0.3)
     figure.savefig(target)
