@@ -110,14 +110,16 @@ def make_train_step(
         loss, sums, grads = jax.tree.map(lambda x: x / count_or_one, (loss, sums, grads))
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        # Optax mixes Python and array scalars, which strict promotion refuses.
-        with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-            trainable = optax.apply_updates(state.trainable, updates)
-        trainable, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (trainable, opt_state),
-            (state.trainable, state.opt_state),
+
+        def update(trainable, opt_state):
+            # Optax mixes Python and array scalars, which strict promotion refuses.
+            with jax.numpy_dtype_promotion("standard"):
+                updates, opt_state = optimizer.update(grads, opt_state, trainable)
+                return optax.apply_updates(trainable, updates), opt_state
+
+        # Choosing between arrays, old and new, instead would hold both in memory.
+        trainable, opt_state = jax.lax.cond(
+            finite, update, lambda *old: old, state.trainable, state.opt_state
         )
         metrics = {
             "loss": loss,
