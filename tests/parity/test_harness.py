@@ -4,7 +4,7 @@ import json
 import textwrap
 
 import hf_reference
-import huggingface_hub
+import huggingface_hub.constants
 import lm_eval
 import numpy as np
 import pytest
