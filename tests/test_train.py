@@ -321,7 +321,8 @@ def test_the_command_spreads_a_run(recipe_file, tmp_path, monkeypatch):
     assert layouts == [("tensor", {"tensor": 2}), (None, None)]
 
 
-def test_the_command_puts_runs_under_runs(recipe_file, monkeypatch):
+def test_the_command_puts_runs_under_runs(recipe_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     paths = []
     stopped = run.Outcome(signal.SIGTERM)
     monkeypatch.setattr(run, "train", lambda recipe, path, *rest: paths.append(path) or stopped)
