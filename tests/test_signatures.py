@@ -100,6 +100,12 @@ def test_writes_the_same_conversations_each_time(signatures, tmp_path, monkeypat
             assert tokenizer.decode(learnt) == json.loads(line)["messages"][1]["content"]
     assert total == len(NUMBERS)
 
+    other = text + '\ndef write_down(path):\n    """Writes it down."""\n'
+    monkeypatch.setattr(corpus, "python_files", lambda name: {"b.py": other})
+    assert signatures.main(["make", str(tmp_path / "c"), "--unread", "beta"]) == 0
+    (line,) = (tmp_path / "c" / "test.jsonl").read_text().splitlines()
+    assert json.loads(line) == signatures.conversation("Writes it down.", "def write_down(path):")
+
 
 def test_scores_answers(signatures):
     wanted = "def get_node(self, key):"

@@ -45,6 +45,12 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="{make,score}")
     maker = commands.add_parser("make", help="write train, validation and test.jsonl")
     maker.add_argument("folder", type=Path, help="where to write them")
+    maker.add_argument(
+        "--unread",
+        nargs="+",
+        metavar="PACKAGE",
+        help="write but test.jsonl, of installed packages that the bundled model never read",
+    )
     maker.set_defaults(task=_make)
     scorer = commands.add_parser("score", help="let a model answer the pairs of a file")
     scorer.add_argument("file", type=Path, help="such as test.jsonl")
@@ -123,17 +129,21 @@ def conversation(sentence: str, signature: str) -> dict[str, list[dict[str, str]
 
 
 def _make(arguments: argparse.Namespace) -> None:
-    roots = Recipe.from_file(CONFIG_DIR / "training" / "nano.toml").corpus
+    roots = list(Recipe.from_file(CONFIG_DIR / "training" / "nano.toml").corpus)
     _, _, tokenizer = mistral_jax.load()
-    pairs = (
-        pair
-        for source in corpus.gather(list(roots))
-        for text in source.files.values()
-        for pair in extract(text)
-        if len(tokenizer.encode(pair[1], eos=True)) <= LONGEST
-    )
+
+    def pairs_of(files: Mapping[str, str]) -> list[Pair]:
+        found = [pair for text in files.values() for pair in extract(text)]
+        return [pair for pair in found if len(tokenizer.encode(pair[1], eos=True)) <= LONGEST]
+
+    parts = split(pair for source in corpus.gather(roots) for pair in pairs_of(source.files))
+    if arguments.unread:
+        read = {sentence.lower() for part in parts.values() for sentence, _ in part}
+        found = (pair for name in arguments.unread for pair in pairs_of(corpus.python_files(name)))
+        new = {sentence: signature for sentence, signature in found if sentence.lower() not in read}
+        parts = {"test": list(new.items())}
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    for name, part in split(pairs).items():
+    for name, part in parts.items():
         lines = [json.dumps(conversation(*pair)) + "\n" for pair in part]
         (arguments.folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
         print(f"{name}.jsonl: {len(part)} pairs")
