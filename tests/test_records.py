@@ -309,15 +309,31 @@ def test_a_file_that_is_not_there_or_cut_is_an_error_though_bad_records_are_skip
 @pytest.mark.parametrize(
     ("record", "expected"),
     [
-        ({"text": "a"}, False),
+        ({"text": "a", "chosen": HELLO}, False),
         ({"prompt": "a", "completion": "b"}, False),
-        ({"prompt": [], "completion": [], "text": None}, True),
-        ({"messages": []}, True),
+        ({"prompt": [user("a")], "completion": [answer("b")], "text": None}, True),
+        ({"messages": HELLO}, True),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, False),
-        ({"chosen": [], "rejected": []}, True),
-        ({"input": {}, "preferred_output": [], "non_preferred_output": []}, True),
+        (CHOSEN, True),
+        (
+            {
+                "input": {"messages": [user("a")]},
+                "preferred_output": [answer("b")],
+                "non_preferred_output": [answer("c")],
+            },
+            True,
+        ),
     ],
 )
-def test_a_file_of_conversations_is_known_by_its_first_record(tmp_path, record, expected):
-    (tmp_path / "x.jsonl").write_text(f"no JSON\n{json.dumps(record)}\n")
-    assert records.are_conversations(tmp_path / "x.jsonl") is expected
+def test_conversations_are_known_by_the_first_good_record(tmp_path, record, expected):
+    """Not by one that is parsed but bad, nor by a later one."""
+    pairs = not record.keys() & {"text", "completion", "messages"}
+    kinds = [CHOSEN, {"prompt": "a", "chosen": "b", "rejected": "c"}]
+    others = kinds if pairs else [{"messages": HELLO}, {"text": "a"}]
+    other = others[expected]
+    bad = {"messages": []} if not expected else {"text": ""}
+    path, tally = tmp_path / "x.jsonl", records.Tally()
+    path.write_text("".join(json.dumps(line) + "\n" for line in (bad, record, other)))
+    for _ in records.read([path], TOKENIZERS["v3"], pairs=pairs, skip_bad=True, tally=tally):
+        assert tally.chat is expected
+    assert (tally.good, tally.bad) == (2, 1)

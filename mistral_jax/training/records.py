@@ -46,11 +46,13 @@ class Tally:
 
     Attributes:
       good: number of records that gave an example or a pair.
+      chat: whether the first of them is made of messages, rather than of text.
       bad: number of records that were skipped.
       reasons: what was wrong with the first few of them, a sentence each.
     """
 
     good: int = 0
+    chat: bool = False
     bad: int = 0
     reasons: list[str] = dataclasses.field(default_factory=list)
 
@@ -100,13 +102,16 @@ def read(
     for path in map(Path, paths):
         for where, raw in read_lines(path):
             try:
-                example = encode(parse(raw), tokenizer)
+                record = parse(raw)
+                example = encode(record, tokenizer)
             except ValueError as error:
                 reason = f"{where}: {error}"
                 if not skip_bad:
                     raise ValueError(reason) from None
                 tally.skip(reason)
             else:
+                if not tally.good:
+                    tally.chat = not isinstance(record[_form(record, pairs)[-1]], str)
                 tally.good += 1
                 yield example
 
@@ -125,18 +130,18 @@ def are_conversations(path: Path | str) -> bool:
 
 def _encode_example(record: Any, tokenizer: Tokenizer) -> Example:
     match _form(record, pairs=False):
-        case "text":
+        case ("text",):
             text = _string(record, "text")
             ids = tokenizer.encode(text, bos=True, eos=True)
             return _example(ids, [0.0] + [1.0] * (len(ids) - 1))
-        case "messages":
+        case ("messages",):
             return _lesson(record["messages"], tokenizer)
         case _:
             return _continuation(record["prompt"], record["completion"], "completion", tokenizer)
 
 
 def _encode_pair(record: Any, tokenizer: Tokenizer) -> Pair:
-    if _form(record, pairs=True) == "input":
+    if _form(record, pairs=True)[0] == "input":
         given = record["input"]
         if not isinstance(given, Mapping) or "messages" not in given:
             raise ValueError('"input" has no "messages"')
@@ -155,8 +160,8 @@ def _encode_pair(record: Any, tokenizer: Tokenizer) -> Pair:
     )
 
 
-def _form(record: Mapping[str, Any], pairs: bool) -> str:
-    """Recognises a record by its keys; returns the first key of its form."""
+def _form(record: Mapping[str, Any], pairs: bool) -> tuple[str, ...]:
+    """Recognises a record by its keys; returns those of its form, that of the answer last."""
     # `datasets` gives every row the keys of all, with None for those that it lacks.
     keys = {key for key, value in record.items() if value is not None}
     forms, others = (_PAIR_FORMS, _FORMS) if pairs else (_FORMS, _PAIR_FORMS)
@@ -170,7 +175,7 @@ def _form(record: Mapping[str, Any], pairs: bool) -> str:
         has = ", ".join(f'"{key}"' for key in sorted(keys)) or "no keys"
         raise ValueError(f"it has {has}{hint}; expected {_list(forms, 'or')}")
     _refuse_tools(record)
-    return found[0][0]
+    return found[0]
 
 
 def _list(forms: Sequence[Sequence[str]], word: str) -> str:
