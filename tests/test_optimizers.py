@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mistral_jax.training import optimizers
 from mistral_jax.training.optimizers import make_optimizer, make_schedule, parameters_of
 
 PARAMS = {"attn": {"kernel": jnp.ones((2, 3))}, "norm": {"scale": jnp.ones(3)}}
@@ -61,11 +62,16 @@ def test_a_rate_without_a_rise_begins_at_its_peak():
         assert make_schedule(name, 9, **RATES | {"warmup_steps": 0})(0) == pytest.approx(0.01)
 
 
+@pytest.mark.parametrize("name", optimizers._optimizers())
+def test_every_optimizer_takes_a_schedule_without_a_warning(name):
+    optimizers.check_optimizer(name, {"clip_norm": 1.0})
+
+
 def test_refuses_what_optax_has_not():
     with pytest.raises(ValueError, match=r"no optimizer 'adamv'.*the nearest is 'adam'"):
         make_optimizer("adamv", 1e-3)
     with pytest.raises(ValueError, match="sgd has no option 'momentun'; the nearest is 'momentum'"):
         make_optimizer("sgd", 1e-3, momentun=0.9)
-    for name in ("lbfgs", "chain", "scale_by_adam"):
+    for name in ("lbfgs", "chain", "scale_by_adam", "sm3", "rprop", "noisy_sgd"):
         with pytest.raises(ValueError, match="no optimizer"):
             parameters_of(name)

@@ -66,6 +66,21 @@ def test_json_values_give_an_equal_recipe():
         ({"dtype": "float16"}, "dtype is 'float16'; expected one of auto, float32, bfloat16"),
         ({"optimizer": "adamv"}, "no optimizer 'adamv'"),
         ({"optimizer_options": {"epsilon": 1e-6}}, "adamw has no option 'epsilon'; the nearest"),
+        (
+            {"optimizer_options": {"eps": "x"}},
+            "recipe: optimizer_options are not such as adamw takes: unsupported operand type",
+        ),
+        (
+            {"optimizer_options": {"mu_dtype": "float31"}},
+            "not such as adamw takes: data type 'float31' not understood$",
+        ),
+        (
+            {"optimizer": "adafactor", "optimizer_options": {"min_dim_size_to_factor": "x"}},
+            "not such as adafactor takes: '<' not supported",
+        ),
+        ({"optimizer_options": {"learning_rate": 1}}, "learning_rate is no option .* set the reci"),
+        ({"optimizer_options": {"name": "sgd"}}, "adamw has no option 'name'"),
+        ({"seed": 1 << 32}, "seed is 4294967296; expected an integer below 4294967296"),
         ({"epochs": 1.0}, "epochs is not for training on a corpus"),
         ({"lora": {}}, "lora is not for training on a corpus"),
         ({"data": {"train": ["a"]}}, "model is not for training on data"),
@@ -83,6 +98,7 @@ def test_a_wrong_value_is_named(fields, message):
     [
         ({"steps": 3}, "says steps or epochs; expected one of the two"),
         ({"epochs": None}, "says steps or epochs; expected one of the two"),
+        ({"epochs": 0}, "epochs is 0; expected more than 0"),
         ({"data": {"train": []}}, "data.train is empty"),
         ({"data": {}}, "missing data.train"),
         ({"data": {"train": "a.jsonl"}}, "data.train is 'a.jsonl'; expected a list of strings"),

@@ -5,7 +5,8 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -54,16 +55,22 @@ def build(cls: type[T], fields: Mapping[str, Any], source: str, prefix: str = ""
         raise ValueError(f"{source}: {error}") from None
 
 
-def check(made: Any, prefix: str = "", zero: Collection[str] = ()) -> None:
+def check(
+    made: Any,
+    prefix: str = "",
+    zero: Collection[str] = (),
+    among: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> None:
     """Checks the values of a dataclass by their types, as its `__post_init__`.
 
     Args:
       made: the dataclass; whole numbers must be at least 1, others finite and at least 0.
       prefix: what stands before names in messages.
       zero: names of whole numbers that may be 0.
+      among: the known values of some fields.
 
     Raises:
-      ValueError: a value is not of its field's type, or out of range.
+      ValueError: a value is not of its field's type, out of range, or not known.
     """
     hints = typing.get_type_hints(type(made))
     for field in dataclasses.fields(made):
@@ -92,6 +99,11 @@ def check(made: Any, prefix: str = "", zero: Collection[str] = ()) -> None:
             good, expected = isinstance(value, Mapping), "a table"
         if not good:
             raise ValueError(f"{prefix}{field.name} is {value!r}; expected {expected}")
+    for name, known in among.items():
+        if getattr(made, name) not in known:
+            raise ValueError(
+                f"{prefix}{name} is {getattr(made, name)!r}; expected one of {', '.join(known)}"
+            )
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:

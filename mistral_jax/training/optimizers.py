@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 SCHEDULES = ("cosine", "linear", "constant")
@@ -41,6 +42,7 @@ def make_schedule(
 def make_optimizer(
     name: str,
     learning_rate: float | optax.Schedule,
+    /,
     *,
     clip_norm: float | None = None,
     **options: Any,
@@ -60,6 +62,8 @@ def make_optimizer(
     """
     known = parameters_of(name)
     for option in options:
+        if option == "learning_rate":
+            raise ValueError("learning_rate is no option of an optimizer: set the recipe's own")
         if option not in known:
             near = difflib.get_close_matches(option, known, 1, 0)[0]
             raise ValueError(f"{name} has no option {option!r}; the nearest is {near!r}")
@@ -72,6 +76,26 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
 
 
+def check_optimizer(name: str, arguments: Mapping[str, Any]) -> None:
+    """Raises a ValueError if no optimizer can be made of these arguments, or no update by it.
+
+    An option of a wrong type may fail as late as that.
+    """
+
+    def update(params):
+        return optimizer.update(params, optimizer.init(params), params)
+
+    shapes = {"kernel": (2, 3), "scale": (3,)}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    try:
+        optimizer = make_optimizer(name, optax.linear_schedule(1.0, 0.0, 2), **arguments)
+        with jax.numpy_dtype_promotion("standard"):
+            jax.eval_shape(update, params)
+    except TypeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"optimizer_options are not such as {name} takes: {reason}") from None
+
+
 def parameters_of(name: str) -> Mapping[str, inspect.Parameter]:
     """Returns the arguments of an optimizer, but for the learning rate.
 
@@ -80,7 +104,9 @@ def parameters_of(name: str) -> Mapping[str, inspect.Parameter]:
     """
     if name not in _optimizers():
         near = difflib.get_close_matches(name, _optimizers(), 1, 0)[0]
-        raise ValueError(f"Optax has no optimizer {name!r} of gradients; the nearest is {near!r}")
+        raise ValueError(
+            f"Optax has no optimizer {name!r} of gradients and a schedule; the nearest is {near!r}"
+        )
     parameters = dict(inspect.signature(_optimizers()[name]).parameters)
     del parameters["learning_rate"]
     return parameters
@@ -88,7 +114,7 @@ def parameters_of(name: str) -> Mapping[str, inspect.Parameter]:
 
 @functools.cache
 def _optimizers() -> Mapping[str, Any]:
-    """Returns Optax's functions from a learning rate alone to an optimizer of gradients."""
+    """Returns Optax's functions from a schedule alone to an optimizer of gradients."""
     found = {}
     for name, value in vars(optax).items():
         if not inspect.isfunction(value) or name.startswith("_"):
@@ -101,8 +127,12 @@ def _optimizers() -> Mapping[str, Any]:
     return found
 
 
-# They ask for the loss or its Hessian in every update, or scale what another optimizer made.
-_NEED_MORE = {"lbfgs", "polyak_sgd", "scale_by_learning_rate", "scale_by_rprop"}
+# They ask for the loss or its Hessian in every update, scale what another optimizer made, take no
+# schedule, or want a key.
+_NEED_MORE = {
+    *("lbfgs", "polyak_sgd", "scale_by_learning_rate", "scale_by_rprop"),
+    *("rprop", "sm3", "optimistic_adam", "noisy_sgd"),
+}
 
 
 def _matrices(params: Any) -> Any:
