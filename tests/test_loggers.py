@@ -86,6 +86,13 @@ def test_loggers_begin_with_the_first_entry(tmp_path):
     assert folder.exists()
 
 
+def test_a_logger_that_is_named_twice_writes_once(tmp_path):
+    log(["tensorboard", "tensorboard"], tmp_path, TRAINING)
+    (found,) = events(tmp_path)
+    losses = [e for e in found if any(v.tag == "train/loss" for v in e.summary.value)]
+    assert len(losses) == 1
+
+
 def test_no_logger_is_no_trouble(tmp_path):
     log([], tmp_path, TRAINING, SAMPLES)
     assert list(tmp_path.iterdir()) == []

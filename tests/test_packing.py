@@ -133,8 +133,13 @@ def test_what_is_too_long_and_no_text_is_cut_at_its_end_or_left_out(tmp_path):
 def test_nothing_to_learn_is_an_error_that_leaves_nothing_behind(tmp_path):
     late = example(np.random.default_rng(0), 40)
     late.weights[:-1] = 0
-    for examples, pairs in (([], False), ([late], False), ([Pair(late, late)], True)):
-        with pytest.raises(ValueError, match=f"^{len(examples)} examples have nothing to be learn"):
+    nothing = "^1 examples have nothing to be learnt in their first 16 tokens"
+    for examples, pairs, message in (
+        ([], False, "^there are no examples; expected at least one record"),
+        ([late], False, nothing),
+        ([Pair(late, late)], True, nothing),
+    ):
+        with pytest.raises(ValueError, match=message):
             packing.write_rows(tmp_path / "rows", examples, CONTEXT, pairs=pairs)
     assert not list(tmp_path.iterdir())
 

@@ -221,8 +221,10 @@ HELLO = [user("a"), answer("b")]
 BAD = [
     (b"{", "character 1 is not JSON"),
     (b'{"text": "\xff"}', "byte 11 (0xff) is not UTF-8"),
-    (b'["a"]', "it is a JSON list; expected an object"),
-    (b"[" * 100_000, "its JSON is nested too deeply"),
+    (b'  ["a"]', "it begins a JSON list; expected JSON Lines, which is an object a line"),
+    (b"[", "it begins a JSON list; expected JSON Lines"),
+    (b"7", "it is a JSON int; expected an object"),
+    (b'{"a":' * 100_000, "its JSON is nested too deeply"),
     ({}, 'it has no keys; expected "text" or "prompt" with "completion" or "messages"'),
     ({"prompt": "a", "id": 1}, 'it has "id", "prompt"; expected "text" or'),
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, 'it has "chosen", "prompt", "rejected", as'),
@@ -289,7 +291,9 @@ def test_of_many_bad_records_the_first_few_reasons_are_kept(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("bad\n" * 100)
     tally = records.Tally()
-    assert not list(records.read([path], TOKENIZERS["v3"], skip_bad=True, tally=tally))
+    read = records.read([path], TOKENIZERS["v3"], skip_bad=True, tally=tally)
+    with pytest.raises(ValueError, match=r"^all records are bad, 100 of them, .*line 1: character"):
+        next(read)
     assert tally.bad == 100
     assert [reason.split(":")[0][-6:] for reason in tally.reasons] == [
         f"line {i}" for i in range(1, 6)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from mistral_jax.training.utilisation import peak_memory
 
@@ -70,7 +71,7 @@ class Curve:
         Args:
           step: number of the step, from 1.
           metrics: scalars, as a training step returns them.
-          tokens: that it has read.
+          tokens: that it has read: places of its batch that hold one, not padding.
           learning_rate: that it was taken with.
         """
         metrics = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
@@ -173,9 +174,10 @@ def draw(entries: Iterable[Entry]) -> Any:
 
 def _smooth(values: Sequence[float]) -> list[float]:
     """Averages each value with as many before it as after it, where there are as many."""
-    half = int(_SMOOTHED * len(values) / 2)
-    near = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
-    return [sum(some) / len(some) for some in near]
+    half, places = int(_SMOOTHED * len(values) / 2), np.arange(len(values))
+    starts, ends = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
+    sums = np.cumsum([0.0, *values])
+    return ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
 
 
 def _is_nan(value: Any) -> bool:

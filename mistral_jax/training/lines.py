@@ -36,6 +36,8 @@ def parse(raw: Raw) -> Mapping[str, Any]:
     """
     if not isinstance(raw, bytes):
         return raw
+    if raw.lstrip().startswith(b"["):
+        raise ValueError("it begins a JSON list; expected JSON Lines, which is an object a line")
     try:
         record = json.loads(raw.decode())
     except UnicodeDecodeError as error:

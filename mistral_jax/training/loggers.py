@@ -34,6 +34,7 @@ def open_loggers(
     Raises:
       ValueError: a logger is unknown or not installed, or does not begin.
     """
+    names = list(dict.fromkeys(names))
     for name in names:
         if name not in _MODULES:
             raise ValueError(f"there is no logger {name!r}; expected {' or '.join(_MODULES)}")

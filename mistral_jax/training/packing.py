@@ -60,6 +60,8 @@ def write_rows(
                 summary.rows += 1
                 summary.tokens += int((row["positions"] >= 0).sum())
                 summary.learnt += int((row["targets"] >= 0).sum())
+        if not summary.examples:
+            raise ValueError("there are no examples; expected at least one record in the files")
         if not summary.rows:
             raise ValueError(
                 f"{summary.examples} examples have nothing to be learnt in their first {context} "

@@ -88,7 +88,7 @@ def read(
       paths: files, and folders that Hugging Face's `datasets` saved (it must be installed then).
       tokenizer: encodes them.
       pairs: whether the records are preferences; else they are all but these.
-      skip_bad: whether a bad record is left out instead of an error.
+      skip_bad: whether a bad record is left out instead of an error, unless all are.
       tally: is kept up to date with how many records were read and left out.
 
     Yields:
@@ -114,6 +114,8 @@ def read(
                     tally.chat = not isinstance(record[_form(record, pairs)[-1]], str)
                 tally.good += 1
                 yield example
+    if tally.bad and not tally.good:
+        raise ValueError(f"all records are bad, {tally.bad} of them, such as {tally.reasons[0]}")
 
 
 def are_conversations(path: Path | str) -> bool:
