@@ -60,15 +60,35 @@ def whole(target: Path | str, replaceable: Replaceable = None) -> Iterator[Path]
         os.close(lock)
 
 
-def check_target(target: Path | str, replaceable: Replaceable = None) -> None:
-    """Raises what `whole` would, before any work is done for it."""
+@contextlib.contextmanager
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Keeps a folder from all other processes that ask for it in this way.
+
+    Raises:
+      ValueError: another has it; the message is `busy`.
+    """
+    lock = _lock(path)
+    if lock is None:
+        raise ValueError(busy)
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def check_target(
+    target: Path | str,
+    replaceable: Replaceable = None,
+    remedy: str = "name another folder, or replace it with --overwrite",
+) -> None:
+    """Raises what `whole` would, before any work is done for it; `remedy` is for what exists."""
     target = Path(os.path.abspath(target))
     if not os.path.lexists(target):
         return
     if target.is_dir() and not any(target.iterdir()):
         return
     if replaceable is None:
-        raise ValueError(f"{target} exists; name another folder, or replace it with --overwrite")
+        raise ValueError(f"{target} exists; {remedy}")
     if target.is_symlink() or not target.is_dir() or not replaceable(target):
         raise ValueError(f"{target} is not such a folder as would replace it; it is left as it is")
 

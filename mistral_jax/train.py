@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import shlex
 import signal
 import sys
 import tomllib
@@ -66,7 +67,7 @@ def _parser() -> command.Parser:
     )
     add(
         "--preview",
-        type=int,
+        type=command.count,
         metavar="N",
         help="print the first N examples, with what is learnt from them, and train nothing",
     )
@@ -114,7 +115,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
 
     from mistral_jax import distributed, machine
-    from mistral_jax.training import curve, finetuning, progress, run, summary
+    from mistral_jax.training import curve, progress, run, summary
     from mistral_jax.training.loggers import open_loggers
 
     if arguments.compilation_cache:
@@ -122,11 +123,9 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         curve.check_plot()
     what = recipe.model or recipe.checkpoint or "the bundled model"
-    print(f"training {what} in {path}", flush=True)
+    length = f"{recipe.steps:,} steps" if recipe.steps else f"epochs: {recipe.epochs:g}"
+    print(f"training {what} in {path} ({length})", flush=True)
     loggers = arguments.log if distributed.is_first() else []
-    distributed.from_first(lambda: run.prepare(recipe, path))
-    if recipe.data and distributed.is_first():
-        print("\n".join(finetuning.describe(path)), flush=True)
     with (
         progress.show(recipe.steps) as show,
         open_loggers(loggers, path, recipe.to_dict()) as log,
@@ -136,14 +135,15 @@ def _run(arguments: argparse.Namespace) -> int:
             show(entry)
             log(entry)
 
-        outcome = run.train(recipe, path, report, arguments.sharding, arguments.mesh)
+        layout = arguments.sharding, arguments.mesh
+        outcome = run.train(recipe, path, report, *layout, tell=print)
     if outcome.stopped is not None:
-        again = " ".join(sys.orig_argv)
+        again = shlex.join(sys.orig_argv)
         print(f"stopped and saved; the same command goes on: {again}", file=sys.stderr)
         # A machine that is about to be taken away has been served; a person has interrupted.
         return 0 if outcome.stopped == signal.SIGTERM else 130
     if distributed.is_first():
-        print(summary.write(path, recipe.to_dict(), outcome.result, outcome.command))
+        print(summary.write(path, recipe.to_dict(), outcome.result, outcome.step, outcome.command))
     return 0
 
 
@@ -174,13 +174,13 @@ def _override(table: dict[str, Any], arguments: argparse.Namespace) -> dict[str,
 def _preview(recipe, count: int) -> None:
     from rich.console import Console
 
-    from mistral_jax.training import finetuning, preview
+    from mistral_jax.training import examples, preview
 
     if recipe.data is None:
         raise ValueError("--preview shows examples, and this recipe trains on a corpus")
-    tokenizer = finetuning.read_tokenizer(recipe)
-    examples = finetuning.read_examples(recipe, recipe.data.train, tokenizer)
-    preview.show(itertools.islice(examples, count), tokenizer, Console())
+    tokenizer = examples.read_tokenizer(recipe)
+    found = examples.read(recipe, recipe.data.train, tokenizer)
+    preview.show(itertools.islice(found, count), tokenizer, Console())
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import tokenizer_samples
 
 import mistral_jax as mj
 from mistral_jax import adapters, checkpoint
-from mistral_jax.training import curve, finetuning, run
+from mistral_jax.training import curve, examples, finetuning, place, run
 from mistral_jax.training.recipe import Recipe
 
 WORDS = ("red", "green", "blue", "grey")
@@ -380,10 +380,8 @@ def test_a_bad_line_is_named_and_nothing_is_left_behind(folder, tmp_path):
         train(recipe(folder, data=data), tmp_path / "run")
     assert not (tmp_path / "run" / "data").exists()
     mended = recipe(folder, data=data | {"skip_bad": True}, **LORA)
-    run.prepare(mended, tmp_path / "run")
-    first, *rest = finetuning.describe(tmp_path / "run")
+    with place.prepared(mended, tmp_path / "run"):
+        first, *rest = examples.describe(tmp_path / "run")
     assert first.startswith("train: 60 examples in ")
     assert rest[0] == "  1 bad lines were left out, such as"
     assert "bad.jsonl, line 61: " in rest[1]
-    with pytest.raises(ValueError, match="holds a run with data"):
-        run.prepare(recipe(folder, data=data), tmp_path / "run")

@@ -9,7 +9,7 @@ import tiny
 
 from mistral_jax.training.lora import Lora, attach, init_adapters
 from mistral_jax.training.loss import IGNORED, preference
-from mistral_jax.training.objective import make_loss_fn, make_preference_loss_fn
+from mistral_jax.training.objective import everything, make_loss_fn, make_preference_loss_fn
 from mistral_jax.training.step import Batch
 
 MODEL, PARAMS = tiny.build()
@@ -46,8 +46,7 @@ def logprob(params, ids):
 
 
 def preference_loss(beta=0.5, label_smoothing=0.0):
-    reference = lambda trainable, frozen: frozen  # noqa: E731
-    return jax.jit(make_preference_loss_fn(MODEL, beside, reference, beta, label_smoothing))
+    return jax.jit(make_preference_loss_fn(MODEL, beside, beta, label_smoothing))
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
@@ -86,8 +85,8 @@ def test_dpo_does_not_differentiate_its_reference():
     rewards = jax.grad(lambda model: preference(model, jnp.zeros((1, 2)), 0.1)[0].sum())
     np.testing.assert_allclose(rewards(jnp.zeros((1, 2))), [[-0.05, 0.05]], rtol=1e-6)
     # With everything trained and the reference a copy, the gradient is that of the policy alone.
-    loss_fn = make_preference_loss_fn(MODEL, lambda t, f: t, lambda t, f: t, 0.1)
-    grads = jax.grad(lambda p: loss_fn(p, {}, pair_batch(PAIRS), None)[0])(PARAMS)
+    loss_fn = make_preference_loss_fn(MODEL, everything, 0.1)
+    grads = jax.grad(lambda p: loss_fn(p, p, pair_batch(PAIRS), None)[0])(PARAMS)
     assert any(jnp.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(grads))
 
 

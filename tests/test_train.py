@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import shlex
 import shutil
 import signal
 import sys
@@ -20,7 +21,8 @@ import mistral_jax
 from mistral_jax import config, train
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.sharding import on_mesh, read_layout
-from mistral_jax.training import corpus, curve, data, finetuning, pretraining, run
+from mistral_jax.training import corpus, curve, data, pretraining, run
+from mistral_jax.training.batches import spread
 from mistral_jax.training.job import optimizer_of
 from mistral_jax.training.lora import Lora
 from mistral_jax.training.objective import make_loss_fn
@@ -168,7 +170,7 @@ def one_step(recipe, layout):
     places = jax.tree.map(lambda x: x.sharding, state) if layout else None
     step = make_train_step(make_loss_fn(model), optimizer, 1, places)
     with on_mesh(state.trainable):
-        return places, *step(state, data.spread(batch, layout) if layout else batch)
+        return places, *step(state, spread(batch, layout) if layout else batch)
 
 
 @pytest.fixture(scope="module")
@@ -306,9 +308,13 @@ def test_a_terminal_gets_a_bar_and_every_validation(recipe_file, tmp_path, monke
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_the_command_says_how_to_go_on(recipe_file, tmp_path, capsys, monkeypatch, number, status):
     stopped = run.Outcome(stopped=number)
-    monkeypatch.setattr(run, "train", lambda recipe, path, report, *layout: stopped)
+    monkeypatch.setattr(run, "train", lambda recipe, path, report, *layout, **options: stopped)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "x", "--set", "steps = 'a b'"])
     assert command(recipe_file, "--run", tmp_path / "run") == status
-    assert "the same command goes on" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert out == f"training tiny in {tmp_path / 'run'} (20 steps)\n"
+    assert err.startswith("stopped and saved; the same command goes on: ")
+    assert shlex.split(err)[-5:] == sys.orig_argv
 
 
 def test_the_command_spreads_a_run(recipe_file, tmp_path, monkeypatch):
@@ -359,13 +365,11 @@ def trained(monkeypatch):
     """The recipes that the command would train by."""
     recipes = []
 
-    def remember(recipe, *rest):
+    def remember(recipe, *rest, **named):
         recipes.append(recipe)
         return run.Outcome(signal.SIGTERM)
 
     monkeypatch.setattr(run, "train", remember)
-    monkeypatch.setattr(run, "prepare", lambda recipe, path: None)
-    monkeypatch.setattr(finetuning, "describe", lambda path: ())
     return recipes
 
 

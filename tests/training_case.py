@@ -10,7 +10,8 @@ import numpy as np
 
 from mistral_jax.training.loss import IGNORED
 from mistral_jax.training.optimizers import make_optimizer, make_schedule
-from mistral_jax.training.step import Batch, TrainState, make_train_step
+from mistral_jax.training.states import create_state
+from mistral_jax.training.step import Batch, make_train_step
 
 # Grouped queries, heads whose widths do not add up to dim, a window far shorter than a row.
 CONFIG = {
@@ -74,7 +75,7 @@ def train(loss_fn, trainable, frozen, batches, microbatches: int = MICROBATCHES,
     optimizer = make_optimizer("adamw", schedule, **ADAMW | optimizer)
     step = make_train_step(loss_fn, optimizer, microbatches)
     copies = (jax.tree.map(lambda x: x.copy(), tree) for tree in (trainable, frozen))
-    state, losses = TrainState.create(optimizer, *copies), []
+    state, losses = create_state(optimizer, *copies), []
     for batch in batches:
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))

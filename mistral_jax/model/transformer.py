@@ -161,11 +161,25 @@ class Transformer(nn.Module):
         return x, None if cache is None else tuple(new_cache)
 
 
-def stack_layers(params: Params) -> Params:
-    """Joins `layers_0`, `layers_1`, ... to one entry, `layers`, of arrays with a first axis L."""
+def stack_layers(params: Params, consume: bool = False) -> Params:
+    """Joins `layers_0`, `layers_1`, ... to one entry, `layers`, of arrays with a first axis L.
+
+    Args:
+      params: the parameters, or any tree like them.
+      consume: whether to free each array once it is part of another, for the memory of one model.
+    """
     rest = {name: part for name, part in params.items() if not name.startswith("layers_")}
     layers = [params[f"layers_{i}"] for i in range(len(params) - len(rest))]
-    return {**rest, "layers": jax.tree.map(lambda *parts: jnp.stack(parts), *layers)}
+
+    def stack(*parts):
+        stacked = jnp.stack(parts)
+        if consume:
+            jax.block_until_ready(stacked)
+            for part in parts:
+                part.delete()
+        return stacked
+
+    return {**rest, "layers": jax.tree.map(stack, *layers)}
 
 
 def unstack_layers(params: Params) -> Params:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mistral_jax import checkpoint
+from mistral_jax.config import ModelConfig
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.sharding import Layout
 from mistral_jax.tokenizer import Tokenizer
@@ -47,7 +49,7 @@ class Job:
       chat: whether they ask for an answer, rather than begin a text.
       params: the model's parameters, of a state, as generation takes them.
       export: saves what has come of it to a folder of the run, of a state; returns where, and
-        the command to use it.
+        the arguments of `sample` that use it.
     """
 
     model: Transformer
@@ -62,7 +64,7 @@ class Job:
     prompts: list[Prompt]
     chat: bool
     params: Callable[[TrainState], Params]
-    export: Callable[[TrainState], tuple[Path, str]]
+    export: Callable[[TrainState], tuple[Path, list[str]]]
 
 
 def optimizer_of(recipe: Recipe, steps: int) -> tuple[optax.Schedule, optax.GradientTransformation]:
@@ -80,6 +82,20 @@ def optimizer_of(recipe: Recipe, steps: int) -> tuple[optax.Schedule, optax.Grad
         final_learning_rate=recipe.final_learning_rate,
     )
     return schedule, make_optimizer(recipe.optimizer, schedule, **recipe.optimizer_arguments)
+
+
+def save_model(
+    recipe: Recipe,
+    config: ModelConfig,
+    params: Params,
+    state: TrainState,
+    target: Path,
+    tokenizer_file: Path,
+) -> None:
+    """Saves a trained model as a checkpoint folder, in bfloat16 as Mistral's are."""
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    provenance = {"recipe": recipe.to_dict(), "step": int(state.step)}
+    checkpoint.save(target, config, params, tokenizer_file, provenance, overwrite=True)
 
 
 def compute_dtype(recipe: Recipe) -> jnp.dtype:

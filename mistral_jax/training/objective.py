@@ -37,7 +37,6 @@ def make_loss_fn(model: Transformer, assemble: Assemble = everything) -> LossFn:
 def make_preference_loss_fn(
     model: Transformer,
     assemble: Assemble,
-    reference: Assemble,
     beta: float,
     label_smoothing: float = 0.0,
 ) -> LossFn:
@@ -45,8 +44,8 @@ def make_preference_loss_fn(
 
     Args:
       model: the model.
-      assemble: puts together the parameters that are trained.
-      reference: puts together those of the model that it began as, of the frozen ones alone.
+      assemble: puts the parameters together. The frozen ones alone are the reference's: the
+        model's, as it began.
       beta: how strongly the model is held to the reference.
       label_smoothing: see `loss.preference`.
 
@@ -67,7 +66,7 @@ def make_preference_loss_fn(
         return jnp.sum(each, axis=-1).reshape(-1, 2)
 
     def loss_fn(trainable: Params, frozen: Params, batch: Batch, key: jax.Array):
-        before = jax.lax.stop_gradient(answers(reference(trainable, frozen), batch))
+        before = jax.lax.stop_gradient(answers(frozen, batch))
         after = answers(assemble(trainable, frozen), batch, key)
         losses, margin = preference(after, before, beta, label_smoothing)
         # A pair without a target was added to fill the batch up.

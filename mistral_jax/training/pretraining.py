@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mistral_jax import checkpoint, folder
+from mistral_jax import folder
 from mistral_jax.model.transformer import Transformer, stack_layers, unstack_layers
 from mistral_jax.sharding import Layout, abstract_params, read_layout
 from mistral_jax.tokenizer import Tokenizer
 from mistral_jax.training import corpus, data
-from mistral_jax.training.job import Job, optimizer_of, trained_model
+from mistral_jax.training.job import Job, optimizer_of, save_model, trained_model
 from mistral_jax.training.objective import make_loss_fn
 from mistral_jax.training.recipe import Recipe
 from mistral_jax.training.states import create_state
@@ -23,10 +23,9 @@ from mistral_jax.training.vocabulary import train_vocabulary
 
 
 def prepare(recipe: Recipe, path: Path) -> None:
-    """Makes the vocabulary and the tokens of a run, where they are not there yet."""
-    if not (path / "data").is_dir():
-        with folder.whole(path / "data") as part:
-            _write_data(recipe, part)
+    """Makes the vocabulary and the tokens of a run, as `<path>/data`."""
+    with folder.whole(path / "data") as part:
+        _write_data(recipe, part)
 
 
 def make_job(recipe: Recipe, path: Path, sharding=None, mesh=None) -> Job:
@@ -44,11 +43,11 @@ def make_job(recipe: Recipe, path: Path, sharding=None, mesh=None) -> Job:
         name: np.load(path / "data" / f"{name}.npy", mmap_mode="r")
         for name in ("train", "validation")
     }
-    shape = {"context": recipe.context, "rows": recipe.rows}
 
     def feed(steps):
+        order = {"context": recipe.context, "rows": recipe.rows, "seed": recipe.seed}
         for step in steps:
-            yield data.batch_at(step, tokens["train"], **shape, seed=recipe.seed)
+            yield data.batch_at(step, tokens["train"], **order)
 
     def whole(state: TrainState) -> Params:
         return unstack_layers(state.trainable) if recipe.scan else state.trainable
@@ -56,7 +55,7 @@ def make_job(recipe: Recipe, path: Path, sharding=None, mesh=None) -> Job:
     def export(state):
         target = path / "checkpoint"
         save_model(recipe, config, whole(state), state, target, path / "data" / "tokenizer.model")
-        return target, f"python -m mistral_jax.sample --checkpoint {target} 'def main('"
+        return target, ["--checkpoint", str(target), "def main("]
 
     return Job(
         model=trained.clone(remat=None, scan=False),
@@ -66,7 +65,12 @@ def make_job(recipe: Recipe, path: Path, sharding=None, mesh=None) -> Job:
         state=create_state(optimizer, params, layout=layout),
         loss_fn=make_loss_fn(trained),
         feed=feed,
-        validation=functools.partial(data.batches_in_order, tokens["validation"], **shape),
+        validation=functools.partial(
+            data.batches_in_order,
+            tokens["validation"],
+            context=recipe.context,
+            rows=recipe.validation_rows,
+        ),
         before=False,
         prompts=[],
         chat=False,
@@ -89,21 +93,13 @@ def initial_params(
     token = jnp.zeros((1, 1), jnp.int32)
 
     def init(key):
-        params = nn.unbox(model.init(key, token, token))["params"]
-        return stack_layers(params) if scan else params
+        return nn.unbox(model.init(key, token, token))["params"]
 
     places = None
     if layout:
-        described = model.clone(scan=scan)
-        places = jax.tree.map(lambda x: x.sharding, abstract_params(described, layout))
-    return jax.jit(init, out_shardings=places)(jax.random.key(seed))
-
-
-def save_model(recipe, config, params, state, target, tokenizer_file, **provenance) -> None:
-    """Saves a trained model as a checkpoint folder, in bfloat16 as Mistral's are."""
-    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
-    provenance = {"recipe": recipe.to_dict(), "step": int(state.step), **provenance}
-    checkpoint.save(target, config, params, tokenizer_file, provenance, overwrite=True)
+        places = jax.tree.map(lambda x: x.sharding, abstract_params(model, layout))
+    params = jax.jit(init, out_shardings=places)(jax.random.key(seed))
+    return stack_layers(params, consume=True) if scan else params
 
 
 def _write_data(recipe: Recipe, part: Path) -> None:

@@ -15,6 +15,7 @@ CHANGEABLE = (
     *("steps", "epochs", "remat", "microbatches", "most_skipped"),
     *("validate_every", "save_every", "sample_every", "sample_prompts", "keep", "export_best"),
 )
+_DECIDE_DATA = ("model", "corpus", "checkpoint", "data", "dpo", "context", "seed")
 _DOTS = ("dots_saveable", "dots_with_no_batch_dims_saveable")
 _KNOWN = {
     "schedule": SCHEDULES,
@@ -196,6 +197,11 @@ class Recipe:
         return ModelConfig.from_name(self.model)
 
     @property
+    def validation_rows(self) -> int:
+        """Rows of a batch to validate on: as many as a step computes at a time."""
+        return self.rows // self.microbatches
+
+    @property
     def optimizer_arguments(self) -> dict[str, Any]:
         """The arguments of `make_optimizer` beside the learning rate."""
         known = parameters_of(self.optimizer)
@@ -220,6 +226,10 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as JSON values, such that `from_dict` gives an equal recipe."""
         return dataclasses.asdict(self)
+
+    def reads_otherwise(self, earlier: "Recipe") -> bool:
+        """Whether this recipe makes other data of its files than `earlier` did."""
+        return any(getattr(self, name) != getattr(earlier, name) for name in _DECIDE_DATA)
 
     def check_continues(self, earlier: "Recipe", where: str) -> None:
         """Raises a ValueError if the run in `where`, of `earlier`, can't go on with this recipe."""

@@ -5,24 +5,25 @@ It is the bookkeeping around `step.py`. A run that was stopped goes on where it 
 
 import contextlib
 import dataclasses
-import json
 import math
+import shlex
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from mistral_jax import distributed, folder
-from mistral_jax.config import read_json
+from mistral_jax import distributed
 from mistral_jax.generation.sampling import Sampling
 from mistral_jax.generation.text import completions
 from mistral_jax.sharding import on_mesh
-from mistral_jax.training import curve, data, finetuning, pretraining
+from mistral_jax.training import curve, examples, finetuning, pretraining
+from mistral_jax.training.batches import spread
 from mistral_jax.training.curve import Curve, Entry
 from mistral_jax.training.job import Job, optimizer_of
+from mistral_jax.training.place import prepared, signals
 from mistral_jax.training.recipe import Recipe
 from mistral_jax.training.states import Saver, restore_state, saved_steps
 from mistral_jax.training.step import Batch, TrainState, make_train_step
@@ -36,13 +37,15 @@ class Outcome:
     """How a run ended.
 
     Attributes:
-      stopped: the signal that stopped it, state saved; None = it is complete.
+      stopped: the signal that stopped it; None = it is complete.
       result: what came of it, a folder: a checkpoint, or adapters.
-      command: how to use that.
+      step: the step that it is of.
+      command: how to use it.
     """
 
     stopped: signal.Signals | None = None
     result: Path | None = None
+    step: int = 0
     command: str = ""
 
 
@@ -52,10 +55,12 @@ def train(
     report: Callable[[Entry], None],
     sharding: Path | str | None = None,
     mesh: Mapping[str, int] | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
     """Trains a model, or goes on with it, and saves what comes of it in the folder of the run.
 
-    That is `<path>/checkpoint`, in bfloat16, or `<path>/adapter`, where adapters are trained.
+    That is `<path>/checkpoint`, in bfloat16, or `<path>/adapter`, where adapters are trained. An
+    interrupt or SIGTERM ends the run after the step that it is in, its state saved.
 
     Args:
       recipe: how.
@@ -63,31 +68,28 @@ def train(
       report: is given every entry of the curve that `<path>/curve.jsonl` gets.
       sharding: how to spread the work over devices, and `mesh`: see `read_layout`. A run may go on
         under another layout than it began with.
+      tell: is given lines about the data.
 
     Raises:
-      ValueError: the recipe does not fit the run in the folder, the data or the model; or steps in
-        a row were not finite.
+      ValueError: the recipe does not fit the run in the folder, the data or the model; steps in a
+        row were not finite; or another process trains there.
     """
-    path = Path(path).absolute()
-    kind = finetuning if recipe.data else pretraining
-    distributed.from_first(lambda: prepare(recipe, path))
-    job = kind.make_job(recipe, path, sharding, mesh)
-    state = _Run(recipe, path, job, report).go_on()
-    if isinstance(state, signal.Signals):
-        return Outcome(stopped=state)
-    return Outcome(None, *job.export(state))
-
-
-def prepare(recipe: Recipe, path: Path) -> None:
-    """Makes the folder of a run and its data, where they are not there yet; of one process only."""
-    notes = path / "recipe.json"
-    if notes.is_file() and (path / "data").is_dir():
-        recipe.check_continues(Recipe.from_dict(read_json(notes), str(notes)), str(path))
-    elif not notes.is_file():
-        folder.check_target(path)
-        path.mkdir(parents=True, exist_ok=True)
-    notes.write_text(json.dumps(recipe.to_dict(), indent=2) + "\n")
-    (finetuning if recipe.data else pretraining).prepare(recipe, path)
+    path = Path(path)
+    with contextlib.ExitStack() as stack:
+        stopped = stack.enter_context(signals())
+        distributed.from_first(lambda: stack.enter_context(prepared(recipe, path)))
+        if recipe.data and distributed.is_first():
+            for line in examples.describe(path):
+                tell(line)
+        kind = finetuning if recipe.data else pretraining
+        job = kind.make_job(recipe, path, sharding, mesh)
+        training = _Run(recipe, path, job, report)
+        if number := distributed.largest(stopped()) or training.go_on(stopped):
+            return Outcome(signal.Signals(number))
+        state = training.result()
+        target, options = job.export(state)
+        use = shlex.join(["python", "-m", "mistral_jax.sample", *options])
+        return Outcome(None, target, int(state.step), use)
 
 
 class _Run:
@@ -103,49 +105,52 @@ class _Run:
             job.loss_fn, optimizer, recipe.microbatches, places if job.layout else None, recipe.seed
         )
         self._evaluate = jax.jit(job.loss_fn)
-        step = int(self._state.step)
-        file = path / "curve.jsonl"
         flops = flops_per_token(
             job.model.config,
             recipe.context,
             adapters=recipe.lora is not None,
             reference=recipe.dpo is not None,
         )
+        file, is_first = path / "curve.jsonl", distributed.is_first()
         self._curve = Curve(
-            file if distributed.is_first() else None,
-            step,
+            file if is_first else None,
+            int(self._state.step),
             report,
             flops,
-            peak_flops() if distributed.is_first() else None,
+            peak_flops() if is_first else None,
             job.steps,
         )
-        self._best = distributed.from_first(lambda: _best(file))
+        self._looked, self._best, self._skipped = distributed.from_first(lambda: _earlier(file))
 
-    def go_on(self) -> TrainState | signal.Signals:
-        """Trains to the end, or until a signal comes; returns the last state, or the signal."""
+    def go_on(self, stopped: Callable[[], int]) -> int:
+        """Trains to the end, or until a signal comes; returns that, or 0."""
         recipe, job = self._recipe, self._job
         first, skipped = int(self._state.step), 0
         with (
-            _signals() as stopped,
             on_mesh(self._state.trainable),
-            Saver(self._path, recipe.keep, lambda: self._best.step) as saver,
+            Saver(self._path, recipe.keep) as saver,
             contextlib.closing(job.feed(range(first, job.steps))) as batches,
         ):
-            if job.before and not first:
-                self._look(0, last=False)
+            # Also where a run was stopped before it could.
+            if (first or job.before) and first not in self._looked:
+                self._look(first)
             for step, batch in enumerate(batches, first + 1):
-                last = step == job.steps
-                self._state, metrics = self._train_step(self._state, self._spread(batch))
+                rate = float(self._schedule(step - 1 - self._skipped))
+                batch = self._spread(batch, recipe.microbatches)
+                self._state, metrics = self._train_step(self._state, batch)
                 metrics = jax.device_get(metrics)
-                self._curve.add(step, metrics, batch.tokens.size, float(self._schedule(step - 1)))
+                self._curve.add(step, metrics, int(metrics.pop("tokens")), rate)
                 skipped = skipped + 1 if metrics["skipped"] else 0
-                improved = self._look(step, last)
+                self._skipped += int(metrics["skipped"])
                 # All stop after the same step, and for the same reason: SIGTERM is the larger.
-                stop = distributed.largest(stopped())
+                stop = distributed.largest(stopped()) if step < job.steps else 0
+                improved = not stop and self._look(step)
                 ended = skipped == recipe.most_skipped
-                if last or stop or ended or improved or step % recipe.save_every == 0:
-                    with self._curve.pause():
-                        saver.save(self._state)
+                due = step == job.steps or step % recipe.save_every == 0
+                with self._curve.pause():
+                    saver.check()
+                    if due or stop or ended or improved:
+                        saver.save(self._state, self._best.step)
                 if ended:
                     saver.wait()
                     raise ValueError(
@@ -154,30 +159,36 @@ class _Run:
                         f"saved; begin another run with a learning_rate below "
                         f"{recipe.learning_rate:g}"
                     )
-                if stop and not last:
-                    return signal.Signals(stop)
-        if recipe.export_best and self._best.step in distributed.from_first(
-            lambda: saved_steps(self._path)
-        ):
-            self._state = restore_state(self._path, self._state, self._best.step)
+                if stop:
+                    return stop
+        return 0
+
+    def result(self) -> TrainState:
+        """Returns the state whose model the run is for: the last, or the best by validation."""
+        best = self._best.step
+        if self._recipe.export_best and best != int(self._state.step):
+            kept = distributed.from_first(lambda: saved_steps(self._path))
+            return restore_state(self._path, self._state, best) if best in kept else self._state
         return self._state
 
-    def _look(self, step: int, last: bool) -> bool:
+    def _look(self, step: int) -> bool:
         """Validates and samples where that is due; returns whether the model is the best so far."""
-        recipe, improved = self._recipe, False
+        recipe, last, improved = self._recipe, step == self._job.steps, False
         with self._curve.pause():
             if last or step % recipe.validate_every == 0:
                 improved = self._validate(step)
             if recipe.sample_every and (last or step % recipe.sample_every == 0):
                 self._curve.write_samples(step, self._sample())
-        return improved and step > 0
+        return improved
 
     def _validate(self, step: int) -> bool:
         # One at a time: CPU devices run what does not depend on each other at once, and processes
         # that do so in another order wait for each other forever.
         sums = [
             jax.device_get(
-                self._evaluate(self._state.trainable, self._state.frozen, self._spread(batch), None)
+                self._evaluate(
+                    self._state.trainable, self._state.frozen, self._spread(batch, 1), None
+                )
             )
             for batch in self._job.validation()
         ]
@@ -188,7 +199,7 @@ class _Run:
         means = {f"validation_{name}": value / count for name, value in sums.items()}
         loss /= count
         self._curve.write({"step": step, "validation_loss": loss, **means})
-        improved = loss < self._best.loss
+        improved = step > 0 and loss < self._best.loss
         if improved:
             self._best = _Best(loss, step)
         return improved
@@ -206,9 +217,8 @@ class _Run:
         )
         return [(prompt.text, row.text) for prompt, row in zip(job.prompts, rows, strict=True)]
 
-    def _spread(self, batch: Batch) -> Batch:
-        layout = self._job.layout
-        return data.spread(batch, layout, self._recipe.microbatches) if layout else batch
+    def _spread(self, batch: Batch, parts: int) -> Batch:
+        return spread(batch, self._job.layout, parts) if self._job.layout else batch
 
 
 class _Best(NamedTuple):
@@ -218,28 +228,11 @@ class _Best(NamedTuple):
     step: int | None
 
 
-def _best(path: Path) -> _Best:
-    """Reads it off a curve; step 0, whose state is not kept, does not count."""
-    entries = [entry for entry in curve.read(path) if entry.get("validation_loss") is not None]
-    found = [_Best(entry["validation_loss"], entry["step"]) for entry in entries if entry["step"]]
-    return min(found, default=_Best(math.inf, None))
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[Callable[[], int]]:
-    """Yields a function that returns the SIGINT or SIGTERM that came, or 0; a second one acts."""
-    received = []
-    earlier = {}
-
-    def note(number, frame):
-        received.append(number)
-        signal.signal(number, earlier[number] or signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        earlier[number] = signal.signal(number, note)
-    try:
-        yield lambda: max(received, default=0)
-    finally:
-        for number, handler in earlier.items():
-            # None: one that Python did not set.
-            signal.signal(number, handler or signal.SIG_DFL)
+def _earlier(file: Path) -> tuple[set[int], _Best, int]:
+    """Returns the steps that were looked at before, the best of them, and the steps skipped."""
+    entries = curve.read(file)
+    looked = {entry["step"] for entry in entries if "loss" not in entry}
+    # The state of step 0 is not kept.
+    best = [_Best(y, step) for step, y in curve.points(entries, "validation_loss") if step]
+    skipped = sum(entry.get("skipped", 0) for entry in entries)
+    return looked, min(best, default=_Best(math.inf, None)), skipped

@@ -67,12 +67,11 @@ class Saver:
 
     Args:
       path: folder of the run.
-      keep: how many states stay; beside them that of
-      best: the step whose state is the best so far; None = there is none yet.
+      keep: how many states stay, beside the best.
     """
 
-    def __init__(self, path: Path, keep: int, best: Callable[[], int | None]):
-        self._path, self._keep, self._best = path, keep, best
+    def __init__(self, path: Path, keep: int):
+        self._path, self._keep = path, keep
         self._pool = ThreadPoolExecutor(1)
         self._pending: Future | None = None
 
@@ -83,8 +82,13 @@ class Saver:
         self.wait()
         self._pool.shutdown()
 
-    def save(self, state: TrainState) -> None:
-        """Begins to save a state, which may be consumed at once; first it waits for the last."""
+    def save(self, state: TrainState, best: int | None) -> None:
+        """Begins to save a state, which may be consumed at once; first it waits for the last.
+
+        Args:
+          state: what to save.
+          best: the step whose state is the best so far, and stays; None = there is none yet.
+        """
         self.wait()
         target = self._path / "states" / f"{int(state.step):08d}"
         saved = _saved_part(state)
@@ -96,7 +100,12 @@ class Saver:
             lambda: stack.enter_context(folder.whole(target, lambda old: True))
         )
         finish = arrays.save_in_background(part / "state", saved)
-        self._pending = self._pool.submit(self._finish, finish, stack)
+        self._pending = self._pool.submit(self._finish, finish, stack, target, best)
+
+    def check(self) -> None:
+        """Raises what went wrong, if something has by now."""
+        if self._pending is not None and self._pending.done():
+            self._pending.result()
 
     def wait(self) -> None:
         """Waits until the last state that was to be saved is there; raises what went wrong."""
@@ -105,13 +114,16 @@ class Saver:
             pending.result()
             distributed.sync()
 
-    def _finish(self, finish: Callable[[], None], stack: contextlib.ExitStack) -> None:
-        with stack:
-            finish()
+    def _finish(self, finish: Callable[[], None], stack, target: Path, best: int | None) -> None:
+        try:
+            with stack:
+                finish()
+        except Exception as error:
+            raise OSError(f"{target} could not be saved: {_reason(error)}") from error
         if distributed.is_first():
-            kept = {int(state.name) for state in _saved(self._path)[-self._keep :]} | {self._best()}
+            latest = {int(state.name) for state in _saved(self._path)[-self._keep :]}
             for old in _saved(self._path):
-                if int(old.name) not in kept:
+                if int(old.name) not in latest | {best}:
                     shutil.rmtree(old)
 
 
@@ -120,15 +132,18 @@ def restore_state(path: Path, state: TrainState, step: int | None = None) -> Tra
 
     Args:
       path: folder of the run.
-      state: one like it, whose frozen part and places it takes over.
-      step: which; None = the latest, or `state` itself if none was saved.
+      state: one like it, of which it takes over the frozen part and the places. The rest of it is
+        freed, for the memory of one state; or it is returned, if there is none to restore.
+      step: which; None = the latest.
     """
     found = distributed.from_first(lambda: saved_steps(path)) if step is None else [step]
     if not found:
         return state
+    old = _saved_part(state)
     abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _saved_part(state)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), old
     )
+    jax.tree.map(lambda x: x.delete(), old)
     return state.replace(**arrays.read(path / "states" / f"{found[-1]:08d}" / "state", abstract))
 
 
@@ -143,3 +158,11 @@ def _saved_part(state: TrainState) -> dict[str, Any]:
 
 def _saved(path: Path) -> list[Path]:
     return sorted(p for p in (path / "states").glob("[0-9]*") if p.is_dir())
+
+
+def _reason(error: BaseException) -> str:
+    """Returns what the system said first, of an error that was raised out of others."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    said = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+    return said[:200] or type(error).__name__

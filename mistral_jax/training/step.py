@@ -53,17 +53,6 @@ class TrainState:
     opt_state: optax.OptState
     step: jax.Array
 
-    @classmethod
-    def create(
-        cls,
-        optimizer: optax.GradientTransformation,
-        trainable: Params,
-        frozen: Params | None = None,
-    ) -> "TrainState":
-        """Builds the state before the first step."""
-        opt_state = optimizer.init(trainable)
-        return cls(trainable, {} if frozen is None else frozen, opt_state, jnp.zeros((), jnp.int32))
-
 
 def make_train_step(
     loss_fn: LossFn,
@@ -88,13 +77,17 @@ def make_train_step(
 
     Returns:
       `train_step(state, batch) -> (state, metrics)`; the metrics are float32 scalars: `loss`, the
-      mean in nats a target, `targets`, how much they count in all, `grad_norm` before clipping,
-      `skipped`, 1 for a step that changed nothing, and the means of the other sums.
+      mean in nats a target, `targets`, how much they count in all, `tokens`, how many were read,
+      `grad_norm` before clipping, `skipped`, 1 for a step that changed nothing, and the means of
+      the other sums.
     """
     differentiate = jax.value_and_grad(loss_fn, has_aux=True)
 
     def train_step(state: TrainState, batch: Batch):
-        parts = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
+        # Every so many rows apart: each device then has rows of each part.
+        parts = jax.tree.map(
+            lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch
+        )
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), microbatches)
 
         def accumulate(totals, part):
@@ -124,6 +117,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "targets": count,
+            "tokens": jnp.sum(batch.positions >= 0),
             "grad_norm": grad_norm,
             "skipped": 1 - finite.astype(jnp.float32),
             **sums,

@@ -125,7 +125,7 @@ def test_preferences(tensors, seed, tmp_path):
         Batch(*(x.reshape(4, 2, -1) for x in (each.tokens, each.positions, each.targets)))
         for each in case.batches(seed, steps, rows=8)
     ]
-    loss_fn = make_preference_loss_fn(model, beside(lora), lambda _, frozen: frozen, beta)
+    loss_fn = make_preference_loss_fn(model, beside(lora), beta)
     losses, trained = case.train(loss_fn, made, params, batches)
     theirs = with_peft(tensors, model.config, lora, made, tmp_path / "ours").train()
     expected = hf_training.train(

@@ -1,0 +1,73 @@
+"""The place of a run: its folder, kept for one process, and the signals that reach it.
+
+It takes no step.
+"""
+
+import contextlib
+import json
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from mistral_jax import folder
+from mistral_jax.config import read_json
+from mistral_jax.training import examples, pretraining
+from mistral_jax.training.recipe import Recipe
+from mistral_jax.training.states import saved_steps
+
+
+@contextlib.contextmanager
+def prepared(recipe: Recipe, path: Path) -> Iterator[None]:
+    """Keeps the folder of a run for this process, with its recipe and data in it."""
+    notes = path / "recipe.json"
+    if not notes.is_file():
+        folder.check_target(path)
+        path.mkdir(parents=True, exist_ok=True)
+    busy = f"another process trains in {path}: wait for it, or name another folder with --run"
+    with folder.locked(path, busy):
+        _make_data(recipe, path, notes)
+        text = json.dumps(recipe.to_dict(), indent=2) + "\n"
+        if not notes.is_file() or notes.read_text() != text:
+            part = path / ".recipe.json.partial"
+            part.write_text(text)
+            part.replace(notes)
+        yield
+
+
+def _make_data(recipe: Recipe, path: Path, notes: Path) -> None:
+    """Makes the data of a run where they are not there, or may be replaced: nothing is trained."""
+    if notes.is_file() and (path / "data").is_dir():
+        earlier = Recipe.from_dict(read_json(notes), str(notes))
+        other = examples.changed(recipe, path) if recipe.data and earlier.data else None
+        if saved_steps(path):
+            recipe.check_continues(earlier, str(path))
+            if other:
+                raise ValueError(
+                    f"{other} is another file now than when the run in {path} began: restore it, "
+                    "or name another folder with --run"
+                )
+        elif other or recipe.reads_otherwise(earlier):
+            shutil.rmtree(path / "data")
+    if not (path / "data").is_dir():
+        (examples if recipe.data else pretraining).prepare(recipe, path)
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[Callable[[], int]]:
+    """Yields a function that returns the SIGINT or SIGTERM that came, or 0; a second one acts."""
+    received = []
+    earlier = {}
+
+    def note(number, frame):
+        received.append(number)
+        signal.signal(number, earlier[number] or signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        earlier[number] = signal.signal(number, note)
+    try:
+        yield lambda: max(received, default=0)
+    finally:
+        for number, handler in earlier.items():
+            # None: one that Python did not set.
+            signal.signal(number, handler or signal.SIG_DFL)
