@@ -385,3 +385,88 @@ def test_a_bad_line_is_named_and_nothing_is_left_behind(folder, tmp_path):
     assert first.startswith("train: 60 examples in ")
     assert rest[0] == "  1 bad lines were left out, such as"
     assert "bad.jsonl, line 61: " in rest[1]
+
+
+def test_nothing_trained_yet_a_run_takes_another_recipe_and_other_files(folder, tmp_path):
+    file = tmp_path / "train.jsonl"
+    file.write_text((folder / "train.jsonl").read_text())
+    fields = {"data": {"train": [str(file)]}, "epochs": 1, "steps": None, **LORA}
+    with pytest.raises(ValueError, match="warmup_steps is 99"):
+        train(recipe(folder, **fields, warmup_steps=99), tmp_path / "run")
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:20]))
+    train(recipe(folder, **fields, warmup_steps=1), tmp_path / "run")
+    assert next(examples.describe(tmp_path / "run")).startswith("train: 20 examples")
+    with pytest.raises(ValueError, match="holds a run with warmup_steps = 1, and this recipe"):
+        train(recipe(folder, **fields, warmup_steps=2), tmp_path / "run")
+    file.write_text((folder / "train.jsonl").read_text())
+    with pytest.raises(ValueError, match=r"train\.jsonl is another file now than when the run"):
+        train(recipe(folder, **fields, warmup_steps=1), tmp_path / "run")
+    file.unlink()  # It is not needed any more.
+    train(recipe(folder, **fields, warmup_steps=1), tmp_path / "run")
+
+
+def test_a_folder_is_for_one_process_at_a_time(folder, tmp_path):
+    wanted = recipe(folder, **LORA)
+    with (
+        place.prepared(wanted, tmp_path / "run"),
+        pytest.raises(ValueError, match=r"another process trains in .*run: wait for it"),
+    ):
+        train(wanted, tmp_path / "run")
+
+
+def test_a_run_that_goes_on_holds_one_state(folder, adapted):
+    job = finetuning.make_job(recipe(folder, **LORA), adapted[0])
+    before = jax.tree.leaves((job.state.trainable, job.state.opt_state))
+    state = run.restore_state(adapted[0], job.state)
+    assert all(array.is_deleted() for array in before)
+    assert int(state.step) == 12
+    assert not any(array.is_deleted() for array in jax.tree.leaves(state))
+
+
+def test_stopped_before_its_first_step_it_ends_at_once(folder, tmp_path):
+    signal_handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        outcome = run.train(
+            recipe(folder, **LORA),
+            tmp_path / "run",
+            lambda entry: None,
+            tell=lambda line: signal.raise_signal(signal.SIGTERM) if "train" in line else None,
+        )
+    finally:
+        signal.signal(signal.SIGTERM, signal_handler)
+    assert outcome.stopped == signal.SIGTERM
+    assert not (tmp_path / "run" / "states").exists()
+
+
+def test_the_best_is_that_of_a_run_never_stopped(folder, tmp_path):
+    """Whose first state, which is not kept, was better than all others."""
+    fields = {"learning_rate": 0.3, "warmup_steps": 0, "validate_every": 2, "export_best": True}
+    whole, _ = train(recipe(folder, **fields), tmp_path / "whole")
+    interrupted(recipe(folder, **fields), tmp_path / "run", signal.SIGTERM, 4)
+    assert 4 not in dict(losses(tmp_path / "run", "validation_loss"))  # It did not wait for that.
+    resumed, _ = train(recipe(folder, **fields), tmp_path / "run")
+    assert resumed.step == whole.step
+    assert losses(tmp_path / "run", "validation_loss") == losses(
+        tmp_path / "whole", "validation_loss"
+    )
+
+
+def test_the_rate_that_is_told_is_the_one_of_the_step(folder, tmp_path, monkeypatch):
+    """A step that is skipped does not move it."""
+
+    def spoil(loss_fn, *rest):
+        def sometimes(trainable, frozen, batch, key):
+            loss, sums = loss_fn(trainable, frozen, batch, key)
+            return jnp.where(jax.random.uniform(key) < 0.5, jnp.nan, loss), sums
+
+        return make_train_step(sometimes, *rest)
+
+    make_train_step = run.make_train_step
+    monkeypatch.setattr(run, "make_train_step", spoil)
+    train(recipe(folder, schedule="linear", **LORA), tmp_path / "run")
+    entries = [e for e in curve.read(tmp_path / "run/curve.jsonl") if "loss" in e]
+    skipped = [entry["skipped"] for entry in entries]
+    assert 0 < sum(skipped) < 12
+    schedule, _ = run.optimizer_of(recipe(folder, schedule="linear"), 12)
+    expected = [float(schedule(i - sum(skipped[:i]))) for i in range(12)]
+    assert [entry["learning_rate"] for entry in entries] == pytest.approx(expected)

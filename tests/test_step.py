@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import tiny
 
+from mistral_jax.sharding import read_layout
+from mistral_jax.training import batches
 from mistral_jax.training.loss import IGNORED
 from mistral_jax.training.objective import make_loss_fn
 from mistral_jax.training.optimizers import make_optimizer
@@ -174,3 +176,20 @@ def test_adamw_is_the_papers():
         weights = weights - rate * (direction + decay * weights)
         state, _ = step(state, some_batch(1))
         np.testing.assert_allclose(state.trainable["w"], weights, rtol=1e-5)
+
+
+def test_every_microbatch_has_rows_of_every_device():
+    """On 4 devices, 8 rows in 2 parts: none is padding alone, on any of them."""
+    layout = read_layout("fsdp", tiny.build(vocab_size=64)[0].config, mesh={"fsdp": 4})
+
+    def counted(trainable, frozen, batch, key):
+        full = jnp.all(batch.positions[:, 0] >= 0)
+        return jnp.where(full, 0.0, jnp.nan) * jnp.sum(trainable["w"]), {"targets": jnp.float32(1)}
+
+    optimizer = make_optimizer("sgd", 1e-2)
+    state = create_state(optimizer, {"w": jnp.ones(2)})
+    batch = batches.spread(some_batch(8), layout, microbatches=2)
+    with jax.set_mesh(layout.mesh):
+        _, metrics = make_train_step(counted, optimizer, microbatches=2)(state, batch)
+    assert metrics["skipped"] == 0
+    assert batches.own_rows(layout, 7, 2) == list(range(7))
