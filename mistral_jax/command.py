@@ -37,6 +37,13 @@ def add_layout(group: argparse._ActionsContainer) -> None:
     )
 
 
+def count(text: str) -> int:
+    """Reads how many, the type of such an option."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
 def _mesh(text: str) -> dict[str, int]:
     try:
         return {axis: int(size) for axis, size in (part.split("=") for part in text.split(","))}

@@ -50,14 +50,14 @@ def _parser() -> command.Parser:
     add(
         "--positions",
         nargs="?",
-        type=_count,
+        type=command.count,
         const=0,
         metavar="N",
         help="also the loss of the files' tokens by position, in N equal buckets [powers of two]",
     )
     add(
         "--circle",
-        type=_count,
+        type=command.count,
         metavar="T",
         help="for --positions N: every T tokens of a text are a circle, read from N places on, so "
         "that all buckets have the same tokens",
@@ -67,7 +67,7 @@ def _parser() -> command.Parser:
     add("--tasks", type=_names, default=[], metavar="A,B", help="tasks of lm-evaluation-harness")
     add("--include-path", type=Path, metavar="DIR", help="a folder of more tasks, in YAML")
     add("--num-fewshot", type=int, metavar="K", help="examples before a question [the task's]")
-    add("--limit", type=_count, metavar="N", help="questions of each task [all]")
+    add("--limit", type=command.count, metavar="N", help="questions of each task [all]")
 
     group = parser.add_argument_group("the model")
     add = group.add_argument
@@ -80,7 +80,9 @@ def _parser() -> command.Parser:
         help="float32, bfloat16 or float16 [as stored; float32 on a CPU that has the memory]",
     )
     command.add_layout(group)
-    add("--batch", type=_count, default=8, metavar="N", help="texts or answers at a time [8]")
+    add(
+        "--batch", type=command.count, default=8, metavar="N", help="texts or answers at a time [8]"
+    )
     add(
         "--no-compilation-cache",
         dest="compilation_cache",
@@ -90,12 +92,6 @@ def _parser() -> command.Parser:
     add = parser.add_argument_group("the output").add_argument
     add("--json", action="store_true", help="one JSON object a result, on a line")
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def _names(text: str) -> list[str]:

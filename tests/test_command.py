@@ -17,6 +17,8 @@ from mistral_jax import command, sample, train
         (sample.main, ["--top-k", "many", "x"]),
         (train.main, []),
         (train.main, ["recipe.toml", "--steps", "3"]),
+        (train.main, ["recipe.toml", "--preview", "-1"]),
+        (train.main, ["recipe.toml", "--preview", "0"]),
         (convert.main, []),
         (convert.main, ["to-orbax", "only-one"]),
         (convert.main, ["to-torch", "a", "b", "--format", "onnx"]),

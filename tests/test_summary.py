@@ -48,7 +48,7 @@ def written(tmp_path):
         for name, content in (notes or {}).items():
             (folder / "data" / name).write_text(json.dumps(content))
         (folder / "curve.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
-        told = summary.write(folder, recipe, Path("out/adapter"), "python -m x --lora 'a b'")
+        told = summary.write(folder, recipe, Path("out/adapter"), 1020, "python -m x --lora 'a b'")
         return (folder / "report.md").read_text(), told.splitlines(), folder
 
     return write
@@ -79,7 +79,7 @@ def test_a_report_has_facts_losses_texts_and_the_command(written):
     assert found["training loss"] == ["4 (step 10)", "2.5 (step 30)", "2.5 (step 30)"]
     assert found["validation loss"] == ["5.25 (step 0)", "3.25 (step 30)", "3 (step 20)"]
     assert found["validation accuracy"] == ["0.5 (step 10)", "0.625 (step 30)", "0.75 (step 20)"]
-    assert "    python -m x --lora 'a b'\n" in report
+    assert "The result, of step 1,020, is in `out/adapter`:\n\n    python -m x --lora" in report
     before_and_after = report[report.index("## Samples") : report.index("## Use")]
     assert "Step 0:\n\n    more\n    noise\n" in before_and_after
     assert "Step 30:\n\n    ```\n    sense\n" in before_and_after
@@ -104,7 +104,7 @@ def test_the_curve_is_drawn_where_matplotlib_is_installed(written, monkeypatch, 
 @pytest.mark.parametrize(
     ("recipe", "model", "trained"),
     [
-        ({"model": "nano", "export_best": True}, "nano, from nothing", "all parameters"),
+        ({"model": "nano"}, "nano, from nothing", "all parameters"),
         (
             {"lora": {"rank": 2}, "quantize": "nf4"},
             "the bundled model",
@@ -122,8 +122,6 @@ def test_a_report_says_what_was_trained(written, recipe, model, trained):
     assert table(report)["model"] == [model]
     assert table(report)["trained"] == [trained]
     assert table(report)["skipped steps"] == ["none"]
-    best = "of the best step" in report
-    assert best == ("export_best" in recipe)
     noun = "adapters are" if "lora" in recipe else "model is"
     assert told[-2] == f"the {noun} in out/adapter"
 

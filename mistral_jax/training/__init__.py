@@ -1,1 +1,1 @@
-"""Training: corpus, vocabulary, data, loss, step and the run of them all. It generates no text."""
+"""Training: corpus, vocabulary, data, loss, step and the run of them all. It fetches no data."""

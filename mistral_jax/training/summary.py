@@ -19,14 +19,15 @@ _CURVES = tuple(
 )
 
 
-def write(folder: Path, recipe: Mapping[str, Any], result: Path, command: str) -> str:
+def write(folder: Path, recipe: Mapping[str, Any], result: Path, step: int, command: str) -> str:
     """Writes the report of a run; returns the few lines of it that a terminal should see.
 
     Args:
       folder: of the run.
       recipe: its recipe, as `Recipe.to_dict` gives it.
       result: what came of it: the folder of a checkpoint, or of adapters.
-      command: how to use that.
+      step: that it is of.
+      command: how to use it.
     """
     entries = curve.read(folder / "curve.jsonl")
     drawn = importlib.util.find_spec("matplotlib") is not None
@@ -40,7 +41,7 @@ def write(folder: Path, recipe: Mapping[str, Any], result: Path, command: str) -
         *(["![loss](curve.png)"] if drawn else []),
         *_samples(entries),
         "## Use",
-        f"The result, {_state(recipe)}, is in `{result}`:",
+        f"The result, of step {step:,}, is in `{result}`:",
         _block(command),
         "`recipe.json` has all settings of the run, `curve.jsonl` all of its measurements.",
     ]
@@ -89,10 +90,6 @@ def _trained(recipe: Mapping[str, Any]) -> str:
     if dpo := recipe.get("dpo"):
         told += f", on preferences (DPO, beta {dpo['beta']:g})"
     return told
-
-
-def _state(recipe: Mapping[str, Any]) -> str:
-    return "of the best step by validation" if recipe.get("export_best") else "of the last step"
 
 
 def _data(folder: Path):
