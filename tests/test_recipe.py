@@ -144,6 +144,15 @@ def test_missing_keys_and_files_are_named(tmp_path):
         Recipe.from_file(tmp_path / "bad.toml")
 
 
+def test_what_dropout_depends_on_stays():
+    plain, dropped = (
+        Recipe.from_dict(EXAMPLES | {"lora": {"dropout": dropout}}) for dropout in (0.0, 0.1)
+    )
+    dataclasses.replace(plain, microbatches=2).check_continues(plain, "runs/x")
+    with pytest.raises(ValueError, match="microbatches = 1, and this recipe says 2"):
+        dataclasses.replace(dropped, microbatches=2).check_continues(dropped, "runs/x")
+
+
 def test_a_run_goes_on_longer_but_not_differently():
     recipe = Recipe.from_dict(FIELDS)
     dataclasses.replace(recipe, steps=20, save_every=1, remat="dots_saveable").check_continues(

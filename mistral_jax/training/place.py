@@ -16,13 +16,15 @@ from mistral_jax.training import examples, pretraining
 from mistral_jax.training.recipe import Recipe
 from mistral_jax.training.states import saved_steps
 
+_DECIDE_DATA = ("model", "corpus", "checkpoint", "data", "dpo", "context", "seed")
+
 
 @contextlib.contextmanager
 def prepared(recipe: Recipe, path: Path) -> Iterator[None]:
     """Keeps the folder of a run for this process, with its recipe and data in it."""
     notes = path / "recipe.json"
     if not notes.is_file():
-        folder.check_target(path)
+        folder.check_target(path, remedy=" and is no run: name another folder with --run")
         path.mkdir(parents=True, exist_ok=True)
     busy = f"another process trains in {path}: wait for it, or name another folder with --run"
     with folder.locked(path, busy):
@@ -47,7 +49,7 @@ def _make_data(recipe: Recipe, path: Path, notes: Path) -> None:
                     f"{other} is another file now than when the run in {path} began: restore it, "
                     "or name another folder with --run"
                 )
-        elif other or recipe.reads_otherwise(earlier):
+        elif other or any(getattr(recipe, x) != getattr(earlier, x) for x in _DECIDE_DATA):
             shutil.rmtree(path / "data")
     if not (path / "data").is_dir():
         (examples if recipe.data else pretraining).prepare(recipe, path)

@@ -15,7 +15,6 @@ CHANGEABLE = (
     *("steps", "epochs", "remat", "microbatches", "most_skipped"),
     *("validate_every", "save_every", "sample_every", "sample_prompts", "keep", "export_best"),
 )
-_DECIDE_DATA = ("model", "corpus", "checkpoint", "data", "dpo", "context", "seed")
 _DOTS = ("dots_saveable", "dots_with_no_batch_dims_saveable")
 _KNOWN = {
     "schedule": SCHEDULES,
@@ -227,15 +226,14 @@ class Recipe:
         """Returns the fields as JSON values, such that `from_dict` gives an equal recipe."""
         return dataclasses.asdict(self)
 
-    def reads_otherwise(self, earlier: "Recipe") -> bool:
-        """Whether this recipe makes other data of its files than `earlier` did."""
-        return any(getattr(self, name) != getattr(earlier, name) for name in _DECIDE_DATA)
-
     def check_continues(self, earlier: "Recipe", where: str) -> None:
         """Raises a ValueError if the run in `where`, of `earlier`, can't go on with this recipe."""
+        changeable = set(CHANGEABLE)
+        if earlier.lora and earlier.lora.dropout:
+            changeable.remove("microbatches")  # What is dropped depends on them.
         for field in dataclasses.fields(self):
             value, mine = getattr(earlier, field.name), getattr(self, field.name)
-            if field.name not in CHANGEABLE and mine != value:
+            if field.name not in changeable and mine != value:
                 raise ValueError(
                     f"{where} holds a run with {field.name} = {value!r}, and this recipe says "
                     f"{mine!r}: name another folder with --run, or restore the recipe"
