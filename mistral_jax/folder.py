@@ -79,7 +79,7 @@ def locked(path: Path, busy: str) -> Iterator[None]:
 def check_target(
     target: Path | str,
     replaceable: Replaceable = None,
-    remedy: str = "name another folder, or replace it with --overwrite",
+    remedy: str = "; name another folder, or replace it with --overwrite",
 ) -> None:
     """Raises what `whole` would, before any work is done for it; `remedy` is for what exists."""
     target = Path(os.path.abspath(target))
@@ -88,7 +88,7 @@ def check_target(
     if target.is_dir() and not any(target.iterdir()):
         return
     if replaceable is None:
-        raise ValueError(f"{target} exists; {remedy}")
+        raise ValueError(f"{target} exists{remedy}")
     if target.is_symlink() or not target.is_dir() or not replaceable(target):
         raise ValueError(f"{target} is not such a folder as would replace it; it is left as it is")
 

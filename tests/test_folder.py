@@ -79,7 +79,7 @@ def test_what_exists_is_left_alone(tmp_path):
 def test_who_asks_beforehand_may_name_the_remedy(tmp_path):
     make(tmp_path / "x", "old")
     with pytest.raises(ValueError, match=r"x exists; call it y$"):
-        folder.check_target(tmp_path / "x", remedy="call it y")
+        folder.check_target(tmp_path / "x", remedy="; call it y")
 
 
 def test_the_old_one_stays_until_the_new_one_is_whole(tmp_path):

@@ -259,7 +259,7 @@ def test_another_recipe_is_refused(finished, recipe_file):
 
 def test_a_folder_of_something_else_is_refused(recipe_file, tmp_path):
     (tmp_path / "precious").touch()
-    with pytest.raises(ValueError, match="exists"):
+    with pytest.raises(ValueError, match=r"exists and is no run: name another folder with --run$"):
         run.train(Recipe.from_file(recipe_file), tmp_path, lambda entry: None)
     assert [p.name for p in tmp_path.iterdir()] == ["precious"]
 
@@ -290,7 +290,7 @@ def test_a_terminal_gets_a_bar_and_every_validation(recipe_file, tmp_path, monke
         def isatty(self):
             return True
 
-    def quick(recipe, path, report, *layout):
+    def quick(recipe, path, report, *layout, **options):
         report({"step": 10, "loss": 5.0})
         report({"step": 10, "validation_loss": 4.5})
         return run.Outcome(signal.SIGTERM)
@@ -320,7 +320,9 @@ def test_the_command_says_how_to_go_on(recipe_file, tmp_path, capsys, monkeypatc
 def test_the_command_spreads_a_run(recipe_file, tmp_path, monkeypatch):
     layouts = []
     stopped = run.Outcome(signal.SIGTERM)
-    monkeypatch.setattr(run, "train", lambda a, b, c, *layout: layouts.append(layout) or stopped)
+    monkeypatch.setattr(
+        run, "train", lambda a, b, c, *layout, tell: layouts.append(layout) or stopped
+    )
     run_folder = "--run", tmp_path / "run"
     assert command(recipe_file, *run_folder, "--sharding", "tensor", "--mesh", "tensor=2") == 0
     assert command(recipe_file, *run_folder) == 0
@@ -331,7 +333,7 @@ def test_the_command_puts_runs_under_runs(recipe_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     paths = []
     stopped = run.Outcome(signal.SIGTERM)
-    monkeypatch.setattr(run, "train", lambda recipe, path, *rest: paths.append(path) or stopped)
+    monkeypatch.setattr(run, "train", lambda _, path, *rest, tell: paths.append(path) or stopped)
     command(recipe_file)
     assert paths == [Path("runs/tiny")]
 

@@ -118,18 +118,6 @@ def read(
         raise ValueError(f"all records are bad, {tally.bad} of them, such as {tally.reasons[0]}")
 
 
-def are_conversations(path: Path | str) -> bool:
-    """Tells whether the first good record of a file is made of messages, rather than of text."""
-    for _, raw in read_lines(Path(path)):
-        try:
-            record = parse(raw)
-        except ValueError:
-            continue
-        answers = (record.get(form[-1]) for form in (*_FORMS, *_PAIR_FORMS))
-        return any(isinstance(answer, list) for answer in answers)
-    return False
-
-
 def _encode_example(record: Any, tokenizer: Tokenizer) -> Example:
     match _form(record, pairs=False):
         case ("text",):
