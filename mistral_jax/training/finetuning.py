@@ -84,7 +84,8 @@ def make_job(
             file = base / "tokenizer.model"
             save_model(recipe, config, loose(state.trainable), state, target, file)
             options = ["--checkpoint", str(target)]
-        return target, [*options, *(["--chat"] if chat else ["--", prompts[0].text])]
+        text = prompts[0].text if prompts else ""
+        return target, [*options, *(["--chat"] if chat else ["--", text])]
 
     return Job(
         model=trained.clone(remat=None, scan=False, dropout=0.0),

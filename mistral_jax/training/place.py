@@ -7,6 +7,7 @@ import contextlib
 import json
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -62,6 +63,8 @@ def signals() -> Iterator[Callable[[], int]]:
     earlier = {}
 
     def note(number, frame):
+        if number == signal.SIGINT:
+            print("stopping after this step; Ctrl-C again stops at once", file=sys.stderr)
         received.append(number)
         signal.signal(number, earlier[number] or signal.SIG_DFL)
 

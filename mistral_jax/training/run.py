@@ -177,7 +177,8 @@ class _Run:
         with self._curve.pause():
             if last or step % recipe.validate_every == 0:
                 improved = self._validate(step)
-            if recipe.sample_every and (last or step % recipe.sample_every == 0):
+            every = recipe.sample_every if self._job.prompts else 0
+            if every and (last or step % every == 0):
                 self._curve.write_samples(step, self._sample())
         return improved
 
@@ -205,13 +206,14 @@ class _Run:
         return improved
 
     def _sample(self) -> list[tuple[str, str]]:
-        job = self._job
+        job, tokens = self._job, [prompt.tokens for prompt in self._job.prompts]
+        room = job.model.config.max_positions - max(map(len, tokens))
         rows = completions(
             job.model,
             job.params(self._state),
             job.tokenizer,
-            [prompt.tokens for prompt in job.prompts],
-            _SAMPLE_TOKENS,
+            tokens,
+            min(_SAMPLE_TOKENS, room),
             sampling=Sampling(temperature=0),
             is_new=job.chat,
         )
