@@ -23,7 +23,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/python -m mistral_jax.sample --checkpoint $(DEMO)/orbax --seed 7 --temperature 0.5 --max-tokens 120 --stats "def read_json(path):"
 
 test: $(VENV)/tested-with
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 parity: $(PARITY)/installed
 	$(PARITY)/bin/python -m pytest tests/parity

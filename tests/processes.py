@@ -33,7 +33,7 @@ def together(
     devices: int = 4,
     stdin: str = "",
     signal_after: float | None = None,
-    timeout: float = 120,
+    timeout: float = 200,
 ) -> list[Ended]:
     """Runs `python *command` as several processes, each with its own devices.
 
@@ -173,7 +173,10 @@ def wait() -> None:
 
 
 def train(configs: str, process: str, number: str, *arguments: str) -> int:
-    """Trains a tiny model on a text of its own; in step 13 a process gets a signal."""
+    """Trains a tiny model on a text of its own; in step 13 a process gets a signal.
+
+    By then the state of step 10 is saved: it is written while training goes on.
+    """
     from mistral_jax import config, train
     from mistral_jax.training import corpus, data
 
@@ -185,6 +188,9 @@ def train(configs: str, process: str, number: str, *arguments: str) -> int:
 
     def batch_and_signal(step, *rest, **named):
         if step == 13 and os.environ["JAX_PROCESS_ID"] == process:
+            state = Path(arguments[arguments.index("--run") + 1], "states", "00000010")
+            while not state.exists():
+                time.sleep(0.1)
             os.kill(os.getpid(), int(number))
         return batch_at(step, *rest, **named)
 
