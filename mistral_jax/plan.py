@@ -63,7 +63,7 @@ def _parser() -> command.Parser:
         "--remat",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="compute blocks again on the way back, as a recipe's remat says",
+        help="compute blocks again on the way back, as remat = 'nothing_saveable' in a recipe",
     )
     add("--hardware", metavar="CHIP", help="one of configs/hardware.toml: v5e, v5p, v6e, A100, ...")
     add(

@@ -101,7 +101,7 @@ class Recipe:
         float32 on a CPU, bfloat16 elsewhere.
       remat: what a step keeps of each block for its way back, the rest of which it computes again:
         "none" = everything is kept, or a policy of `jax.checkpoint_policies`.
-      scan: whether one compiled block runs over all layers: a model of 32 compiles 10 times faster.
+      scan: whether one compiled block runs over all layers, for a shorter compilation.
       seed: of first weights, adapters and dropout, the vocabulary's sample, and the data's order.
       validate_every: steps between two measurements of the validation loss.
       save_every: steps between two saved states.
