@@ -22,6 +22,29 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help shows all options)\n")
 
 
+def add_model(group: argparse._ActionsContainer) -> None:
+    """Adds the options that name a model to use."""
+    add = group.add_argument
+    add("--checkpoint", metavar="DIR", help="its folder [the bundled model]")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        metavar="TYPE",
+        help="float32, bfloat16 or float16 [as stored; float32 on a CPU that has the memory]",
+    )
+    add("--lora", metavar="DIR", help="adapters to use with it: PEFT's folder or Mistral's file")
+
+
+def add_cache(group: argparse._ActionsContainer) -> None:
+    """Adds the option that does without programs compiled earlier."""
+    group.add_argument(
+        "--no-compilation-cache",
+        dest="compilation_cache",
+        action="store_false",
+        help="compile anew, and keep nothing in the user's cache folder",
+    )
+
+
 def add_layout(group: argparse._ActionsContainer) -> None:
     """Adds the options that spread a model over devices."""
     group.add_argument(

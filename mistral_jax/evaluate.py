@@ -71,24 +71,12 @@ def _parser() -> command.Parser:
 
     group = parser.add_argument_group("the model")
     add = group.add_argument
-    add("--checkpoint", metavar="DIR", help="its folder [the bundled model]")
-    add("--lora", metavar="DIR", help="adapters to use with it: PEFT's folder or Mistral's file")
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        metavar="TYPE",
-        help="float32, bfloat16 or float16 [as stored; float32 on a CPU that has the memory]",
-    )
+    command.add_model(group)
     command.add_layout(group)
     add(
         "--batch", type=command.count, default=8, metavar="N", help="texts or answers at a time [8]"
     )
-    add(
-        "--no-compilation-cache",
-        dest="compilation_cache",
-        action="store_false",
-        help="compile anew, and keep nothing in the user's cache folder",
-    )
+    command.add_cache(group)
     add = parser.add_argument_group("the output").add_argument
     add("--json", action="store_true", help="one JSON object a result, on a line")
     return parser

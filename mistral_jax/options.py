@@ -5,7 +5,7 @@ import functools
 from pathlib import Path
 
 import mistral_jax
-from mistral_jax.command import Parser, add_layout
+from mistral_jax.command import Parser, add_cache, add_layout, add_model
 
 DESCRIPTION = """\
 Continues prompts with a Mistral model, or answers them (--chat). Standard output carries the text
@@ -54,14 +54,7 @@ def parser() -> Parser:
 
     group = made.add_argument_group("the model")
     add = group.add_argument
-    add("--checkpoint", metavar="DIR", help="its folder [the bundled model]")
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        metavar="TYPE",
-        help="float32, bfloat16 or float16 [as stored; float32 on a CPU that has the memory]",
-    )
-    add("--lora", metavar="DIR", help="adapters to use with it: PEFT's folder or Mistral's file")
+    add_model(group)
     add(
         "--merge",
         action="store_true",
@@ -74,12 +67,7 @@ def parser() -> Parser:
         metavar="N",
         help="tokens that prompt and answer may have together [the model's own limit]",
     )
-    add(
-        "--no-compilation-cache",
-        dest="compilation_cache",
-        action="store_false",
-        help="compile anew, and keep nothing in the user's cache folder",
-    )
+    add_cache(group)
 
     add = made.add_argument_group("the choice of tokens").add_argument
     number = functools.partial(_number, add)

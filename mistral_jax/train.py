@@ -84,12 +84,7 @@ def _parser() -> command.Parser:
         help="insist on <run>/curve.png, which is drawn at the end where matplotlib is installed",
     )
     command.add_layout(parser)
-    add(
-        "--no-compilation-cache",
-        dest="compilation_cache",
-        action="store_false",
-        help="compile anew, and keep nothing in the user's cache folder",
-    )
+    command.add_cache(parser)
     return parser
 
 
