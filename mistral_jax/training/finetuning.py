@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from mistral_jax import adapters, checkpoint, manifest
 from mistral_jax.model.transformer import Transformer, stack_layers, unstack_layers
@@ -108,8 +109,9 @@ def _parameters(recipe: Recipe, load: Any) -> tuple[Transformer, Params, Params]
     """Returns the model, what is trained of its parameters or beside them, and what is frozen."""
     if recipe.lora is None:
         model, trainable, _ = load(dtype="float32")
-        # Preferences are learnt from where the model began.
-        frozen = load(dtype=compute_dtype(recipe))[1] if recipe.dpo else {}
+        # Preferences are learnt from where the model began: a copy, for steps consume the other.
+        dtype = compute_dtype(recipe)
+        frozen = jax.tree.map(lambda x: jnp.array(x, dtype), trainable) if recipe.dpo else {}
     else:
         model, frozen, _ = load(dtype=compute_dtype(recipe))
         trainable = _new_adapters(recipe, frozen)
