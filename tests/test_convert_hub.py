@@ -1,85 +1,28 @@
 """A repository name in place of a folder, against a stand-in for the Hugging Face Hub."""
 
-import hashlib
-import json
-import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import sources
+import stand_in_hub
 from mistral_jax.convert import hub
 
 from mistral_jax import manifest
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
 def server(tmp_path):
     """A Hub on this machine with the repository nobody/tiny; remembers which files it gave."""
     root = tmp_path / "repository"
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            path = self.path.split("?")[0]
-            if path.startswith(f"/api/models/nobody/tiny/tree/{COMMIT}"):
-                tree = [
-                    {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0"}
-                    for file in sorted(root.iterdir())
-                ]
-                return self.answer(json.dumps(tree).encode(), "application/json")
-            if path.startswith("/api/models/nobody/tiny"):
-                files = [{"rfilename": file.name} for file in sorted(root.iterdir())]
-                about = {"id": "nobody/tiny", "sha": COMMIT, "siblings": files}
-                return self.answer(json.dumps(about).encode(), "application/json")
-            if path.startswith(f"/nobody/tiny/resolve/{COMMIT}/"):
-                name = path.rsplit("/", 1)[1]
-                if self.command == "GET":
-                    given.append(name)
-                return self.answer((root / name).read_bytes(), "application/octet-stream")
-            code = "GatedRepo" if "gated" in path else "RepoNotFound"
-            self.send_response(401 if "gated" in path else 404)
-            self.send_header("X-Error-Code", code)
-            self.send_header("Content-Length", "0")
-            return self.end_headers()
-
-        do_HEAD = do_GET
-
-        def answer(self, body, kind):
-            self.send_response(200)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
-            self.send_header("X-Repo-Commit", COMMIT)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
-    given = []
-    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    running.root, running.given = root, given
-    thread = threading.Thread(target=running.serve_forever)
-    thread.start()
-    yield running
-    running.shutdown()
-    running.server_close()
-    thread.join()
+    with stand_in_hub.serve({"nobody/tiny": root}) as running:
+        running.root = root
+        yield running
 
 
 def convert(server, tmp_path, *arguments):
     """Runs the command in a process of its own, whose Hub is the stand-in."""
-    environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
-    environment |= {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HOME": str(tmp_path / "cache"),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
+    environment = stand_in_hub.environment(server.server_port, tmp_path / "cache")
     command = [sys.executable, "-m", "mistral_jax.convert", "to-orbax", *arguments]
     return subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, timeout=120
@@ -98,7 +41,7 @@ def test_only_what_is_needed_is_fetched(server, tmp_path):
     assert needed <= set(server.given) <= needed | {"params.json"}
     assert "model-00001-of-00002.safetensors" in done.stderr or "Fetching" in done.stderr
     found = manifest.read(tmp_path / "x")[1]
-    assert found["source"] == f"nobody/tiny@{COMMIT}"
+    assert found["source"] == f"nobody/tiny@{stand_in_hub.COMMIT}"
     assert found["source_format"] == "hf-safetensors"
 
     server.given.clear()
