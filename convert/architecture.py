@@ -181,7 +181,12 @@ def _theta(
 
 
 def to_official(config: ModelConfig) -> dict[str, Any]:
-    """Returns the `params.json` that describes a config."""
+    """Returns the `params.json` that describes a config.
+
+    Raises:
+      ValueError: a window is dilated.
+    """
+    _refuse_dilation(config)
     fields = {theirs: getattr(config, ours) for ours, theirs, _ in FIELDS[:-2]}
     if isinstance(config.sliding_window, tuple):
         fields["sliding_window"] = list(config.sliding_window)
@@ -197,8 +202,10 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     """Returns the `config.json` that describes a config.
 
     Raises:
-      ValueError: layers differ in their windows by more than having one or none.
+      ValueError: a window is dilated, or layers differ in their windows by more than having one or
+        none.
     """
+    _refuse_dilation(config)
     fields = {theirs: getattr(config, ours) for ours, _, theirs in FIELDS}
     kind = "mistral"
     if isinstance(config.sliding_window, tuple):
@@ -217,3 +224,11 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         ]
     head = {"architectures": [f"{kind.capitalize()}ForCausalLM"], "model_type": kind}
     return head | fields | {"hidden_act": "silu", "attention_dropout": 0.0}
+
+
+def _refuse_dilation(config: ModelConfig) -> None:
+    if config.dilation != 1:
+        raise ValueError(
+            f"dilation is {config.dilation!r}, and PyTorch's formats have no dilated windows; keep "
+            "this model as a checkpoint of this program"
+        )

@@ -81,12 +81,14 @@ def _model(config: ModelConfig, theta_origin: str | None, lengths: Sequence[int]
     yield "layers", f"{config.num_layers}, width {config.embed_dim}, MLP {config.mlp_dim}"
     heads = f"{config.num_heads} query and {config.num_kv_heads} key-value heads"
     yield "attention", f"{heads} of {config.head_dim}"
-    windows = collections.Counter(config.windows)
+    windows = collections.Counter(zip(config.windows, config.dilations, strict=True))
     yield (
         "window",
         ", ".join(
-            f"{window or 'all'} keys" + (f" in {count} layers" if len(windows) > 1 else "")
-            for window, count in windows.items()
+            f"{window or 'all'} keys"
+            + (f" {dilation} tokens apart" if dilation > 1 else "")
+            + (f" in {count} layers" if len(windows) > 1 else "")
+            for (window, dilation), count in windows.items()
         ),
     )
     yield "rope theta", f"{config.rope_theta:g}" + (f" ({theta_origin})" if theta_origin else "")

@@ -35,6 +35,8 @@ class ModelConfig:
       rope_theta: base of the rotary embedding (10000 for v0.1, 1e6 for v0.2 and v0.3).
       sliding_window: keys that a query sees, its own included (W); None for all; a list has one
         entry a layer, and is stored as a tuple, or as its value where all are the same.
+      dilation: distance between neighbouring keys that a query sees (Longformer, arXiv 2004.05150,
+        section 3.1); 1 = every key, as all Mistral models have it; a list as for sliding_window.
       norm_eps: epsilon of every RMSNorm.
       tie_embeddings: whether the output projection is the embedding table.
       max_positions: tokens a sequence may have (prompt and continuation).
@@ -59,6 +61,7 @@ class ModelConfig:
     max_positions: int = DEFAULT_MAX_POSITIONS
     bos_id: int = 1
     eos_id: int = 2
+    dilation: int | tuple[int, ...] = 1
 
     def __post_init__(self):
         for name in _COUNTS:
@@ -85,14 +88,12 @@ class ModelConfig:
             "num_kv_heads",
             f"a divisor of num_heads ({self.num_heads})",
         )
-        if isinstance(self.sliding_window, list | tuple):
-            object.__setattr__(self, "sliding_window", tuple(self.sliding_window))
-            _check(
-                len(self.windows) == self.num_layers,
-                self,
-                "sliding_window",
-                f"one entry for each of the {self.num_layers} layers",
-            )
+        for name in _BY_LAYER:
+            value = getattr(self, name)
+            if isinstance(value, list | tuple):
+                object.__setattr__(self, name, tuple(value))
+                expected = f"one entry for each of the {self.num_layers} layers"
+                _check(len(value) == self.num_layers, self, name, expected)
         for window in self.windows:
             _check(
                 window is None or (_is_int(window) and window > 0),
@@ -100,15 +101,37 @@ class ModelConfig:
                 "sliding_window",
                 "null for all keys, or an integer above 0 (keys seen, the query's own included)",
             )
-        if len(set(self.windows)) == 1:
-            object.__setattr__(self, "sliding_window", self.windows[0])
+        for dilation in self.dilations:
+            good = _is_int(dilation) and dilation > 0
+            _check(good, self, "dilation", "an integer above 0 (1 for windows without gaps)")
+        for name in _BY_LAYER:
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(set(value)) == 1:
+                object.__setattr__(self, name, value[0])
 
     @property
     def windows(self) -> tuple[int | None, ...]:
         """The window of each layer: L entries."""
-        if isinstance(self.sliding_window, tuple):
-            return self.sliding_window
-        return (self.sliding_window,) * self.num_layers
+        return self._by_layer(self.sliding_window)
+
+    @property
+    def dilations(self) -> tuple[int, ...]:
+        """The dilation of each layer's window: L entries."""
+        return self._by_layer(self.dilation)
+
+    @property
+    def spans(self) -> tuple[int | None, ...]:
+        """Tokens from the oldest key that a query of each layer may see to its own, both included.
+
+        It is how many tokens a layer must remember: W, or (W - 1) * dilation + 1; None = all.
+        """
+        return tuple(
+            None if window is None else (window - 1) * dilation + 1
+            for window, dilation in zip(self.windows, self.dilations, strict=True)
+        )
+
+    def _by_layer(self, value: Any) -> tuple[Any, ...]:
+        return value if isinstance(value, tuple) else (value,) * self.num_layers
 
     @property
     def group_size(self) -> int:
@@ -118,9 +141,7 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as JSON values, such that `from_dict` gives an equal config."""
         fields = dataclasses.asdict(self)
-        if isinstance(self.sliding_window, tuple):
-            fields["sliding_window"] = list(self.sliding_window)
-        return fields
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], source: str = "config") -> "ModelConfig":
@@ -192,6 +213,9 @@ _COUNTS = (
     "head_dim",
     "max_positions",
 )
+
+
+_BY_LAYER = ("sliding_window", "dilation")
 
 
 def _is_int(value: Any) -> bool:

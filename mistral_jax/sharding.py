@@ -1,8 +1,9 @@
 """The layout of a model over devices: a mesh, and rules from logical axes to mesh axes.
 
-Rules come from `configs/sharding/*.toml`; this file alone makes `NamedSharding`s of them. It holds
-no weights and starts no computation. The logical axes are those that the model names: vocab, embed,
-mlp, heads, kv_heads, head_dim; and, of activations only, batch, length, residual (the width D).
+Rules come from `configs/sharding/*.toml`; this file alone makes a `NamedSharding` of them for
+each array. It holds no weights and starts no computation. The logical axes are those that the model
+names: vocab, embed, mlp, heads, kv_heads, head_dim; and, of activations only, batch, length,
+residual (the width D).
 """
 
 import contextlib
@@ -133,7 +134,7 @@ def abstract_params(model: Transformer, layout: Layout | None = None) -> dict[st
       layout: where they lie; None = wherever JAX's default is.
 
     Returns:
-      The tree of parameters as float32 `jax.ShapeDtypeStruct`s, with their shardings.
+      The tree of parameters, each a float32 `jax.ShapeDtypeStruct` with its sharding.
     """
     boxed = _trace(model.config)
     rest = {name: part for name, part in boxed.items() if name != "layers_0"}
@@ -191,7 +192,7 @@ def _fill(sizes: dict[str, int], devices: int, path: Path) -> dict[str, int]:
 
 def _trace(config: ModelConfig) -> dict[str, Any]:
     """Returns the boxed parameters of a model with one layer, which stands for all."""
-    return _trace_layer(dataclasses.replace(config, num_layers=1, sliding_window=None))
+    return _trace_layer(dataclasses.replace(config, num_layers=1, sliding_window=None, dilation=1))
 
 
 @functools.lru_cache(maxsize=4)

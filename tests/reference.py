@@ -15,7 +15,7 @@ def forward(config: dict, tensors: dict[str, np.ndarray], tokens) -> np.ndarray:
 
     Args:
       config: fields as in `params.json`, with `rope_theta`; `sliding_window` may be a list, one
-        entry a layer.
+        entry a layer, and so may `dilation`, which no official file has.
       tensors: float32 arrays by official name; without `output.weight` the embedding is the output.
       tokens: T ids.
     """
@@ -34,6 +34,8 @@ def attention(config: dict, layer: dict[str, np.ndarray], x: np.ndarray, i: int)
     length, dim = len(x), config["head_dim"]
     window = config["sliding_window"]
     window = window[i] if isinstance(window, list) else window
+    dilation = config.get("dilation", 1)
+    dilation = dilation[i] if isinstance(dilation, list) else dilation
     q = (x @ layer["attention.wq.weight"].T).reshape(length, config["n_heads"], dim)
     k = (x @ layer["attention.wk.weight"].T).reshape(length, config["n_kv_heads"], dim)
     v = (x @ layer["attention.wv.weight"].T).reshape(length, config["n_kv_heads"], dim)
@@ -42,12 +44,10 @@ def attention(config: dict, layer: dict[str, np.ndarray], x: np.ndarray, i: int)
     for head in range(config["n_heads"]):
         kv_head = head // (config["n_heads"] // config["n_kv_heads"])
         for t in range(length):
-            first = (
-                0 if window is None else max(0, t - window + 1)
-            )  # `window` keys, t's own included
-            scores = k[first : t + 1, kv_head] @ q[t, head] / math.sqrt(dim)
+            seen = range(t, -1, -dilation)[:window]  # `window` keys, t's own included
+            scores = k[seen, kv_head] @ q[t, head] / math.sqrt(dim)
             weights = np.exp(scores - scores.max())
-            out[t, head] = weights / weights.sum() @ v[first : t + 1, kv_head]
+            out[t, head] = weights / weights.sum() @ v[seen, kv_head]
     return out.reshape(length, -1) @ layer["attention.wo.weight"].T
 
 

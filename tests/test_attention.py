@@ -8,10 +8,11 @@ import pytest
 from mistral_jax.model import attention
 from mistral_jax.model.attention import attend, visible
 
-WINDOWS = (None, 1, 4, 5, 9)
+# Windows and their dilations.
+PATTERNS = ((None, 1), (1, 1), (4, 1), (5, 1), (9, 1), (None, 2), (1, 3), (3, 2), (2, 5))
 
 
-def dense(q, k, v, q_positions, kv_positions, window):
+def dense(q, k, v, q_positions, kv_positions, window, dilation=1):
     """Attention by loops in float64; a query that sees nothing gives NaN."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     group = q.shape[2] // k.shape[2]
@@ -19,7 +20,8 @@ def dense(q, k, v, q_positions, kv_positions, window):
     for b, t, n in np.ndindex(q.shape[:3]):
         distance = int(q_positions[b, t]) - np.asarray(kv_positions[b])
         seen = (np.asarray(kv_positions[b]) >= 0) & (distance >= 0)
-        seen &= distance < (np.inf if window is None else window)
+        places = range(0, 100, dilation)[:window]
+        seen &= np.isin(distance, places)
         if seen.any():
             scores = k[b, seen, n // group] @ q[b, t, n] / np.sqrt(q.shape[3])
             weights = np.exp(scores - scores.max())
@@ -42,15 +44,27 @@ def test_a_query_sees_its_own_key_and_the_window_minus_one_before():
     np.testing.assert_array_equal(visible(positions, positions, None)[0], distance >= 0)
 
 
+@pytest.mark.parametrize("dilation", [1, 2, 3])
+@pytest.mark.parametrize("window", [1, 2, 4, 30, None])
+def test_a_dilated_window_sees_as_many_keys_with_gaps_between_them(window, dilation):
+    positions = jnp.arange(20)[None]
+    mask = visible(positions, positions, window, dilation)[0]
+    for position, row in enumerate(mask):
+        expected = range(position, -1, -dilation)[:window]
+        assert np.flatnonzero(row).tolist() == sorted(expected)
+
+
 def test_the_mask_reads_positions_not_places_in_the_array():
     ring = jnp.array([[8, 9, 5, 6, 7], [-1, 0, -1, 1, -1]])
     seen = visible(jnp.array([[9], [1]]), ring, 3)
     np.testing.assert_array_equal(seen[:, 0], [[1, 1, 0, 0, 1], [0, 1, 0, 1, 0]])
     assert not visible(jnp.array([[-1], [-1]]), ring, None).any()
+    dilated = visible(jnp.array([[9], [1]]), ring, 3, dilation=2)
+    np.testing.assert_array_equal(dilated[:, 0], [[0, 1, 1, 0, 1], [0, 0, 0, 1, 0]])
 
 
 @pytest.mark.parametrize("length", [4, 5, 8, 9, 12, 15])
-def test_blocks_equal_dense_attention_for_every_window_and_border(monkeypatch, length):
+def test_blocks_equal_dense_attention_for_every_pattern_and_border(monkeypatch, length):
     monkeypatch.setattr(attention, "BLOCK", 4)
     monkeypatch.setattr(attention, "UNROLLED_BLOCKS", 2)  # so lengths above 8 take the mapped body
     places = np.arange(length)
@@ -65,12 +79,19 @@ def test_blocks_equal_dense_attention_for_every_window_and_border(monkeypatch, l
     cached = (*chunk, later, np.concatenate([ring, later], 1))
 
     @jax.jit
-    def every_window(alone, cached):
-        return [(attend(*alone, w, aligned=True), attend(*cached, w)) for w in WINDOWS]
+    def every_pattern(alone, cached):
+        return [
+            (
+                attend(*alone, *pattern, aligned=True),
+                attend(*alone, *pattern, aligned=True, sections=3),
+                attend(*cached, *pattern),
+            )
+            for pattern in PATTERNS
+        ]
 
-    for window, pair in zip(WINDOWS, every_window(alone, cached), strict=True):
-        for ours, arguments in zip(pair, (alone, cached), strict=True):
-            expected = dense(*arguments, window)
+    for pattern, found in zip(PATTERNS, every_pattern(alone, cached), strict=True):
+        for ours, arguments in zip(found, (alone, alone, cached), strict=True):
+            expected = dense(*arguments, *pattern)
             assert np.isfinite(ours).all()
             expected = np.where(np.isnan(expected), ours, expected)
             np.testing.assert_allclose(ours, expected, atol=2e-6)

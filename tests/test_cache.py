@@ -32,9 +32,10 @@ def test_a_short_request_on_a_long_model_is_small():
 
 
 def test_each_layer_has_its_own_slots_and_starts_empty():
-    config = tiny.build(n_layers=3, sliding_window=[None, 4, 30])[0].config
+    fields = {"sliding_window": [None, 4, 30, 4, 4], "dilation": [2, 1, 1, 3, 9]}
+    config = tiny.build(n_layers=5, **fields)[0].config
     cache = init_cache(config, 2, 20, jnp.bfloat16)
-    assert [layer.k.shape for layer in cache] == [(2, s, 2, 8) for s in (20, 4, 20)]
+    assert [layer.k.shape for layer in cache] == [(2, s, 2, 8) for s in (20, 4, 20, 10, 20)]
     for layer in cache:
         assert layer.k.dtype == layer.v.dtype == jnp.bfloat16
         assert (layer.positions == -1).all()

@@ -26,9 +26,12 @@ def make(**fields):
     return ModelConfig.from_dict(FIELDS | fields)
 
 
+@pytest.mark.parametrize("dilation", [1, 2, [1, 2, 4]])
 @pytest.mark.parametrize("window", [None, 5, [None, 5, 5], [7, 6, 5]])
-def test_a_config_survives_json(window):
-    config = make(sliding_window=window, tie_embeddings=True, eos_id=7, norm_eps=1e-6)
+def test_a_config_survives_json(window, dilation):
+    config = make(
+        sliding_window=window, dilation=dilation, tie_embeddings=True, eos_id=7, norm_eps=1e-6
+    )
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert hash(config) == hash(dataclasses.replace(config))
 
@@ -40,6 +43,13 @@ def test_windows_has_one_entry_a_layer():
     assert make(sliding_window=[4, 4, 4]) == make(sliding_window=4)
     assert make(sliding_window="none") == make(sliding_window=None)
     assert make(sliding_window=["none", 4, 4]) == make(sliding_window=[None, 4, 4])
+
+
+def test_a_dilated_window_spans_its_keys_and_the_gaps_between_them():
+    assert make().dilations == (1, 1, 1)
+    assert make(dilation=[2, 2, 2]) == make(dilation=2)
+    assert make(sliding_window=5).spans == (5, 5, 5)
+    assert make(sliding_window=[None, 5, 1], dilation=[2, 3, 4]).spans == (None, 13, 1)
 
 
 def test_whole_numbers_may_stand_for_floats():
@@ -57,6 +67,14 @@ def test_whole_numbers_may_stand_for_floats():
         ({"sliding_window": [5, 0, 5]}, "sliding_window is (5, 0, 5); expected"),
         ({"sliding_window": [5, [5], 5]}, "sliding_window is (5, [5], 5); expected"),
         ({"sliding_window": [5, 5]}, "expected one entry for each of the 3 layers"),
+        (
+            {"dilation": 0},
+            "dilation is 0; expected an integer above 0 (1 for windows without gaps)",
+        ),
+        ({"dilation": None}, "dilation is None; expected an integer above 0"),
+        ({"dilation": True}, "dilation is True; expected"),
+        ({"dilation": [1, 2.0, 1]}, "dilation is (1, 2.0, 1); expected an integer above 0"),
+        ({"dilation": [1, 2]}, "dilation is (1, 2); expected one entry for each of the 3 layers"),
         ({"num_kv_heads": 3}, "num_kv_heads is 3; expected a divisor of num_heads (4)"),
         ({"num_layers": 0}, "num_layers is 0; expected an integer above 0"),
         ({"embed_dim": 32.0}, "embed_dim is 32.0; expected an integer above 0"),

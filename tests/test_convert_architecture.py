@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -231,6 +232,13 @@ def test_written_configs_read_the_same(read, window, tied):
     official = read(architecture.to_official(config))
     assert official.config == config
     assert official.notes == ()
+
+
+@pytest.mark.parametrize("write", [architecture.to_hf, architecture.to_official])
+def test_no_format_of_pytorch_has_a_dilated_window(write):
+    config = ModelConfig.from_name("mistral-7b-v0.1")
+    with pytest.raises(ValueError, match=r"dilation is 2, and PyTorch's formats have no dilated"):
+        write(dataclasses.replace(config, dilation=2))
 
 
 def test_two_windows_need_the_official_format():

@@ -6,6 +6,7 @@ from mistral_jax.convert import architecture
 from mistral_jax.convert.inspect import inspect
 from mistral_jax.convert.to_orbax import to_orbax
 
+import mistral_jax
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.cache import init_cache
 
@@ -32,6 +33,14 @@ def test_a_source(tmp_path, format):
     assert f"{2 * count / 1000:.1f} kB as bfloat16" in found["to load"]
     assert found["tokenizer"] == "none (no SentencePiece file)"
     assert "problem" not in found
+
+
+def test_a_checkpoint_with_dilated_windows(tmp_path):
+    model, params = tiny.build(dilation=[1, 3])
+    mistral_jax.save(tmp_path / "x", model.config, params)
+    found = described(tmp_path / "x")
+    assert found["window"] == "5 keys in 1 layers, 5 keys 3 tokens apart in 1 layers"
+    assert mistral_jax.load(tmp_path / "x")[0].config == model.config
 
 
 def test_a_checkpoint(tmp_path):

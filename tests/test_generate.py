@@ -26,8 +26,8 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 @pytest.fixture(scope="module")
 def mistral():
-    """A model with a windowed and a full layer, and its params."""
-    model, params = tiny.build(sliding_window=[5, None])
+    """A model with a windowed, a full and a dilated layer, and its params."""
+    model, params = tiny.build(n_layers=3, sliding_window=[5, None, 3], dilation=[1, 1, 2])
     return model, jax.tree.map(jnp.asarray, params)
 
 
@@ -135,7 +135,7 @@ def test_a_request_gets_the_room_that_it_needs(mistral):
         return sum(x.nbytes for layer in cache for x in (layer.k, layer.v))
 
     a_slot = 2 * config.num_kv_heads * config.head_dim * 4
-    assert cache_bytes(10) == a_slot * (5 + 256)
+    assert cache_bytes(10) == a_slot * (5 + 256 + 5)  # the dilated window spans five, too
     for length in (257, 1000, 1025, 4097, 30_000):
         assert length <= prefill.room(length) <= max(1.25 * length, length + 255)
     assert len({prefill.room(length) for length in range(1, 32_769)}) < 25

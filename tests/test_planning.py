@@ -105,17 +105,19 @@ def test_what_stays_on_a_device_is_what_its_program_is_given(name, program):
     assert expected <= given < expected + 64 * of.batch * of.length + 4 * of.batch * 1000
 
 
-@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(("window", "dilation"), [(None, 1), (5, 1), (5, 3), (None, 4)])
 @pytest.mark.parametrize("program", programs.PROGRAMS)
-def test_the_model_s_work_is_two_a_weight_and_four_a_pair(program, window):
-    config = dataclasses.replace(CONFIG, sliding_window=window)
+def test_the_model_s_work_is_two_a_weight_and_four_a_pair(program, window, dilation):
+    config = dataclasses.replace(CONFIG, sliding_window=window, dilation=dilation)
     of = programs.Shapes(3, 32, jnp.dtype("float32"), 8)
     shapes = abstract_params(Transformer(config))
     layers = sum(math.prod(x.shape) for name in ("layers_0", "layers_1")
                  for x in jax.tree.leaves(shapes[name]) if x.ndim > 1)  # fmt: skip
     output = math.prod(shapes["lm_head"]["kernel"].shape)
     places = np.arange(32)[None]
-    seen = np.asarray(visible(places, places, window))[0].sum(axis=1)  # keys of each query
+    seen = np.asarray(visible(places, places, window, dilation))[0].sum(
+        axis=1
+    )  # keys of each query
     tokens = {"prefill": 3 * 8, "decode": 3, "train": 3 * 32}[program]
     keys = seen[-1] if program == "decode" else seen.mean()
     scored = 3 if program == "prefill" else tokens

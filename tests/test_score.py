@@ -19,7 +19,12 @@ LENGTHS = [17, 1, 40, 3, 16]
 @pytest.fixture(scope="module")
 def mistral():
     return tiny.build(
-        sliding_window=[5, None], n_heads=8, n_kv_heads=2, hidden_dim=48, vocab_size=56
+        sliding_window=[5, None],
+        dilation=[3, 1],
+        n_heads=8,
+        n_kv_heads=2,
+        hidden_dim=48,
+        vocab_size=56,
     )
 
 

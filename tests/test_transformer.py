@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 import tiny
 
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.cache import init_cache
 from mistral_jax.model.transformer import Transformer, stack_layers, unstack_layers
 
-WINDOWS = [None, 5, 1]  # one model that has every kind of layer
+# One model that has every kind of layer.
+MIXED = {"n_layers": 4, "sliding_window": [None, 5, 1, 3], "dilation": [1, 1, 1, 2]}
 TEXT = np.random.default_rng(0).integers(53, size=28)  # past five windows
 # Sums of a few dozen float32 terms, in another order, through three layers (logits are near 1).
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -24,7 +26,13 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 @pytest.fixture(scope="module")
 def mixed():
     """The model and params of a Mistral with every kind of layer."""
-    return tiny.build(n_layers=3, sliding_window=WINDOWS)
+    return tiny.build(**MIXED)
+
+
+def test_every_kind_of_layer_has_the_logits_of_the_reference(mixed):
+    tensors = reference.random_tensors(tiny.OFFICIAL | MIXED, seed=0)
+    expected = reference.forward(tiny.OFFICIAL | MIXED, tensors, TEXT)
+    np.testing.assert_allclose(tiny.alone(*mixed, TEXT), expected, **CLOSE)
 
 
 def test_decode_equals_the_full_pass_at_every_position(mixed):
@@ -37,13 +45,14 @@ def test_decode_equals_the_full_pass_at_every_position(mixed):
         np.testing.assert_allclose(logits[0, 0], expected[position], **CLOSE)
 
 
-def test_every_chunk_size_gives_the_same_cache_and_logits():
-    window = 3
-    model, params = tiny.build(n_layers=1, sliding_window=window)
-    text = TEXT[: 5 * window + 2]
+@pytest.mark.parametrize(("window", "dilation"), [(3, 1), (2, 2)])
+def test_every_chunk_size_gives_the_same_cache_and_logits(window, dilation):
+    model, params = tiny.build(n_layers=1, sliding_window=window, dilation=dilation)
+    span = (window - 1) * dilation + 1
+    text = TEXT[: 5 * span + 2]
     expected = tiny.alone(model, params, text)
     caches = []
-    for size in range(1, 4 * window + 1):
+    for size in range(1, 4 * span + 1):
         cache = init_cache(model.config, 1, len(text))
         for start in range(0, len(text), size):
             chunk = jnp.zeros((1, size), jnp.int32)  # the last one is padded to the same size
@@ -87,12 +96,17 @@ def test_a_row_of_a_ragged_batch_equals_that_row_alone(mixed):
             np.testing.assert_allclose(ours, row[len(row) - new + step], **CLOSE)
 
 
-@pytest.mark.parametrize("windows", [[1], [4, 3], [2, None]])
-def test_a_token_reaches_exactly_as_far_as_its_windows(windows):
-    """Each layer passes on what its window of keys holds: W - 1 tokens further back."""
-    model, params = tiny.build(n_layers=len(windows), sliding_window=windows)
+@pytest.mark.parametrize(
+    "layers", [[(1, 1)], [(4, 1), (3, 1)], [(2, 1), (None, 1)], [(3, 2), (2, 5)], [(None, 3)]]
+)
+def test_a_token_reaches_exactly_as_far_as_its_windows(layers):
+    """Each layer passes on what its window of keys holds: W - 1 steps further back."""
+    windows, dilations = map(list, zip(*layers, strict=True))
+    model, params = tiny.build(n_layers=len(layers), sliding_window=windows, dilation=dilations)
     length = 12
-    reach = min(length, sum(math.inf if w is None else w - 1 for w in windows) + 1)
+    reached = {length - 1}
+    for window, dilation in layers:
+        reached = {p for start in reached for p in range(start, -1, -dilation)[:window]}
     changed = np.tile(TEXT[:length], (length + 1, 1))
     changed[range(length), range(length)] += 1  # row i differs at position i; the last not at all
     changed %= model.config.vocab_size
@@ -105,8 +119,8 @@ def test_a_token_reaches_exactly_as_far_as_its_windows(windows):
     cached, _ = tiny.forward(model, params, tokens[:, -1:], positions[:, -1:], cache)
     for logits in (direct[:, -1], cached[:, -1]):
         differs = jnp.abs(logits[:-1] - logits[-1:]).max(axis=1)
-        assert (differs[: length - reach] == 0).all()
-        assert (differs[length - reach :] > 1e-5).all()
+        for position in range(length):
+            assert differs[position] > 1e-5 if position in reached else differs[position] == 0
 
 
 def test_sharing_kv_heads_equals_repeating_their_kernels():
@@ -182,7 +196,7 @@ def test_a_gradient_computes_again_what_it_does_not_keep():
 
 @pytest.mark.parametrize("remat", [None, "dots_saveable"])
 def test_a_scan_over_layers_is_the_loop_over_them(remat):
-    model, params = tiny.build(n_layers=3)
+    model, params = tiny.build(n_layers=3, sliding_window=3, dilation=2)
     tokens, positions = tiny.ragged([TEXT[:9], TEXT[:4]])
     chex.assert_trees_all_equal(unstack_layers(stack_layers(params)), params)
 
@@ -198,18 +212,19 @@ def test_a_scan_over_layers_is_the_loop_over_them(remat):
     chex.assert_trees_all_equal_shapes(nn.unbox(made)["params"], stack_layers(params))
 
 
-def test_a_scan_needs_equal_windows_and_no_cache():
-    model, params = tiny.build(sliding_window=[3, 5])
+@pytest.mark.parametrize("fields", [{"sliding_window": [3, 5]}, {"dilation": [1, 2]}])
+def test_a_scan_needs_equal_windows_and_no_cache(fields):
+    model, params = tiny.build(**fields)
     tokens, positions = tiny.ragged([TEXT[:9]])
     with pytest.raises(ValueError, match="one window in all layers"):
         model.clone(scan=True).apply({"params": stack_layers(params)}, tokens, positions)
 
 
-@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(("window", "dilation"), [(None, 1), (5, 1), (3, 2)])
 @pytest.mark.parametrize("lengths", [(9, 4, 1), (3, 300, 40)])
-def test_texts_in_one_row_do_not_see_each_other(window, lengths):
+def test_texts_in_one_row_do_not_see_each_other(window, dilation, lengths):
     """Packed, with padding between them, each has the logits that it has alone."""
-    model, params = tiny.build(sliding_window=window)
+    model, params = tiny.build(sliding_window=window, dilation=dilation)
     texts = [(np.arange(length) * 7 + length) % 53 for length in lengths]
     tokens, positions = [[0]], [[-1]]
     for gap, text in enumerate(texts):

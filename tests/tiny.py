@@ -46,6 +46,7 @@ def from_official(config: dict, tensors: dict[str, np.ndarray], dtype=jnp.float3
         rope_theta=config["rope_theta"],
         sliding_window=config["sliding_window"],
         norm_eps=config["norm_eps"],
+        dilation=config.get("dilation", 1),
         tie_embeddings="output.weight" not in tensors,
     )
     params = {

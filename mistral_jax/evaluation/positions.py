@@ -105,8 +105,8 @@ def plot(buckets: Sequence[Bucket], config: ModelConfig, target: Path) -> None:
     middles = [(bucket.first_position + bucket.last_position) / 2 for bucket in buckets]
     errors = [bucket.stderr or 0 for bucket in buckets]
     axes.errorbar(middles, [bucket.loss for bucket in buckets], errors, fmt="o-", capsize=3)
-    for window in sorted({*config.windows} - {None}):
-        axes.axvline(window, color="gray", linestyle="--", label=f"window of {window}")
+    for span in sorted({*config.spans} - {None}):
+        axes.axvline(span, color="gray", linestyle="--", label=f"window of {span}")
         axes.legend()
     widths = [bucket.last_position - bucket.first_position for bucket in buckets]
     if max(widths) > widths[0]:

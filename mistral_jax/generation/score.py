@@ -149,8 +149,8 @@ def _batch(model, params, rows, count) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def _slots(model: Transformer, tokens: int) -> int:
     """Returns how many tokens a cache must hold: of few sizes, and one where all have windows."""
-    windows = model.config.windows
-    return room(tokens) if None in windows else min(room(tokens), room(max(windows)))
+    spans = model.config.spans
+    return room(tokens) if None in spans else min(room(tokens), room(max(spans)))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "length"), donate_argnames="cache")

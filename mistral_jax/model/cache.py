@@ -1,7 +1,8 @@
 """The rolling-buffer key-value cache: a pytree and `write`. It computes no attention.
 
-Token p of a row lies in slot p mod S. A layer with a window of W needs no more than W slots, so the
-memory of a windowed model does not grow with its text (Mistral 7B, arXiv 2310.06825, section 2).
+Token p of a row lies in slot p mod S. A layer with a window of W needs no more than W slots (a
+dilated one: what it spans), so the memory of a windowed model does not grow with its text (Mistral
+7B, arXiv 2310.06825, section 2).
 """
 
 import flax.struct
@@ -42,16 +43,17 @@ def init_cache(
       dtype: of keys and values; the model's compute dtype.
 
     Returns:
-      One `LayerCache` a layer, with S = min(W, length) slots.
+      One `LayerCache` a layer, with S = min(W, length) slots, or for a dilated window
+      S = min((W - 1) * dilation + 1, length).
     """
 
-    def empty(window):
-        slots = length if window is None else min(window, length)
+    def empty(span):
+        slots = length if span is None else min(span, length)
         shape = (batch_size, slots, config.num_kv_heads, config.head_dim)
         positions = jnp.full((batch_size, slots), -1, jnp.int32)
         return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), positions)
 
-    return tuple(empty(window) for window in config.windows)
+    return tuple(empty(span) for span in config.spans)
 
 
 def write(cache: LayerCache, k: jax.Array, v: jax.Array, positions: jax.Array) -> LayerCache:

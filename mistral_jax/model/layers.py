@@ -164,6 +164,7 @@ class Attention(nn.Module):
     dtype: jnp.dtype
     rules: Rules
     dropout: float = 0.0
+    dilation: int = 1
 
     @nn.compact
     def __call__(
@@ -192,7 +193,9 @@ class Attention(nn.Module):
         if sections > 1:  # Queries stay apart; keys and values, which are fewer, come together.
             axes = ("batch", None, "kv_heads", "head_dim")
             k, v = (nn.with_logical_constraint(x, axes, rules=self.rules) for x in (k, v))
-        look = functools.partial(attend, window=self.window, sections=sections)
+        look = functools.partial(
+            attend, window=self.window, dilation=self.dilation, sections=sections
+        )
 
         if cache is None:
             mixed = look(q, k, v, positions, positions, aligned=True)

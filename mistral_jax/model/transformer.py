@@ -40,6 +40,7 @@ class Block(nn.Module):
     dtype: jnp.dtype
     rules: Rules
     dropout: float = 0.0
+    dilation: int = 1
 
     @nn.compact
     def __call__(
@@ -52,7 +53,9 @@ class Block(nn.Module):
         """Maps `x` [B, T, D] to [B, T, D], and the cache to the one that has seen `x` too."""
         config, dtype, rules = self.config, self.dtype, self.rules
         normal = RMSNorm(config.norm_eps, dtype, name="attn_norm")(x)
-        attention = Attention(config, self.window, dtype, rules, self.dropout, name="attn")
+        attention = Attention(
+            config, self.window, dtype, rules, self.dropout, self.dilation, name="attn"
+        )
         mixed, cache = attention(normal, positions, angles, cache)
         x = x + mixed
         normal = RMSNorm(config.norm_eps, dtype, name="mlp_norm")(x)
@@ -74,7 +77,7 @@ class Transformer(nn.Module):
         third more work, for a small part of the memory. None = all is kept.
       scan: whether one compiled block runs over all layers' parameters, stacked as `stack_layers`
         does it, in place of a program that is as long as the model is deep. It is for training:
-        without a cache, and with the same window in all layers.
+        without a cache, and with the same window and dilation in all layers.
       dropout: share of the inputs of adapters that are dropped where there is an rng "dropout".
     """
 
@@ -135,8 +138,9 @@ class Transformer(nn.Module):
             policy = getattr(jax.checkpoint_policies, self.remat)
             block_class = nn.remat(Block, policy=policy, prevent_cse=not self.scan)
         fields = {"dtype": self.dtype, "rules": self.rules, "dropout": self.dropout}
+        windows = [*zip(config.windows, config.dilations, strict=True)]
         if self.scan:
-            if cache is not None or len(set(config.windows)) > 1:
+            if cache is not None or len(set(windows)) > 1:
                 raise ValueError(
                     "scan is for training with one window in all layers; unstack the layers "
                     "(unstack_layers), and leave scan out"
@@ -149,13 +153,15 @@ class Transformer(nn.Module):
                 length=config.num_layers,
                 metadata_params={nn.PARTITION_NAME: None},
             )
-            return scanned(config, config.windows[0], **fields, name="layers")(
+            window, dilation = windows[0]
+            return scanned(config, window, dilation=dilation, **fields, name="layers")(
                 x, positions, angles, None
             )
         layer_caches = cache or (None,) * config.num_layers
         new_cache = []
-        for i, (window, layer_cache) in enumerate(zip(config.windows, layer_caches, strict=True)):
-            block = block_class(config, window, **fields, name=f"layers_{i}")
+        layers = zip(windows, layer_caches, strict=True)
+        for i, ((window, dilation), layer_cache) in enumerate(layers):
+            block = block_class(config, window, dilation=dilation, **fields, name=f"layers_{i}")
             x, layer_cache = block(x, positions, angles, layer_cache)
             new_cache.append(layer_cache)
         return x, None if cache is None else tuple(new_cache)

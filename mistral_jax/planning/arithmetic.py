@@ -15,7 +15,7 @@ from mistral_jax.config import ModelConfig
 from mistral_jax.model.attention import BLOCK
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.planning.collectives import Collective
-from mistral_jax.planning.flops import mean_seen, of_attention, of_weights
+from mistral_jax.planning.flops import keys_seen, mean_seen, of_attention, of_weights
 from mistral_jax.planning.programs import Shapes
 from mistral_jax.sharding import Layout, abstract_params
 
@@ -33,11 +33,9 @@ def flops(program: str, config: ModelConfig, of: Shapes) -> float:
     """
     count = tokens(program, of)
     scored = of.batch if program == "prefill" else count  # positions whose logits are wanted
-    if program == "decode":
-        seen = sum(min(of.length, window or of.length) for window in config.windows)
-    else:
-        seen = mean_seen(config, of.length)
-    forward = of_weights(config, count, scored) + of_attention(config, count, seen)
+    last = of.length - 1
+    keys = keys_seen(config, last) if program == "decode" else mean_seen(config, of.length)
+    forward = of_weights(config, count, scored) + of_attention(config, count, keys)
     return forward * (3 if program == "train" else 1)
 
 

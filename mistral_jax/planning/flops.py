@@ -4,6 +4,8 @@ Two a weight and token, and 4 N H a pair of query and key that sees it (as in Pa
 arXiv 2204.02311). Masked scores, filling, lookups, and what is computed twice are not the model's.
 """
 
+import numpy as np
+
 from mistral_jax.config import ModelConfig
 
 
@@ -31,11 +33,13 @@ def of_attention(config: ModelConfig, count: float, seen: float) -> float:
     return 4 * count * seen * config.num_heads * config.head_dim
 
 
+def keys_seen(config: ModelConfig, position: np.ndarray | int) -> np.ndarray | int:
+    """Counts the keys that the token at a position sees, in all layers together."""
+    layers = zip(config.windows, config.dilations, strict=True)
+    reached = ((position // dilation + 1, window) for window, dilation in layers)
+    return sum(np.minimum(keys, window or np.inf) for keys, window in reached)
+
+
 def mean_seen(config: ModelConfig, length: int) -> float:
     """Returns the keys that a token of a text sees on average, in all layers together."""
-
-    def seen(window):
-        full = min(length, window or length)
-        return (full * (full + 1) / 2 + (length - full) * full) / length
-
-    return sum(map(seen, config.windows))
+    return np.mean(keys_seen(config, np.arange(length)))
