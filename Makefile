@@ -2,6 +2,8 @@
 # make test    set up, and run the tests (no torch, no network, no GPU)
 # make parity  set up with PyTorch and Transformers, and compare with them live
 # make lint    check style and formatting
+# make docs    set up, run the notebooks, and build the documentation into build/site
+# make links   look whether the addresses that the documentation names are there (needs the network)
 # Each makes a virtual environment of its own for the Python that PYTHON= names (3.11 or 3.12).
 
 PYTHON ?= python3
@@ -11,7 +13,7 @@ PARITY := .venv-$(VERSION)-parity
 DEMO := runs/demo
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test parity lint clean
+.PHONY: demo test parity lint docs links clean
 
 demo: $(VENV)/installed
 	@echo "# The bundled model as a PyTorch user would have it: a Hugging Face folder"
@@ -32,6 +34,12 @@ lint: $(VENV)/tested-with
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 
+docs: $(VENV)/documented-with
+	$(VENV)/bin/python -m sphinx -c docs -d build/doctrees -W --keep-going . build/site
+
+links: $(VENV)/documented-with
+	$(VENV)/bin/python -m sphinx -c docs -b linkcheck -D nb_execution_mode=off . build/links
+
 clean:
 	rm -rf .venv-* runs build *.egg-info
 
@@ -48,6 +56,10 @@ $(VENV)/installed: pyproject.toml
 
 $(VENV)/tested-with: pyproject.toml
 	$(call install,$(VENV),[dev])
+	touch $(VENV)/installed
+
+$(VENV)/documented-with: pyproject.toml
+	$(call install,$(VENV),[docs])
 	touch $(VENV)/installed
 
 $(PARITY)/installed: pyproject.toml

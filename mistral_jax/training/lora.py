@@ -30,8 +30,9 @@ class Lora:
 
     Attributes:
       rank: inner width of each (R).
-      alpha: their product is scaled by alpha / R; or, with
-      rslora: by alpha / sqrt(R), which lets high ranks learn (rsLoRA, arXiv 2312.03732).
+      alpha: their product is scaled by alpha / R.
+      rslora: whether it is by alpha / sqrt(R), which lets high ranks learn (rsLoRA, arXiv
+        2312.03732).
       dropout: share of an adapter's inputs that training drops.
       targets: names of the projections that get one, in every layer; "lm_head" may be among them.
     """
