@@ -35,7 +35,7 @@ if importlib.util.find_spec("mistral_jax") is None:
 # %% [markdown]
 # ## Load
 #
-# `load` returns three things: the model, a flax module that holds no weights; the weights, a tree of
+# `load` returns three things: the model, a flax module without weights; the weights, a tree of
 # arrays; and the tokenizer. The bundled model has read Python source and nothing else.
 
 # %%
