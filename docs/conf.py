@@ -33,6 +33,7 @@ extensions = [
 ]
 root_doc = "docs/index"
 include_patterns = [
+    "README.md",
     "docs/*.md",
     "notebooks/[0-9]*.ipynb",
     "CONTRIBUTING.md",

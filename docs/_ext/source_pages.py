@@ -69,10 +69,9 @@ def _resolve(app, doctree, docname):
             if readme in app.env.found_docs:
                 node["refuri"] = _uri(app, docname, readme)
             else:
+                repository = app.config.html_theme_options["source_repository"]
                 node["internal"] = False
-                node["refuri"] = (
-                    f"{app.config.html_theme_options['source_repository']}/tree/main/{node['to_folder']}"
-                )
+                node["refuri"] = f"{repository}/tree/main/{node['to_folder']}"
 
 
 def _uri(app, docname, page):
@@ -88,5 +87,5 @@ def _pages(app):
         except ClassNotFound:
             lexer = TextLexer()
         form = HtmlFormatter(linenos="inline", lineanchors="L", anchorlinenos=True)
-        body = f"<h1>{path}</h1>\n{highlight(text, lexer, form)}"
+        body = f'<h1 class="source-file">{path}</h1>\n{highlight(text, lexer, form)}'
         yield f"source/{path}", {"title": path, "body": body}, "page.html"
