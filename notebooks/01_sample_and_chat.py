@@ -91,7 +91,7 @@ print("logits", logits.shape, "likeliest", [tokenizer.piece(token) for token in 
 # %% [markdown]
 # ## What a setting does to a choice
 #
-# `Sampling` says how to choose from these probabilities, in this order:
+# `Sampling` says how to choose, in this order (penalties and biases, not shown here, come first):
 #
 # - `temperature` divides the logits: below 1 the likely becomes likelier, above 1 all come closer;
 #   at 0 the likeliest token is taken.
@@ -167,14 +167,14 @@ for text, rest in zip(prompts, together, strict=True):
 # %% [markdown]
 # ## Token ids in, token ids out
 #
-# Below the text lies `generate`: ids in, one `Completion` a row out, with the log-probability of
-# each token under the model's own distribution, and its rivals.
+# `generate` is what works below `complete`: ids in, one `Completion` a row out, with each token's
+# log-probability under the model's own distribution, and its rivals.
 
 # %%
 rows = [tokenizer.encode(prompt, bos=True)]
 (answer,) = mj.generate(model, params, rows, 8, sampling=greedy, top_logprobs=3)
-for token, logprob, rivals in zip(answer.tokens, answer.logprobs, answer.top_logprobs, strict=True):
-    rivals = ", ".join(f"{tokenizer.piece(t)!r} {jnp.exp(p):.0%}" for t, p in rivals.items())
+for token, logprob, others in zip(answer.tokens, answer.logprobs, answer.top_logprobs, strict=True):
+    rivals = ", ".join(f"{tokenizer.piece(t)!r} {jnp.exp(p):.0%}" for t, p in others.items())
     print(f"{token:6d} {tokenizer.piece(token)!r:12} {jnp.exp(logprob):4.0%}   of: {rivals}")
 
 # %% [markdown]

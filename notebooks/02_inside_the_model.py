@@ -98,7 +98,7 @@ lengths = [2**i for i in range(10, 21)]
 views = {
     "Work stops growing": "keys that the last token sees",
     "Memory stops growing": "cache (GiB, bfloat16)",
-    "Reach goes on growing": "tokens that the last layer reaches",
+    "Reach grows far beyond W": "tokens that the last layer reaches",
 }
 figure, axes = plt.subplots(1, 3, figsize=(9, 3.4), layout="constrained")
 for (name, pattern), style in zip(patterns.items(), ("k-", "k--s", "k:o"), strict=True):
@@ -145,13 +145,13 @@ def influence(layers, dilation):
 figure, axes = plt.subplots(2, 1, figsize=(9, 4.2), sharex=True, layout="constrained")
 for axis, dilation in zip(axes, (1, 3), strict=True):
     heard = np.array([influence(depth, dilation)[::-1] for depth in depths])  # by distance
-    image = axis.imshow(np.ma.masked_equal(heard, 0), "Greys", "log", vmin=1e-6, vmax=10, aspect=3)
+    image = axis.imshow(np.ma.masked_equal(heard, 0), "Greys", "log", vmin=1e-6, vmax=10)
     for row, depth in enumerate(depths):
         reach = (W - 1) * dilation * depth + 1
         assert np.flatnonzero(heard[row]).max() + 1 == reach
         axis.plot([reach - 0.5] * 2, [row - 0.5, row + 0.5], "k-", linewidth=3)
     axis.set_yticks(range(len(depths)), depths)
-    axis.set(ylabel="layers", title=f"window {W}, dilation {dilation}")
+    axis.set(ylabel="layers", title=f"window {W}, dilation {dilation}", aspect="auto")
 axes[1].set_xlabel("distance back from the last token (white: the gradient is exactly 0)")
 figure.colorbar(image, ax=axes, label="size of the gradient")
 figure.suptitle("Each layer reaches as much further as theory says (black bars)")
