@@ -24,7 +24,6 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx.ext.viewcode",
     "sphinx_argparse_cli",
     "sphinx_copybutton",
     "sphinxcontrib.mermaid",
@@ -91,6 +90,11 @@ def _tidy_signature(app, what, name, obj, options, signature, returns):
     return signature, returns
 
 
+def _skip_member(app, what, name, obj, skip, options):
+    """Leaves out what Flax adds to dataclasses and asks of modules."""
+    return True if name in ("replace", "setup") else skip
+
+
 def _open_at_root(app, error):
     """Makes the site's root lead to its first page."""
     if error is None and app.builder.format == "html":
@@ -105,4 +109,5 @@ def _open_at_root(app, error):
 def setup(app):
     """Registers what is done here."""
     app.connect("autodoc-process-signature", _tidy_signature)
+    app.connect("autodoc-skip-member", _skip_member)
     app.connect("build-finished", _open_at_root)

@@ -1,8 +1,13 @@
-"""Links to files that are no pages of the site: each leads to a page of the file, highlighted.
+"""Pages of files: each file that some page links to gets one of its own, highlighted.
 
-A link to a folder leads to its README's page, or else to the folder in the repository.
+So links in Markdown to files of the repository hold on the site as well. Each entry of a function
+or class gets such a link, to its line. A link to a folder leads to its README's page, or else to the
+folder in the repository.
 """
 
+import functools
+import importlib
+import inspect
 import posixpath
 from pathlib import Path
 
@@ -46,17 +51,30 @@ def _find(app, doctree):
         path = posixpath.normpath(posixpath.join(here, node["reftarget"]))
         if (root / path).is_file() and not path.endswith(_DOWNLOADS):
             linked.add(path)
-            node.replace_self(_link(node, to_file=path))
+            node.replace_self(nodes.reference("", "", *node.children, internal=True, to_file=path))
     for node in [*doctree.findall(addnodes.pending_xref)]:
         if node.get("reftype") != "myst" or node.get("reftargetid"):
             continue
         path = posixpath.normpath(posixpath.join(here, node["reftarget"]))
         if (root / path).is_dir():
-            node.replace_self(_link(node, to_folder=path))
+            node.replace_self(nodes.reference("", "", *node.children, to_folder=path))
+    for node in doctree.findall(addnodes.desc_signature):
+        if found := _source(node["module"], node["fullname"], root):
+            path, line = found
+            linked.add(path)
+            text = nodes.inline("", "[source]", classes=["viewcode-link"])
+            node += nodes.reference("", "", text, internal=True, to_file=path, to_line=line)
 
 
-def _link(node, **target):
-    return nodes.reference("", "", *node.children, internal=True, **target)
+def _source(module: str, name: str, root: Path) -> tuple[str, int] | None:
+    """Returns where something is defined: a path in the repository, and a line."""
+    try:
+        made = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+        made = inspect.unwrap(made.fget if isinstance(made, property) else made)
+        path = Path(inspect.getsourcefile(made)).resolve().relative_to(root.resolve())
+        return path.as_posix(), inspect.getsourcelines(made)[1]
+    except (AttributeError, TypeError, ValueError):  # A field, or something that Flax made.
+        return None
 
 
 def _resolve(app, doctree, docname):
@@ -64,13 +82,15 @@ def _resolve(app, doctree, docname):
     for node in doctree.findall(nodes.reference):
         if "to_file" in node:
             node["refuri"] = _uri(app, docname, f"source/{node['to_file']}")
+            if "to_line" in node:
+                node["refuri"] += f"#L-{node['to_line']}"
         elif "to_folder" in node:
             readme = f"{node['to_folder']}/README"
-            if readme in app.env.found_docs:
+            node["internal"] = readme in app.env.found_docs
+            if node["internal"]:
                 node["refuri"] = _uri(app, docname, readme)
             else:
                 repository = app.config.html_theme_options["source_repository"]
-                node["internal"] = False
                 node["refuri"] = f"{repository}/tree/main/{node['to_folder']}"
 
 
