@@ -1,0 +1,1 @@
+"""Runs what documents show, as a reader would."""
