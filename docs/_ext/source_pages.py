@@ -1,8 +1,8 @@
 """Pages of files: each file that some page links to gets one of its own, highlighted.
 
 So links in Markdown to files of the repository hold on the site as well. Each entry of a function
-or class gets such a link, to its line. A link to a folder leads to its README's page, or else to the
-folder in the repository.
+or class gets such a link, to its line. A link to a folder leads to its README's page, or else to
+the folder in the repository.
 """
 
 import functools
@@ -27,12 +27,9 @@ def setup(app):
     """Registers the extension."""
     app.connect("doctree-read", _find, priority=400)  # Before Sphinx collects downloads.
     app.connect("env-purge-doc", lambda app, env, name: _linked(env).pop(name, None))
-    app.connect(
-        "env-merge-info", lambda app, env, names, other: _linked(env).update(_linked(other))
-    )
     app.connect("doctree-resolved", _resolve)
     app.connect("html-collect-pages", _pages)
-    return {"parallel_read_safe": True, "parallel_write_safe": True, "env_version": 1}
+    return {"parallel_read_safe": False, "env_version": 1}
 
 
 def _linked(env) -> dict[str, set[str]]:
