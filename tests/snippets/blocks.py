@@ -16,6 +16,8 @@ from sybil.parsers.markdown.lexers import FencedCodeBlockLexer
 from snippets import rules, stand_ins
 from snippets.page import Page
 
+_NUMBER = r"\d(?:[\d.,:e+-]*\d)?"
+
 
 def parse(document):
     """Yields a region for each fenced block, whatever its language."""
@@ -69,17 +71,15 @@ def difference(shown: list[str], printed: str) -> str | None:
     for line in shown:
         if line.strip() in ("", "..."):
             continue
-        parts = re.split(r"(\.\.\.|\d[\d.,:e+-]*| +)", line.rstrip())
-        known = {"...": ".*", " ": " +", "0": r"\d[\d.,:e+-]*"}
-        kinds = [
-            "0" if part[:1].isdigit() else part[:1] if part != "..." else part for part in parts
-        ]
-        pattern = "".join(
-            known.get(kind) or re.escape(p) for kind, p in zip(kinds, parts, strict=True)
-        )
+        pattern = re.sub(rf"(\.\.\.)|({_NUMBER})|( +)|(.)", _pattern, line.rstrip())
         if not any(re.fullmatch(pattern, each) for each in lines):
             return f"{line!r} is shown, but was not printed there:\n{printed}"
     return None
+
+
+def _pattern(found: re.Match) -> str:
+    anything, number, spaces, other = found.groups()
+    return ".*" if anything else _NUMBER if number else " +" if spaces else re.escape(other)
 
 
 def _console(page, example, source) -> str | None:
