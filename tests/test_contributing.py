@@ -114,6 +114,16 @@ def test_there_are_four_recipes():
     assert names == ["A model", "A kernel", "A layout", "A sampling filter"]
 
 
+def test_an_edit_needs_its_lines_once_and_in_order(tmp_path):
+    path = tmp_path / "file.py"
+    for changes in (" c\n+x\n", " b\n+x\n", "-d\n+x\n a\n+x\n"):
+        path.write_text("a\nb\nb\nd\n")
+        with pytest.raises(AssertionError, match=r"file\.py has \['.'\] [02] times"):
+            edit(path, changes)
+    edit(path, " a\n+x\n b\n-b\n+y\n+\n-d\n")
+    assert path.read_text() == "a\nx\nb\ny\n\n"
+
+
 @pytest.mark.parametrize("title", RECIPES)
 def test_a_recipe_lands_and_its_tests_pass(copy, title):
     touched = follow(RECIPES[title], copy)
