@@ -53,6 +53,10 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
 
+mermaid_height = "auto"
+mermaid_light_theme = "neutral"
+mermaid_fullscreen_button = "+"
+
 # Docstrings put code between single backticks; what has an entry here is linked to it.
 default_role = "py:obj"
 napoleon_numpy_docstring = False
@@ -82,10 +86,14 @@ html_theme_options = {
 linkcheck_ignore = [r"https://colab\.research\.google\.com/.*"]
 
 
+_RULES = "tuple[tuple[str, str | tuple[str, ...] | None], ...]"  # `Rules` of model/layers.py
+
+
 def _tidy_signature(app, what, name, obj, options, signature, returns):
     """Takes out of a signature what linen adds to each module, and what is no source text."""
     if signature is not None:
         signature = re.sub(r", parent: .*?(?=\)$)", "", signature)
+        signature = signature.replace(_RULES, "Rules")
         signature = re.sub(r"<class '(?:jax\.numpy|numpy)\.(\w+)'>", r"jnp.\1", signature)
     return signature, returns
 
