@@ -242,8 +242,8 @@ plt.show()
 
 # %% [markdown]
 # ## Where to go on
-# - `python -m mistral_jax.convert to-orbax SOURCE TARGET` (or `to-torch`, or `inspect`) does this
-#   at a terminal. It takes names on the Hub, and PyTorch's own `.pth` and `.bin` files too.
+# - [Convert](../docs/convert.md) has the command line, which does the same at a terminal, and takes
+#   names on the Hub and PyTorch's own `.pth` and `.bin` files too.
 # - [04_fine_tune](04_fine_tune.ipynb) trains adapters beside a converted model.
 # - [The architecture](../docs/architecture.md) draws a tensor's way from a file to its shards.
 #   Open `convert/names.py` for the table, and `convert/to_orbax.py` for the conversion.

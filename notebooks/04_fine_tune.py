@@ -100,7 +100,7 @@ print(len(pairs), "pairs, such as", next(iter(pairs.items())))
 # is a conversation, as every chat API has them.
 
 # %%
-scratch = tempfile.TemporaryDirectory()  # gone when this notebook ends
+scratch = tempfile.TemporaryDirectory()  # gone when this notebook ends; a folder of your own stays
 work, parts = Path(scratch.name), {"train": [], "held_out": []}
 for sentence, signature in pairs.items():
     name = signature.partition("(")[0]
