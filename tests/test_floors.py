@@ -38,6 +38,7 @@ FLOORS = [  # from the ground up; modules of one floor do not know each other
         "manifest",
         "rules",
         "model.cache",
+        "model.quantized",
         "tokenizer",
         "evaluation.positions",
         "generation.sampling",

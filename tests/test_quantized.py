@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict
 from mistral_jax import checkpoint
 from mistral_jax.generation.generate import generate
 from mistral_jax.generation.sampling import Sampling
+from mistral_jax.model.quantized import NF4_LEVELS, QuantizedKernel
 from mistral_jax.model.transformer import stack_layers
 from mistral_jax.sharding import on_mesh
 from mistral_jax.training.lora import (
@@ -25,7 +26,7 @@ from mistral_jax.training.lora import (
     init_adapters,
     merge,
 )
-from mistral_jax.training.quantized import KINDS, NF4_LEVELS, QuantizedKernel, quantize
+from mistral_jax.training.quantized import KINDS, quantize
 
 # Wide enough for several blocks of 64 in a row, and one axis (96) that has none.
 MODEL, PARAMS = tiny.build(dim=128, hidden_dim=96, sliding_window=None)
@@ -116,6 +117,24 @@ def test_qwix_sees_the_same_kernel(kind):
     qtype = "nf4" if kind == "nf4" else jnp.int8
     theirs = qwix.dequantize(qwix.QArray(kernel.values, kernel.scale, qtype=qtype))
     np.testing.assert_array_equal(kernel.dequantize(jnp.float32), theirs)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_a_product_in_integers_rounds_each_row_to_24_bits_and_no_more(rows):
+    rng = np.random.default_rng(rows)
+    x = rng.normal(size=(rows, 3, 40)) * 10.0 ** rng.integers(-9, 9, (rows, 3, 1))
+    x[0, 0], x[0, 1, :2] = 0, (9e9, -9e9)  # nothing, and the largest numbers of either sign
+    values = rng.integers(-127, 128, (30, 40)).astype(np.int8)
+    values[0] = 127
+    scale = rng.random((30, 1)).astype(np.float32)
+    x, kernel = x.astype(np.float32), QuantizedKernel(jnp.asarray(values), jnp.asarray(scale))
+    found = jax.jit(kernel.product, static_argnums=1)(x, 1)
+    exact = x.astype(np.float64) @ (values * scale.astype(np.float64)).T
+    step = np.abs(x).max(-1, keepdims=True) / (127 << 16)
+    bound = step / 2 * np.abs(values * scale).sum(-1)
+    # Integers add up exactly; float32 rounds the sums of parts, and their products with scales.
+    assert (np.abs(found - exact) <= bound + 2.0**-22 * np.abs(x) @ np.abs(values * scale).T).all()
+    assert found.dtype == jnp.float32
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("int8", 0.02), ("nf4", 0.3)])

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.attention import attend, einsum
 from mistral_jax.model.cache import LayerCache, write
+from mistral_jax.model.quantized import QuantizedKernel
 from mistral_jax.model.rope import rotate
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
@@ -63,12 +64,13 @@ class Projection(nn.Module):
 def multiply(x: jax.Array, kernel: jax.Array, outputs: int, dtype: jnp.dtype) -> jax.Array:
     """Sums over the axes of `kernel` but its first `outputs`, in `dtype`; the result is float32."""
     places = x.shape[:2]
-    if hasattr(kernel, "dequantize"):  # A frozen one; see `training/quantized.py`.
-        kernel = kernel.dequantize(dtype)
+    rows = x.astype(dtype).reshape(*(places[:1] if places[1] == 1 else places), -1)
+    if isinstance(kernel, QuantizedKernel):
+        product = kernel.product(rows, outputs)
+        return product.reshape(*places, *kernel.shape[:outputs])
     # Matrices, for XLA's CPU backend: it makes transposed copies of a kernel with heads unfolded,
     # and, in a loop of single tokens, of any kernel if the tokens keep their axis.
     matrix = kernel.astype(dtype).reshape(math.prod(kernel.shape[:outputs]), -1)
-    rows = x.astype(dtype).reshape(*(places[:1] if places[1] == 1 else places), -1)
     # It also converts a whole 16-bit kernel to float32 for a single row, but not for two.
     lonely = places == (1, 1) and dtype != jnp.float32 and jax.default_backend() == "cpu"
     product = einsum("...X,YX->...Y", jnp.concatenate([rows, rows]) if lonely else rows, matrix)

@@ -1,7 +1,6 @@
-"""`QuantizedKernel`: a frozen kernel in 8 or 4 bits, for adapters beside it. It trains nothing.
+"""Kernels in 8 or 4 bits in place of float ones, for adapters beside them. It trains nothing.
 
-The kernels of all layers' projections are replaced by such; embedding, norms and output stay as
-they are. `Projection` asks for `dequantize`, and everything else sees the shape of a kernel.
+Those of all layers' projections; embedding, norms and output stay as they are.
 """
 
 import functools
@@ -9,13 +8,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mistral_jax.model.quantized import QuantizedKernel
 from mistral_jax.training.lora import PROJECTIONS, split_axes
 
 Params = Mapping[str, Any]
@@ -24,61 +22,6 @@ KINDS = ("int8", "nf4")
 
 # Values that share a scale in nf4, at most: the paper's block.
 _BLOCK = 64
-
-# Quantiles of a normal distribution, with an exact zero (arXiv 2305.14314, appendix E).
-NF4_LEVELS = np.array(
-    [
-        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-    ],
-    np.float32,
-)
-
-
-@flax.struct.dataclass
-class QuantizedKernel:
-    """A kernel as small numbers and what to multiply them by.
-
-    Attributes:
-      values: whole numbers (int8), or places in `NF4_LEVELS` (uint4), of the kernel's shape.
-      scale: float32, with as many axes; each of its entries is for as many values next to each
-        other along an axis as that is shorter.
-    """
-
-    values: jax.Array  # First: Flax compares the first leaf with the kernel's shape.
-    scale: jax.Array
-
-    def dequantize(self, dtype: jnp.dtype) -> jax.Array:
-        """Returns the kernel, computed in float32 and rounded to `dtype`."""
-        # Not by qwix, which flattens an array first: one that is split it gathers.
-        if self.values.dtype == jnp.uint4:
-            wide = jnp.asarray(NF4_LEVELS)[self.values.astype(jnp.int32)]
-        else:
-            wide = self.values.astype(jnp.float32)
-        wide = wide.reshape(*self.shape[:-1], self.scale.shape[-1], -1) * self.scale[..., None]
-        return wide.reshape(self.shape).astype(dtype)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The kernel's."""
-        return self.values.shape
-
-    @property
-    def ndim(self) -> int:
-        """The number of the kernel's axes."""
-        return self.values.ndim
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """What the kernel is computed in."""
-        return self.scale.dtype
-
-    @property
-    def sharding(self) -> jax.sharding.Sharding:
-        """Where the kernel lies."""
-        return self.values.sharding
 
 
 def quantize(params: Params, kind: str) -> dict[str, Any]:

@@ -1,0 +1,127 @@
+"""`QuantizedKernel`: a kernel in 8 or 4 bits, and products with it. It does not quantise.
+
+`multiply` in `layers.py` asks for `product`; everything else sees the shape of a kernel.
+"""
+
+import math
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mistral_jax.model.attention import einsum
+
+# Quantiles of a normal distribution, with an exact zero (arXiv 2305.14314, appendix E).
+NF4_LEVELS = np.array(
+    [
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ],
+    np.float32,
+)
+
+# Rows that are faster multiplied as integers: of more, it pays to write the matrix out in float.
+_FEW = 64
+
+
+@flax.struct.dataclass
+class QuantizedKernel:
+    """A kernel as small numbers and what to multiply them by.
+
+    Attributes:
+      values: whole numbers (int8), or places in `NF4_LEVELS` (uint4), of the kernel's shape.
+      scale: float32, with as many axes; each of its entries is for as many values next to each
+        other along an axis as that is shorter.
+    """
+
+    values: jax.Array  # First: Flax compares the first leaf with the kernel's shape.
+    scale: jax.Array
+
+    def dequantize(self, dtype: jnp.dtype) -> jax.Array:
+        """Returns the kernel, computed in float32 and rounded to `dtype`."""
+        # Not by qwix, which flattens an array first: one that is split it gathers.
+        if self.values.dtype == jnp.uint4:
+            wide = jnp.asarray(NF4_LEVELS)[self.values.astype(jnp.int32)]
+        else:
+            wide = self.values.astype(jnp.float32)
+        wide = wide.reshape(*self.shape[:-1], self.scale.shape[-1], -1) * self.scale[..., None]
+        return wide.reshape(self.shape).astype(dtype)
+
+    def product(self, rows: jax.Array, outputs: int) -> jax.Array:
+        """Sums over the axes of the kernel but its first `outputs`.
+
+        Args:
+          rows: what to multiply, [..., X]: one axis for all that is summed over.
+          outputs: number of the kernel's axes that stay; they become one, Y.
+
+        Returns:
+          [..., Y] float32.
+        """
+        if self.scale.size != math.prod(self.shape[:outputs]):
+            matrix = self.dequantize(rows.dtype).reshape(-1, rows.shape[-1])
+            return einsum("...X,YX->...Y", rows, matrix)
+        matrix, scale = self.values.reshape(-1, rows.shape[-1]), self.scale.reshape(-1)
+        return (_product if _in_integers(rows) else _plain_product)(rows, matrix, scale)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The kernel's."""
+        return self.values.shape
+
+    @property
+    def ndim(self) -> int:
+        """The number of the kernel's axes."""
+        return self.values.ndim
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """What the kernel is computed in."""
+        return self.scale.dtype
+
+    @property
+    def sharding(self) -> jax.sharding.Sharding:
+        """Where the kernel lies."""
+        return self.values.sharding
+
+
+def _in_integers(rows: jax.Array) -> bool:
+    """Whether to multiply integers: on a mesh, a row's largest number lies in many places."""
+    few = math.prod(rows.shape[:-1]) <= _FEW
+    return few and jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty
+
+
+def _plain_product(rows, values, scale):
+    """Multiplies `rows` [..., X] by `values` [Y, X] int8, and the sums by `scale` [Y]."""
+    sums = einsum("...X,YX->...Y", rows, values.astype(rows.dtype))
+    return sums * jnp.expand_dims(scale, range(rows.ndim - 1))
+
+
+@jax.custom_jvp
+def _product(rows, values, scale):
+    """Is `_plain_product`, to the rounding of float32, in integers.
+
+    XLA's CPU backend writes a whole int8 matrix out in float32 before it multiplies by it, but has
+    a fast product of int8 with int8. So a row is rounded to 24 bits below its largest number, and
+    becomes three rows of 8 bits each, whose sums are exact.
+    """
+    wide = rows.astype(jnp.float32).reshape(-1, rows.shape[-1])
+    # By 127 and not 128: no part of the largest number is then above 127.
+    step = jnp.max(jnp.abs(wide), axis=-1, keepdims=True) / (127 << 16)
+    rest, parts = jnp.round(wide / jnp.where(step > 0, step, 1)).astype(jnp.int32), []
+    for _ in range(3):
+        part = ((rest + 128) & 255) - 128  # the lowest 8 bits, from -128 to 127
+        parts.append(part.astype(jnp.int8))
+        rest = (rest - part) >> 8
+    sums = jnp.einsum("RX,YX->RY", jnp.concatenate(parts), values, preferred_element_type=jnp.int32)
+    low, middle, high = jnp.split(sums.astype(jnp.float32), 3)
+    total = (high * 65536 + middle * 256 + low) * (step * scale[None])
+    return total.reshape(*rows.shape[:-1], -1)
+
+
+@_product.defjvp
+def _differentiate(primals, tangents):
+    """Differentiates what the integers stand for: by themselves they would have no gradient."""
+    return _product(*primals), jax.jvp(_plain_product, primals, tangents)[1]
