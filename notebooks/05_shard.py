@@ -144,7 +144,7 @@ for name, mesh in MESHES.items():
 #
 # Each square is a weight of the first layer; the numbers in a block are the devices that hold it.
 # White blocks are held once; the darker, the more copies. (`jax.debug.visualize_array_sharding`
-# draws one array in a terminal.)
+# draws one matrix in a terminal.)
 
 # %%
 figure, grid = plt.subplots(len(KERNELS), len(MESHES), figsize=(9, 9), layout="constrained")
@@ -187,7 +187,7 @@ seven = ModelConfig.from_name("mistral-7b-v0.3")
 for size in (4, 8, 16, 32):
     split, sizes = split_kv_heads(seven, {"kv_heads": ("tensor",)}, {"tensor": size})
     kv = math.prod(sizes[axis] for axis in split["kv_heads"])
-    print(f"tensor = {size}: mesh {sizes}, each key and value held {size // kv} times")
+    print(f"tensor = {size:2}: mesh {sizes}, copies of each key and value: {size // kv}")
 
 # %% [markdown]
 # ## A layout that does not fit

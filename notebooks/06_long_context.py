@@ -35,7 +35,7 @@ if importlib.util.find_spec("mistral_jax") is None:
 
 # %% [markdown]
 # The window is a number of the config, and no weight depends on it: the same weights can be run
-# with it and without. A model that has none, as v0.3, is given an eighth of its positions.
+# with it and without. A model that has none, as v0.3, is given one of an eighth of its positions.
 
 # %%
 import dataclasses
