@@ -61,6 +61,19 @@ def test_every_command_in_a_sentence_parses(page):
             assert rules.check_pip(None, span) is None, span
 
 
+def test_no_exception_is_stale():
+    commands = shown_commands()
+    for pattern, _ in rules.SHORTENED:
+        assert any(re.search(pattern, command, re.DOTALL) for command in commands), pattern
+    for pattern in rules.UNCOMPARED:
+        assert any(re.search(pattern, command, re.DOTALL) for command in commands), pattern
+    for pattern, _ in rules.CHECKS:
+        assert any(re.match(pattern, command) for command in commands), pattern
+    text = "".join(page.read_text() for page in pages())
+    for name in (*stand_ins.STAND_INS, *stand_ins.REPOSITORIES):
+        assert name in text, name
+
+
 def run(tmp_path, text):
     """Runs a page of one or more blocks."""
     page = tmp_path / "page.md"

@@ -1,6 +1,7 @@
 """Where the blocks of one page run: a folder as a reader has it, bash, and one Python process."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -73,6 +74,17 @@ class Page:
             timeout=_SECONDS,
         )
         return done.returncode, done.stdout.replace("\r", "\n")
+
+    def bash_once(self, script: str) -> tuple[int, str]:
+        """Runs a script as `bash` does, or takes what another page's run of it printed."""
+        kept = self._cache / f"{hashlib.sha256(script.encode()).hexdigest()}.json"
+        if not kept.exists():
+            done = self.bash(script)
+            part = kept.with_suffix(f".{os.getpid()}")
+            part.write_text(json.dumps(done))
+            part.rename(kept)
+        status, printed = json.loads(kept.read_text())
+        return status, printed
 
     def python(self, line: int, code: str) -> tuple[str, str]:
         """Runs code; returns its traceback, if any, and all that it printed."""

@@ -24,6 +24,8 @@ from mistral_jax.config import ModelConfig
 from mistral_jax.sharding import read_layout
 from mistral_jax.training.recipe import Recipe
 
+jax.config.update("jax_num_cpu_devices", 8)  # for layouts that are shown
+
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PARSERS = {
@@ -50,11 +52,13 @@ SHORTENED = (
 
 # What is shown is of the real model, or of the whole training: the letters differ.
 UNCOMPARED = (
-    r"mistral_jax\.plan mistral-7b-v0\.3",  # where libtpu is installed, the TPU's compiler
+    r"mistral_jax\.plan mistral-7b-v0\.3 --sharding",  # where there is libtpu, the TPU's compiler
     r"mistral_jax\.train (?!.*--preview)",
     r"runs/signatures",
-    r"convert inspect Mistral-7B",
 )
+
+# What reads no file that a reader makes, and so prints the same on every page.
+PURE = r"python -m mistral_jax\.plan mistral-7b"
 
 
 def shorten(command: str) -> str:
@@ -175,7 +179,6 @@ def check_of(command: str) -> Callable | None:
 def read_table(table: dict, folder: Path) -> None:
     """Reads a layout, a model or (a part of) a recipe as the project does."""
     if "mesh" in table:
-        jax.config.update("jax_num_cpu_devices", 8)
         file, lines = folder / "shown.toml", ""
         for name, values in table.items():
             pairs = "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
