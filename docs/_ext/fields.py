@@ -31,7 +31,8 @@ class Fields(SphinxDirective):
         self.env.note_dependency(inspect.getsourcefile(made))
         prefix = self.options.get("prefix", "")
         meanings, hints = _meanings(made), typing.get_type_hints(made)
-        lines = [".. list-table::", "   :header-rows: 1", "   :widths: 24 16 14 46", ""]
+        lines = [".. list-table::", "   :header-rows: 1", "   :widths: 24 16 14 46"]
+        lines += ["   :class: fields", ""]
         lines += _row("field", "value", "default", "meaning")
         for field in dataclasses.fields(made):
             word = _words(hints[field.name])
