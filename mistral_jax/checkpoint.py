@@ -16,7 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from rich.filesize import decimal
 
-from mistral_jax import adapters, arrays, distributed, folder, manifest, memory
+from mistral_jax import adapters, arrays, distributed, folder, manifest, memory, quantization
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.sharding import abstract_params, read_layout
@@ -40,6 +40,7 @@ def load(
     dtype: jnp.dtype | str | None = None,
     lora: Path | str | None = None,
     merge: bool = False,
+    quantize: str | None = None,
 ) -> tuple[Transformer, Params, Tokenizer | None]:
     """Loads a model; of several processes, each reads its own part.
 
@@ -53,6 +54,8 @@ def load(
       lora: adapters of the model to use: a folder or a file, as `adapters.read` takes it.
       merge: whether to add their products to the kernels, as fast as if there were none, and ready
         to be saved; else they stay matrices of their own, beside the kernels.
+      quantize: "int8" rounds the kernels of all projections and of the output to 8 bits, with a
+        scale for each output, a layer at a time; None = they stay as they are.
 
     Returns:
       The model, its parameters, and its tokenizer (None if the folder has none).
@@ -61,6 +64,8 @@ def load(
       ValueError: the folder is no whole checkpoint of a format that this version knows, its parts
         do not fit each other, it does not fit in memory, or the adapters are not the model's.
     """
+    if quantize not in (None, "int8"):
+        raise ValueError(f"quantize is {quantize!r}; expected None or 'int8'")
     path = Path(BUNDLED if path is None else path)
     config, _ = manifest.read(path)
     if merge and lora is None:
@@ -80,9 +85,16 @@ def load(
     if layout is None:
         one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = _replace(abstract, sharding=one)
-    abstract = _choose_dtype(path, abstract, stored, dtype)
+    small = quantization.kernels(abstract, output=True) if quantize else {}
+    abstract = _choose_dtype(path, abstract, stored, dtype, small)
     dtype = jax.tree.leaves(abstract)[0].dtype
-    params = arrays.read(path / "params", abstract)
+    if quantize is None:
+        params = arrays.read(path / "params", abstract)
+    else:
+        params = {}
+        for name, part in abstract.items():
+            read = arrays.read(path / "params", {name: part})
+            params |= quantization.quantize(read, quantize, small)
     if adapted is not None:
         params = apply(params, *adapted, merge)
     return model.clone(dtype=dtype), params, tokenizer
@@ -181,17 +193,24 @@ def read_tokenizer(file: Path, config: ModelConfig) -> Tokenizer:
     return tokenizer
 
 
-def _choose_dtype(path: Path, abstract: Params, stored: Params, dtype: Any) -> Params:
-    """Returns `abstract` in the dtype asked for, or else the best that there is memory for."""
+def _choose_dtype(path: Path, abstract: Params, stored: Params, dtype: Any, small: Any) -> Params:
+    """Returns `abstract` in the dtype asked for, or else the best that there is memory for.
+
+    Of the arrays at the paths in `small` int8 is what stays.
+    """
     on_cpu = next(iter(jax.tree.leaves(abstract)[0].sharding.device_set)).platform == "cpu"
     largest = max(jax.tree.leaves(stored), key=lambda array: math.prod(array.shape))
     default = ["float32", largest.dtype] if on_cpu else [largest.dtype]
     spare = 2 * arrays.bytes_in_flight(abstract)
     for choice in [dtype] if dtype is not None else default:
         typed = _replace(abstract, dtype=jnp.dtype(choice))
+        kept = [
+            array.update(dtype=jnp.dtype("int8")) if path in small else array
+            for path, array in flatten_dict(typed).items()
+        ]
         short = [
             demand
-            for demand in memory.demands(jax.tree.leaves(typed))
+            for demand in memory.demands(kept)
             if demand.free is not None and demand.needed + spare > demand.free
         ]
         # Of several processes all must choose the same.

@@ -33,6 +33,11 @@ def add_model(group: argparse._ActionsContainer) -> None:
         help="float32, bfloat16 or float16 [as stored; float32 on a CPU that has the memory]",
     )
     add("--lora", metavar="DIR", help="adapters to use with it: PEFT's folder or Mistral's file")
+    add(
+        "--quantize",
+        choices=("int8",),
+        help="round its matrices to 8 bits as they are read, for a quarter of the memory",
+    )
 
 
 def add_cache(group: argparse._ActionsContainer) -> None:

@@ -110,6 +110,7 @@ def _run(arguments: argparse.Namespace) -> None:
         mesh=arguments.mesh,
         dtype=arguments.dtype,
         lora=arguments.lora,
+        quantize=arguments.quantize,
     )
     if tokenizer is None:
         raise ValueError(f"{arguments.checkpoint} has no tokenizer.model; put the model's there")

@@ -71,6 +71,7 @@ class _Model:
             mesh=arguments.mesh,
             dtype=arguments.dtype,
             lora=arguments.lora,
+            quantize=arguments.quantize,
             merge=arguments.merge,
         )
         if self._tokenizer is None:

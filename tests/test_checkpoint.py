@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import sources
 import tiny
+from flax.traverse_util import flatten_dict
 
 import mistral_jax
-from mistral_jax import checkpoint, manifest, memory
+from mistral_jax import checkpoint, manifest, memory, quantization
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +212,18 @@ def test_memory_is_compared_before_anything_is_loaded(saved, monkeypatch):
     free(4 * count)
     with pytest.raises(ValueError, match=r"load it in a smaller dtype, or spread it"):
         checkpoint.load(path, dtype="float32")
+
+
+def test_what_is_quantised_needs_a_byte_a_number(saved, monkeypatch):
+    path, _, params = saved
+    small = quantization.kernels(params, output=True)
+    few = sum(leaf.size for name, leaf in flatten_dict(params).items() if name in small)
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    spare = 2 * checkpoint.arrays.bytes_in_flight(params)
+    for left, dtype in ((0, jnp.float32), (-1, jnp.bfloat16)):
+        free = 4 * (count - few) + few + spare + left
+        monkeypatch.setattr(memory, "host_free", lambda free=free: free)
+        assert checkpoint.load(path, quantize="int8")[0].dtype == dtype
 
 
 def test_all_processes_choose_one_dtype(saved, monkeypatch):

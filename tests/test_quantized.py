@@ -17,6 +17,7 @@ from mistral_jax.generation.generate import generate
 from mistral_jax.generation.sampling import Sampling
 from mistral_jax.model.quantized import NF4_LEVELS, QuantizedKernel
 from mistral_jax.model.transformer import stack_layers
+from mistral_jax.quantization import KINDS, kernels, quantize
 from mistral_jax.sharding import on_mesh
 from mistral_jax.training.lora import (
     PROJECTIONS,
@@ -26,7 +27,6 @@ from mistral_jax.training.lora import (
     init_adapters,
     merge,
 )
-from mistral_jax.training.quantized import KINDS, quantize
 
 # Wide enough for several blocks of 64 in a row, and one axis (96) that has none.
 MODEL, PARAMS = tiny.build(dim=128, hidden_dim=96, sliding_window=None)
@@ -87,6 +87,40 @@ def test_int8_is_within_half_a_step_of_each_output():
             axes = tuple(i for i, size in enumerate(kernel.scale.shape) if size == 1)
             largest = np.abs(before[path]).max(axes, keepdims=True)
             np.testing.assert_allclose(kernel.scale, largest / 127.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_int8_is_that_of_qwix_to_the_bit(outputs):
+    kernel = np.random.default_rng(0).normal(size=(6, 5, 40)).astype(np.float32)
+    kernel[0], kernel[1, 0, :2] = 0, (4, -4)
+    path = ("a", "kernel")
+    made = quantize({"a": {"kernel": jnp.asarray(kernel)}}, "int8", {path: outputs})["a"]["kernel"]
+    theirs = qwix.quantize(jnp.asarray(kernel), qtype=jnp.int8, channelwise_axes=range(outputs))
+    np.testing.assert_array_equal(made.values, theirs.qvalue)
+    np.testing.assert_array_equal(made.scale, theirs.scale)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("layout", [None, "tensor", "fsdp"])
+def test_loading_quantises_projections_and_the_output(tied, layout, tmp_path):
+    fields = {"dim": 128, "hidden_dim": 96, "vocab_size": 56, "n_heads": 8, "n_layers": 2}
+    model, params = tiny.build(tied=tied, **fields)
+    checkpoint.save(tmp_path / "x", model.config, params)
+    model, found, _ = checkpoint.load(tmp_path / "x", quantize="int8", sharding=layout)
+    places = kernels(params, output=True)
+    assert ("embed", "embedding") in places if tied else ("lm_head", "kernel") in places
+    assert {path for path, x in flatten_dict(found).items() if is_quantized(x)} == set(places)
+    expected = quantize(params, "int8", places)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with on_mesh(found):
+        logits = tiny.alone(model, found, TEXT)
+    close(logits, tiny.alone(MODEL.clone(config=model.config), dequantized(expected), TEXT), 1e-5)
+    (row,) = generate(model, found, [[1, 5, 9]], 8, sampling=Sampling(0), stop_ids=())
+    (other,) = generate(
+        model, dequantized(expected), [[1, 5, 9]], 8, sampling=Sampling(0), stop_ids=()
+    )
+    assert row.tokens == other.tokens
 
 
 def test_nf4_takes_the_nearest_of_its_levels_in_each_block():
@@ -238,4 +272,6 @@ def test_what_it_cannot_do_is_refused(tmp_path, monkeypatch):
         quantize(PARAMS, "int4")
     monkeypatch.setitem(sys.modules, "qwix", None)
     with pytest.raises(ValueError, match=r"by qwix: pip install 'mistral-jax-flax\[qlora\]'"):
-        quantize(PARAMS, "int8")
+        quantize(PARAMS, "nf4")
+    with pytest.raises(ValueError, match="quantize is 'nf4'; expected None or 'int8'"):
+        checkpoint.load(quantize="nf4")

@@ -150,6 +150,13 @@ def test_adapters_are_used_beside_the_weights_and_merged(command, folder, tmp_pa
     assert text != complete(*checkpoint.load(folder), "def", 12, sampling=Sampling(0))
 
 
+def test_matrices_are_quantised_where_asked(command, folder):
+    loaded = checkpoint.load(folder, quantize="int8")
+    text = complete(*loaded, "def", 12, sampling=Sampling(0))
+    flags = ["def", "--quantize", "int8", "--temperature", "0"]
+    assert command(*flags) == (0, text + "\n", "")
+
+
 def test_stats_are_told_on_standard_error(command, folder):
     code, out, err = command("def main", "--stats")
     assert (code, out) == (0, expected(folder, "def main") + "\n")

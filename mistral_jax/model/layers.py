@@ -120,7 +120,7 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Returns the vectors [B, T, D] of `tokens` [B, T]."""
-        x = jnp.take(self.embedding, tokens, axis=0, mode="clip").astype(self.dtype)
+        x = _look_up(self.embedding, tokens).astype(self.dtype)
         # Split as the table is: what devices share by width they look up for each other's tokens,
         # and exchange. Else XLA may gather all activations on the way back.
         width = set(mesh_axes(self.rules, "embed"))
@@ -133,6 +133,12 @@ class Embedding(nn.Module):
     def attend(self, x: jax.Array) -> jax.Array:
         """Returns the logits [B, T, V] of `x` [B, T, D], in float32."""
         return multiply(x, self.embedding, 1, self.dtype)
+
+
+def _look_up(table: jax.Array | QuantizedKernel, tokens: jax.Array) -> jax.Array:
+    if isinstance(table, QuantizedKernel):
+        return _look_up(table.values, tokens).astype(table.dtype) * _look_up(table.scale, tokens)
+    return jnp.take(table, tokens, axis=0, mode="clip")
 
 
 class MLP(nn.Module):

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 
 from mistral_jax import adapters, checkpoint, manifest
 from mistral_jax.model.transformer import Transformer, stack_layers, unstack_layers
+from mistral_jax.quantization import quantize
 from mistral_jax.sharding import mesh_of, read_layout
 from mistral_jax.training import examples
 from mistral_jax.training.batches import own_rows
 from mistral_jax.training.job import Job, compute_dtype, optimizer_of, save_model, trained_model
 from mistral_jax.training.lora import adapter_shardings, attach, init_adapters
 from mistral_jax.training.objective import everything, make_loss_fn, make_preference_loss_fn
-from mistral_jax.training.quantized import quantize
 from mistral_jax.training.recipe import Recipe
 from mistral_jax.training.rows import Rows, feed, in_order
 from mistral_jax.training.states import create_state
