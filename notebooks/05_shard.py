@@ -137,14 +137,16 @@ for name, mesh in MESHES.items():
     text, found = answer(model, params, tokenizer)
     same = "the same text" if text == expected else f"ANOTHER TEXT: {text!r}"
     print(f"{name:12} {same}; largest difference of logits {np.abs(found - logits).max():.1e}")
-    del params, shard, array
+    gate = params["layers_0"]["mlp"]["gate_proj"]["kernel"]
+    jax.debug.visualize_array_sharding(gate, use_color=False)
+    del params, gate, shard, array
 
 # %% [markdown]
 # ## Who holds what
 #
 # Each square is a weight of the first layer; the numbers in a block are the devices that hold it.
-# White blocks are held once; the darker, the more copies. (`jax.debug.visualize_array_sharding`
-# draws one matrix in a terminal.)
+# White blocks are held once; the darker, the more copies. (Above, `visualize_array_sharding` drew
+# `gate_proj`, without its copies.)
 
 # %%
 figure, grid = plt.subplots(len(KERNELS), len(MESHES), figsize=(9, 9), layout="constrained")
@@ -238,8 +240,12 @@ command += ["--devices", "4", "--hardware", "v5e", "--compiler", "cpu", "--batch
 print(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 # %% [markdown]
-# `python -m mistral_jax.plan mistral-7b-v0.3 --sharding tensor --devices 4 --hardware v5e --batch
-# 32 --length 4096` is the same for Mistral 7B on four chips.
+# The same for Mistral 7B on four chips:
+#
+# ```console
+# $ python -m mistral_jax.plan mistral-7b-v0.3 --sharding tensor --devices 4 --hardware v5e \
+#       --batch 32 --length 4096
+# ```
 #
 # ## Further
 #
