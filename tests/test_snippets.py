@@ -68,7 +68,7 @@ def test_no_exception_is_stale():
     for pattern in rules.UNCOMPARED:
         assert any(re.search(pattern, command, re.DOTALL) for command in commands), pattern
     for pattern, _ in rules.CHECKS:
-        assert any(re.match(pattern, command) for command in commands), pattern
+        assert any(re.match(pattern, command, re.DOTALL) for command in commands), pattern
     text = "".join(page.read_text() for page in pages())
     for name in (*stand_ins.STAND_INS, *stand_ins.REPOSITORIES):
         assert name in text, name

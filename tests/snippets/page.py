@@ -126,7 +126,7 @@ class Page:
         return made | {
             "HOME": str(self.folder / ".home"),
             "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(self._cache / "xla"),
+            "JAX_COMPILATION_CACHE_DIR": str(ROOT / "build" / "snippets"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONUNBUFFERED": "1",

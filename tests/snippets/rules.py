@@ -159,12 +159,21 @@ def _help(page, command: str) -> str | None:
     return printed if status else None
 
 
+def _unread(page, command: str) -> str | None:
+    """Looks up whether the packages are installed; what else it does, the page does before."""
+    words = words_of(command)
+    for name in words[words.index("--unread") + 1 :]:
+        importlib.metadata.version(name)
+    return None
+
+
 CHECKS = (
     (r"(python -m )?pip install ", check_pip),
     (r"make ", _make),
     (r"git clone ", _clone),
     (r"(sbatch|kubectl|sky|bash|examples/tpu_pod\.sh) ", _launcher),
     (r"python benchmarks/", check_benchmark),
+    (r"python examples/finetune/signatures\.py make .*--unread", _unread),
     (r"hf auth ", _help),  # asks a person
     (r".* /shared/", check_parsed),  # is on a cluster
     (r".* --tasks ", check_parsed),  # needs lm-evaluation-harness, which fetches its data
@@ -173,7 +182,7 @@ CHECKS = (
 
 def check_of(command: str) -> Callable | None:
     """Returns the check of a command that cannot run here; None = it runs."""
-    return next((check for pattern, check in CHECKS if re.match(pattern, command)), None)
+    return next((check for pattern, check in CHECKS if re.match(pattern, command, re.DOTALL)), None)
 
 
 def read_table(table: dict, folder: Path) -> None:

@@ -97,6 +97,7 @@ STAND_INS = {
     "pairs.jsonl": _lines(*[_PAIR] * 8),
     "questions.jsonl": _lines(*[_QUESTION] * 3),
     "articles.jsonl": _lines({"text": "import os\n"}, {"text": "import sys\n"}),
+    "runs/unread/test.jsonl": _lines(*[_CONVERSATION] * 8),
     "prompts.txt": _text("import os\ndef main(\nclass Stack:\n"),
     "book.txt": _text(_SOURCE[:8200]),
 }
