@@ -1,5 +1,6 @@
 """Laws of documents: every page is run, commands in sentences parse, and the runner can fail."""
 
+import argparse
 import re
 import subprocess
 import tomllib
@@ -12,6 +13,7 @@ from sybil.example import SybilFailure
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+OTHERS = ("--kill-on-bad-exit",)  # options of other programs
 SYBIL = Sybil(parsers=[blocks.parse], pattern="*.md", teardown=blocks.close)
 
 
@@ -59,6 +61,26 @@ def test_every_command_in_a_sentence_parses(page):
             assert rules.check_benchmark(None, span) is None, span
         elif span.startswith("pip install "):
             assert rules.check_pip(None, span) is None, span
+
+
+def test_every_option_in_a_sentence_exists():
+    known = set(OTHERS)
+    for make in rules.PARSERS.values():
+        known |= options_of(make())
+    for file in (ROOT / "benchmarks").glob("*.py"):
+        known |= rules.options_of_benchmark(file)
+    for page in pages():
+        for span in re.findall(r"`([^`]+)`", sentences(page)):
+            named = set(re.findall(r"(?<!\S)--[a-z][a-z-]+", span))
+            assert named <= known, (page.name, named - known)
+
+
+def options_of(parser):
+    found = set(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found |= set().union(*map(options_of, action.choices.values()))
+    return found
 
 
 def test_no_exception_is_stale():

@@ -95,16 +95,21 @@ def check_parsed(page, command: str) -> str | None:
     return None
 
 
+def options_of_benchmark(file: Path) -> set[str]:
+    """Returns the options of a benchmark, which may need packages that are not installed."""
+    return {
+        node.args[0].value
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument"
+    }
+
+
 def check_benchmark(page, command: str) -> str | None:
     """Looks the options of a benchmark up in its source."""
     _, file, *words = words_of(command)
     if not (ROOT / file).is_file():
         return f"there is no {file}"
-    known = {
-        node.args[0].value
-        for node in ast.walk(ast.parse((ROOT / file).read_text()))
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument"
-    }
+    known = options_of_benchmark(ROOT / file)
     unknown = {word for word in words if word.startswith("--")} - known
     return f"it has no {min(unknown)}" if unknown else None
 

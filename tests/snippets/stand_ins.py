@@ -99,7 +99,7 @@ STAND_INS = {
     "articles.jsonl": _lines({"text": "import os\n"}, {"text": "import sys\n"}),
     "runs/unread/test.jsonl": _lines(*[_CONVERSATION] * 8),
     "prompts.txt": _text("import os\ndef main(\nclass Stack:\n"),
-    "book.txt": _text(_SOURCE[:8200]),
+    "book.txt": _text(_SOURCE[:3000]),
 }
 _NOT_READ = (
     r"mistral_jax\.plan (\S+)",
