@@ -92,7 +92,7 @@ def _console(page, example, source) -> str | None:
             continue
         stand_ins.prepare(page.folder, command)
         script, typed = rules.shorten(command), "".join(f"{line}\n" for line in typed)
-        if re.match(rules.PURE, command):
+        if re.match(rules.ONCE, command):
             status, printed = page.bash_once(script)
         else:
             status, printed = page.bash(script, typed)

@@ -17,6 +17,7 @@ from snippets import stand_ins
 ROOT = Path(__file__).parents[2]
 _LINKED = ("mistral_jax", "convert", "Makefile", "pyproject.toml", "README.md")
 _COPIED = ("configs", "benchmarks", "examples")  # where a document may write
+_PROGRAMS = ROOT / "build" / "snippets"  # compiled ones, kept from one session to the next
 _SECONDS = 240
 
 # Takes blocks of a page as JSON, [line, code], and says after each how it went.
@@ -50,6 +51,7 @@ class Page:
         self._path, self._cache, self._python, self._hub = path, cache, None, None
         self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
         self.shown = "", -1
+        _PROGRAMS.mkdir(parents=True, exist_ok=True)
         for name in _LINKED:
             (self.folder / name).symlink_to(ROOT / name)
         ignored = shutil.ignore_patterns("__pycache__")
@@ -126,7 +128,7 @@ class Page:
         return made | {
             "HOME": str(self.folder / ".home"),
             "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(ROOT / "build" / "snippets"),
+            "JAX_COMPILATION_CACHE_DIR": str(_PROGRAMS),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONUNBUFFERED": "1",
