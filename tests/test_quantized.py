@@ -187,6 +187,20 @@ def test_qwix_sees_the_same_kernel(kind):
     np.testing.assert_array_equal(kernel.dequantize(jnp.float32), theirs)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(6, 40), (6, 5, 8), (6, 5, 80)])
+@pytest.mark.parametrize("rows", [3, 200])
+def test_products_are_those_of_the_dequantised_kernel(kind, shape, rows):
+    """With one block of nf4 in a row, or several; with few rows, which int8 takes as integers."""
+    rng = np.random.default_rng(0)
+    kernel = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    path = ("a", "kernel")
+    made = quantize({"a": {"kernel": kernel}}, kind, {path: 1})["a"]["kernel"]
+    x = rng.normal(size=(rows, made.values[0].size)).astype(np.float32)
+    expected = x.astype(np.float64) @ np.float64(made.dequantize(jnp.float32)).reshape(6, -1).T
+    close(made.product(x, 1), expected, 1e-6)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 7])
 def test_a_product_in_integers_rounds_each_row_to_24_bits_and_no_more(rows):
     rng = np.random.default_rng(rows)
