@@ -4,6 +4,7 @@ One JSON line for each batch size. Both choose tokens at temperature 0.7 and top
 of the prompt and of compilation is left out. It needs the `parity` extra.
 
     python benchmarks/decode.py [--model 229M|nano] [--dtype float32|bfloat16] [--batch 1 8]
+        [--quantize int8]
 """
 
 import argparse
@@ -12,6 +13,7 @@ import time
 import peers
 import torch
 
+from mistral_jax import quantization
 from mistral_jax.generation.generate import generate
 from mistral_jax.generation.sampling import Sampling
 
@@ -23,12 +25,16 @@ def main():
     parser.add_argument("--model", choices=peers.MODELS, default="229M")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--quantize", choices=("int8",), help="ours; Transformers' stays as it is")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
 
     config = peers.MODELS[arguments.model]
     model, params, theirs = peers.build(config, arguments.dtype)
+    if arguments.quantize:
+        which = quantization.kernels(params, output=True)
+        params = quantization.quantize(params, arguments.quantize, which)
     for batch in arguments.batch:
         prompts = peers.prompts(config, batch, PROMPT)
         ours_rates, their_rates = [], []
@@ -36,6 +42,7 @@ def main():
             ours_rates.append(batch * ours(model, params, prompts, arguments.tokens))
             their_rates.append(batch * transformers(theirs, prompts, arguments.tokens))
         about = {"benchmark": "decode", "model": arguments.model, "dtype": arguments.dtype}
+        about |= {"quantize": arguments.quantize}
         peers.report(about | {"batch": batch}, ours_rates, their_rates)
 
 

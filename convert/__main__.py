@@ -40,6 +40,7 @@ def _to_orbax(arguments: argparse.Namespace) -> None:
         arguments.target,
         format=arguments.format,
         dtype=arguments.dtype,
+        quantize=arguments.quantize,
         rope_theta=arguments.rope_theta,
         overwrite=arguments.overwrite,
         progress=Screen(),
@@ -87,6 +88,11 @@ def _parser() -> Parser:
     command.add_argument("target", metavar="TARGET", help="folder to make")
     _add_format(command)
     _add_output(command)
+    command.add_argument(
+        "--quantize",
+        choices=("int8",),
+        help="round matrices to 8 bits, for a checkpoint of half the size of one in bfloat16",
+    )
     command.add_argument(
         "--rope-theta",
         type=float,

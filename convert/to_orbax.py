@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import mistral_jax
-from mistral_jax import checkpoint, folder, manifest
+from mistral_jax import checkpoint, folder, manifest, quantization
 from mistral_jax.config import ModelConfig
 
 from . import architecture, hub
@@ -28,6 +30,7 @@ def to_orbax(
     format: str | None = None,
     dtype: str | None = None,
     rope_theta: float | None = None,
+    quantize: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> None:
@@ -39,13 +42,17 @@ def to_orbax(
       format: what to read of a folder that holds several checkpoints (see `source.find`).
       dtype: of the arrays; None = each as in the source.
       rope_theta: base of the rotary embedding, for sources that do not say.
+      quantize: "int8" rounds the kernels of projections and of the output to 8 bits, with a scale
+        for each output; None = they stay as they are.
       overwrite: whether a checkpoint at `target` may be replaced.
       progress: what to tell of the work's course; None = nothing.
 
     Raises:
       ValueError: the source is no whole checkpoint of finite numbers and a known architecture,
-        `target` is taken, or its disk is too full.
+        `target` is taken, its disk is too full, or `quantize` is neither.
     """
+    if quantize not in (None, "int8"):
+        raise ValueError(f"quantize is {quantize!r}; expected None or 'int8'")
     progress = progress or Progress()
     replaceable = manifest.is_checkpoint if overwrite else None
     folder.check_target(target, replaceable)
@@ -59,11 +66,18 @@ def to_orbax(
         progress.say(note)
     config = described.config
     matched = match(found, found.tensors(), config)
-    size = sum(
-        math.prod(row.shape(config)) * np.dtype(dtype or places[0].array.dtype).itemsize
-        for row, places in matched.items()
+    tree = unflatten_dict(
+        {row.path: jax.ShapeDtypeStruct(row.shape(config), np.float32) for row in matched}, sep="/"
     )
-    folder.check_space(target, size)
+    small = quantization.kernels(tree, output=True) if quantize else {}
+    laid = flatten_dict(quantization.split(quantization.abstract(tree, small)), sep="/")
+    outputs = {"/".join(path): count for path, count in small.items()}
+    sizes = {
+        row.path: math.prod(row.shape(config))
+        * (1 if row.path in outputs else np.dtype(dtype or places[0].array.dtype).itemsize)
+        for row, places in matched.items()
+    }
+    folder.check_space(target, sum(sizes.values()))
     provenance = {
         "source": f"{source}@{found.folder.name}" if remote else found.folder.resolve().name,
         "source_format": found.format,
@@ -74,16 +88,25 @@ def to_orbax(
     if tokenizer is not None:
         checkpoint.read_tokenizer(tokenizer, config)
         provenance["tokenizer"] = tokenizer.name
-    shapes = {row.path: row.shape(config) for row in matched}
+    if quantize:
+        provenance["quantized"] = quantize
+    shapes = {path: array.shape for path, array in laid.items()}
     with (
         _hashing(found.files) as hashes,
         checkpoint.create(target, config, shapes, tokenizer, provenance, overwrite) as write,
-        progress.task(size) as advance,
+        progress.task(sum(sizes.values())) as advance,
     ):
         for row, places in matched.items():
             array = _read(row, places, config, found.official, dtype)
-            write(row.path, array)
-            advance(array.nbytes)
+            if row.path in outputs:
+                # In blocks: float32 copies of the largest array would take more than all else.
+                blocks = np.array_split(array, 1 + (array.nbytes >> 24))
+                made = [quantization.to_int8(np.float32(x), outputs[row.path]) for x in blocks]
+                for part, each in zip(("values", "scale"), zip(*made, strict=True), strict=True):
+                    write(f"{row.path}/{part}", np.concatenate(each))
+            else:
+                write(row.path, array)
+            advance(sizes[row.path])
         provenance["source_sha256"] = hashes()
 
 

@@ -52,6 +52,11 @@ def to_torch(
     config, provenance = manifest.read(checkpoint)
     described = (architecture.to_official if official else architecture.to_hf)(config)
     stored = flatten_dict(arrays.stored(checkpoint / "params"), sep="/")
+    if any(path.endswith("/values") for path in stored):
+        raise ValueError(
+            f"{checkpoint} is rounded to 8 bits, which PyTorch's formats do not hold; export the "
+            "checkpoint that was not"
+        )
     dtypes = {path: np.dtype(dtype or array.dtype) for path, array in stored.items()}
     table = rows(config)
     sizes = [math.prod(row.shape(config)) * dtypes[row.path].itemsize for row in table]

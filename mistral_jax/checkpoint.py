@@ -4,7 +4,6 @@ Arrays go straight from disk to their devices, in the dtype asked for.
 """
 
 import contextlib
-import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,18 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from rich.filesize import decimal
 
-from mistral_jax import adapters, arrays, distributed, folder, manifest, memory, quantization
+from mistral_jax import adapters, arrays, distributed, folder, manifest, precision, quantization
 from mistral_jax.config import ModelConfig
+from mistral_jax.model.quantized import QuantizedKernel
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.sharding import abstract_params, read_layout
 from mistral_jax.tokenizer import Tokenizer
 from mistral_jax.training.lora import apply
 
 BUNDLED = Path(__file__).resolve().parent / "assets" / "nano"
-DTYPES = ("bfloat16", "float16", "float32")
-
 # Fine-tuning adds tokens that a SentencePiece file lacks, and tables are padded to even sizes.
 _MOST_UNNAMED_TOKENS = 255
 
@@ -72,29 +69,28 @@ def load(
         raise ValueError("merge is True, but lora names no adapters to merge; name their folder")
     adapted = None if lora is None else adapters.read(lora, config)
     stored = arrays.stored(path / "params")
-    if dtype is not None:
-        dtype = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype!r}; expected {' or '.join(DTYPES)}")
     file = path / "tokenizer.model"
     tokenizer = read_tokenizer(file, config) if file.is_file() else None
     layout = read_layout(sharding, config, mesh=mesh)
     model = Transformer(config, rules=layout.rules if layout else ())
     abstract = abstract_params(model, layout)
-    _check_shapes(_shapes(abstract), _shapes(stored), str(path / "params"))
     if layout is None:
         one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        abstract = _replace(abstract, sharding=one)
-    small = quantization.kernels(abstract, output=True) if quantize else {}
-    abstract = _choose_dtype(path, abstract, stored, dtype, small)
-    dtype = jax.tree.leaves(abstract)[0].dtype
-    if quantize is None:
-        params = arrays.read(path / "params", abstract)
-    else:
-        params = {}
-        for name, part in abstract.items():
-            read = arrays.read(path / "params", {name: part})
-            params |= quantization.quantize(read, quantize, small)
+        abstract = jax.tree.map(lambda array: array.update(sharding=one), abstract)
+    small, flat = quantization.kernels(abstract, output=True), flatten_dict(stored)
+    held = {place: small[place] for place in small if (*place, "values") in flat}
+    rest = {place: small[place] for place in small if quantize and place not in held}
+    abstract = quantization.abstract(abstract, held)
+    _check_shapes(_shapes(quantization.split(abstract)), _shapes(stored), str(path / "params"))
+    kept = quantization.abstract(abstract, rest)
+    dtype = precision.choose(path, kept, stored, precision.check(dtype))
+    abstract = precision.typed(abstract, dtype)
+    params = {}
+    # What is to be quantised is read in parts, for the whole may not fit.
+    for names in ([name] for name in abstract) if rest else [abstract]:
+        part = quantization.split({name: abstract[name] for name in names})
+        read = quantization.join(arrays.read(path / "params", part))
+        params |= quantization.quantize(read, "int8", rest)
     if adapted is not None:
         params = apply(params, *adapted, merge)
     return model.clone(dtype=dtype), params, tokenizer
@@ -122,7 +118,7 @@ def save(
 
     Raises:
       ValueError: something else is at `path`, or `params` are not those of `config`, or have
-        adapters beside them, or are quantised.
+        adapters beside them, or are quantised to less than 8 bits.
     """
     for name, array in flatten_dict(params, sep="/").items():
         if "/lora_" in name:
@@ -130,9 +126,13 @@ def save(
                 f"params has {name}: save adapters by themselves, with adapters.save, or merge "
                 "them first, with load(..., lora=..., merge=True)"
             )
-        if hasattr(array, "dequantize"):
-            raise ValueError(f"params has {name} quantised; save the model as it was before")
-    shapes = _shapes(abstract_params(Transformer(config)))
+        if isinstance(array, QuantizedKernel) and array.values.dtype != jnp.int8:
+            raise ValueError(f"params has {name} in 4 bits; save the model as it was before")
+    abstract, flat = abstract_params(Transformer(config)), flatten_dict(params)
+    small = quantization.kernels(abstract, output=True)
+    held = {place: n for place, n in small.items() if isinstance(flat.get(place), QuantizedKernel)}
+    shapes = _shapes(quantization.split(quantization.abstract(abstract, held)))
+    params = quantization.split(params)
     _check_shapes(shapes, _shapes(params), "params")
     writers = []
     with contextlib.ExitStack() as stack:
@@ -191,42 +191,6 @@ def read_tokenizer(file: Path, config: ModelConfig) -> Tokenizer:
             "has: put the model's own file there"
         )
     return tokenizer
-
-
-def _choose_dtype(path: Path, abstract: Params, stored: Params, dtype: Any, small: Any) -> Params:
-    """Returns `abstract` in the dtype asked for, or else the best that there is memory for.
-
-    Of the arrays at the paths in `small` int8 is what stays.
-    """
-    on_cpu = next(iter(jax.tree.leaves(abstract)[0].sharding.device_set)).platform == "cpu"
-    largest = max(jax.tree.leaves(stored), key=lambda array: math.prod(array.shape))
-    default = ["float32", largest.dtype] if on_cpu else [largest.dtype]
-    spare = 2 * arrays.bytes_in_flight(abstract)
-    for choice in [dtype] if dtype is not None else default:
-        typed = _replace(abstract, dtype=jnp.dtype(choice))
-        kept = [
-            array.update(dtype=jnp.dtype("int8")) if path in small else array
-            for path, array in flatten_dict(typed).items()
-        ]
-        short = [
-            demand
-            for demand in memory.demands(kept)
-            if demand.free is not None and demand.needed + spare > demand.free
-        ]
-        # Of several processes all must choose the same.
-        if not distributed.any_of(bool(short)):
-            return typed
-    if not short:
-        raise ValueError(f"{path} needs more memory than another process has free")
-    place, needed, free = short[0]
-    raise ValueError(
-        f"{path} needs {decimal(needed + spare)} of memory on {place}, which has {decimal(free)} "
-        "free: load it in a smaller dtype, or spread it over more devices"
-    )
-
-
-def _replace(abstract: Params, **changes: Any) -> Params:
-    return jax.tree.map(lambda array: array.update(**changes), abstract)
 
 
 def _shapes(params: Params) -> dict[str, tuple[int, ...]]:

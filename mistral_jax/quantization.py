@@ -1,6 +1,7 @@
 """Kernels in 8 or 4 bits in place of float ones: to run a model in less memory, or to train beside.
 
-What a quantised kernel is, and how it multiplies, is in `model/quantized.py`.
+What a quantised kernel is, and how it multiplies, is in `model/quantized.py`. On disk it is two
+arrays, `values` and `scale`, where else the kernel would be.
 """
 
 import functools
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -67,6 +69,8 @@ def quantize(params: Params, kind: str, which: Mapping[Path, int] | None = None)
     for path, outputs in (kernels(params) if which is None else which).items():
         if path in flat:
             kernel = flat[path]
+            if isinstance(kernel, QuantizedKernel):
+                raise ValueError(f"{'/'.join(path)} is quantised already: leave quantize out")
             made = _quantize(kernel, kind, outputs, kernel.sharding)
             flat[path] = jax.block_until_ready(made)
             kernel.delete()
@@ -75,22 +79,32 @@ def quantize(params: Params, kind: str, which: Mapping[Path, int] | None = None)
 
 @functools.partial(jax.jit, static_argnames=("kind", "outputs", "sharding"))
 def _quantize(kernel, kind, outputs, sharding):
-    made = (_nf4 if kind == "nf4" else _int8)(kernel.astype(jnp.float32), outputs)
+    wide = kernel.astype(jnp.float32)
+    made = _nf4(wide) if kind == "nf4" else QuantizedKernel(*to_int8(wide, outputs, jnp))
     if not isinstance(sharding, NamedSharding):
         return made
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, _fit(sharding, x)), made)
 
 
-def _int8(kernel, outputs):
-    """Rounds to multiples of a 127.5th of the largest number of each output, as qwix does."""
+def to_int8(kernel: Any, outputs: int, numpy: Any = np) -> tuple[Any, Any]:
+    """Rounds to multiples of a 127.5th of the largest number of each output, as qwix does.
+
+    Args:
+      kernel: float32.
+      outputs: how many of its axes are the output's.
+      numpy: what to compute with, NumPy or `jax.numpy`: to the same bits.
+
+    Returns:
+      The values, int8, and the scales, float32, with as many axes.
+    """
     axes = tuple(range(outputs, kernel.ndim))
-    scale = jnp.max(jnp.abs(kernel), axis=axes, keepdims=True) / 127.5
-    scale = jnp.where(scale > 0, scale, 1)
-    values = jnp.clip(jnp.round(kernel / scale), -127, 127)
-    return QuantizedKernel(values.astype(jnp.int8), scale)
+    largest = numpy.max(numpy.abs(kernel), axis=axes, keepdims=True)
+    # By the reciprocal, as XLA divides by a constant.
+    scale = numpy.where(largest > 0, largest * np.float32(1 / 127.5), np.float32(1))
+    return numpy.clip(numpy.round(kernel / scale), -127, 127).astype("int8"), scale
 
 
-def _nf4(kernel, outputs):
+def _nf4(kernel):
     import qwix
 
     last = kernel.ndim - 1
@@ -108,3 +122,34 @@ def _fit(sharding: NamedSharding, array: jax.Array) -> NamedSharding:
         parts = math.prod(sizes[name] for name in names)
         axes.append(None if size % parts else axis)
     return NamedSharding(sharding.mesh, PartitionSpec(*axes))
+
+
+def abstract(shapes: Params, which: Mapping[Path, int]) -> dict[str, Any]:
+    """Returns what shapes and shardings of parameters become where kernels are in int8."""
+
+    def small(kernel, outputs):
+        ones = (1 for _ in kernel.shape[outputs:])
+        scale = kernel.update(shape=(*kernel.shape[:outputs], *ones), dtype=jnp.float32)
+        if isinstance(kernel.sharding, NamedSharding):
+            scale = scale.update(sharding=_fit(kernel.sharding, scale))
+        return QuantizedKernel(kernel.update(dtype=jnp.int8), scale)
+
+    flat = flatten_dict(shapes)
+    return unflatten_dict(flat | {path: small(flat[path], n) for path, n in which.items()})
+
+
+def split(params: Params) -> dict[str, Any]:
+    """Returns a tree in which each quantised kernel is a dict of its arrays, as on disk."""
+    return jax.tree.map(
+        lambda x: {"values": x.values, "scale": x.scale} if isinstance(x, QuantizedKernel) else x,
+        params,
+        is_leaf=lambda x: isinstance(x, QuantizedKernel),
+    )
+
+
+def join(params: Params) -> dict[str, Any]:
+    """Undoes `split`."""
+    flat = flatten_dict(params)
+    for path in {path[:-1] for path in flat if path[-1] == "values"}:
+        flat[path] = QuantizedKernel(*(flat.pop((*path, name)) for name in ("values", "scale")))
+    return unflatten_dict(flat)

@@ -61,7 +61,8 @@ FLOORS = [  # from the ground up; modules of one floor do not know each other
     {"sharding", "training.loggers", "training.progress", "training.step"},
     {"adapter_names", "training.batches", "training.summary"},
     {"adapters"},
-    {"checkpoint", "training.objective", "training.rows"},
+    {"precision", "training.objective", "training.rows"},
+    {"checkpoint"},
     {"generation.prefill", "training.data", "training.job", "training.packing", "training.states"},
     {"generation.decode", "generation.score", "training.examples", "training.pretraining"},
     {

@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import qwix
+import sources
 import tiny
 from flax.traverse_util import flatten_dict
+from mistral_jax.convert.to_orbax import to_orbax
+from mistral_jax.convert.to_torch import to_torch
 
-from mistral_jax import checkpoint
+from mistral_jax import checkpoint, manifest
 from mistral_jax.generation.generate import generate
 from mistral_jax.generation.sampling import Sampling
 from mistral_jax.model.quantized import NF4_LEVELS, QuantizedKernel
@@ -123,6 +126,37 @@ def test_loading_quantises_projections_and_the_output(tied, layout, tmp_path):
     assert row.tokens == other.tokens
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_checkpoint_holds_int8(tied, tmp_path):
+    """As saved, and as converted a tensor at a time: the same bits, and they load everywhere."""
+    tensors = sources.tensors(tied=tied)
+    fields = {"tied_embeddings": True} if tied else {}
+    source = sources.write(tmp_path / "s", "official-safetensors", tensors, **fields)
+    to_orbax(source, tmp_path / "float")
+    to_orbax(source, tmp_path / "converted", quantize="int8")
+    model, params, _ = checkpoint.load(tmp_path / "float", quantize="int8")
+    checkpoint.save(tmp_path / "saved", model.config, params)
+    assert manifest.read(tmp_path / "converted")[1]["quantized"] == "int8"
+    for name, options in [
+        ("saved", {}),
+        ("converted", {}),
+        ("converted", {"quantize": "int8"}),
+        ("converted", {"sharding": "fsdp"}),
+    ]:
+        _, found, _ = checkpoint.load(tmp_path / name, **options)
+        assert jax.tree.structure(found) == jax.tree.structure(params)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(params), strict=True):
+            np.testing.assert_array_equal(a, b)
+    half = checkpoint.load(tmp_path / "converted", dtype="bfloat16")[1]
+    kernel = half["layers_0"]["mlp"]["up_proj"]["kernel"]
+    assert (kernel.values.dtype, kernel.scale.dtype) == (jnp.int8, jnp.float32)
+    assert half["final_norm"]["scale"].dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match="is rounded to 8 bits, which PyTorch's formats do not"):
+        to_torch(tmp_path / "converted", tmp_path / "t")
+    with pytest.raises(ValueError, match=r"layers_0/\S+ is quantised already: leave quantize out"):
+        quantize(params, "nf4")
+
+
 def test_nf4_takes_the_nearest_of_its_levels_in_each_block():
     for path, kernel in flatten_dict(quantized("nf4")).items():
         if not is_quantized(kernel):
@@ -151,6 +185,20 @@ def test_qwix_sees_the_same_kernel(kind):
     qtype = "nf4" if kind == "nf4" else jnp.int8
     theirs = qwix.dequantize(qwix.QArray(kernel.values, kernel.scale, qtype=qtype))
     np.testing.assert_array_equal(kernel.dequantize(jnp.float32), theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(6, 40), (6, 5, 8), (6, 5, 80)])
+@pytest.mark.parametrize("rows", [3, 200])
+def test_products_are_those_of_the_dequantised_kernel(kind, shape, rows):
+    """With one block of nf4 in a row, or several; with few rows, which int8 takes as integers."""
+    rng = np.random.default_rng(0)
+    kernel = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    path = ("a", "kernel")
+    made = quantize({"a": {"kernel": kernel}}, kind, {path: 1})["a"]["kernel"]
+    x = rng.normal(size=(rows, made.values[0].size)).astype(np.float32)
+    expected = x.astype(np.float64) @ np.float64(made.dequantize(jnp.float32)).reshape(6, -1).T
+    close(made.product(x, 1), expected, 1e-6)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7])
@@ -266,7 +314,7 @@ def test_what_it_cannot_do_is_refused(tmp_path, monkeypatch):
         ValueError, match=r"layers_\d/\S+ is quantised, and takes no product; merge"
     ):
         merge(params, random_adapters())
-    with pytest.raises(ValueError, match=r"params has layers_0/\S+ quantised; save the model as"):
+    with pytest.raises(ValueError, match=r"params has layers_0/\S+ in 4 bits; save the model as"):
         checkpoint.save(tmp_path / "x", MODEL.config, params)
     with pytest.raises(ValueError, match="quantize is 'int4'; expected int8 or nf4"):
         quantize(PARAMS, "int4")

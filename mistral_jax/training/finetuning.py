@@ -11,8 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
 from mistral_jax import adapters, checkpoint, manifest
+from mistral_jax.model.quantized import QuantizedKernel
 from mistral_jax.model.transformer import Transformer, stack_layers, unstack_layers
 from mistral_jax.quantization import quantize
 from mistral_jax.sharding import mesh_of, read_layout
@@ -109,6 +111,11 @@ def _parameters(recipe: Recipe, load: Any) -> tuple[Transformer, Params, Params]
     """Returns the model, what is trained of its parameters or beside them, and what is frozen."""
     if recipe.lora is None:
         model, trainable, _ = load(dtype="float32")
+        if any(isinstance(x, QuantizedKernel) for x in flatten_dict(trainable).values()):
+            raise ValueError(
+                f"{recipe.checkpoint} is rounded to 8 bits, which take no steps; add [lora], to "
+                "train beside them, or name the checkpoint that was not"
+            )
         # Preferences are learnt from where the model began: a copy, for steps consume the other.
         dtype = compute_dtype(recipe)
         frozen = jax.tree.map(lambda x: jnp.array(x, dtype), trainable) if recipe.dpo else {}

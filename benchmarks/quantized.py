@@ -1,0 +1,74 @@
+"""What int8 costs in quality: bits a byte on held-out source, and the distance from float32.
+
+The distance is the Kullback-Leibler divergence of the next token's distribution from that in
+float32, in nats, and how often the likeliest token is the same; means over all tokens.
+
+    python benchmarks/quantized.py [--checkpoint FOLDER] [--every N]
+"""
+
+import argparse
+import functools
+import json
+
+import heldout
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import mistral_jax
+
+BLOCK = 512  # lengths of texts are rounded up to it, for few programs
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--checkpoint", help="default: the bundled model")
+    parser.add_argument("--every", type=int, default=5, help="read one file in so many")
+    arguments = parser.parse_args()
+
+    model, exact, tokenizer = mistral_jax.load(arguments.checkpoint, dtype="float32")
+    rough = mistral_jax.load(arguments.checkpoint, dtype="float32", quantize="int8")[1]
+    texts = heldout.held_out(heldout.TOOLS)[0][:: arguments.every]
+    totals, size = np.zeros(5), 0
+    for text in texts:
+        ids = tokenizer.encode(text, bos=True)
+        tokens = np.zeros((1, -(-len(ids) // BLOCK) * BLOCK), np.int32)
+        positions = np.full_like(tokens, -1)
+        tokens[0, : len(ids)], positions[0, : len(ids)] = ids, range(len(ids))
+        totals += np.asarray(compare(model, exact, rough, tokens, positions))
+        size += len(text.encode())
+    count, exact_nats, rough_nats, divergence, same = totals
+    result = {
+        "bytes": size,
+        "tokens": int(count),
+        "float32_bits_per_byte": round(exact_nats / np.log(2) / size, 4),
+        "int8_bits_per_byte": round(rough_nats / np.log(2) / size, 4),
+        "divergence": float(f"{divergence / count:.3g}"),
+        "same_likeliest": round(same / count, 4),
+        "float32_megabytes": round(megabytes(exact), 1),
+        "int8_megabytes": round(megabytes(rough), 1),
+    }
+    print(json.dumps(result))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def compare(model, exact, rough, tokens, positions):
+    """Returns sums over the tokens of a text: of 1, of both losses, of the distance, of matches."""
+    p, q = (
+        jax.nn.log_softmax(model.apply({"params": params}, tokens, positions)[0][0, :-1])
+        for params in (exact, rough)
+    )
+    counted = positions[0, 1:] >= 0
+    losses = [-jnp.take_along_axis(x, tokens[0, 1:, None], axis=1)[:, 0] for x in (p, q)]
+    divergence = jnp.sum(jnp.exp(p) * (p - q), axis=1)
+    same = jnp.argmax(p, axis=1) == jnp.argmax(q, axis=1)
+    each = [jnp.ones_like(divergence), *losses, divergence, same]
+    return jnp.stack([jnp.sum(jnp.where(counted, x, 0)) for x in each])
+
+
+def megabytes(params):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e6
+
+
+if __name__ == "__main__":
+    main()
