@@ -8,6 +8,9 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tests compile much and run little. Commands, documents, notebooks and live parity are compiled as
+# they are for users.
+jax.config.update("jax_disable_most_optimizations", True)
 
 # A shell makes what it runs in the background deaf to Ctrl-C; tests' programs would inherit it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -15,6 +15,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import NamedTuple
 
+# What computes as the tests' own process does, to the bit (see conftest.py).
+ALIKE = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 PROMPTS = [[1, 7, 9], [1, *range(10, 40)], [5]]
 TEXT = "a text that is longer than one chunk"
 
@@ -47,12 +49,15 @@ def together(
     """
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
-    common = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-        "JAX_NUM_PROCESSES": str(count),
-    }
+    common = (
+        os.environ
+        | ALIKE
+        | {
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": str(count),
+        }
+    )
     with contextlib.ExitStack() as stack:
 
         def start(index):

@@ -188,7 +188,7 @@ def interrupted(recipe, path, number, step):
     arguments = json.dumps(recipe.to_dict()), str(path), str(int(number)), str(step)
     return subprocess.run(
         [sys.executable, "-c", KILLED, *arguments],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"},
+        env=os.environ | processes.ALIKE | {"JAX_NUM_CPU_DEVICES": "8"},
         capture_output=True,
         text=True,
         timeout=120,

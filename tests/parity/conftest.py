@@ -3,7 +3,11 @@
 import os
 import secrets
 
+import jax
 import pytest
+
+# What is compared is what users run.
+jax.config.update("jax_disable_most_optimizations", False)
 
 SEED = int(os.environ.get("PARITY_SEED") or secrets.randbelow(2**31))
 
