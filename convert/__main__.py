@@ -64,7 +64,9 @@ def _to_torch(arguments: argparse.Namespace) -> None:
 def _inspect(arguments: argparse.Namespace) -> None:
     from .inspect import inspect
 
-    lines = list(inspect(arguments.folder, arguments.format, arguments.lengths))
+    lines = list(
+        inspect(arguments.folder, arguments.format, arguments.lengths, arguments.rope_theta)
+    )
     print("\n".join(f"{label:<16}{value}" for label, value in lines))
 
 
@@ -93,12 +95,7 @@ def _parser() -> Parser:
         choices=("int8",),
         help="round matrices to 8 bits, for a checkpoint of half the size of one in bfloat16",
     )
-    command.add_argument(
-        "--rope-theta",
-        type=float,
-        metavar="BASE",
-        help="base of the rotary embedding, for sources that do not say (v0.1: 1e4, later: 1e6)",
-    )
+    _add_theta(command)
 
     command = commands.add_parser(
         "to-torch",
@@ -121,6 +118,7 @@ def _parser() -> Parser:
     command.set_defaults(run=_inspect)
     command.add_argument("folder", metavar="FOLDER")
     _add_format(command)
+    _add_theta(command)
     command.add_argument(
         "--lengths",
         type=int,
@@ -139,6 +137,15 @@ def _add_format(command: argparse.ArgumentParser) -> None:
         metavar="FORMAT",
         help="what to read where a folder holds several: hf or official, and if need be with "
         "-safetensors or -torch behind it",
+    )
+
+
+def _add_theta(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--rope-theta",
+        type=float,
+        metavar="BASE",
+        help="base of the rotary embedding, for sources that do not say (v0.1: 1e4, later: 1e6)",
     )
 
 

@@ -27,7 +27,10 @@ Lines = Iterator[tuple[str, str]]
 
 
 def inspect(
-    folder: Path | str, format: str | None = None, lengths: Sequence[int] = (4096, 32768)
+    folder: Path | str,
+    format: str | None = None,
+    lengths: Sequence[int] = (4096, 32768),
+    rope_theta: float | None = None,
 ) -> Lines:
     """Describes a folder, in labels and what there is to say under each.
 
@@ -35,6 +38,7 @@ def inspect(
       folder: a source or a checkpoint.
       format: what to look at in a source that holds several checkpoints (see `source.find`).
       lengths: tokens of a text, to tell what its cache takes.
+      rope_theta: base of the rotary embedding, for sources that do not say.
 
     Raises:
       ValueError: the folder is neither, or its config is not one that this program understands.
@@ -44,7 +48,7 @@ def inspect(
     if manifest.is_checkpoint(folder):
         yield from _checkpoint(folder, lengths)
     else:
-        yield from _source(folder, format, lengths)
+        yield from _source(folder, format, lengths, rope_theta)
 
 
 def _checkpoint(folder: Path, lengths: Sequence[int]) -> Lines:
@@ -59,11 +63,13 @@ def _checkpoint(folder: Path, lengths: Sequence[int]) -> Lines:
     yield from _stored(stored)
 
 
-def _source(folder: Path, format: str | None, lengths: Sequence[int]) -> Lines:
+def _source(
+    folder: Path, format: str | None, lengths: Sequence[int], rope_theta: float | None
+) -> Lines:
     source = find(folder, format)
     others = "".join(f"; also {name} (see --format)" for name in source.other_formats)
     yield "format", f"{source.format}{others}"
-    described = architecture.read(source.config_file)
+    described = architecture.read(source.config_file, rope_theta)
     yield from _model(described.config, described.theta_origin, lengths)
     yield from _tokenizer(source.tokenizer_file)
     for note in described.notes:

@@ -130,6 +130,8 @@ class _Model:
         )
         if self._arguments.stats:
             sys.stdout.flush()
+            if on_text is not None and sys.stdout.isatty():  # The text's own line has not ended.
+                print(file=sys.stderr)
             print(report(self._params, prompts, rows, began, self._clock), file=sys.stderr)
         return rows
 

@@ -1,3 +1,5 @@
+import json
+
 import jax
 import pytest
 import sources
@@ -33,6 +35,16 @@ def test_a_source(tmp_path, format):
     assert f"{2 * count / 1000:.1f} kB as bfloat16" in found["to load"]
     assert found["tokenizer"] == "none (no SentencePiece file)"
     assert "problem" not in found
+
+
+def test_a_source_that_does_not_say_its_base(tmp_path):
+    source = sources.write(tmp_path, "official-safetensors")
+    fields = json.loads((source / "params.json").read_text())
+    del fields["rope_theta"]
+    (source / "params.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="has no rope_theta; name it with --rope-theta"):
+        described(source)
+    assert described(source, rope_theta=1e6)["rope theta"] == "1e+06 (--rope-theta)"
 
 
 def test_a_checkpoint_with_dilated_windows(tmp_path):
