@@ -4,14 +4,12 @@ from pathlib import Path
 
 from mistral_jax import manifest
 
-from .progress import Progress, Screen
+from .progress import Screen
 from .to_orbax import to_orbax
 
 
-def prepare(
-    model: Path | str | None, folder: Path | str = "checkpoints", progress: Progress | None = None
-) -> Path | None:
-    """Returns the checkpoint folder of a model, converting it once if it is not one.
+def prepare(model: Path | str | None, folder: Path | str = "checkpoints") -> Path | None:
+    """Returns the checkpoint folder of a model, converting it once if it is not one, with a bar.
 
     It is for notebooks, where one name at the top decides which model is used.
 
@@ -19,7 +17,6 @@ def prepare(
       model: a checkpoint folder; or what `to_orbax` converts: a PyTorch checkpoint's folder, or the
         name of a repository on the Hugging Face Hub. None = the model that comes with the package.
       folder: where converted checkpoints are put, each under the last part of its model's name.
-      progress: what to tell of a conversion; None = a bar on standard error.
 
     Returns:
       What `mistral_jax.load` takes: a folder, or None.
@@ -29,9 +26,9 @@ def prepare(
     """
     if model is None:
         return None
-    if manifest.is_checkpoint(Path(model)):
+    if manifest.is_checkpoint(model):
         return Path(model)
     target = Path(folder) / Path(model).resolve().name
     if not manifest.is_checkpoint(target):
-        to_orbax(model, target, progress=progress or Screen())
+        to_orbax(model, target, progress=Screen())
     return target

@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import mistral_jax
 from mistral_jax import checkpoint, folder, manifest, quantization
 from mistral_jax.config import ModelConfig
+from mistral_jax.model.quantized import QuantizedKernel
 
 from . import architecture, hub
 from .checks import check_finite, match
@@ -51,8 +52,7 @@ def to_orbax(
       ValueError: the source is no whole checkpoint of finite numbers and a known architecture,
         `target` is taken, its disk is too full, or `quantize` is neither.
     """
-    if quantize not in (None, "int8"):
-        raise ValueError(f"quantize is {quantize!r}; expected None or 'int8'")
+    quantization.check(quantize)
     progress = progress or Progress()
     replaceable = manifest.is_checkpoint if overwrite else None
     folder.check_target(target, replaceable)
@@ -102,10 +102,9 @@ def to_orbax(
                 # In blocks: float32 copies of the largest array would take more than all else.
                 blocks = np.array_split(array, 1 + (array.nbytes >> 24))
                 made = [quantization.to_int8(np.float32(x), outputs[row.path]) for x in blocks]
-                for part, each in zip(("values", "scale"), zip(*made, strict=True), strict=True):
-                    write(f"{row.path}/{part}", np.concatenate(each))
-            else:
-                write(row.path, array)
+                array = QuantizedKernel(*map(np.concatenate, zip(*made, strict=True)))
+            for path, part in flatten_dict(quantization.split({row.path: array}), sep="/").items():
+                write(path, part)
             advance(sizes[row.path])
         provenance["source_sha256"] = hashes()
 

@@ -61,8 +61,7 @@ def load(
       ValueError: the folder is no whole checkpoint of a format that this version knows, its parts
         do not fit each other, it does not fit in memory, or the adapters are not the model's.
     """
-    if quantize not in (None, "int8"):
-        raise ValueError(f"quantize is {quantize!r}; expected None or 'int8'")
+    quantization.check(quantize)
     path = Path(BUNDLED if path is None else path)
     config, _ = manifest.read(path)
     if merge and lora is None:

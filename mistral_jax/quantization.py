@@ -20,6 +20,7 @@ from mistral_jax.model.quantized import QuantizedKernel
 from mistral_jax.training.lora import PROJECTIONS, split_axes
 
 Params = Mapping[str, Any]
+Path = tuple[str, ...]
 
 KINDS = ("int8", "nf4")
 
@@ -27,7 +28,14 @@ KINDS = ("int8", "nf4")
 _BLOCK = 64
 
 
-Path = tuple[str, ...]
+def check(kind: str | None) -> None:
+    """Refuses what no checkpoint is loaded or stored as.
+
+    Raises:
+      ValueError: `kind` is neither None nor "int8".
+    """
+    if kind not in (None, "int8"):
+        raise ValueError(f"quantize is {kind!r}; expected None or 'int8'")
 
 
 def kernels(params: Params, output: bool = False) -> dict[Path, int]:

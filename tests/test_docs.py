@@ -11,10 +11,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from mistral_jax.convert import __main__ as convert
+from snippets.rules import PARSERS
 
 import mistral_jax
-from mistral_jax import evaluate, options, plan, train
 from mistral_jax.config import ModelConfig
 from mistral_jax.rules import LOGICAL_AXES
 from mistral_jax.sharding import _parameters
@@ -114,18 +113,11 @@ def test_every_public_name_has_an_entry(site):
 
 
 @pytest.mark.parametrize(
-    ("name", "parser"),
-    [
-        ("sample", options.parser),
-        ("convert", convert._parser),
-        ("train", train._parser),
-        ("evaluate", evaluate._parser),
-        ("plan", plan._parser),
-    ],
-)
-def test_every_command_has_all_its_options(site, name, parser):
-    prog = f"python--m-mistral_jax.{name}"
-    parsers = {prog: parser()}
+    "name", sorted(set(PARSERS) - {"convert"})
+)  # "convert" is another's short name
+def test_every_command_has_all_its_options(site, name):
+    prog = f"python--m-{name}"
+    parsers = {prog: PARSERS[name]()}
     for action in parsers[prog]._actions:
         if isinstance(action, argparse._SubParsersAction):
             parsers |= {f"{prog}-{each}": made for each, made in action.choices.items()}

@@ -19,17 +19,10 @@ import pytest
 import yaml
 from jax._src.clusters.k8s_cluster import K8sCluster
 from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
-from mistral_jax.convert import __main__ as convert
-
-from mistral_jax import options, train
+from snippets.rules import PARSERS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FILES = ("slurm.sbatch", "kubernetes.yaml", "tpu_pod.sh", "skypilot.yaml", "README.md")
-PARSERS = {
-    "mistral_jax.sample": options.parser,
-    "mistral_jax.train": train._parser,
-    "mistral_jax.convert": convert._parser,
-}
 
 
 def read(name):

@@ -15,13 +15,14 @@ from flax.traverse_util import flatten_dict
 from mistral_jax.convert.to_orbax import to_orbax
 from mistral_jax.convert.to_torch import to_torch
 
-from mistral_jax import checkpoint, manifest
+from mistral_jax import checkpoint, manifest, precision
+from mistral_jax.config import ModelConfig
 from mistral_jax.generation.generate import generate
 from mistral_jax.generation.sampling import Sampling
 from mistral_jax.model.quantized import NF4_LEVELS, QuantizedKernel
 from mistral_jax.model.transformer import stack_layers
-from mistral_jax.quantization import KINDS, kernels, quantize
-from mistral_jax.sharding import on_mesh
+from mistral_jax.quantization import KINDS, abstract, kernels, quantize
+from mistral_jax.sharding import abstract_params, on_mesh
 from mistral_jax.training.lora import (
     PROJECTIONS,
     Lora,
@@ -155,6 +156,14 @@ def test_a_checkpoint_holds_int8(tied, tmp_path):
         to_torch(tmp_path / "converted", tmp_path / "t")
     with pytest.raises(ValueError, match=r"layers_0/\S+ is quantised already: leave quantize out"):
         quantize(params, "nf4")
+
+
+@pytest.mark.parametrize(("dtype", "gigabytes"), [("bfloat16", 7.4), ("float32", 7.7)])
+def test_7b_takes_what_the_readme_says(dtype, gigabytes):
+    shapes = abstract_params(MODEL.clone(config=ModelConfig.from_name("mistral-7b-v0.3")))
+    small = precision.typed(abstract(shapes, kernels(shapes, output=True)), dtype)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(small))
+    assert round(size / 1e9, 1) == gigabytes
 
 
 def test_nf4_takes_the_nearest_of_its_levels_in_each_block():

@@ -8,6 +8,7 @@ and `rules.py`.
 import json
 import re
 import tomllib
+import traceback
 from pathlib import Path
 
 from sybil import Region
@@ -34,7 +35,10 @@ def _evaluate(example) -> str | None:
         return f"a block of {language or 'no language'}; expected one of {', '.join(_KINDS)}"
     if "page" not in example.namespace:
         example.namespace["page"] = Page(Path(example.path), example.namespace["snippet_cache"])
-    return run and run(example.namespace["page"], example, source)
+    try:
+        return run and run(example.namespace["page"], example, source)
+    except Exception:  # Of some, Sybil cannot report where they were raised, and ends the session.
+        return traceback.format_exc()
 
 
 def close(namespace) -> None:
