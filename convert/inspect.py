@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,11 @@ def _checkpoint(folder: Path, lengths: Sequence[int]) -> Lines:
     for key, value in provenance.items():
         if isinstance(value, str) and key != "rope_theta_from":
             yield key.replace("_", " "), value
-    stored = flatten_dict(arrays.stored(folder / "params")).values()
-    yield from _model(config, provenance.get("rope_theta_from"), lengths)
+    stored = flatten_dict(arrays.stored(folder / "params"))
+    quantized = [x for path, x in stored.items() if (*path[:-1], "values") in stored]
+    yield from _model(config, provenance.get("rope_theta_from"), lengths, quantized)
     yield from _tokenizer(folder / "tokenizer.model")
-    yield from _stored(stored)
+    yield from _stored(stored.values())
 
 
 def _source(
@@ -82,7 +83,13 @@ def _source(
         yield "problem", str(error)
 
 
-def _model(config: ModelConfig, theta_origin: str | None, lengths: Sequence[int]) -> Lines:
+def _model(
+    config: ModelConfig,
+    theta_origin: str | None,
+    lengths: Sequence[int],
+    quantized: Collection[Any] = (),
+) -> Lines:
+    """Yields what a model is and takes; `quantized` are int8 values and scales, which stay so."""
     yield "model", _name(config) or "none of those that this program knows by name"
     yield "layers", f"{config.num_layers}, width {config.embed_dim}, MLP {config.mlp_dim}"
     heads = f"{config.num_heads} query and {config.num_kv_heads} key-value heads"
@@ -102,9 +109,12 @@ def _model(config: ModelConfig, theta_origin: str | None, lengths: Sequence[int]
     yield "vocabulary", f"{config.vocab_size} tokens{tied}"
     count = sum(math.prod(row.shape(config)) for row in rows(config))
     yield "parameters", f"{count:,}"
+    kept = sum(map(_bytes, quantized))
+    loose = count - sum(math.prod(x.shape) for x in quantized if x.dtype == np.int8)
     needed = ", ".join(
-        f"{decimal(count * np.dtype(dtype).itemsize)} as {dtype}" for dtype in DTYPES
+        f"{decimal(kept + loose * np.dtype(dtype).itemsize)} as {dtype}" for dtype in DTYPES
     )
+    needed += ", its matrices in int8" if quantized else ""
     free = memory.host_free()
     yield "to load", needed + (f"; this machine has {decimal(free)} free" if free else "")
     for length in lengths:
@@ -125,8 +135,12 @@ def _stored(tensors: Iterable[Any]) -> Lines:
     """Yields what arrays, or descriptions of arrays, take on disk."""
     sizes: collections.Counter[str] = collections.Counter()
     for tensor in tensors:
-        sizes[str(tensor.dtype)] += math.prod(tensor.shape) * tensor.dtype.itemsize
+        sizes[str(tensor.dtype)] += _bytes(tensor)
     yield "stored", ", ".join(f"{decimal(size)} of {dtype}" for dtype, size in sizes.items())
+
+
+def _bytes(array: Any) -> int:
+    return math.prod(array.shape) * array.dtype.itemsize
 
 
 def _name(config: ModelConfig) -> str | None:

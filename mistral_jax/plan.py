@@ -58,6 +58,11 @@ def _parser() -> command.Parser:
         default="bfloat16",
         help="of computation and weights; those that are trained are float32 [bfloat16]",
     )
+    add(
+        "--quantize",
+        choices=("int8",),
+        help="with matrices in 8 bits, as sample --quantize; a checkpoint that has them needs none",
+    )
     add("--train", action="store_true", help="a step of training, in place of prefill and decode")
     add(
         "--remat",
@@ -96,7 +101,9 @@ def _run(arguments: argparse.Namespace) -> None:
     own = devices[0].platform != "cpu"
     layout = read_layout(arguments.sharding, config, devices, arguments.mesh)
     layout = layout or Layout(jax.make_mesh((1,), ("device",), devices=devices[:1]), ())
-    of = programs.shapes(layout, arguments.batch, arguments.length, arguments.dtype)
+    quantized = _quantized(arguments, config)
+    sizes = arguments.batch, arguments.length, arguments.dtype
+    of = programs.shapes(layout, *sizes, quantized)
     found = []
     for program in ("train",) if arguments.train else ("prefill", "decode"):
         print(f"compiling {program} for {compiler} ...", file=sys.stderr, flush=True)
@@ -110,6 +117,7 @@ def _run(arguments: argparse.Namespace) -> None:
             "batch": of.batch,
             "length": of.length,
             "dtype": arguments.dtype,
+            "quantize": "int8" if quantized else None,
             "hardware": arguments.hardware,
             "compiler": compiler,
         }
@@ -118,7 +126,8 @@ def _run(arguments: argparse.Namespace) -> None:
         return
     where = ", ".join(f"{axis} = {size}" for axis, size in mesh.items())
     rows = "1 row" if of.batch == 1 else f"{of.batch} rows"
-    print(f"{arguments.model}, {rows} of {of.length} tokens, {arguments.dtype}: {where}")
+    dtype = f"{arguments.dtype}, matrices in int8" if quantized else arguments.dtype
+    print(f"{arguments.model}, {rows} of {of.length} tokens, {dtype}: {where}")
     print(f"compiled for {compiler}; all figures are those of one device\n")
     print("\n".join(report.lines(found, chip, own)))
 
@@ -132,6 +141,28 @@ def _config(model: str):
     if Path(model).is_file():
         return ModelConfig.from_dict(read_toml(model), model)
     return ModelConfig.from_name(model)
+
+
+def _quantized(arguments: argparse.Namespace, config):
+    """Returns the kernels that are in int8: those asked for, or those of a checkpoint."""
+    from flax.traverse_util import flatten_dict
+
+    from mistral_jax import arrays, manifest, quantization
+    from mistral_jax.model.transformer import Transformer
+    from mistral_jax.sharding import abstract_params
+
+    small = quantization.kernels(abstract_params(Transformer(config)), output=True)
+    if arguments.quantize is None:
+        model, stored = arguments.model, {}
+        if manifest.is_checkpoint(model):
+            stored = flatten_dict(arrays.stored(Path(model) / "params"))
+        small = {path: outputs for path, outputs in small.items() if (*path, "values") in stored}
+    if small and arguments.train:
+        raise ValueError(
+            f"{arguments.model} is planned with matrices in int8, which take no steps; leave "
+            "--train out, or plan the model in float"
+        )
+    return small
 
 
 def _count(arguments: argparse.Namespace) -> int:

@@ -71,6 +71,22 @@ def test_a_checkpoint(tmp_path):
     assert found["tokenizer"] == "v1, 53 tokens (tokenizer.model)"
 
 
+def test_a_checkpoint_in_int8_takes_what_it_is_loaded_as(tmp_path):
+    model, params = tiny.build(dim=128, hidden_dim=96)
+    mistral_jax.save(tmp_path / "float", model.config, params)
+    _, params, _ = mistral_jax.load(tmp_path / "float", quantize="int8")
+    mistral_jax.save(tmp_path / "x", model.config, params)
+    found, plain = described(tmp_path / "x"), described(tmp_path / "float")
+    assert found["parameters"] == plain["parameters"]
+    for dtype in ("bfloat16", "float16", "float32"):
+        loaded = mistral_jax.load(tmp_path / "x", dtype=dtype)[1]
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded))
+        assert f"{size / 1000:.1f} kB as {dtype}" in found["to load"]
+        assert f"{size / 1000:.1f} kB as {dtype}" not in plain["to load"]
+    assert "as float32, its matrices in int8" in found["to load"]
+    assert "int8" not in plain["to load"]
+
+
 def test_caches(tmp_path):
     sources.write(tmp_path, "hf-safetensors")
     lines = list(inspect(tmp_path, lengths=(3, 100)))

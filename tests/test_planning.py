@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,8 @@ import numpy as np
 import pytest
 from processes import together
 
-from mistral_jax import plan
-from mistral_jax.config import CONFIG_DIR, ModelConfig
+from mistral_jax import checkpoint, plan, quantization
+from mistral_jax.config import CHECKOUT, CONFIG_DIR, ModelConfig
 from mistral_jax.model.attention import visible
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.planning import arithmetic, forecast, hardware, programs, report
@@ -39,11 +40,17 @@ def eight_devices():
     assert len(jax.devices()) == 8
 
 
-def compile_for(name, program, config=CONFIG, remat=None):
-    """Returns the layout, the model, the sizes and the compiled program."""
+def prepare(name, config=CONFIG, remat=None, int8=False, dtype="float32"):
+    """Returns the layout, the model and the sizes."""
     layout = read_layout(name, config)
-    model = Transformer(config, rules=layout.rules, remat=remat)
-    of = programs.shapes(layout, 8, 32, "float32")
+    model = Transformer(config, jnp.dtype(dtype), layout.rules, remat)
+    small = quantization.kernels(abstract_params(model), output=True) if int8 else None
+    return layout, model, programs.shapes(layout, 8, 32, dtype, small)
+
+
+def compile_for(name, program, **options):
+    """Returns the layout, the model, the sizes and the compiled program."""
+    layout, model, of = prepare(name, **options)
     return layout, model, of, programs.lower(program, model, layout, of).compile()
 
 
@@ -87,18 +94,96 @@ def test_what_is_computed_again_is_exchanged_again(name):
     assert counts(found) == counts(arithmetic.exchanges("train", model, layout, of))
 
 
+@pytest.mark.parametrize("program", programs.PROGRAMS)
+def test_an_mlp_may_be_split_without_the_heads(program, tmp_path):
+    path = tmp_path / "wide.toml"
+    path.write_text('[mesh]\ntensor = 8\n[rules]\nmlp = "tensor"\nvocab = "tensor"\n')
+    layout, model, of, compiled = compile_for(path, program, remat="nothing_saveable")
+    found = [c for c in read(compiled.as_text(), 8) if c.dtype == "f32" and c.shape]
+    if program == "decode":
+        found = [c for c in found if c.loops]
+    assert counts(found) == counts(arithmetic.exchanges(program, model, layout, of))
+
+
+@pytest.mark.parametrize("program", ["prefill", "decode"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "long"])
+def test_of_int8_devices_exchange_the_same_and_some_scales(name, program):
+    """Where kernels are gathered, XLA's CPU backend does so once they are float32."""
+    layout, model, of, compiled = compile_for(name, program, int8=True)
+    found = [c for c in read(compiled.as_text(), 8) if c.dtype in ("f32", "s8") and c.shape]
+    if program == "decode":
+        found = [c for c in found if c.loops]
+    expected = arithmetic.exchanges(program, model, layout, of)
+    values = [c for c in expected if c.source.endswith("/values")]
+    assert len(values) == (7 * 2 + 1 if layout.parts("embed") > 1 else 0)
+    wide = [dataclasses.replace(c, bytes=4 * c.bytes) if c in values else c for c in expected]
+    assert counts(found) == counts(wide)
+
+
+@pytest.mark.parametrize("program", ["prefill", "decode"])
+@pytest.mark.parametrize("name", ["tensor", "data_tensor"])
+def test_a_table_in_int8_is_looked_up_in_it(name, program):
+    config = dataclasses.replace(CONFIG, tie_embeddings=True)
+    layout, model, of, compiled = compile_for(name, program, config=config, int8=True)
+    found = [c for c in read(compiled.as_text(), 8) if c.dtype in ("f32", "s8") and c.shape]
+    assert any(c.dtype == "s8" for c in found)
+    if program == "decode":
+        found = [c for c in found if c.loops]
+    assert counts(found) == counts(arithmetic.exchanges(program, model, layout, of))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_int8_is_planned_as_quantize_makes_it(name, tied):
+    """Array by array: what it is, and what a device holds of it."""
+    config = dataclasses.replace(CONFIG, tie_embeddings=tied)
+    layout, model, of = prepare(name, config=config, int8=True, dtype="bfloat16")
+    planned = programs.weights("decode", model, layout, of)
+    ones = jax.tree.map(
+        lambda x: jax.device_put(jnp.ones(x.shape, jnp.bfloat16), x.sharding),
+        abstract_params(model, layout),
+    )
+    made = quantization.quantize(ones, "int8", of.quantized)
+    assert jax.tree.structure(planned) == jax.tree.structure(made)
+    for a, b in zip(jax.tree.leaves(planned), jax.tree.leaves(made), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert a.sharding.shard_shape(a.shape) == b.addressable_shards[0].data.shape
+    shards = [x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(made)]
+    assert arithmetic.size(planned) == sum(shards)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("program", ["prefill", "decode"])
+def test_int8_spares_a_byte_or_three_a_weight_for_a_scale_an_output(program, dtype):
+    config, mesh = CONFIG, jax.make_mesh((1,), ("device",), devices=jax.devices()[:1])
+    layout, model = Layout(mesh, ()), Transformer(config, jnp.dtype(dtype))
+    small, moved = quantization.kernels(abstract_params(model), output=True), []
+    for which in (None, small):
+        of = programs.shapes(layout, 4, 256, dtype, which)
+        held = programs.arguments(program, model, layout, of)
+        moved.append(arithmetic.moved(program, held, config))
+    n, k = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    d, mlp, vocab = config.embed_dim, config.mlp_dim, config.vocab_size
+    outputs = config.num_layers * ((n + 2 * k + d) + (2 * mlp + d)) + vocab
+    matrices = config.num_layers * (d * (2 * n + 2 * k) + 3 * d * mlp) + vocab * d
+    spared = matrices * (jnp.dtype(dtype).itemsize - 1) - 4 * outputs
+    assert moved[0] - moved[1] == spared
+
+
 def test_tensor_parallel_decode_reduces_twice_a_layer():
     """With as many key-value heads as devices, too: two a layer, the lookup, and the logits."""
     config = dataclasses.replace(CONFIG, num_kv_heads=8, num_layers=3)
-    *_, compiled = compile_for("tensor", "decode", config)
+    *_, compiled = compile_for("tensor", "decode", config=config)
     kinds = collections.Counter(c.kind for c in read(compiled.as_text(), 8) if c.loops)
     assert kinds == {"all-reduce": 2 * 3 + 1, "all-gather": 1}
 
 
-@pytest.mark.parametrize("program", programs.PROGRAMS)
+@pytest.mark.parametrize(
+    ("program", "int8"), [*((p, False) for p in programs.PROGRAMS), ("decode", True)]
+)
 @pytest.mark.parametrize("name", NAMES)
-def test_what_stays_on_a_device_is_what_its_program_is_given(name, program):
-    layout, model, of, compiled = compile_for(name, program)
+def test_what_stays_on_a_device_is_what_its_program_is_given(name, program, int8):
+    layout, model, of, compiled = compile_for(name, program, int8=int8)
     held = programs.arguments(program, model, layout, of)
     expected = sum(arithmetic.state_sizes(program, held).values())
     given = compiled.memory_analysis().argument_size_in_bytes
@@ -246,6 +331,61 @@ def test_one_device_needs_no_layout(capsys):
     assert (prefill["mesh"], prefill["tokens"], decode["tokens"]) == ({"device": 1}, 64, 1)
     assert prefill["fits"]
     assert decode["binds"] == "memory"
+
+
+def test_int8_is_planned_where_it_is_asked_for_or_stored(capsys, tmp_path):
+    model, params, _ = checkpoint.load(quantize="int8", dtype="bfloat16")
+    checkpoint.save(tmp_path / "x", model.config, params)
+    size, found = sum(leaf.nbytes for leaf in jax.tree.leaves(params)), []
+    for arguments in (["nano", "--quantize", "int8"], [str(tmp_path / "x")], ["nano"]):
+        assert plan.main([*arguments, "--json", "--length", "64"]) == 0
+        found.append(json.loads(capsys.readouterr().out.splitlines()[1]))
+    asked, stored, plain = found
+    assert asked["weights_bytes"] == size
+    assert asked | {"model": stored["model"]} == stored
+    assert (asked["quantize"], plain["quantize"]) == ("int8", None)
+    spared = plain["weights_bytes"] - size
+    assert plain["model_moved_bytes"] - asked["model_moved_bytes"] == spared > size / 3
+    for arguments in (["nano", "--quantize", "int8"], [str(tmp_path / "x")]):
+        assert plan.main([*arguments, "--train"]) == 2
+        message = capsys.readouterr().err
+        assert message.startswith(f"error: {arguments[0]} is planned with matrices in int8, which")
+        assert message.count("\n") == 1
+    assert plan.main(["nano", "--quantize", "int8", "--length", "64"]) == 0
+    assert ", bfloat16, matrices in int8: device = 1\n" in capsys.readouterr().out
+
+
+def test_the_documents_tell_what_7b_takes_of_16_gb():
+    """All figures of the table but temporaries, which are a compiler's, and README's of the T4."""
+    text = (CHECKOUT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    (section,) = re.findall(r"## Mistral 7B on one chip of 16 GB\n(.*?)\n## ", text, re.DOTALL)
+    rows = re.findall(
+        r"^\| (v5e|T4) \| (\w+) \| (\d+) x ([\d,]+) \| (.*) \|$", section, re.MULTILINE
+    )
+    config = ModelConfig.from_name("mistral-7b-v0.3")
+    layout = Layout(jax.make_mesh((1,), ("device",), devices=jax.devices()[:1]), ())
+    assert len(rows) == 10
+    left = {}
+    for name, kind, batch, length, rest in rows:
+        chip, dtype = hardware.known()[name], {"v5e": "bfloat16", "T4": "float16"}[name]
+        assert kind in (dtype, "int8")
+        model = Transformer(config, jnp.dtype(dtype))
+        small = quantization.kernels(abstract_params(model), output=True) if kind == "int8" else {}
+        of = programs.shapes(layout, int(batch), int(length.replace(",", "")), dtype, small)
+        held = programs.arguments("decode", model, layout, of)
+        sizes = arithmetic.state_sizes("decode", held)
+        spare = chip.memory - sum(sizes.values())
+        moved = arithmetic.moved("decode", held, config)
+        flops = arithmetic.flops("decode", config, of)
+        rate = of.batch / hardware.estimate(chip, flops, moved, []).seconds
+        told = [cell.strip() for cell in rest.split("|")]
+        left[name, kind, of.batch, of.length] = f"{spare / 1e9:.1f} GB"
+        expected = [f"{size / 1e9:.1f} GB" for size in sizes.values()]
+        assert told[:3] == [*expected, f"{spare / 1e9:.1f} GB" if spare > 0 else "none"]
+        assert told[5] == ("" if told[4] == "no" else f"{rate:,.0f}")
+    short, long = (left["T4", "int8", 1, length] for length in (4096, 32768))
+    told = f"{short} left beside a row of 4,096 tokens, {long} beside one of 32,768"
+    assert told in (CHECKOUT / "README.md").read_text(encoding="utf-8")
 
 
 def test_what_fits_is_certain_or_said_not_to_be(capsys):

@@ -1,10 +1,11 @@
 """What a program costs by arithmetic: multiplications, bytes, and what devices must exchange.
 
 It asks no compiler: `tests/test_planning.py` holds it to what XLA makes of the same program.
-Letters are those of `model/transformer.py`; t, f, b and s are the devices over which heads, the
-residual width of weights, rows, and the length of a text are split.
+Letters are those of `model/transformer.py`; t, m, f, b and s are the devices over which heads, the
+MLP's width, the residual width of weights, rows, and the length of a text are split.
 """
 
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -13,11 +14,12 @@ import jax
 
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.attention import BLOCK
+from mistral_jax.model.layers import mesh_axes
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.planning.collectives import Collective
 from mistral_jax.planning.flops import keys_seen, mean_seen, of_attention, of_weights
-from mistral_jax.planning.programs import Shapes
-from mistral_jax.sharding import Layout, abstract_params
+from mistral_jax.planning.programs import Shapes, weights
+from mistral_jax.sharding import Layout
 
 
 def tokens(program: str, of: Shapes) -> int:
@@ -77,7 +79,8 @@ def exchanges(program: str, model: Transformer, layout: Layout, of: Shapes) -> l
       One entry an array, of what arrives on one device.
     """
     config, train = model.config, program == "train"
-    t, kv, vocab = layout.parts("heads"), layout.parts("kv_heads"), layout.parts("vocab")
+    t, kv, m = layout.parts("heads"), layout.parts("kv_heads"), layout.parts("mlp")
+    vocab = layout.parts("vocab")
     f, b, s = layout.parts("embed"), layout.parts("batch"), layout.parts("length")
     width = 4 if train else of.dtype.itemsize
     rows, whole = of.batch // b, tokens(program, of) // of.batch
@@ -91,13 +94,15 @@ def exchanges(program: str, model: Transformer, layout: Layout, of: Shapes) -> l
 
     residual = rows, length, config.embed_dim
     again = config.num_layers if train and model.remat else 0
-    add("all-reduce", t, *residual, times=2 * config.num_layers, source="o_proj, down_proj")
+    add("all-reduce", t, *residual, times=config.num_layers, source="o_proj")
+    add("all-reduce", m, *residual, times=config.num_layers, source="down_proj")
     add("all-reduce", t, *residual, times=again, source="o_proj, again")
-    if f > 1:
-        add("all-reduce", vocab, of.batch, length, config.embed_dim // f, source="embed")
-        add("all-to-all", f, *residual, times=2 if train else 1, source="embed")
-    else:
-        add("all-reduce", vocab, *residual, source="embed")
+    params = weights(program, model, layout, of)
+    for x in jax.tree.leaves(params["embed"]):  # The values and scales of int8, where it is tied.
+        parts = _split(x, layout)
+        shape = of.batch if parts > 1 else rows, length, x.shape[1] // parts
+        add("all-reduce", vocab, *shape, itemsize=x.dtype.itemsize, source="embed")
+    add("all-to-all", f, *residual, times=2 if train else 1, source="embed")
     seen = rows, whole, config.num_kv_heads // kv, config.head_dim
     add("all-gather", s, *seen, times=2 * (config.num_layers + again), source="k, v")
     if not train:
@@ -107,17 +112,20 @@ def exchanges(program: str, model: Transformer, layout: Layout, of: Shapes) -> l
         add("all-reduce", s, *seen, times=2 * config.num_layers * blocks, source="k, v, back")
         add("all-reduce", vocab, rows, length, times=3, source="loss")
         add("all-reduce", vocab, *residual, source="lm_head, back")
-        add("all-reduce", t, *residual, times=3 * config.num_layers, source="q, gate, up, back")
+        add("all-reduce", t, *residual, times=config.num_layers, source="q, back")
+        add("all-reduce", m, *residual, times=2 * config.num_layers, source="gate, up, back")
         add("all-reduce", kv, *residual, times=2 * config.num_layers, source="k, v, back")
         add("all-reduce", t // kv, *seen, times=2 * config.num_layers, source="k, v, shared")
-    for path, x in jax.tree.leaves_with_path(abstract_params(model, layout)):
+    for path, x in jax.tree.leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if f > 1 and not name.startswith("embed/"):
+        parts = _split(x, layout)
+        gathered = _local(x) * parts
+        if not name.startswith("embed/"):
             # A norm's scale is so small that XLA does not keep it for the way back.
             times = 1 + (train and x.ndim == 1) + bool(again and name.startswith("layers_"))
-            add("all-gather", f, _local(x) * f, times=times, source=name)
+            add("all-gather", parts, gathered, itemsize=x.dtype.itemsize, times=times, source=name)
         if train and not (f > 1 and name.startswith("embed/")):
-            add("all-reduce", b * s, _local(x) * f, source=f"{name}, gradient")
+            add("all-reduce", b * s, gathered, source=f"{name}, gradient")
     return found
 
 
@@ -131,6 +139,13 @@ def state_sizes(program: str, held: Any) -> dict[str, int]:
     if program == "train":
         return {"weights": size(held.trainable), "optimizer": size(held.opt_state)}
     return {"weights": size(held[0]), "cache": size(held[1])}
+
+
+def _split(x: jax.ShapeDtypeStruct, layout: Layout) -> int:
+    """Returns in how many parts the residual width of a weight lies; a scale may have none."""
+    entries = (axes if isinstance(axes, tuple) else (axes,) for axes in x.sharding.spec)
+    on = set(itertools.chain(*entries)) & set(mesh_axes(layout.rules, "embed"))
+    return layout.parts("embed") if on else 1
 
 
 def _local(x: jax.ShapeDtypeStruct) -> int:

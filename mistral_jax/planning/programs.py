@@ -4,12 +4,14 @@ They are those that `generate` and `train` run, with the same arguments. It read
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mistral_jax import precision, quantization
 from mistral_jax.generation import decode, prefill
 from mistral_jax.generation.sampling import RowSampling, Sampling
 from mistral_jax.model.cache import Cache
@@ -32,27 +34,44 @@ class Shapes:
       length: tokens of a row: prompt and answer together, or the context that is trained on.
       dtype: of computation, and of parameters but those that are trained.
       chunk: tokens of a prompt that are read at a time (C).
+      quantized: kernels in int8, as `quantization.kernels` returns them; none are trained so.
     """
 
     batch: int
     length: int
     dtype: jnp.dtype
     chunk: int
+    quantized: Mapping[quantization.Path, int] = dataclasses.field(default_factory=dict)
 
 
-def shapes(layout: Layout, batch: int, length: int, dtype: str) -> Shapes:
+def shapes(
+    layout: Layout,
+    batch: int,
+    length: int,
+    dtype: str,
+    quantized: Mapping[quantization.Path, int] | None = None,
+) -> Shapes:
     """Fills a batch and a length up, and fits the chunk, as `generate` and `train` do."""
     rows, length = (
         size + -size % layout.parts(axis) for size, axis in ((batch, "batch"), (length, "length"))
     )
-    return Shapes(rows, length, jnp.dtype(dtype), min(prefill.CHUNK, length))
+    chunk = min(prefill.CHUNK, length)
+    return Shapes(rows, length, jnp.dtype(dtype), chunk, quantized or {})
+
+
+def weights(program: str, model: Transformer, layout: Layout, of: Shapes) -> dict[str, Any]:
+    """Describes a model's parameters as a program has them: float32 where they are trained."""
+    described = abstract_params(model, layout)
+    if program == "train":
+        return described
+    return precision.typed(quantization.abstract(described, of.quantized), of.dtype)
 
 
 def arguments(program: str, model: Transformer, layout: Layout, of: Shapes) -> Any:
     """Describes what a program works on: (params, cache), or the state of training."""
+    params = weights(program, model, layout, of)
     if program == "train":
-        return abstract_state(_optimizer(), abstract_params(model, layout), layout)
-    params = jax.tree.map(lambda x: x.update(dtype=of.dtype), abstract_params(model, layout))
+        return abstract_state(_optimizer(), params, layout)
     return params, _cache(model, layout, of)
 
 

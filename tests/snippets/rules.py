@@ -181,6 +181,8 @@ CHECKS = (
     (r"git clone ", _clone),
     (r"(sbatch|kubectl|sky|bash|examples/tpu_pod\.sh) ", _launcher),
     (r"python benchmarks/", check_benchmark),
+    # Takes a minute, or libtpu: tests/test_planning.py holds the table to its arithmetic.
+    (r"python -m mistral_jax\.plan mistral-7b-v0\.3 --quantize ", check_parsed),
     (r"python examples/finetune/signatures\.py make .*--unread", _unread),
     (r"hf auth ", _help),  # asks a person
     (r".* /shared/", check_parsed),  # is on a cluster
