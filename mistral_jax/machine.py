@@ -20,9 +20,8 @@ def use_compilation_cache() -> None:
     if os.environ.get(_CACHE_VARIABLE):
         return
     try:
-        path = _user_cache() / "mistral_jax" / "xla"
-        path.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # no home, or a read-only one
+        path = cache_folder("xla")
+    except (OSError, RuntimeError):
         return
     jax.config.update("jax_compilation_cache_dir", str(path))
     # Small programs add up: the default leaves out what compiles within a second.
@@ -57,6 +56,17 @@ def read_bandwidth() -> float:
 
     seconds()  # compiles
     return matrix.nbytes / min(seconds() for _ in range(5))
+
+
+def cache_folder(name: str) -> Path:
+    """Makes a folder among the user's caches, and returns it.
+
+    Raises:
+      OSError or RuntimeError: there is no home, or a read-only one.
+    """
+    path = _user_cache() / "mistral_jax" / name
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _user_cache() -> Path:

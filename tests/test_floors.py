@@ -38,7 +38,7 @@ FLOORS = [  # from the ground up; modules of one floor do not know each other
         "manifest",
         "rules",
         "model.cache",
-        "model.quantized",
+        "model.kernels",
         "tokenizer",
         "evaluation.positions",
         "generation.sampling",
@@ -46,6 +46,8 @@ FLOORS = [  # from the ground up; modules of one floor do not know each other
         "planning.hardware",
         "training.lora",
     },
+    {"model.quantized"},
+    {"model.products"},
     {
         "model.layers",
         "generation.logits",

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mistral_jax.model.layers import RMSNorm, multiply
+from mistral_jax.model.layers import RMSNorm
+from mistral_jax.model.products import multiply
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])

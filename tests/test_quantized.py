@@ -19,6 +19,8 @@ from mistral_jax import checkpoint, manifest, precision
 from mistral_jax.config import ModelConfig
 from mistral_jax.generation.generate import generate
 from mistral_jax.generation.sampling import Sampling
+from mistral_jax.model import kernels as model_kernels
+from mistral_jax.model.products import multiply
 from mistral_jax.model.quantized import NF4_LEVELS, QuantizedKernel
 from mistral_jax.model.transformer import stack_layers
 from mistral_jax.quantization import KINDS, abstract, kernels, quantize
@@ -199,19 +201,23 @@ def test_qwix_sees_the_same_kernel(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(6, 40), (6, 5, 8), (6, 5, 80)])
 @pytest.mark.parametrize("rows", [3, 200])
-def test_products_are_those_of_the_dequantised_kernel(kind, shape, rows):
-    """With one block of nf4 in a row, or several; with few rows, which int8 takes as integers."""
+@pytest.mark.parametrize("compiler", [True, False])
+def test_products_are_those_of_the_dequantised_kernel(kind, shape, rows, compiler, monkeypatch):
+    """With one block of nf4 in a row, or several; few rows of int8 go by kernels or integers."""
+    if not compiler:
+        monkeypatch.setattr(model_kernels, "available", lambda: False)
     rng = np.random.default_rng(0)
     kernel = jnp.asarray(rng.normal(size=shape), jnp.float32)
     path = ("a", "kernel")
     made = quantize({"a": {"kernel": kernel}}, kind, {path: 1})["a"]["kernel"]
-    x = rng.normal(size=(rows, made.values[0].size)).astype(np.float32)
+    x = rng.normal(size=(1, rows, made.values[0].size)).astype(np.float32)
     expected = x.astype(np.float64) @ np.float64(made.dequantize(jnp.float32)).reshape(6, -1).T
-    close(made.product(x, 1), expected, 1e-6)
+    close(multiply(jnp.asarray(x), made, 1, jnp.float32), expected, 1e-6)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7])
-def test_a_product_in_integers_rounds_each_row_to_24_bits_and_no_more(rows):
+def test_a_product_in_integers_rounds_each_row_to_24_bits_and_no_more(rows, monkeypatch):
+    monkeypatch.setattr(model_kernels, "available", lambda: False)
     rng = np.random.default_rng(rows)
     x = rng.normal(size=(rows, 3, 40)) * 10.0 ** rng.integers(-9, 9, (rows, 3, 1))
     x[0, 0], x[0, 1, :2] = 0, (9e9, -9e9)  # nothing, and the largest numbers of either sign

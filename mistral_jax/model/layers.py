@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from mistral_jax.config import ModelConfig
-from mistral_jax.model.attention import attend, einsum
+from mistral_jax.model.attention import attend
 from mistral_jax.model.cache import LayerCache, write
-from mistral_jax.model.quantized import QuantizedKernel
+from mistral_jax.model.products import look_up, multiply
 from mistral_jax.model.rope import rotate
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
@@ -61,22 +61,6 @@ class Projection(nn.Module):
         return product.astype(self.out_dtype or self.dtype)
 
 
-def multiply(x: jax.Array, kernel: jax.Array, outputs: int, dtype: jnp.dtype) -> jax.Array:
-    """Sums over the axes of `kernel` but its first `outputs`, in `dtype`; the result is float32."""
-    places = x.shape[:2]
-    rows = x.astype(dtype).reshape(*(places[:1] if places[1] == 1 else places), -1)
-    if isinstance(kernel, QuantizedKernel):
-        product = kernel.product(rows, outputs)
-        return product.reshape(*places, *kernel.shape[:outputs])
-    # Matrices, for XLA's CPU backend: it makes transposed copies of a kernel with heads unfolded,
-    # and, in a loop of single tokens, of any kernel if the tokens keep their axis.
-    matrix = kernel.astype(dtype).reshape(math.prod(kernel.shape[:outputs]), -1)
-    # It also converts a whole 16-bit kernel to float32 for a single row, but not for two.
-    lonely = places == (1, 1) and dtype != jnp.float32 and jax.default_backend() == "cpu"
-    product = einsum("...X,YX->...Y", jnp.concatenate([rows, rows]) if lonely else rows, matrix)
-    return product[: places[0]].reshape(*places, *kernel.shape[:outputs])
-
-
 def length_parts(rules: Rules) -> int:
     """Returns in how many parts the devices of the mesh in use hold the length of a text."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -120,7 +104,7 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Returns the vectors [B, T, D] of `tokens` [B, T]."""
-        x = _look_up(self.embedding, tokens).astype(self.dtype)
+        x = look_up(self.embedding, tokens).astype(self.dtype)
         # Split as the table is: what devices share by width they look up for each other's tokens,
         # and exchange. Else XLA may gather all activations on the way back.
         width = set(mesh_axes(self.rules, "embed"))
@@ -133,12 +117,6 @@ class Embedding(nn.Module):
     def attend(self, x: jax.Array) -> jax.Array:
         """Returns the logits [B, T, V] of `x` [B, T, D], in float32."""
         return multiply(x, self.embedding, 1, self.dtype)
-
-
-def _look_up(table: jax.Array | QuantizedKernel, tokens: jax.Array) -> jax.Array:
-    if isinstance(table, QuantizedKernel):
-        return _look_up(table.values, tokens).astype(table.dtype) * _look_up(table.scale, tokens)
-    return jnp.take(table, tokens, axis=0, mode="clip")
 
 
 class MLP(nn.Module):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mistral_jax.model import kernels
 from mistral_jax.model.attention import einsum
 
 # Quantiles of a normal distribution, with an exact zero (arXiv 2305.14314, appendix E).
@@ -50,8 +51,12 @@ class QuantizedKernel:
         wide = wide.reshape(*self.shape[:-1], self.scale.shape[-1], -1) * self.scale[..., None]
         return wide.reshape(self.shape).astype(dtype)
 
+    def scales_outputs(self, outputs: int) -> bool:
+        """Whether these are whole numbers with one scale for each of the first `outputs` axes'."""
+        return self.values.dtype == jnp.int8 and self.scale.size == math.prod(self.shape[:outputs])
+
     def product(self, rows: jax.Array, outputs: int) -> jax.Array:
-        """Sums over the axes of the kernel but its first `outputs`.
+        """Sums over the axes of the kernel but its first `outputs`; see `scales_outputs`.
 
         Args:
           rows: what to multiply, [..., X]: one axis for all that is summed over.
@@ -60,11 +65,9 @@ class QuantizedKernel:
         Returns:
           [..., Y] float32.
         """
-        an_output_each = self.scale.size == math.prod(self.shape[:outputs])
-        if self.values.dtype != jnp.int8 or not an_output_each:
-            matrix = self.dequantize(rows.dtype).reshape(-1, rows.shape[-1])
-            return einsum("...X,YX->...Y", rows, matrix)
         matrix, scale = self.values.reshape(-1, rows.shape[-1]), self.scale.reshape(-1)
+        if kernels.suit(math.prod(rows.shape[:-1]), matrix.dtype):
+            return kernels.product(rows, matrix) * jnp.expand_dims(scale, range(rows.ndim - 1))
         return (_product if _in_integers(rows) else _plain_product)(rows, matrix, scale)
 
     @property
@@ -116,8 +119,10 @@ def _product(rows, values, scale):
         part = ((rest + 128) & 255) - 128  # the lowest 8 bits, from -128 to 127
         parts.append(part.astype(jnp.int8))
         rest = (rest - part) >> 8
+    if len(wide) == 1:  # XLA takes half as long again for three rows as for four.
+        parts.append(jnp.zeros_like(parts[0]))
     sums = jnp.einsum("RX,YX->RY", jnp.concatenate(parts), values, preferred_element_type=jnp.int32)
-    low, middle, high = jnp.split(sums.astype(jnp.float32), 3)
+    low, middle, high = jnp.split(sums[: 3 * len(wide)].astype(jnp.float32), 3)
     total = (high * 65536 + middle * 256 + low) * (step * scale[None])
     return total.reshape(*rows.shape[:-1], -1)
 

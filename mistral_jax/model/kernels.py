@@ -1,0 +1,116 @@
+"""Products of a few rows with a matrix on a CPU, by `kernels.cc`: compiled here, at the first call.
+
+Where there is no C++ compiler, `available` says so, and XLA's own products do.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from mistral_jax import machine
+
+_SOURCE = Path(__file__).with_suffix(".cc")
+_FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-funroll-loops", "-fopenmp-simd"),
+    *("-fno-math-errno", "-fPIC", "-shared", "-w"),
+)
+_SECONDS = 60
+
+DTYPES = ("float32", "bfloat16", "int8")
+# Rows up to which products are faster here than XLA's; `kernels.cc` takes no more.
+MOST_ROWS = 16
+
+
+def suit(rows: int, dtype: jnp.dtype) -> bool:
+    """Whether `product` is there and faster than XLA's: on one CPU, for few rows."""
+    return (
+        rows <= MOST_ROWS
+        and jnp.dtype(dtype).name in DTYPES
+        and jax.default_backend() == "cpu"
+        and jax.sharding.get_abstract_mesh().empty
+        and available()
+    )
+
+
+@jax.custom_jvp
+def product(rows: jax.Array, matrix: jax.Array) -> jax.Array:
+    """Multiplies `rows` [..., X] by `matrix` [Y, X] of float32, bfloat16 or int8.
+
+    Args:
+      rows: float32, or what else widens to it; with a bfloat16 matrix, bfloat16.
+      matrix: its values are used as they are.
+
+    Returns:
+      [..., Y] float32: sums in float32 of exact products.
+    """
+    flat = rows.astype(jnp.float32).reshape(-1, rows.shape[-1])
+    result = jax.ShapeDtypeStruct((flat.shape[0], matrix.shape[0]), jnp.float32)
+    call = jax.ffi.ffi_call(
+        f"mistral_jax_product_{matrix.dtype.name}", result, vmap_method="sequential"
+    )
+    return call(flat, matrix).reshape(*rows.shape[:-1], -1)
+
+
+@product.defjvp
+def _differentiate(primals, tangents):
+    """Differentiates what XLA knows to be the same."""
+    return product(*primals), jax.jvp(_plain, primals, tangents)[1]
+
+
+def _plain(rows, matrix):
+    wide = rows.astype(jnp.float32), matrix.astype(jnp.float32)
+    return jnp.einsum("...X,YX->...Y", *wide, precision=jax.lax.Precision.HIGHEST)
+
+
+@functools.cache
+def available() -> bool:
+    """Compiles and registers the kernels, once; whether that worked."""
+    try:
+        library = ctypes.CDLL(str(_compiled()))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        logging.getLogger(__name__).debug("products of few rows are XLA's: %s", error)
+        return False
+    for name in DTYPES:
+        handler = jax.ffi.pycapsule(getattr(library, f"product_{name}"))
+        jax.ffi.register_ffi_target(f"mistral_jax_product_{name}", handler, platform="cpu")
+    return True
+
+
+def _compiled() -> Path:
+    """Returns the library, which is kept among the user's caches."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        raise FileNotFoundError("there is no C++ compiler")
+    # What it depends on names it: another processor or JAX gets another.
+    about = _SOURCE.read_bytes(), _FLAGS, jax.__version__, _processor()
+    name = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
+    path = machine.cache_folder("kernels") / f"{name}.so"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=path.parent) as work:
+            made = Path(work) / path.name
+            command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", str(_SOURCE)]
+            subprocess.run(
+                [*command, "-o", str(made)], check=True, timeout=_SECONDS, capture_output=True
+            )
+            made.replace(path)  # Whole or not at all, whoever else compiles it now.
+    return path
+
+
+def _processor() -> str:
+    """Returns what tells this processor's instructions from another's."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    flags = [line for line in lines if line.startswith(("flags", "Features"))]
+    return flags[0] if flags else f"{platform.machine()} {platform.processor()}"

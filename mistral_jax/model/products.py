@@ -1,0 +1,59 @@
+"""Products with a kernel and rows of a table, in the way that is fastest where it is computed.
+
+It holds no parameters; kernels in 8 bits multiply themselves (`quantized.py`).
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from mistral_jax.model import kernels
+from mistral_jax.model.attention import einsum
+from mistral_jax.model.quantized import QuantizedKernel
+
+
+def multiply(x: jax.Array, kernel: jax.Array, outputs: int, dtype: jnp.dtype) -> jax.Array:
+    """Sums over the axes of `kernel` but its first `outputs`, in `dtype`; the result is float32."""
+    places = x.shape[:2]
+    rows = x.astype(dtype).reshape(*(places[:1] if places[1] == 1 else places), -1)
+    if isinstance(kernel, QuantizedKernel):
+        if kernel.scales_outputs(outputs):
+            product = kernel.product(rows, outputs)
+            return product.reshape(*places, *kernel.shape[:outputs])
+        kernel = kernel.dequantize(dtype)
+    # Matrices, for XLA's CPU backend: it makes transposed copies of a kernel with heads unfolded,
+    # and, in a loop of single tokens, of any kernel if the tokens keep their axis.
+    matrix = kernel.astype(dtype).reshape(math.prod(kernel.shape[:outputs]), -1)
+    if kernels.suit(math.prod(places), dtype):
+        return kernels.product(rows, matrix).reshape(*places, *kernel.shape[:outputs])
+    # It also converts a whole 16-bit kernel to float32 for a single row, but not for two.
+    lonely = places == (1, 1) and dtype != jnp.float32 and jax.default_backend() == "cpu"
+    product = einsum("...X,YX->...Y", jnp.concatenate([rows, rows]) if lonely else rows, matrix)
+    return product[: places[0]].reshape(*places, *kernel.shape[:outputs])
+
+
+def look_up(table: jax.Array | QuantizedKernel, tokens: jax.Array) -> jax.Array:
+    """Takes the rows of `table` [V, D] that `tokens` [B, T] name: [B, T, D]."""
+    if isinstance(table, QuantizedKernel):
+        return look_up(table.values, tokens).astype(table.dtype) * look_up(table.scale, tokens)
+    return _take(table, tokens)
+
+
+@jax.custom_jvp
+def _take(table, tokens):
+    """Takes rows of a table; 16-bit ones as integers.
+
+    XLA's CPU backend writes a whole table of bfloat16 out in float32 before it takes rows of it.
+    """
+    if table.dtype.itemsize != 2:
+        return jnp.take(table, tokens, axis=0, mode="clip")
+    bits = jax.lax.bitcast_convert_type(table, jnp.uint16)
+    rows = jnp.take(bits, tokens, axis=0, mode="clip")
+    return jax.lax.bitcast_convert_type(rows, table.dtype)
+
+
+@_take.defjvp
+def _differentiate(primals, tangents):
+    """Differentiates what the integers stand for: by themselves they would have no gradient."""
+    return _take(*primals), jnp.take(tangents[0], primals[1], axis=0, mode="clip")

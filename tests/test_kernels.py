@@ -1,0 +1,130 @@
+"""Products of few rows by the compiled kernels: against float64, and in the model against XLA's."""
+
+import dataclasses
+import shutil
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from mistral_jax import quantization
+from mistral_jax.generation.generate import generate
+from mistral_jax.model import kernels, products
+
+COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+
+
+def case(dtype, rows, outputs, width):
+    rng = np.random.default_rng(outputs)
+    matrix = rng.normal(scale=40, size=(outputs, width))
+    x = jnp.asarray(rng.normal(size=(rows, width)), jnp.bfloat16 if dtype == "bfloat16" else None)
+    return x, jnp.asarray(matrix, jnp.float32).astype(dtype)
+
+
+def relative_error(found, x, matrix):
+    """Returns how far off a product is, beside the sum of its terms' sizes."""
+    x, matrix = np.asarray(x, np.float64), np.asarray(matrix.astype(jnp.float32), np.float64)
+    return np.max(np.abs(found - x @ matrix.T) / (np.abs(x) @ np.abs(matrix.T)))
+
+
+@COMPILER
+@pytest.mark.parametrize("dtype", kernels.DTYPES)
+@pytest.mark.parametrize("rows", range(1, kernels.MOST_ROWS + 1))
+def test_products_are_exact_to_the_rounding_of_float32(dtype, rows):
+    """For widths and outputs that fill no vector, group or block, too."""
+    assert kernels.available()
+    for outputs, width in ((1, 1), (5, 7), (97, 33), (64, 256), (4, 4097), (3, 9000)):
+        x, matrix = case(dtype, rows, outputs, width)
+        # The worst order of summing would be off by `width` roundings; lanes sum a 16th of it.
+        bound = (width / 16 + 16) * np.finfo(np.float32).eps
+        assert relative_error(jax.jit(kernels.product)(x, matrix), x, matrix) < bound
+
+
+@COMPILER
+def test_what_is_not_finite_stays_in_its_row_and_output():
+    x, matrix = case("float32", 4, 6, 20)
+    found = kernels.product(x.at[1, 3].set(jnp.nan), matrix.at[5, 19].set(jnp.inf))
+    finite = np.isfinite(found)
+    assert not finite[1].any()
+    assert not finite[:, 5].any()
+    assert finite[[0, 2, 3]][:, :5].all()
+
+
+@COMPILER
+@pytest.mark.parametrize("dtype", kernels.DTYPES)
+def test_it_batches_and_differentiates_as_the_plain_product(dtype):
+    x, matrix = case(dtype, 3, 5, 40)
+    stack = jnp.stack([x, 2 * x])
+    batched = jax.vmap(kernels.product, (0, None))(stack, matrix)
+    np.testing.assert_array_equal(batched[1], kernels.product(2 * x, matrix))
+
+    def loss(product):
+        return lambda x: jnp.sum(product(x, matrix) ** 2) / 1000
+
+    found, expected = (jax.grad(loss(f))(x) for f in (kernels.product, kernels._plain))
+    np.testing.assert_allclose(
+        found.astype(jnp.float32), expected.astype(jnp.float32), rtol=1e-2, atol=1e-2
+    )
+
+
+@COMPILER
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_model_computes_the_same_with_and_without(dtype, quantize, monkeypatch):
+    model, params = tiny.build(dim=64)
+    model = dataclasses.replace(model, dtype=jnp.dtype(dtype))
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    if quantize:
+        which = quantization.kernels(params, output=True)
+        params = quantization.quantize(params, quantize, which)
+    tokens = jnp.array([[3, 1, 4, 1]])
+
+    def logits():
+        return jax.jit(lambda: model.apply({"params": params}, tokens, jnp.arange(4)[None])[0])()
+
+    with_kernels = logits()
+    monkeypatch.setattr(kernels, "available", lambda: False)
+    without = logits()
+    # Roundings of activations to bfloat16 may fall the other way.
+    bound = 1e-5 if dtype == "float32" else 2e-2
+    assert jnp.max(jnp.abs(with_kernels - without)) < bound * jnp.max(jnp.abs(without))
+
+
+def test_without_a_compiler_xla_multiplies(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    kernels.available.cache_clear()
+    try:
+        assert not kernels.available()
+        assert not kernels.suit(1, jnp.dtype("float32"))
+        model, params = tiny.build()
+        assert len(generate(model, params, [[1, 5]], 3, stop_ids=())[0].tokens) == 3
+    finally:
+        kernels.available.cache_clear()
+
+
+@COMPILER
+def test_a_library_is_compiled_once_and_whole_or_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = kernels._compiled()
+    written = path.stat().st_mtime_ns
+    assert kernels._compiled() == path
+    assert path.stat().st_mtime_ns == written
+
+    monkeypatch.setattr(kernels, "_FLAGS", (*kernels._FLAGS, "--no-such-flag"))
+    with pytest.raises(subprocess.SubprocessError):
+        kernels._compiled()
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_rows_of_a_table_are_taken_as_they_are_with_their_gradient(dtype):
+    table = jnp.arange(12, dtype=jnp.float32).reshape(4, 3).astype(dtype)
+    tokens = jnp.array([[2, 0], [2, 9]])  # what is beyond the last is the last
+    np.testing.assert_array_equal(
+        products.look_up(table, tokens), table[jnp.array([[2, 0], [2, 3]])]
+    )
+    gradient = jax.grad(lambda table: products.look_up(table, tokens).sum().astype(jnp.float32))
+    np.testing.assert_array_equal(gradient(table)[:, 0].astype(jnp.float32), [1, 0, 2, 1])
