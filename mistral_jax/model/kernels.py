@@ -1,4 +1,4 @@
-"""Products of a few rows with a matrix on a CPU, by `kernels.cc`: compiled here, at the first call.
+"""Products of few rows, and rows of a table, on a CPU: `kernels.cc`, compiled at the first call.
 
 Where there is no C++ compiler, `available` says so, and XLA's own products do.
 """
@@ -32,14 +32,14 @@ MOST_ROWS = 16
 
 
 def suit(rows: int, dtype: jnp.dtype) -> bool:
-    """Whether `product` is there and faster than XLA's: on one CPU, for few rows."""
-    return (
-        rows <= MOST_ROWS
-        and jnp.dtype(dtype).name in DTYPES
-        and jax.default_backend() == "cpu"
-        and jax.sharding.get_abstract_mesh().empty
-        and available()
-    )
+    """Whether `product` is there and faster than XLA's."""
+    return rows <= MOST_ROWS and jnp.dtype(dtype).name in DTYPES and here()
+
+
+def here() -> bool:
+    """Whether these may be called: what is traced now is for one CPU, and they are compiled."""
+    one = jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty
+    return one and available()
 
 
 @jax.custom_jvp
@@ -72,6 +72,28 @@ def _plain(rows, matrix):
     return jnp.einsum("...X,YX->...Y", *wide, precision=jax.lax.Precision.HIGHEST)
 
 
+@jax.custom_jvp
+def take(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Takes rows of `table` [V, D]; out of range, the first or the last.
+
+    Args:
+      table: of any dtype.
+      tokens: numbers of rows, [B, T] int32.
+
+    Returns:
+      [B, T, D].
+    """
+    result = jax.ShapeDtypeStruct((tokens.size, table.shape[1]), table.dtype)
+    call = jax.ffi.ffi_call("mistral_jax_take", result, vmap_method="sequential")
+    return call(table, tokens.reshape(-1)).reshape(*tokens.shape, -1)
+
+
+@take.defjvp
+def _differentiate_take(primals, tangents):
+    """Differentiates what XLA knows to be the same."""
+    return take(*primals), jnp.take(tangents[0], primals[1], axis=0, mode="clip")
+
+
 @functools.cache
 def available() -> bool:
     """Compiles and registers the kernels, once; whether that worked."""
@@ -80,9 +102,9 @@ def available() -> bool:
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         logging.getLogger(__name__).debug("products of few rows are XLA's: %s", error)
         return False
-    for name in DTYPES:
-        handler = jax.ffi.pycapsule(getattr(library, f"product_{name}"))
-        jax.ffi.register_ffi_target(f"mistral_jax_product_{name}", handler, platform="cpu")
+    for name in (*(f"product_{dtype}" for dtype in DTYPES), "take"):
+        handler = jax.ffi.pycapsule(getattr(library, name))
+        jax.ffi.register_ffi_target(f"mistral_jax_{name}", handler, platform="cpu")
     return True
 
 

@@ -37,23 +37,6 @@ def look_up(table: jax.Array | QuantizedKernel, tokens: jax.Array) -> jax.Array:
     """Takes the rows of `table` [V, D] that `tokens` [B, T] name: [B, T, D]."""
     if isinstance(table, QuantizedKernel):
         return look_up(table.values, tokens).astype(table.dtype) * look_up(table.scale, tokens)
-    return _take(table, tokens)
-
-
-@jax.custom_jvp
-def _take(table, tokens):
-    """Takes rows of a table; 16-bit ones as integers.
-
-    XLA's CPU backend writes a whole table of bfloat16 out in float32 before it takes rows of it.
-    """
-    if table.dtype.itemsize != 2:
-        return jnp.take(table, tokens, axis=0, mode="clip")
-    bits = jax.lax.bitcast_convert_type(table, jnp.uint16)
-    rows = jnp.take(bits, tokens, axis=0, mode="clip")
-    return jax.lax.bitcast_convert_type(rows, table.dtype)
-
-
-@_take.defjvp
-def _differentiate(primals, tangents):
-    """Differentiates what the integers stand for: by themselves they would have no gradient."""
-    return _take(*primals), jnp.take(tangents[0], primals[1], axis=0, mode="clip")
+    if table.dtype.itemsize == 2 and kernels.here():
+        return kernels.take(table, tokens)
+    return jnp.take(table, tokens, axis=0, mode="clip")
