@@ -8,6 +8,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from mistral_jax.model.pieces import attend_present, fill, take
+
 # Queries attended at a time: larger blocks spill a CPU's caches, smaller ones starve it.
 BLOCK = 128
 # Up to here every block has its own exact range of keys; beyond, one compiled body serves all.
@@ -58,12 +60,14 @@ def attend(
     dilation: int = 1,
     *,
     aligned: bool = False,
+    origin: jax.Array | None = None,
     sections: int = 1,
 ) -> jax.Array:
     """Attends from every query to the keys that it may see.
 
-    Never builds T x S scores: queries go in blocks of `BLOCK`. Where keys stand in the order of the
-    queries (`aligned`), a block reads only the keys that its window can reach.
+    Never builds T x S scores: queries go in blocks. Where keys stand in the order of the queries
+    (`aligned`), a block reads only the keys that its window can reach; where the place of each is
+    known (`origin`), only those of them that are there, if the processor may decide as it runs.
 
     Args:
       q: queries, [B, T, N, H].
@@ -73,73 +77,89 @@ def attend(
       kv_positions: place of each key, [B, S] int32; -1 = no key there.
       window: keys visible (W), the query's own included; None = all.
       dilation: distance between neighbouring keys that are visible.
-      aligned: key i is the key of query i. A row may then hold several texts, one after another,
-        with padding between them; the positions of each rise by 1, and none sees another.
+      aligned: key S - T + i is the key of query i. Without a cache (S = T) a row may then hold
+        several texts, one after another, with padding between them; the positions of each rise by
+        1, and none sees another.
+      origin: key i of a row has place origin + i, or is not there, [B] int32. None = any order.
+        Given one, gradients do not pass.
       sections: equal parts of T that are worked on side by side, each on the devices that hold it.
 
     Returns:
       [B, T, N, H] in the dtype of `q`.
     """
-    q_places, kv_places = (q_positions, None), (kv_positions, None)
-    before = k.shape[1]
-    if aligned:
-        # A text is known by where its position 0 stands, or would stand.
-        texts = jnp.arange(q.shape[1])[None] - q_positions
-        q_places, kv_places = (q_positions, texts), (kv_positions, texts)
-        before = before if window is None else (window - 1) * dilation
-    pattern = window, dilation
-    if sections > 1 and q.shape[1] % sections == 0:
-        return _attend_sections(q, k, v, q_places, kv_places, pattern, before, sections)
-    return _attend_blocks(q, k, v, q_places, kv_places, pattern, before, aligned)
-
-
-def _attend_blocks(q, k, v, q_places, kv_places, pattern, before, aligned=False):
-    """Attends block by block; a block's first query sees at most `before` keys before its own."""
     length, keys = q.shape[1], k.shape[1]
-    if length <= BLOCK:
+    q_places, kv_places = (q_positions, None), (kv_positions, None)
+    before = keys if window is None else min(keys, (window - 1) * dilation)
+    pattern = window, dilation
+    if aligned and length == keys:
+        # A text is known by where its position 0 stands, or would stand.
+        texts = jnp.arange(length)[None] - q_positions
+        q_places, kv_places = (q_positions, texts), (kv_positions, texts)
+    offset = keys - length if aligned else None
+    if sections > 1 and length % sections == 0:
+        return _attend_sections(q, k, v, q_places, kv_places, pattern, before, offset, sections)
+    if origin is not None and length > 1 and _decides():
+
+        def weigh(q, k, v, q_positions, kv_positions):
+            return _weigh(q, k, v, visible(q_positions, kv_positions, *pattern))
+
+        return attend_present(weigh, q, k, v, q_positions, kv_positions, before, origin)
+    return _attend_blocks(q, k, v, q_places, kv_places, pattern, before, offset)
+
+
+def _decides() -> bool:
+    """Says whether the number of pieces to attend may be found as the program runs.
+
+    A GPU would wait for the host before each; devices of a mesh would have to agree on it.
+    """
+    return jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty
+
+
+def _attend_blocks(q, k, v, q_places, kv_places, pattern, before, offset):
+    """Attends block by block; query i sees at most `before` keys before key `offset` + i.
+
+    Without an offset, keys are in any order, and each block reads all.
+    """
+    length, keys = q.shape[1], k.shape[1]
+    if length <= BLOCK and (offset is None or offset <= before):
         return _attend_block(q, k, v, q_places, kv_places, pattern)
 
     if length <= BLOCK * UNROLLED_BLOCKS:
         blocks = []
         for start in range(0, length, BLOCK):
             stop = min(start + BLOCK, length)
-            seen = slice(max(0, start - before), stop if aligned else keys)
+            seen = slice(0, keys)
+            if offset is not None:
+                seen = slice(max(0, offset + start - before), offset + stop)
             queries = jax.tree.map(lambda x, a=start, b=stop: x[:, a:b], (q, q_places))
             near = jax.tree.map(lambda x, seen=seen: x[:, seen], (k, v, kv_places))
             blocks.append(_attend_block(queries[0], *near[:2], queries[1], near[2], pattern))
         return jnp.concatenate(blocks, axis=1)
 
     def attend_from(start):
-        first = jnp.clip(start - before, 0, keys - reach)
-        queries, places = _take((padded_q, padded_places), start, BLOCK)
-        near_k, near_v, near_places = _take((k, v, kv_places), first, reach)
+        first = jnp.clip((offset or 0) + start - before, 0, keys - reach)
+        queries, places = take((padded_q, padded_places), start, BLOCK)
+        near_k, near_v, near_places = take((k, v, kv_places), first, reach)
         return _attend_block(queries, near_k, near_v, places, near_places, pattern)
 
-    def pad(x, value):
-        return jnp.pad(
-            x,
-            [(0, 0), (0, -length % BLOCK)] + [(0, 0)] * (x.ndim - 2),
-            "constant",
-            constant_values=value,
-        )
-
-    reach = min(keys, before + BLOCK)
-    padded_q, padded_places = pad(q, 0), jax.tree.map(lambda x: pad(x, -1), q_places)
+    reach = keys if offset is None else min(keys, before + BLOCK)
+    padded_q = fill(q, BLOCK, 0)
+    padded_places = jax.tree.map(lambda x: fill(x, BLOCK, -1), q_places)
     blocks = jax.lax.map(attend_from, jnp.arange(0, length, BLOCK))
     return jnp.moveaxis(blocks, 0, 1).reshape(padded_q.shape)[:, :length]
 
 
-def _attend_sections(q, k, v, q_places, kv_places, pattern, before, sections):
+def _attend_sections(q, k, v, q_places, kv_places, pattern, before, offset, sections):
     """Attends from each section to the keys that it can reach: as many for one as for another."""
     length, keys = q.shape[1], k.shape[1]
     size = length // sections
-    reach = min(keys, before + size)
+    reach = keys if offset is None else min(keys, before + size)
 
     def attend_from(start, q, q_places):
         near = k, v, kv_places
         if reach < keys:
-            near = _take(near, jnp.clip(start - before, 0, keys - reach), reach)
-        return _attend_blocks(q, *near[:2], q_places, near[2], pattern, reach)
+            near = take(near, jnp.clip(offset + start - before, 0, keys - reach), reach)
+        return _attend_blocks(q, *near[:2], q_places, near[2], pattern, reach, None)
 
     def split(x):
         return x.reshape(x.shape[0], sections, size, *x.shape[2:])
@@ -151,26 +171,31 @@ def _attend_sections(q, k, v, q_places, kv_places, pattern, before, sections):
     return mixed.reshape(q.shape)
 
 
-def _take(tree, first, count):
-    """Slices arrays along their second axis."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, count, axis=1), tree)
-
-
 @functools.partial(jax.checkpoint, static_argnums=5)  # A gradient computes the scores again.
 def _attend_block(q, k, v, q_places, kv_places, pattern):
-    """Attends with all scores [B, K, G, T, S] at once, in float32."""
-    batch, length, heads, head_dim = q.shape
-    grouped = q.reshape(batch, length, k.shape[2], -1, head_dim)
-    scores = einsum("BTKGH,BSKH->BKGTS", grouped, k)
+    """Attends with all scores [B, K, G, T, S] at once."""
     (q_positions, q_texts), (kv_positions, kv_texts) = q_places, kv_places
-    mask = visible(q_positions, kv_positions, *pattern, q_texts, kv_texts)[:, None, None]
+    mask = visible(q_positions, kv_positions, *pattern, q_texts, kv_texts)
+    _, total, mixed = _weigh(q, k, v, mask)
+    return jnp.moveaxis(mixed / total[..., None], 3, 1).astype(q.dtype).reshape(q.shape)
+
+
+def _weigh(q, k, v, mask):
+    """Returns the largest scores [B, K, G, T], the weights' sums, and the weighted values.
+
+    A weight is e to the power of a score less the largest.
+    """
+    batch, length, _, head_dim = q.shape
+    grouped = jnp.moveaxis(q.reshape(batch, length, k.shape[2], -1, head_dim), 1, 3)
+    scores = einsum("BKGTH,BSKH->BKGTS", grouped, k)
     # A large negative instead of -inf: a query that sees nothing gets equal weights, not NaN.
-    scores = jnp.where(mask, scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
-    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    lowest = jnp.finfo(jnp.float32).min
+    scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, lowest)
+    top = jnp.max(scores, axis=-1)
+    weights = jnp.exp(scores - top[..., None])
     # Dividing after the product touches T x H numbers instead of T x S.
-    total = jnp.moveaxis(jnp.sum(weights, axis=-1), 3, 1)[..., None]
-    mixed = einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v)
-    return (mixed / total).astype(q.dtype).reshape(batch, length, heads, head_dim)
+    mixed = einsum("BKGTS,BSKH->BKGTH", weights.astype(v.dtype), v)
+    return top, jnp.sum(weights, axis=-1), mixed
 
 
 def einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:

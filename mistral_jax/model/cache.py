@@ -1,9 +1,11 @@
-"""The rolling-buffer key-value cache: a pytree and `write`. It computes no attention.
+"""The rolling-buffer key-value cache: a pytree, `write` and `line_up`. It computes no attention.
 
 Token p of a row lies in slot p mod S. A layer with a window of W needs no more than W slots (a
 dilated one: what it spans), so the memory of a windowed model does not grow with its text (Mistral
 7B, arXiv 2310.06825, section 2).
 """
+
+import functools
 
 import flax.struct
 import jax
@@ -80,8 +82,61 @@ def write(cache: LayerCache, k: jax.Array, v: jax.Array, positions: jax.Array) -
     # would gather the rows of all devices.
     @jax.vmap
     def put(old, new, slot):
-        return old.at[slot].set(new.astype(old.dtype), mode="drop")
+        return old.at[slot].set(new, mode="drop")
 
-    return LayerCache(
-        put(cache.k, k, slot), put(cache.v, v, slot), put(cache.positions, positions, slot)
+    return _of_each(put, cache, k, v, positions, slot)
+
+
+def line_up(
+    cache: LayerCache, k: jax.Array, v: jax.Array, positions: jax.Array
+) -> tuple[LayerCache, jax.Array]:
+    """Puts what a ring holds and a chunk brings in the order of their places in the text.
+
+    Args:
+      cache: the layer's cache before the chunk; S slots.
+      k: rotated keys of the chunk, [B, T, K, H].
+      v: values of the chunk, [B, T, K, H].
+      positions: places of the chunk's tokens, as for `write`.
+
+    Returns:
+      S + T entries, of which S + i is the chunk's token i; and the place of each row's first, [B]
+      int32: entry i has place origin + i, or is empty.
+    """
+    slots = cache.positions.shape[1]
+    entries = jnp.arange(slots + k.shape[1])[None]
+    # The chunk's own begin after its padding; before them, all are the ring's.
+    column = jnp.argmax(positions >= 0, axis=1)[:, None]
+    origin = jnp.take_along_axis(positions, column, axis=1) - column - slots
+    old, place = entries < slots + column, origin + entries
+    index = jnp.where(old, place % slots, entries)
+
+    @jax.vmap
+    def pick(held, new, index):
+        return jnp.concatenate([held, new])[index]
+
+    found = _of_each(pick, cache, k, v, positions, index)
+    places = jnp.where(old & (found.positions != place), -1, found.positions)
+    return found.replace(positions=places), origin[:, 0]
+
+
+def _of_each(move, cache, k, v, positions, index):
+    """Moves numbers of a cache and a chunk, [B, ...] both, by an index [B, ...]."""
+    moved = (
+        _as_bits(move, old, new.astype(old.dtype), index)
+        for old, new in ((cache.k, k), (cache.v, v), (cache.positions, positions))
     )
+    return LayerCache(*moved)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _as_bits(move, old, new, index):
+    """Moves numbers as bits: XLA's CPU backend makes float32 of a whole 16-bit cache to do so."""
+    if old.dtype.itemsize != 2:
+        return move(old, new, index)
+    bits = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (old, new))
+    return jax.lax.bitcast_convert_type(move(*bits, index), old.dtype)
+
+
+@_as_bits.defjvp
+def _(move, given, tangents):
+    return jax.jvp(move, given, tangents)

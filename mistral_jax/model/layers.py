@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.attention import attend
-from mistral_jax.model.cache import LayerCache, write
+from mistral_jax.model.cache import LayerCache, line_up, write
 from mistral_jax.model.products import look_up, multiply
 from mistral_jax.model.rope import rotate
 
@@ -189,14 +189,15 @@ class Attention(nn.Module):
             # One token overwrites nothing that it may still see: the ring holds all its keys.
             cache = write(cache, k, v, positions)
             mixed = look(q, cache.k, cache.v, positions, cache.positions)
-        else:
+        elif self.window and (self.window - 1) * self.dilation < cache.positions.shape[1]:
             # A chunk's early queries still need keys that its late tokens overwrite.
-            keys, values, kv_positions = (
-                jnp.concatenate([old, new.astype(old.dtype)], axis=1)
-                for old, new in ((cache.k, k), (cache.v, v), (cache.positions, positions))
-            )
-            mixed = look(q, keys, values, positions, kv_positions)
+            seen, origin = line_up(cache, k, v, positions)
+            mixed = look(q, seen.k, seen.v, positions, seen.positions, aligned=True, origin=origin)
             cache = write(cache, k, v, positions)
+        else:  # As many slots as the text has tokens, or will have: nothing is overwritten.
+            cache = write(cache, k, v, positions)
+            origin = jnp.zeros(len(x), jnp.int32)
+            mixed = look(q, cache.k, cache.v, positions, cache.positions, origin=origin)
 
         shape = (config.embed_dim, config.num_heads, config.head_dim)
         axes = ("embed", "heads", "head_dim")

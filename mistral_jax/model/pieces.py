@@ -1,0 +1,106 @@
+"""Attention in pieces: how arrays are cut, and how a softmax is put together as pieces come.
+
+It knows neither masks nor scores: how queries weigh keys is the caller's.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Queries, and keys, of a piece: its scores stay in a CPU's caches, and are enough to share.
+PIECE = 256
+
+Weighed = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def attend_present(
+    weigh: Callable[..., Weighed],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_positions: jax.Array,
+    kv_positions: jax.Array,
+    before: int,
+    origin: jax.Array,
+) -> jax.Array:
+    """Attends to the keys that are there, and that the window can reach, and reads no others.
+
+    Each row by itself, a block of queries at a time, piece by piece of the keys (online softmax,
+    arXiv 1805.02867). How many pieces is found at run time, so there is no gradient.
+
+    Args:
+      weigh: returns of queries [1, T, N, H], keys, values, and the positions of both: the largest
+        score of each query [1, K, G, T], the sum of its weights, e to the power of a score less the
+        largest, and its values so weighted, [1, K, G, T, H]; all float32.
+      q: queries, [B, T, N, H].
+      k: keys, [B, S, K, H].
+      v: values, [B, S, K, H].
+      q_positions: place of each query, [B, T] int32; -1 = padding, whose output is finite.
+      kv_positions: place of each key, [B, S] int32; -1 = no key there.
+      before: how many places before its own a query sees at most.
+      origin: key i of a row has place origin + i, or is not there, [B] int32.
+
+    Returns:
+      [B, T, N, H] in the dtype of `q`.
+    """
+    rows, length, heads, head_dim = q.shape
+    keys, kv_heads = k.shape[1:3]
+    size, count = min(PIECE, length), min(PIECE, keys)
+    q, q_positions = fill(q, size, 0), fill(q_positions, size, -1)
+    blocks = q.shape[1] // size
+    shape = (1, kv_heads, heads // kv_heads, size)
+
+    def attend_from(block):
+        row, start = block // blocks, block % blocks * size
+        queries, places = _cut((q, q_positions), row, start, size)
+        # The indices of keys that somebody may see; for padding alone, any.
+        own, padding = places - origin[row], places < 0
+        stop = jnp.clip(jnp.max(jnp.where(padding, 0, own + 1)), 1, keys)
+        reach = jnp.maximum(own - before, -origin[row])
+        first = jnp.clip(jnp.min(jnp.where(padding, keys, reach)), 0, stop - 1)
+
+        def add_piece(i, found):
+            start = first + i * count
+            at = jnp.minimum(start, keys - count)
+            near_k, near_v, near = _cut((k, v, kv_positions), row, at, count)
+            # What the piece before has seen does not count twice.
+            near = jnp.where(at + jnp.arange(count)[None] < start, -1, near)
+            return _join(found, weigh(queries, near_k, near_v, places, near))
+
+        lowest = jnp.full(shape, jnp.finfo(jnp.float32).min)
+        nothing = lowest, jnp.zeros(shape), jnp.zeros((*shape, head_dim))
+        pieces = (stop - first + count - 1) // count
+        _, total, mixed = jax.lax.fori_loop(0, pieces, add_piece, nothing)
+        return jnp.moveaxis(mixed / total[..., None], 3, 1).astype(q.dtype)
+
+    mixed = jax.lax.map(attend_from, jnp.arange(rows * blocks))
+    return mixed.reshape(q.shape)[:, :length]
+
+
+def _join(one: Weighed, other: Weighed) -> Weighed:
+    top = jnp.maximum(one[0], other[0])
+    a, b = jnp.exp(one[0] - top), jnp.exp(other[0] - top)
+    return top, a * one[1] + b * other[1], a[..., None] * one[2] + b[..., None] * other[2]
+
+
+def take(tree: Any, first: jax.Array, count: int) -> Any:
+    """Slices arrays along their second axis."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, count, axis=1), tree)
+
+
+def _cut(tree, row, first, count):
+    """Slices arrays along their second axis, of one row."""
+
+    def cut(x):
+        rest = x.shape[2:]
+        return jax.lax.dynamic_slice(x, (row, first, *(0 for _ in rest)), (1, count, *rest))
+
+    return jax.tree.map(cut, tree)
+
+
+def fill(x: jax.Array, size: int, value: int) -> jax.Array:
+    """Pads the second axis of `x` to a multiple of `size`."""
+    widths = [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2)
+    return jnp.pad(x, widths, constant_values=value)
