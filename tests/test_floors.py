@@ -14,7 +14,7 @@ import pytest
 from mistral_jax.config import CHECKOUT
 
 FLOORS = [  # from the ground up; modules of one floor do not know each other
-    {"model.pieces"},
+    {"model.pieces", "model.splash"},
     {
         "config",
         "distributed",

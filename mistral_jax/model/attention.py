@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from mistral_jax.model import splash
 from mistral_jax.model.pieces import attend_present, fill, take
 
 # Queries attended at a time: larger blocks spill a CPU's caches, smaller ones starve it.
@@ -62,6 +63,7 @@ def attend(
     aligned: bool = False,
     origin: jax.Array | None = None,
     sections: int = 1,
+    rules: splash.Rules = (),
 ) -> jax.Array:
     """Attends from every query to the keys that it may see.
 
@@ -83,10 +85,14 @@ def attend(
       origin: key i of a row has place origin + i, or is not there, [B] int32. None = any order.
         Given one, gradients do not pass.
       sections: equal parts of T that are worked on side by side, each on the devices that hold it.
+      rules: mesh axes of the logical axes, which a TPU's kernel is split by.
 
     Returns:
       [B, T, N, H] in the dtype of `q`.
     """
+    alone = aligned and dilation == 1 and sections == 1
+    if alone and jax.default_backend() == "tpu" and splash.fits(q, k, v, rules):
+        return splash.attend(q, k, v, q_positions, kv_positions, window, rules)
     length, keys = q.shape[1], k.shape[1]
     q_places, kv_places = (q_positions, None), (kv_positions, None)
     before = keys if window is None else min(keys, (window - 1) * dilation)

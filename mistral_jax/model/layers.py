@@ -180,7 +180,11 @@ class Attention(nn.Module):
             axes = ("batch", None, "kv_heads", "head_dim")
             k, v = (nn.with_logical_constraint(x, axes, rules=self.rules) for x in (k, v))
         look = functools.partial(
-            attend, window=self.window, dilation=self.dilation, sections=sections
+            attend,
+            window=self.window,
+            dilation=self.dilation,
+            sections=sections,
+            rules=self.rules,
         )
 
         if cache is None:

@@ -1,0 +1,195 @@
+"""Attention on a TPU by the splash kernel of `jax.experimental.pallas`, behind `attention.attend`.
+
+It applies where keys stand in the order of their queries; `fits` says what else it takes. Its speed
+has not been measured: tests interpret the kernel on a CPU, and lower it for a TPU that is not here.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
+
+# Queries, and keys, that the kernel reads at a time: at most so many, and a multiple of a TPU's
+# lanes, for it compares the texts of a block lane by lane.
+BLOCK = 512
+LANES = 128
+# The text of what is no token: a number that no text has.
+NO_TEXT = jnp.iinfo(jnp.int32).min
+
+Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
+
+
+def fits(q: jax.Array, k: jax.Array, v: jax.Array, rules: Rules) -> bool:
+    """Whether `attend` can take these arrays; else attention by blocks has to.
+
+    They are all float32 or all bfloat16, with as many queries as the smallest block. XLA cannot
+    split a kernel: where there are several devices, a mesh must be in use (`jax.set_mesh`), and its
+    rules must give each device the keys of its queries.
+
+    Args:
+      q: queries, [B, T, N, H].
+      k: keys, [B, S, K, H].
+      v: values, [B, S, K, H].
+      rules: mesh axes of the logical axes.
+    """
+    dtypes = {x.dtype.name for x in (q, k, v)}
+    if len(dtypes) > 1 or not dtypes <= {"float32", "bfloat16"} or q.shape[1] < LANES:
+        return False
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.device_count() == 1
+    batch, heads, kv_heads = (_mesh_axes(rules, axis) for axis in ("batch", "heads", "kv_heads"))
+    if not rules or not {*batch, *heads, *kv_heads} <= set(mesh.axis_names):
+        return False
+
+    def parts(axes):
+        return math.prod(mesh.shape[axis] for axis in axes)
+
+    shared, rest = heads[: len(kv_heads)], heads[len(kv_heads) :]
+    sizes = ((q.shape[0], batch), (q.shape[2], heads), (k.shape[2], kv_heads))
+    return (
+        all(kind == AxisType.Auto for kind in mesh.axis_types)
+        and all(size % parts(axes) == 0 for size, axes in sizes)
+        and shared == kv_heads
+        # Queries of one key-value head may lie on several devices, but not those of several.
+        and (parts(rest) == 1 or k.shape[2] == parts(kv_heads))
+    )
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_positions: jax.Array,
+    kv_positions: jax.Array,
+    window: int | None,
+    rules: Rules = (),
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """Attends from every query to the keys that it may see; key (S - T) + i is that of query i.
+
+    Scores and sums are float32, as in `attention.attend`, and float32 operands are not rounded;
+    bfloat16 queries are, once more, when they are scaled by H ** -0.5. It holds no T x S numbers,
+    and has a gradient.
+
+    Args:
+      q: queries, [B, T, N, H], float32 or bfloat16.
+      k: keys, [B, S, K, H] of the same dtype; each serves G = N / K query heads.
+      v: values, [B, S, K, H].
+      q_positions: place of each query, [B, T] int32; -1 = padding, whose output is finite. A row
+        may hold several texts; the positions of each rise by 1, and none sees another.
+      kv_positions: place of each key, [B, S] int32; -1 = no key there.
+      window: keys visible (W), the query's own included; None = all.
+      rules: mesh axes of the logical axes, for the mesh in use.
+      interpret: whether to run the kernel step by step, on any device.
+
+    Returns:
+      [B, T, N, H] in the dtype of `q`.
+    """
+    # The kernel's window is one of places in the array, and it compares texts: a text is known by
+    # where its position 0 stands, or would stand.
+    kv_texts = _texts(kv_positions, 0)
+    q_texts = _texts(q_positions, k.shape[1] - q.shape[1])
+    run = functools.partial(_attend_rows, window=window, interpret=interpret)
+    if not jax.sharding.get_abstract_mesh().empty:
+        batch, *heads = (_mesh_axes(rules, axis) or None for axis in ("batch", "heads", "kv_heads"))
+        queries, keys = (PartitionSpec(batch, None, axes) for axes in heads)
+        rows = PartitionSpec(batch)
+        run = jax.shard_map(
+            run, in_specs=(queries, keys, keys, rows, rows), out_specs=queries, check_vma=False
+        )
+    return run(q, k, v, q_texts, kv_texts)
+
+
+def _texts(positions: jax.Array, offset: int) -> jax.Array:
+    texts = jnp.arange(offset, offset + positions.shape[1])[None] - positions
+    return jnp.where(positions >= 0, texts, NO_TEXT)
+
+
+def _attend_rows(q, k, v, q_texts, kv_texts, window, interpret):
+    """Attends on one device, with lengths filled up to whole blocks."""
+    length, keys = q.shape[1], k.shape[1]
+    blocks = _block(length), _block(keys)
+    run = functools.partial(
+        _run_kernel, window=window, offset=keys - length, blocks=blocks, interpret=interpret
+    )
+    scaled = (q.astype(jnp.float32) * q.shape[3] ** -0.5).astype(q.dtype)
+    # A TPU multiplies in bfloat16 unless it is told not to. The kernel takes "highest" for float32
+    # alone.
+    mixed = _at_precision(run, "highest" if q.dtype == jnp.float32 else "default")(
+        _head_major(scaled, blocks[0]),
+        _head_major(k, blocks[1]),
+        _head_major(v, blocks[1]),
+        _fill(q_texts, blocks[0], NO_TEXT),
+        _fill(kv_texts, blocks[1], NO_TEXT),
+    )
+    return jnp.swapaxes(mixed, 1, 2)[:, :length]
+
+
+def _block(length: int) -> int:
+    """Returns the size of the fewest blocks of at most `BLOCK` that cover a length."""
+    size = -(-length // -(-length // BLOCK))
+    return size + -size % LANES
+
+
+def _at_precision(run: Callable, precision: str) -> Callable:
+    """Sets the precision of products in `run` and in its gradient, which is traced later."""
+
+    @jax.custom_vjp
+    def precise(*arrays):
+        with jax.default_matmul_precision(precision):
+            return run(*arrays)
+
+    def forward(q, k, v, q_texts, kv_texts):
+        with jax.default_matmul_precision(precision):
+            return jax.vjp(lambda *qkv: run(*qkv, q_texts, kv_texts), q, k, v)
+
+    def backward(pull, gradient):
+        with jax.default_matmul_precision(precision):
+            return *pull(gradient), None, None
+
+    precise.defvjp(forward, backward)
+    return precise
+
+
+def _run_kernel(q, k, v, q_texts, kv_texts, *, window, offset, blocks, interpret):
+    """Attends from q [B, N, T, H] to k and v [B, K, S, H], all of whole blocks."""
+    # Imported where it is used: it takes a tenth of a second, which only a TPU needs to spend.
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
+    before = None if window is None else window - 1
+    shape = (q.shape[2], k.shape[2])
+    mask = splash_attention.LocalMask(shape, (before, 0), offset)
+    q_block, kv_block = blocks
+    kernel = splash_attention.make_splash_mha_single_device(
+        splash_attention.MultiHeadMask([mask] * q.shape[1]),
+        block_sizes=splash_attention.BlockSizes(
+            block_q=q_block,
+            block_kv=kv_block,
+            block_q_dkv=q_block,
+            block_kv_dkv=kv_block,
+            block_q_dq=q_block,
+            block_kv_dq=kv_block,
+        ),
+        interpret=interpret,
+    )
+    return jax.vmap(kernel)(q, k, v, splash_attention.SegmentIds(q_texts, kv_texts))
+
+
+def _head_major(x: jax.Array, block: int) -> jax.Array:
+    """Fills [B, T, N, H] up to whole blocks, as [B, N, T, H]."""
+    return jnp.swapaxes(_fill(x, block, 0), 1, 2)
+
+
+def _fill(x: jax.Array, block: int, value: int) -> jax.Array:
+    widths = [(0, -size % block if axis == 1 else 0) for axis, size in enumerate(x.shape)]
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def _mesh_axes(rules: Rules, axis: str) -> tuple[str, ...]:
+    to = dict(rules).get(axis) or ()
+    return (to,) if isinstance(to, str) else tuple(to)
