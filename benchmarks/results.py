@@ -1,0 +1,91 @@
+"""What was measured, as JSON: lines of figures, the machine's limits, and the machine itself.
+
+A line has the workload (`work`, `model`, `dtype`, `batch`, `length`, `greedy`) and `values`, a
+figure for each program; a new line takes the place of the old one for the same workload.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+
+ABOUT = ("work", "model", "dtype", "batch", "length", "greedy")
+_PACKAGES = ("jax", "flax", "torch", "transformers", "llama-cpp-python")
+
+
+class Results:
+    """Figures in a file.
+
+    Attributes:
+      lines: what was measured, a dict each.
+      limits: see `limits.measure`; empty before they are measured.
+      machine: see `machine`.
+    """
+
+    def __init__(self, file: Path):
+        """Reads a file, if it is there."""
+        self._file = file
+        found = json.loads(file.read_text()) if file.is_file() else {}
+        self.lines: list[dict] = found.get("lines", [])
+        self.limits: dict = found.get("limits", {})
+        self.machine: dict = found.get("machine", {})
+
+    def add(self, line: dict) -> None:
+        """Keeps a line, in the file too, and prints it."""
+        line = _rounded(line)
+        print(json.dumps(line), flush=True)
+        self.lines = [old for old in self.lines if _about(old) != _about(line)] + [line]
+        self._save()
+
+    def set_limits(self, limits: dict) -> None:
+        """Keeps limits: of each the best that was ever measured, for others can only disturb."""
+        limits = _rounded(limits)
+        print(json.dumps({"work": "limits"} | limits), flush=True)
+        for name, ways in limits.items():
+            known = self.limits.get(name, {})
+            self.limits[name] = {way: max(rate, known.get(way, 0)) for way, rate in ways.items()}
+        self._save()
+
+    def find(self, **about) -> list[dict]:
+        """Returns the lines of which all this is true."""
+        return [line for line in self.lines if about.items() <= _about(line).items()]
+
+    def _save(self) -> None:
+        self.machine = machine()
+        self.lines.sort(key=lambda line: [str(value).zfill(9) for value in _about(line).values()])
+        found = {"machine": self.machine, "limits": self.limits, "lines": self.lines}
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._file.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _rounded(value):
+    """Keeps as much of each number as says something."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {name: _rounded(part) for name, part in value.items()}
+    return [_rounded(part) for part in value] if isinstance(value, list) else value
+
+
+def _about(line: dict) -> dict:
+    return {name: line.get(name) for name in ABOUT}
+
+
+def machine() -> dict:
+    """Returns what the figures depend on: the processor, its memory, and versions."""
+    described = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.split(":")[1].strip() for line in described if line.startswith("model name")]
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "processor": models[0] if models else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
