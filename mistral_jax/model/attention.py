@@ -192,8 +192,11 @@ def _weigh(q, k, v, mask):
     A weight is e to the power of a score less the largest.
     """
     batch, length, _, head_dim = q.shape
-    grouped = jnp.moveaxis(q.reshape(batch, length, k.shape[2], -1, head_dim), 1, 3)
-    scores = einsum("BKGTH,BSKH->BKGTS", grouped, k)
+    grouped = q.reshape(batch, length, k.shape[2], -1, head_dim)
+    if length == 1:
+        scores = einsum("BTKGH,BSKH->BKGTS", grouped, k)
+    else:  # Else XLA's CPU backend multiplies k by q, and reads scores across their rows.
+        scores = einsum("BKGTH,BSKH->BKGTS", jnp.moveaxis(grouped, 1, 3), k)
     # A large negative instead of -inf: a query that sees nothing gets equal weights, not NaN.
     lowest = jnp.finfo(jnp.float32).min
     scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, lowest)

@@ -130,8 +130,11 @@ def _of_each(move, cache, k, v, positions, index):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _as_bits(move, old, new, index):
-    """Moves numbers as bits: XLA's CPU backend makes float32 of a whole 16-bit cache to do so."""
-    if old.dtype.itemsize != 2:
+    """Moves numbers of 16 bits as bits: XLA's CPU backend else makes float32 of a whole cache.
+
+    To write a lone token it does neither, and would copy the cache for its bits.
+    """
+    if old.dtype.itemsize != 2 or index.size == 1:
         return move(old, new, index)
     bits = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (old, new))
     return jax.lax.bitcast_convert_type(move(*bits, index), old.dtype)
