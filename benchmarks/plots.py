@@ -51,13 +51,14 @@ def _bars(axes, results: Results, **case) -> None:
                 rate, x = line["values"].get(name, 0), at + (offset - 1) * _WIDTH
                 axes.bar(x, rate, _WIDTH * 0.92, color=colour, label=label if at == 0 else None)
                 text = f"{rate:.0f}" if rate else "-"
-                axes.annotate(text, (x, rate), ha="center", va="bottom", fontsize=8)
+                axes.annotate(text, (x, rate), ha="center", va="bottom", fontsize=7)
             if case["work"] == "decode" and case["batch"] == 1:
                 limit = line["values"][engines.OURS] / line["shares"][engines.OURS]
                 label = "what the memory bandwidth allows"
                 ends = at - 1.5 * _WIDTH, at + 1.5 * _WIDTH
                 axes.hlines(limit, *ends, "black", label=label if at == 0 else None)
     axes.set_xticks(range(len(engines.PRECISIONS)), engines.PRECISIONS)
+    axes.set_xlim(-0.55, len(engines.PRECISIONS) - 0.45)
     axes.margins(y=0.12)
 
 
@@ -77,7 +78,7 @@ def _curves(axes, results: Results, work: str, scale: float) -> None:
     if not lengths:
         return
     axes.set_xscale("log", base=2)
-    axes.set_ylim(0, None)
+    axes.set_ylim(0, 1.06 * axes.get_ylim()[1])
     axes.set_xticks(lengths, map(str, lengths))
     axes.minorticks_off()
     axes.set_xlabel("tokens of the prompt")
