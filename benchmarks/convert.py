@@ -16,6 +16,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import peaks
 from mistral_jax.convert import architecture, names, safetensors_file
 
 from mistral_jax.config import ModelConfig
@@ -116,23 +117,13 @@ def run(arguments: list) -> tuple[float, int]:
     command = [sys.executable, "-m", "mistral_jax.convert", *arguments]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None:
-            peak = max(peak, private_bytes(process.pid))
+            peak = max(peak, peaks.private_bytes(process.pid))
             time.sleep(0.005)
     os.sync()
     seconds = time.perf_counter() - start
     if process.returncode:
         raise SystemExit(f"{command} failed")
     return seconds, peak
-
-
-def private_bytes(pid: int) -> int:
-    """Returns RssAnon of a process; mapped files, which the system can drop, do not count."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    values = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")]
-    return int(values[0]) * 1024 if values else 0
 
 
 if __name__ == "__main__":

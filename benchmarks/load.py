@@ -14,12 +14,12 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import peaks
 
 from mistral_jax.config import ModelConfig
 
@@ -100,21 +100,16 @@ def load(path: str, name: str) -> dict:
     distributed.initialize()
     jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros(8))())
     arrays.stored(Path(path) / "params")  # What there is to set up is set up.
-    idle, read = private_bytes(), bytes_read()
-    peak, done = [idle], threading.Event()
+    idle, read, params = peaks.private_bytes(), bytes_read(), None
 
-    def watch():
-        while not done.wait(0.005):
-            peak[0] = max(peak[0], private_bytes())
+    def run():
+        nonlocal params
+        _, params, _ = checkpoint.load(path, sharding=name, dtype="bfloat16")
+        jax.block_until_ready(params)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     began = time.perf_counter()
-    _, params, _ = checkpoint.load(path, sharding=name, dtype="bfloat16")
-    jax.block_until_ready(params)
+    peak = peaks.peak(run)
     seconds = time.perf_counter() - began
-    done.set()
-    watcher.join()
     leaves = jax.tree.leaves(params)
     held = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards)
     own = sum(
@@ -125,26 +120,17 @@ def load(path: str, name: str) -> dict:
     return {
         "seconds": round(seconds, 2),
         "shard_bytes": held,
-        "excess_bytes": peak[0] - idle - held,
+        "excess_bytes": peak - idle - held,
         "own_bytes": own,
         "read_bytes": bytes_read() - read,
         "read_ratio": round((bytes_read() - read) / own, 3),
     }
 
 
-def private_bytes() -> int:
-    """Returns RssAnon of this process; mapped files, which the system can drop, do not count."""
-    return 1024 * _field("/proc/self/status", "RssAnon")
-
-
 def bytes_read() -> int:
     """Returns the bytes that this process has read of files, from the cache or a disk."""
-    return _field("/proc/self/io", "rchar")
-
-
-def _field(file: str, name: str) -> int:
-    lines = Path(file).read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("rchar"))
 
 
 if __name__ == "__main__":

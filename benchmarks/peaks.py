@@ -1,4 +1,4 @@
-"""The private memory of this process: when it rests, and at most while something runs."""
+"""The private memory of a process: when it rests, and at most while something runs."""
 
 import ctypes
 import gc
@@ -13,16 +13,16 @@ def resting() -> int:
     """Returns RssAnon after what is free was given back; mapped files do not count."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    return _private_bytes()
+    return private_bytes()
 
 
 def peak(run: Callable[[], object]) -> int:
-    """Returns the largest RssAnon while something runs."""
+    """Returns the largest RssAnon of this process while something runs."""
     most, done = [0], threading.Event()
 
     def watch():
         while not done.wait(_INTERVAL):
-            most[0] = max(most[0], _private_bytes())
+            most[0] = max(most[0], private_bytes())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -31,9 +31,13 @@ def peak(run: Callable[[], object]) -> int:
     finally:
         done.set()
         watcher.join()
-    return max(most[0], _private_bytes())
+    return max(most[0], private_bytes())
 
 
-def _private_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+def private_bytes(process: int | str = "self") -> int:
+    """Returns RssAnon of a process, 0 if it has ended; files that are mapped do not count."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return 1024 * next((int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)

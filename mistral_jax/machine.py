@@ -1,4 +1,4 @@
-"""The machine under a command: its compilation cache, accelerators and speed. It loads no model."""
+"""The machine under a program: its caches, accelerators and speed. It loads no model."""
 
 import os
 import sys
@@ -39,6 +39,11 @@ def unseen_accelerator(devices: Path = Path("/dev")) -> str | None:
                 f'install what it needs: pip install -U "jax[{extra}]"'
             )
     return None
+
+
+def is_one_cpu() -> bool:
+    """Whether what is traced now is for one CPU: no accelerator is here, and no mesh in use."""
+    return jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty
 
 
 def read_bandwidth() -> float:

@@ -14,14 +14,14 @@ import pytest
 from mistral_jax.config import CHECKOUT
 
 FLOORS = [  # from the ground up; modules of one floor do not know each other
-    {"model.pieces", "model.splash"},
+    {"machine", "model.axes", "model.pieces"},
+    {"model.splash"},
     {
         "config",
         "distributed",
         "evaluation.documents",
         "evaluation.report",
         "folder",
-        "machine",
         "memory",
         "messages",
         "model.rope",

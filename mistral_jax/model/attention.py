@@ -8,7 +8,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from mistral_jax import machine
 from mistral_jax.model import splash
+from mistral_jax.model.axes import Rules
 from mistral_jax.model.pieces import attend_present, fill, take
 
 # Queries attended at a time: larger blocks spill a CPU's caches, smaller ones starve it.
@@ -63,7 +65,7 @@ def attend(
     aligned: bool = False,
     origin: jax.Array | None = None,
     sections: int = 1,
-    rules: splash.Rules = (),
+    rules: Rules = (),
 ) -> jax.Array:
     """Attends from every query to the keys that it may see.
 
@@ -118,7 +120,7 @@ def _decides() -> bool:
 
     A GPU would wait for the host before each; devices of a mesh would have to agree on it.
     """
-    return jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty
+    return machine.is_one_cpu()
 
 
 def _attend_blocks(q, k, v, q_places, kv_places, pattern, before, offset):

@@ -141,5 +141,6 @@ def _as_bits(move, old, new, index):
 
 
 @_as_bits.defjvp
-def _(move, given, tangents):
+def _differentiate(move, given, tangents):
+    """Differentiates what the bits stand for: by themselves they would have no gradient."""
     return jax.jvp(move, given, tangents)

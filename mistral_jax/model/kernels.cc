@@ -1,9 +1,8 @@
 // Products of a few rows with a matrix, and rows of a table, for CPUs: each number is read once.
 //
-// out[r, y] = sum over x of rows[r, x] * matrix[y, x], in float32, for matrices of float32, bfloat16
-// or int8. XLA's own products are fast for many rows; of one to
-// sixteen they take up to twice the time of these. To take rows of a 16-bit table, XLA writes the whole
-// table out in float32. `kernels.py` compiles this file.
+// out[r, y] = sum over x of rows[r, x] * matrix[y, x], in float32, for matrices of float32,
+// bfloat16 or int8. XLA's own products are fast for many rows; of one to eight they take up to twice
+// the time of these. To take rows of a 16-bit table, XLA writes the whole table out in float32. `kernels.py` compiles this file.
 
 #include <algorithm>
 #include <atomic>
@@ -73,10 +72,10 @@ constexpr int kOutputs = 3;
 constexpr int kRows = 8;
 // Weights of an output that are widened at once, to a buffer in the processor's cache.
 constexpr int kBlock = 4096;
-constexpr int kMostRows = 16;
+constexpr int kMostRows = MOST_ROWS;
 
-// Adds products of R rows with as many outputs to `sums`. `next`, unless null: where the weights lie
-// that are wanted afterwards; the processor fetches them meanwhile.
+// Adds products of R rows and kOutputs outputs to `sums`. `next`, unless null: where the weights
+// lie that are wanted afterwards; the processor fetches them meanwhile.
 template <int R, class Operand, class Weight>
 inline void Tile(const Operand* const* weights, const Operand* rows, int size,
                  Lanes (*sums)[kOutputs], const Weight* next, size_t width) {
@@ -101,9 +100,11 @@ inline void Tile(const Operand* const* weights, const Operand* rows, int size,
   std::memcpy(sums, local, sizeof(local));
 }
 
-// Copies rows in groups of 8, 4, 2, 1, and in each a vector of every row in turn: [X / size][R][size].
+// Copies rows in groups of 8, 4, 2, 1, and in each a vector of every row in turn:
+// [X / size][R][size].
 template <class Operand>
-std::unique_ptr<Operand[], void (*)(Operand*)> Pack(const float* rows, int count, int width, int padded) {
+std::unique_ptr<Operand[], void (*)(Operand*)> Pack(const float* rows, int count, int width,
+                                                    int padded) {
   constexpr int kSize = Vector<Operand>::kSize;
   // Aligned, since a load that crosses cache lines takes twice as long.
   constexpr std::align_val_t kLine{64};
@@ -139,7 +140,8 @@ void MultiplyRows(const Operand* packed, const Weight* matrix, float* out, int c
                   int outputs, int first, int last) {
   constexpr int kSize = Vector<Operand>::kSize;
   const int padded = (width + kSize - 1) / kSize * kSize;
-  alignas(64) Operand buffers[kOutputs][kBlock + kSize];  // Rows 16 KiB apart would share cache sets.
+  // A vector longer than the block, since rows 16 KiB apart would share sets of a cache.
+  alignas(64) Operand buffers[kOutputs][kBlock + kSize];
   Lanes sums[kMostRows][kOutputs];
   for (int y = first; y < last; y += kOutputs) {
     std::memset(sums, 0, sizeof(sums[0]) * count);
@@ -204,8 +206,8 @@ void Parallel(ffi::ThreadPool& pool, int size, int step, Work work) {
 }
 
 template <class Weight, class Operand, ffi::DataType kType>
-ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32, 2> rows, ffi::Buffer<kType, 2> matrix,
-                   ffi::ResultBuffer<ffi::F32, 2> result) {
+ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32, 2> rows,
+                   ffi::Buffer<kType, 2> matrix, ffi::ResultBuffer<ffi::F32, 2> result) {
   const int count = rows.dimensions()[0], width = rows.dimensions()[1];
   const int outputs = matrix.dimensions()[0];
   if (count > kMostRows) return ffi::Error::InvalidArgument("too many rows");
@@ -216,7 +218,9 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32, 2> rows, ffi::Buf
   const int64_t cost = static_cast<int64_t>(width) * count;
   const int step = std::max<int64_t>(1, 100000 / cost / kOutputs) * kOutputs;
   if (count == 1) {
-    Parallel(pool, outputs, step, [=](int first, int last) { MultiplyRow(x, w, out, width, first, last); });
+    Parallel(pool, outputs, step, [=](int first, int last) {
+      MultiplyRow(x, w, out, width, first, last);
+    });
     return ffi::Error::Success();
   }
   constexpr int kSize = Vector<Operand>::kSize;
@@ -260,7 +264,8 @@ auto TakeBinding() {
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(take, Take, TakeBinding());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(product_float32, (Product<float, float, ffi::F32>), Binding<ffi::F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(product_float32, (Product<float, float, ffi::F32>),
+                              Binding<ffi::F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(product_bfloat16, (Product<BFloat16, BFloat16Operand, ffi::BF16>),
                               Binding<ffi::BF16>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(product_int8, (Product<int8_t, float, ffi::S8>), Binding<ffi::S8>());

@@ -20,15 +20,14 @@ import jax.numpy as jnp
 from mistral_jax import machine
 
 _SOURCE = Path(__file__).with_suffix(".cc")
+DTYPES = ("float32", "bfloat16", "int8")
+# Rows up to which products are faster here than XLA's.
+MOST_ROWS = 8
 _FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-funroll-loops", "-fopenmp-simd"),
-    *("-fno-math-errno", "-fPIC", "-shared", "-w"),
+    *("-fno-math-errno", "-fPIC", "-shared", "-w", f"-DMOST_ROWS={MOST_ROWS}"),
 )
 _SECONDS = 60
-
-DTYPES = ("float32", "bfloat16", "int8")
-# Rows up to which products are faster here than XLA's; `kernels.cc` takes no more.
-MOST_ROWS = 16
 
 
 def suit(rows: int, dtype: jnp.dtype) -> bool:
@@ -38,8 +37,7 @@ def suit(rows: int, dtype: jnp.dtype) -> bool:
 
 def here() -> bool:
     """Whether these may be called: what is traced now is for one CPU, and they are compiled."""
-    one = jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty
-    return one and available()
+    return machine.is_one_cpu() and available()
 
 
 @jax.custom_jvp
@@ -78,14 +76,14 @@ def take(table: jax.Array, tokens: jax.Array) -> jax.Array:
 
     Args:
       table: of any dtype.
-      tokens: numbers of rows, [B, T] int32.
+      tokens: numbers of rows, [B, T] integers.
 
     Returns:
       [B, T, D].
     """
     result = jax.ShapeDtypeStruct((tokens.size, table.shape[1]), table.dtype)
     call = jax.ffi.ffi_call("mistral_jax_take", result, vmap_method="sequential")
-    return call(table, tokens.reshape(-1)).reshape(*tokens.shape, -1)
+    return call(table, tokens.reshape(-1).astype(jnp.int32)).reshape(*tokens.shape, -1)
 
 
 @take.defjvp
@@ -108,10 +106,14 @@ def available() -> bool:
     return True
 
 
+def find_compiler() -> str | None:
+    """Returns the path of the C++ compiler that CXX names, or of the system's; None without one."""
+    return shutil.which(os.environ.get("CXX", "c++"))
+
+
 def _compiled() -> Path:
     """Returns the library, which is kept among the user's caches."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
+    if (compiler := find_compiler()) is None:
         raise FileNotFoundError("there is no C++ compiler")
     # What it depends on names it: another processor or JAX gets another.
     about = _SOURCE.read_bytes(), _FLAGS, jax.__version__, _processor()

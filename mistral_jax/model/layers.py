@@ -5,7 +5,6 @@ Every parameter names its logical axes, which `sharding.py` maps to a mesh.
 """
 
 import functools
-import math
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -14,11 +13,10 @@ import jax.numpy as jnp
 
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.attention import attend
+from mistral_jax.model.axes import Rules, length_parts, mesh_axes
 from mistral_jax.model.cache import LayerCache, line_up, write
 from mistral_jax.model.products import look_up, multiply
 from mistral_jax.model.rope import rotate
-
-Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
 
 class Projection(nn.Module):
@@ -59,19 +57,6 @@ class Projection(nn.Module):
                 x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
             product += multiply(multiply(x, a, 1, self.dtype), b, self.outputs, self.dtype)
         return product.astype(self.out_dtype or self.dtype)
-
-
-def length_parts(rules: Rules) -> int:
-    """Returns in how many parts the devices of the mesh in use hold the length of a text."""
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = () if mesh.empty else mesh_axes(rules, "length")
-    return math.prod(mesh.shape[axis] for axis in axes)
-
-
-def mesh_axes(rules: Rules, axis: str) -> tuple[str, ...]:
-    """Returns the mesh axes that a logical axis lies on; none if it is not split."""
-    to = dict(rules).get(axis) or ()
-    return (to,) if isinstance(to, str) else tuple(to)
 
 
 class RMSNorm(nn.Module):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mistral_jax import machine
 from mistral_jax.model import kernels
 from mistral_jax.model.attention import einsum
 
@@ -94,7 +95,7 @@ class QuantizedKernel:
 def _in_integers(rows: jax.Array) -> bool:
     """Whether to multiply integers: on a mesh, a row's largest number lies in many places."""
     few = math.prod(rows.shape[:-1]) <= _FEW
-    return few and jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty
+    return few and machine.is_one_cpu()
 
 
 def _plain_product(rows, values, scale):

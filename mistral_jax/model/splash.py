@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
+from mistral_jax.model.axes import Rules, mesh_axes
+from mistral_jax.model.pieces import fill
+
 # Queries, and keys, that the kernel reads at a time: at most so many, and a multiple of a TPU's
 # lanes, for it compares the texts of a block lane by lane.
 BLOCK = 512
 LANES = 128
 # The text of what is no token: a number that no text has.
 NO_TEXT = jnp.iinfo(jnp.int32).min
-
-Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
 
 def fits(q: jax.Array, k: jax.Array, v: jax.Array, rules: Rules) -> bool:
@@ -41,7 +42,7 @@ def fits(q: jax.Array, k: jax.Array, v: jax.Array, rules: Rules) -> bool:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return jax.device_count() == 1
-    batch, heads, kv_heads = (_mesh_axes(rules, axis) for axis in ("batch", "heads", "kv_heads"))
+    batch, heads, kv_heads = (mesh_axes(rules, axis) for axis in ("batch", "heads", "kv_heads"))
     if not rules or not {*batch, *heads, *kv_heads} <= set(mesh.axis_names):
         return False
 
@@ -76,19 +77,8 @@ def attend(
     bfloat16 queries are, once more, when they are scaled by H ** -0.5. It holds no T x S numbers,
     and has a gradient.
 
-    Args:
-      q: queries, [B, T, N, H], float32 or bfloat16.
-      k: keys, [B, S, K, H] of the same dtype; each serves G = N / K query heads.
-      v: values, [B, S, K, H].
-      q_positions: place of each query, [B, T] int32; -1 = padding, whose output is finite. A row
-        may hold several texts; the positions of each rise by 1, and none sees another.
-      kv_positions: place of each key, [B, S] int32; -1 = no key there.
-      window: keys visible (W), the query's own included; None = all.
-      rules: mesh axes of the logical axes, for the mesh in use.
-      interpret: whether to run the kernel step by step, on any device.
-
-    Returns:
-      [B, T, N, H] in the dtype of `q`.
+    Arguments are those of `attention.attend` with `aligned` keys, and `interpret`: whether to run
+    the kernel step by step, on any device.
     """
     # The kernel's window is one of places in the array, and it compares texts: a text is known by
     # where its position 0 stands, or would stand.
@@ -96,7 +86,7 @@ def attend(
     q_texts = _texts(q_positions, k.shape[1] - q.shape[1])
     run = functools.partial(_attend_rows, window=window, interpret=interpret)
     if not jax.sharding.get_abstract_mesh().empty:
-        batch, *heads = (_mesh_axes(rules, axis) or None for axis in ("batch", "heads", "kv_heads"))
+        batch, *heads = (mesh_axes(rules, axis) or None for axis in ("batch", "heads", "kv_heads"))
         queries, keys = (PartitionSpec(batch, None, axes) for axes in heads)
         rows = PartitionSpec(batch)
         run = jax.shard_map(
@@ -124,8 +114,8 @@ def _attend_rows(q, k, v, q_texts, kv_texts, window, interpret):
         _head_major(scaled, blocks[0]),
         _head_major(k, blocks[1]),
         _head_major(v, blocks[1]),
-        _fill(q_texts, blocks[0], NO_TEXT),
-        _fill(kv_texts, blocks[1], NO_TEXT),
+        fill(q_texts, blocks[0], NO_TEXT),
+        fill(kv_texts, blocks[1], NO_TEXT),
     )
     return jnp.swapaxes(mixed, 1, 2)[:, :length]
 
@@ -182,14 +172,4 @@ def _run_kernel(q, k, v, q_texts, kv_texts, *, window, offset, blocks, interpret
 
 def _head_major(x: jax.Array, block: int) -> jax.Array:
     """Fills [B, T, N, H] up to whole blocks, as [B, N, T, H]."""
-    return jnp.swapaxes(_fill(x, block, 0), 1, 2)
-
-
-def _fill(x: jax.Array, block: int, value: int) -> jax.Array:
-    widths = [(0, -size % block if axis == 1 else 0) for axis, size in enumerate(x.shape)]
-    return jnp.pad(x, widths, constant_values=value)
-
-
-def _mesh_axes(rules: Rules, axis: str) -> tuple[str, ...]:
-    to = dict(rules).get(axis) or ()
-    return (to,) if isinstance(to, str) else tuple(to)
+    return jnp.swapaxes(fill(x, block, 0), 1, 2)

@@ -14,7 +14,7 @@ import jax
 
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.attention import BLOCK
-from mistral_jax.model.layers import mesh_axes
+from mistral_jax.model.axes import mesh_axes
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.planning.collectives import Collective
 from mistral_jax.planning.flops import keys_seen, mean_seen, of_attention, of_weights

@@ -1,0 +1,89 @@
+"""Measures products of few rows: weights a second by the compiled kernels beside XLA's, in turns.
+
+One JSON line for each kind of matrix and number of rows, for an MLP's matrices of the 229M model,
+more than a processor's caches hold, as decoding meets them.
+
+    python benchmarks/products.py [--dtype float32 bfloat16 int8] [--rows 1 2 4 8 16] [--rounds 5]
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+
+from mistral_jax.model import kernels
+from mistral_jax.model.products import multiply
+from mistral_jax.model.quantized import QuantizedKernel
+from mistral_jax.quantization import to_int8
+
+SHAPE = (3584, 1024)
+MATRICES = 24
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--dtype", nargs="+", choices=kernels.DTYPES, default=kernels.DTYPES)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    if not kernels.here():
+        raise SystemExit("the kernels are not here: they need a CPU and a C++ compiler")
+    for dtype in arguments.dtype:
+        matrices = [matrix(dtype, seed) for seed in range(MATRICES)]
+        for rows in arguments.rows:
+            x = jax.random.normal(jax.random.key(0), (rows, 1, SHAPE[1]))
+            runs = {"kernels": program(matrices, dtype, x)}
+            with mock.patch.object(kernels, "available", return_value=False):
+                runs["xla"] = program(matrices, dtype, x)
+            rounds = [
+                {name: rate(run) for name, run in runs.items()} for _ in range(1 + arguments.rounds)
+            ]
+            found = {name: [line[name] for line in rounds[1:]] for name in runs}
+            ratios = [a / b for a, b in zip(found["kernels"], found["xla"], strict=True)]
+            line = {"benchmark": "products", "dtype": dtype, "rows": rows}
+            line |= {
+                f"{name}_weights_per_second": float(f"{statistics.median(rates):.3g}")
+                for name, rates in found.items()
+            }
+            print(json.dumps(line | {"ratio": round(statistics.median(ratios), 2)}), flush=True)
+
+
+def matrix(dtype: str, seed: int):
+    """Returns a random matrix as the model holds it."""
+    wide = jax.random.normal(jax.random.key(seed), SHAPE)
+    if dtype == "int8":
+        return QuantizedKernel(*to_int8(wide, 1, jnp))
+    return wide.astype(dtype)
+
+
+def program(matrices, dtype: str, x: jax.Array):
+    """Compiles products of rows with one matrix after another, each of which needs the last."""
+    compute = "float32" if dtype == "int8" else dtype
+
+    @jax.jit
+    def run(matrices, x):
+        for kernel in matrices:
+            x = x + 1e-9 * jnp.sum(multiply(x, kernel, 1, jnp.dtype(compute)))
+        return x
+
+    compiled = run.lower(matrices, x).compile()
+    return lambda: compiled(matrices, x).block_until_ready()
+
+
+def rate(run) -> float:
+    """Returns the weights a second of the fastest of three runs."""
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+    return MATRICES * math.prod(SHAPE) / min(times)
+
+
+if __name__ == "__main__":
+    main()
