@@ -2,7 +2,8 @@
 //
 // out[r, y] = sum over x of rows[r, x] * matrix[y, x], in float32, for matrices of float32,
 // bfloat16 or int8. XLA's own products are fast for many rows; of one to eight they take up to twice
-// the time of these. To take rows of a 16-bit table, XLA writes the whole table out in float32. `kernels.py` compiles this file.
+// the time of these. To take rows of a 16-bit table, XLA writes the whole table out in float32.
+// `kernels.py` compiles this file.
 
 #include <algorithm>
 #include <atomic>
