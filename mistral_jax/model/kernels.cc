@@ -8,14 +8,14 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <new>
 #include <thread>
-#include <type_traits>
+#include <utility>
 
 #include "xla/ffi/api/ffi.h"
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -27,162 +27,148 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-inline float Widen(float w) { return w; }
-inline float Widen(int8_t w) { return w; }
-inline float Widen(BFloat16 w) {
-  uint32_t bits = static_cast<uint32_t>(w.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
+constexpr int kLanes = 16;
+template <class T>
+using LanesOf __attribute__((vector_size(kLanes * sizeof(T)))) = T;
+using Lanes = LanesOf<float>;
+
+template <class T>
+inline LanesOf<T> Load(const void* from) {
+  LanesOf<T> lanes;
+  std::memcpy(&lanes, from, sizeof(lanes));
+  return lanes;
 }
 
-// What a product is computed with: vectors of operands, whose products are summed in `Lanes`.
-constexpr int kLanes = 16;
-typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
+inline Lanes Widen(const float* weights) { return Load<float>(weights); }
+inline Lanes Widen(const int8_t* weights) {
+#ifdef __AVX512F__  // GCC 12 finds no instruction for all lanes.
+  const auto narrow = reinterpret_cast<__m128i>(Load<int8_t>(weights));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(narrow));
+#else
+  const auto narrow = __builtin_convertvector(Load<int8_t>(weights), LanesOf<int16_t>);
+  return __builtin_convertvector(__builtin_convertvector(narrow, LanesOf<int32_t>), Lanes);
+#endif
+}
+inline Lanes Widen(const BFloat16* weights) {
+  const auto bits = __builtin_convertvector(Load<uint16_t>(weights), LanesOf<uint32_t>) << 16;
+  return Load<float>(&bits);
+}
 
-template <class Operand>
-struct Vector;
+// Outputs that are worked on at once.
+constexpr int kMostOutputs = 3;
 
-template <>
-struct Vector<float> {
+// How weights meet rows: a vector of weights times one of a row, added to sums.
+template <class Weight>
+struct Operands {
   static constexpr int kSize = kLanes;
-  typedef Lanes Type;
-  static Lanes MultiplyAdd(Lanes sum, Type a, Type b) { return sum + a * b; }
-  static float From(float x) { return x; }
+  using Row = float;
+  using Vector = Lanes;
+  static Vector Load(const Weight* weights) { return Widen(weights); }
+  static Lanes MultiplyAdd(Lanes sum, Vector weights, Lanes row) { return sum + weights * row; }
+  static Row From(float x) { return x; }
 };
 
 #ifdef __AVX512BF16__
 template <>
-struct Vector<BFloat16> {
+struct Operands<BFloat16> {
   static constexpr int kSize = 2 * kLanes;
-  typedef __m512bh Type;
-  static Lanes MultiplyAdd(Lanes sum, Type a, Type b) { return _mm512_dpbf16_ps(sum, a, b); }
-  static BFloat16 From(float x) {  // The rows are bfloat16, widened: nothing is lost.
+  using Row = BFloat16;
+  using Vector = __m512bh;
+  static Vector Load(const BFloat16* weights) {
+    Vector vector;
+    std::memcpy(&vector, weights, sizeof(vector));
+    return vector;
+  }
+  static Lanes MultiplyAdd(Lanes sum, Vector weights, Vector row) {
+    return _mm512_dpbf16_ps(sum, weights, row);
+  }
+  static Row From(float x) {  // The rows are bfloat16, widened: nothing is lost.
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof(bits));
     return {static_cast<uint16_t>(bits >> 16)};
   }
 };
-typedef BFloat16 BFloat16Operand;
-#else
-typedef float BFloat16Operand;
 #endif
 
-// Outputs and rows that are worked on at once: their sums stay in registers.
-constexpr int kOutputs = 3;
-constexpr int kRows = 8;
-// Weights of an output that are widened at once, to a buffer in the processor's cache.
-constexpr int kBlock = 4096;
-constexpr int kMostRows = MOST_ROWS;
-
-// Adds products of R rows and kOutputs outputs to `sums`. `next`, unless null: where the weights
-// lie that are wanted afterwards; the processor fetches them meanwhile.
-template <int R, class Operand, class Weight>
-inline void Tile(const Operand* const* weights, const Operand* rows, int size,
-                 Lanes (*sums)[kOutputs], const Weight* next, size_t width) {
-  using V = Vector<Operand>;
-  Lanes local[R][kOutputs];
-  std::memcpy(local, sums, sizeof(local));
-  for (int x = 0; x < size; x += V::kSize) {
-    if (next != nullptr)
-#pragma GCC unroll 8
-      for (int y = 0; y < kOutputs; ++y) __builtin_prefetch(next + y * width + x);
-    typename V::Type w[kOutputs];
-#pragma GCC unroll 8
-    for (int y = 0; y < kOutputs; ++y) std::memcpy(&w[y], weights[y] + x, sizeof(w[y]));
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      typename V::Type row;
-      std::memcpy(&row, rows + static_cast<size_t>(x) * R + r * V::kSize, sizeof(row));
-#pragma GCC unroll 8
-      for (int y = 0; y < kOutputs; ++y) local[r][y] = V::MultiplyAdd(local[r][y], w[y], row);
-    }
-  }
-  std::memcpy(sums, local, sizeof(local));
+inline float Sum(Lanes lanes) {
+  float parts[kLanes];
+  std::memcpy(parts, &lanes, sizeof(parts));
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
+  return parts[0];
 }
 
-// Copies rows in groups of 8, 4, 2, 1, and in each a vector of every row in turn:
-// [X / size][R][size].
-template <class Operand>
-std::unique_ptr<Operand[], void (*)(Operand*)> Pack(const float* rows, int count, int width,
-                                                    int padded) {
-  constexpr int kSize = Vector<Operand>::kSize;
-  // Aligned, since a load that crosses cache lines takes twice as long.
-  constexpr std::align_val_t kLine{64};
-  std::unique_ptr<Operand[], void (*)(Operand*)> packed(
-      new (kLine) Operand[static_cast<size_t>(count) * padded](),
-      [](Operand* array) { ::operator delete[](array, kLine); });
-  Operand* to = packed.get();
-  for (int first = 0, group = kRows; first < count; first += group) {
-    while (group > count - first) group /= 2;
-    for (int x = 0; x < padded; x += kSize)
-      for (int r = 0; r < group; ++r)
-        for (int i = 0; i < kSize; ++i, ++to)
-          if (x + i < width)
-            *to = Vector<Operand>::From(rows[static_cast<size_t>(first + r) * width + x + i]);
-  }
-  return packed;
-}
-
-template <class Operand, class Weight>
-inline const Operand* Prepare(const Weight* weights, int size, int padded, Operand* buffer) {
-  if constexpr (std::is_same_v<Operand, Weight>) {
-    if (size == padded) return weights;
-    std::copy(weights, weights + size, buffer);
-  } else {
-    for (int i = 0; i < size; ++i) buffer[i] = Widen(weights[i]);
-  }
-  std::fill(buffer + size, buffer + padded, Operand{});
-  return buffer;
-}
-
-template <class Operand, class Weight>
-void MultiplyRows(const Operand* packed, const Weight* matrix, float* out, int count, int width,
-                  int outputs, int first, int last) {
-  constexpr int kSize = Vector<Operand>::kSize;
-  const int padded = (width + kSize - 1) / kSize * kSize;
-  // A vector longer than the block, since rows 16 KiB apart would share sets of a cache.
-  alignas(64) Operand buffers[kOutputs][kBlock + kSize];
-  Lanes sums[kMostRows][kOutputs];
-  for (int y = first; y < last; y += kOutputs) {
-    std::memset(sums, 0, sizeof(sums[0]) * count);
-    for (int x = 0; x < width; x += kBlock) {
-      const int size = std::min(width - x, kBlock), whole = std::min(padded - x, kBlock);
-      const Operand* weights[kOutputs];
-      for (int i = 0; i < kOutputs; ++i) {
-        // Past the last output the last is computed again, and dropped.
-        const Weight* from = matrix + static_cast<size_t>(std::min(y + i, last - 1)) * width + x;
-        weights[i] = Prepare<Operand>(from, size, whole, buffers[i]);
-      }
-      const Weight* next = matrix + static_cast<size_t>(y + kOutputs) * width + x;
-      for (int r = 0, group = kRows; r < count; r += group, next = nullptr) {
-        while (group > count - r) group /= 2;
-        const Operand* rows =
-            packed + static_cast<size_t>(r) * padded + static_cast<size_t>(x) * group;
-        if (group == 8) Tile<8>(weights, rows, whole, sums + r, next, width);
-        if (group == 4) Tile<4>(weights, rows, whole, sums + r, next, width);
-        if (group == 2) Tile<2>(weights, rows, whole, sums + r, next, width);
-        if (group == 1) Tile<1>(weights, rows, whole, sums + r, next, width);
-      }
-    }
-    for (int r = 0; r < count; ++r)
-      for (int i = 0; i < std::min(kOutputs, last - y); ++i) {
-        float sum = 0;
-        for (int lane = 0; lane < kLanes; ++lane) sum += sums[r][i][lane];
-        out[static_cast<size_t>(r) * outputs + y + i] = sum;
-      }
-  }
-}
-
+// Copies a vector of every row in turn, [X / size][R][size], and pads with zeros.
 template <class Weight>
-void MultiplyRow(const float* row, const Weight* matrix, float* out, int width, int first,
-                 int last) {
-  for (int y = first; y < last; ++y) {
-    const Weight* weights = matrix + static_cast<size_t>(y) * width;
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int x = 0; x < width; ++x) sum += Widen(weights[x]) * row[x];
-    out[y] = sum;
+std::unique_ptr<typename Operands<Weight>::Row[], void (*)(void*)> Pack(const float* rows,
+                                                                       int count, int width) {
+  using Of = Operands<Weight>;
+  // Aligned, since a load that crosses cache lines takes twice as long.
+  constexpr size_t kLine = 64;
+  const size_t vectors = (width + Of::kSize - 1) / Of::kSize, bytes = vectors * count * kLine;
+  auto* packed = static_cast<typename Of::Row*>(std::aligned_alloc(kLine, bytes));
+  std::memset(packed, 0, bytes);
+  for (int r = 0; r < count; ++r)
+    for (int x = 0; x < width; ++x)
+      packed[(static_cast<size_t>(x / Of::kSize) * count + r) * Of::kSize + x % Of::kSize] =
+          Of::From(rows[static_cast<size_t>(r) * width + x]);
+  return {packed, std::free};
+}
+
+// Multiplies R packed rows by the weights of outputs `first` to `last`.
+template <int R, class Weight>
+void MultiplyRows(const typename Operands<Weight>::Row* packed, const Weight* matrix, float* out,
+                  int width, int outputs, int first, int last) {
+  using Of = Operands<Weight>;
+  // Sums stay in registers; there are enough for none to wait for its last addition.
+  constexpr int kOutputs = R == 1 ? 1 : kMostOutputs, kParts = R == 1 ? 4 : 1;
+  for (int y = first; y < last; y += kOutputs) {
+    Lanes sums[kParts][R][kOutputs] = {};
+    const Weight* weights[kOutputs];
+    // Past the last output the last is computed again, and dropped.
+    for (int i = 0; i < kOutputs; ++i)
+      weights[i] = matrix + static_cast<size_t>(std::min(y + i, last - 1)) * width;
+    const auto add = [&](Lanes(&to)[R][kOutputs], const Weight* const* from, size_t x) {
+      typename Of::Vector w[kOutputs];
+#pragma GCC unroll 8
+      for (int i = 0; i < kOutputs; ++i) w[i] = Of::Load(from[i]);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        typename Of::Vector row;
+        std::memcpy(&row, packed + x * R + r * Of::kSize, sizeof(row));
+#pragma GCC unroll 8
+        for (int i = 0; i < kOutputs; ++i) to[r][i] = Of::MultiplyAdd(to[r][i], w[i], row);
+      }
+    };
+    int x = 0;
+    for (; x + kParts * Of::kSize <= width; x += kParts * Of::kSize) {
+#pragma GCC unroll 8
+      for (int part = 0; part < kParts; ++part) {
+        const Weight* from[kOutputs];
+#pragma GCC unroll 8
+        for (int i = 0; i < kOutputs; ++i) {
+          from[i] = weights[i] + x + part * Of::kSize;
+          // The processor follows one output by itself; of several it has to be told what is next.
+          if (kOutputs > 1) __builtin_prefetch(from[i] + static_cast<size_t>(kOutputs) * width);
+        }
+        add(sums[part], from, x + part * Of::kSize);
+      }
+    }
+    for (; x < width; x += Of::kSize) {  // Padded, at the end.
+      Weight padded[kOutputs][Of::kSize] = {};
+      const Weight* from[kOutputs];
+      for (int i = 0; i < kOutputs; ++i) {
+        std::copy(weights[i] + x, weights[i] + std::min(width, x + Of::kSize), padded[i]);
+        from[i] = padded[i];
+      }
+      add(sums[0], from, x);
+    }
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < std::min(kOutputs, last - y); ++i) {
+        Lanes sum = sums[0][r][i];
+        for (int part = 1; part < kParts; ++part) sum += sums[part][r][i];
+        out[static_cast<size_t>(r) * outputs + y + i] = Sum(sum);
+      }
   }
 }
 
@@ -206,29 +192,30 @@ void Parallel(ffi::ThreadPool& pool, int size, int step, Work work) {
   while (shared->done < parts) std::this_thread::yield();
 }
 
-template <class Weight, class Operand, ffi::DataType kType>
+// Calls `MultiplyRows` for the number of rows, which the compiler has to know.
+template <class Weight, int... R>
+auto Choose(int count, std::integer_sequence<int, R...>) {
+  decltype(&MultiplyRows<1, Weight>) found = nullptr;
+  ((count == R + 1 ? void(found = &MultiplyRows<R + 1, Weight>) : void()), ...);
+  return found;
+}
+
+template <class Weight, ffi::DataType kType>
 ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32, 2> rows,
                    ffi::Buffer<kType, 2> matrix, ffi::ResultBuffer<ffi::F32, 2> result) {
   const int count = rows.dimensions()[0], width = rows.dimensions()[1];
   const int outputs = matrix.dimensions()[0];
-  if (count > kMostRows) return ffi::Error::InvalidArgument("too many rows");
-  const float* x = rows.typed_data();
+  const auto multiply = Choose<Weight>(count, std::make_integer_sequence<int, MOST_ROWS>());
+  if (multiply == nullptr) return ffi::Error::InvalidArgument("too many rows, or none");
+  const auto packed = Pack<Weight>(rows.typed_data(), count, width);
   const Weight* w = reinterpret_cast<const Weight*>(matrix.untyped_data());
   float* out = result->typed_data();
-  // Parts of some 100 thousand products: enough to pay for handing them out.
-  const int64_t cost = static_cast<int64_t>(width) * count;
-  const int step = std::max<int64_t>(1, 100000 / cost / kOutputs) * kOutputs;
-  if (count == 1) {
-    Parallel(pool, outputs, step, [=](int first, int last) {
-      MultiplyRow(x, w, out, width, first, last);
-    });
-    return ffi::Error::Success();
-  }
-  constexpr int kSize = Vector<Operand>::kSize;
-  const int padded = (width + kSize - 1) / kSize * kSize;
-  const auto packed = Pack<Operand>(x, count, width, padded);
+  // Several parts for a thread, if one of them is late; each large enough to pay for its handing out.
+  const int64_t least = 100000 / (static_cast<int64_t>(width) * count);
+  const int64_t part = std::max<int64_t>(outputs / (8 * pool.num_threads()), least);
+  const int step = (part / kMostOutputs + 1) * kMostOutputs;
   Parallel(pool, outputs, step, [=, rows = packed.get()](int first, int last) {
-    MultiplyRows<Operand>(rows, w, out, count, width, outputs, first, last);
+    multiply(rows, w, out, width, outputs, first, last);
   });
   return ffi::Error::Success();
 }
@@ -265,8 +252,8 @@ auto TakeBinding() {
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(take, Take, TakeBinding());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(product_float32, (Product<float, float, ffi::F32>),
+XLA_FFI_DEFINE_HANDLER_SYMBOL(product_float32, (Product<float, ffi::F32>),
                               Binding<ffi::F32>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(product_bfloat16, (Product<BFloat16, BFloat16Operand, ffi::BF16>),
+XLA_FFI_DEFINE_HANDLER_SYMBOL(product_bfloat16, (Product<BFloat16, ffi::BF16>),
                               Binding<ffi::BF16>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(product_int8, (Product<int8_t, float, ffi::S8>), Binding<ffi::S8>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(product_int8, (Product<int8_t, ffi::S8>), Binding<ffi::S8>());
