@@ -1,17 +1,20 @@
-"""Products of few rows by the compiled kernels: against float64, and in the model against XLA's."""
+"""The compiled kernels: against float64, and in the model against XLA's operations."""
 
 import dataclasses
+import re
 import subprocess
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 import tiny
 
 from mistral_jax import quantization
 from mistral_jax.generation.generate import generate
 from mistral_jax.model import kernels, products
+from mistral_jax.model.attention import attend, visible
 
 # Without one, what stands in is tested here, and runs in all other tests.
 COMPILER = pytest.mark.skipif(
@@ -70,6 +73,92 @@ def test_it_batches_and_differentiates_as_the_plain_product(dtype):
     found, expected = (np.asarray(gradient, np.float32) for gradient in (found, expected))
     bound = 1e-2 if dtype == "bfloat16" else 1e-5
     np.testing.assert_allclose(found, expected, rtol=bound, atol=bound)
+
+
+def seen(rng, rows, slots, kv_heads, group, dim, dtype):
+    """Returns queries, keys, values, and the places of both: keys in any order, some missing."""
+    q = rng.normal(scale=3, size=(rows, 1, kv_heads * group, dim))
+    k, v = rng.normal(size=(2, rows, slots, kv_heads, dim))
+    places = np.stack([rng.permutation(slots) for _ in range(rows)])
+    places[rng.random(places.shape) < 0.2] = -1
+    at = rng.integers(slots // 2, slots, (rows, 1))
+    places[:, 0] = at[:, 0]
+    return *(jnp.asarray(x, dtype) for x in (q, k, v)), jnp.asarray(at), jnp.asarray(places)
+
+
+@COMPILER
+@pytest.mark.parametrize("dtype", kernels.ATTENDED)
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 1, 1, 1, 1), (1, 5, 1, 1, 8), (3, 70, 2, 3, 20), (2, 200, 4, 4, 64), (2, 33, 2, 2, 130)],
+)
+def test_a_token_attends_as_by_the_definition(dtype, sizes):
+    q, k, v, at, places = seen(np.random.default_rng(1), *sizes, dtype)
+    found = attend(q, k, v, at, places, 40)
+    mask = np.asarray(visible(at, places, 40))[:, 0]
+    q, k, v = (np.asarray(x.astype(jnp.float32), np.float64) for x in (q, k, v))
+    for row in range(len(q)):
+        for head in range(q.shape[2]):
+            keys, values = (x[row, mask[row], head // sizes[3]] for x in (k, v))
+            weights = scipy.special.softmax(keys @ q[row, 0, head] / sizes[4] ** 0.5)
+            bound = 1e-6 if dtype == "float32" else 2**-8
+            np.testing.assert_allclose(
+                np.asarray(found[row, 0, head].astype(jnp.float32)),
+                weights @ values,
+                atol=4 * bound,
+            )
+
+
+@COMPILER
+def test_keys_that_are_not_seen_do_not_count_and_what_is_not_finite_shows():
+    q, k, v, at, places = seen(np.random.default_rng(1), 2, 90, 2, 2, 16, "float32")
+    hidden = ~np.asarray(visible(at, places, 9))[:, 0, :, None, None]
+    found = attend(q, k, v, at, places, 9)
+    other = attend(q, jnp.where(hidden, jnp.nan, k), jnp.where(hidden, jnp.inf, v), at, places, 9)
+    np.testing.assert_array_equal(other, found)
+    assert np.isnan(attend(q, k.at[1, 0, 0, 0].set(jnp.nan), v, at, places, 9)[1, :, :2]).all()
+    assert not np.asarray(attend(q, k, v, at - 1000, places, 9)).any()  # padding: zeros
+
+
+@COMPILER
+@pytest.mark.parametrize("dtype", kernels.ATTENDED)
+def test_a_token_attends_with_the_plain_gradient(dtype, monkeypatch):
+    *qkv, at, places = seen(np.random.default_rng(2), 2, 12, 2, 2, 8, dtype)
+
+    def gradient():
+        return jax.grad(lambda x: jnp.sum(attend(*x, at, places, 7).astype(jnp.float32) ** 2))(qkv)
+
+    found = gradient()
+    monkeypatch.setattr(kernels, "available", lambda: False)
+    for ours, plain in zip(found, gradient(), strict=True):
+        ours, plain = (np.asarray(x.astype(jnp.float32)) for x in (ours, plain))
+        bound = 1e-5 if dtype == "float32" else 3e-2
+        np.testing.assert_allclose(ours, plain, atol=bound * np.abs(plain).max())
+
+
+@COMPILER
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int32"])
+def test_rows_are_put_as_they_are_and_others_stay(dtype):
+    table = jnp.arange(24).reshape(3, 4, 2).astype(dtype)
+    rows, places = -jnp.ones((3, 1, 2), dtype), jnp.array([[2], [4], [-1]])
+    expected = table.at[0, 2].set(-1)  # There is no place 4, nor one before the first.
+    np.testing.assert_array_equal(jax.jit(kernels.put)(table, rows, places), expected)
+    np.testing.assert_array_equal(kernels.put(table, rows, places), expected)
+    np.testing.assert_array_equal(table.ravel(), np.arange(24))
+
+
+@COMPILER
+def test_decoding_does_not_copy_a_cache():
+    table, rows = jnp.zeros((2, 5, 3, 7), jnp.bfloat16), jnp.ones((2, 1, 3, 7), jnp.bfloat16)
+
+    def fill(table, rows):
+        return jax.lax.fori_loop(
+            0, 5, lambda i, table: kernels.put(table, rows, jnp.full((2, 1), i)), table
+        )
+
+    compiled = jax.jit(fill, donate_argnums=0).lower(table, rows).compile()
+    assert not re.search(r"bf16\[2,5,3,7\]\S* copy", compiled.as_text())
+    np.testing.assert_array_equal(compiled(table, rows), jnp.ones((2, 5, 3, 7), jnp.bfloat16))
 
 
 @COMPILER

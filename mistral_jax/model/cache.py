@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mistral_jax.config import ModelConfig
+from mistral_jax.model import kernels
 
 
 @flax.struct.dataclass
@@ -77,6 +78,13 @@ def write(cache: LayerCache, k: jax.Array, v: jax.Array, positions: jax.Array) -
     stored = (positions >= 0) & (positions > last - slots)
     # Slot S does not exist: what is not stored is dropped there.
     slot = jnp.where(stored, positions % slots, slots)
+
+    if positions.shape[1] == 1 and kernels.here():
+        return LayerCache(
+            kernels.put(cache.k, k.astype(cache.k.dtype), slot),
+            kernels.put(cache.v, v.astype(cache.v.dtype), slot),
+            kernels.put(cache.positions, positions, slot),
+        )
 
     # Row by row: with the rows' numbers among its indices, a scatter could write into any row, and
     # would gather the rows of all devices.

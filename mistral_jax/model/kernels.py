@@ -1,6 +1,7 @@
-"""Products of few rows, and rows of a table, on a CPU: `kernels.cc`, compiled at the first call.
+"""What is C++ on a CPU: products of few rows, attention of single tokens, rows of a table.
 
-Where there is no C++ compiler, `available` says so, and XLA's own products do.
+The sources, in `native`, are compiled at the first call. Where there is no compiler, `available`
+says so, and XLA's own operations do.
 """
 
 import ctypes
@@ -19,8 +20,9 @@ import jax.numpy as jnp
 
 from mistral_jax import machine
 
-_SOURCE = Path(__file__).with_suffix(".cc")
-DTYPES = ("float32", "bfloat16", "int8")
+_SOURCES = sorted((Path(__file__).parent / "native").iterdir())
+DTYPES = ("float32", "bfloat16", "int8")  # of matrices
+ATTENDED = ("float32", "bfloat16")  # of keys and values
 # Rows up to which products are faster here than XLA's.
 MOST_ROWS = 8
 _FLAGS = (
@@ -92,15 +94,64 @@ def _differentiate_take(primals, tangents):
     return take(*primals), jnp.take(tangents[0], primals[1], axis=0, mode="clip")
 
 
+@jax.custom_jvp
+def put(table: jax.Array, rows: jax.Array, places: jax.Array) -> jax.Array:
+    """Writes one row into each part of `table`, in place where nothing else needs the old one.
+
+    Args:
+      table: [B, S, ...], of any dtype.
+      rows: [B, 1, ...] of the same.
+      places: where in its part a row goes, [B, 1] integers; out of range, nowhere.
+
+    Returns:
+      The new table.
+    """
+    result = jax.ShapeDtypeStruct(table.shape, table.dtype)
+    call = jax.ffi.ffi_call(
+        "mistral_jax_put", result, vmap_method="sequential", input_output_aliases={0: 0}
+    )
+    return call(table, rows, places.reshape(-1).astype(jnp.int32))
+
+
+@put.defjvp
+def _differentiate_put(primals, tangents):
+    """Differentiates what XLA knows to be the same."""
+
+    def scatter(table, rows):
+        return jax.vmap(lambda x, row, place: x.at[place].set(row, mode="drop"))(
+            table, rows, primals[2]
+        )
+
+    return put(*primals), jax.jvp(scatter, primals[:2], tangents[:2])[1]
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Attends from one query of each row to its keys. It is not differentiated.
+
+    Args:
+      q: queries, [B, N, H].
+      k: keys, [B, S, K, H], float32 or bfloat16; each serves N / K query heads.
+      v: values, likewise.
+      mask: what each row sees, [B, S] bool.
+
+    Returns:
+      [B, N, H] float32; zeros for a row that sees nothing.
+    """
+    result = jax.ShapeDtypeStruct(q.shape, jnp.float32)
+    call = jax.ffi.ffi_call(f"mistral_jax_attend_{k.dtype.name}", result, vmap_method="sequential")
+    return call(q.astype(jnp.float32), k, v, mask)
+
+
 @functools.cache
 def available() -> bool:
     """Compiles and registers the kernels, once; whether that worked."""
     try:
         library = ctypes.CDLL(str(_compiled()))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        logging.getLogger(__name__).debug("products of few rows are XLA's: %s", error)
+        logging.getLogger(__name__).debug("no kernels, XLA's operations instead: %s", error)
         return False
-    for name in (*(f"product_{dtype}" for dtype in DTYPES), "take"):
+    products = (f"product_{dtype}" for dtype in DTYPES)
+    for name in (*products, *(f"attend_{dtype}" for dtype in ATTENDED), "take", "put"):
         handler = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(f"mistral_jax_{name}", handler, platform="cpu")
     return True
@@ -116,13 +167,14 @@ def _compiled() -> Path:
     if (compiler := find_compiler()) is None:
         raise FileNotFoundError("there is no C++ compiler")
     # What it depends on names it: another processor or JAX gets another.
-    about = _SOURCE.read_bytes(), _FLAGS, jax.__version__, _processor()
+    about = [path.read_bytes() for path in _SOURCES], _FLAGS, jax.__version__, _processor()
     name = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
     path = machine.cache_folder("kernels") / f"{name}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as work:
             made = Path(work) / path.name
-            command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", str(_SOURCE)]
+            sources = (str(path) for path in _SOURCES if path.suffix == ".cc")
+            command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", *sources]
             subprocess.run(
                 [*command, "-o", str(made)], check=True, timeout=_SECONDS, capture_output=True
             )

@@ -1,0 +1,118 @@
+// Attention from one token of each row to the keys and values of a cache.
+
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "lanes.h"
+
+// Widens `size` numbers to whole vectors; what is left of the last one is zeros.
+template <class Number>
+inline void WidenRow(const Number* from, int size, Lanes* to) {
+  for (; size >= kLanes; size -= kLanes, from += kLanes) *to++ = Widen(from);
+  if (size > 0) {
+    Number padded[kLanes] = {};
+    std::copy(from, from + size, padded);
+    *to = Widen(padded);
+  }
+}
+
+// Fetches `size` numbers to the cache, meanwhile.
+template <class Number>
+inline void Prefetch(const Number* from, int size) {
+  for (size_t i = 0; i < size * sizeof(Number); i += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + i);
+}
+
+// e to the power of x, for x up to 0, to two units of rounding (Cephes' expf).
+inline Lanes Exp(Lanes x) {
+  x = x < -87.0f ? Lanes{} - 87.0f : x;  // NaN stays NaN.
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded.
+  const Lanes n = (x * 1.44269504088896341f + kRound) - kRound;
+  const Lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Lanes sum = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  sum = sum * r + 8.3334519073e-3f;
+  sum = sum * r + 4.1665795894e-2f;
+  sum = sum * r + 1.6666665459e-1f;
+  sum = sum * r + 5.0000001201e-1f;
+  const auto power = (__builtin_convertvector(n, LanesOf<int32_t>) + 127) << 23;
+  return (sum * r * r + r + 1.0f) * Load<float>(&power);
+}
+
+// What a row's one query of `group` heads finds in a cache of `slots` for each of `kv_heads`.
+struct Sizes {
+  int slots, kv_heads, group, dim;
+};
+
+// Attends from queries [G, H] to the slots of `k` and `v` that `mask` [S] shows; `out` is [G, H], zeros
+// if it shows none. Keys and values of a slot are dim x kv_heads numbers after those of the last. The
+// softmax is joined as keys come (arXiv 1805.02867).
+template <class Number>
+void AttendHead(const float* q, const Number* k, const Number* v, const bool* mask, float* out,
+                Sizes sizes) {
+  // Keys that are worked on at once, and vectors of a number of them: registers hold their sums.
+  constexpr int kKeys = 2 * kLanes, kVectors = 4;
+  const int vectors = (sizes.dim + kVectors * kLanes - 1) / (kVectors * kLanes) * kVectors;
+  const size_t stride = static_cast<size_t>(sizes.kv_heads) * sizes.dim;
+  std::vector<Lanes> queries(sizes.group * vectors), mixed(sizes.group * vectors);
+  std::vector<Lanes> near(kKeys * vectors), weights(sizes.group * kKeys / kLanes);
+  std::vector<float> tops(sizes.group, -std::numeric_limits<float>::infinity());
+  std::vector<float> totals(sizes.group, 0);
+  for (int g = 0; g < sizes.group; ++g)
+    WidenRow(q + g * sizes.dim, sizes.dim, &queries[g * vectors]);
+
+  const float scale = 1 / std::sqrt(static_cast<float>(sizes.dim));
+  for (int slot = 0; slot < sizes.slots;) {
+    int seen[kKeys], count = 0;
+    for (; slot < sizes.slots && count < kKeys; ++slot)
+      if (mask[slot]) seen[count++] = slot;
+    if (count == 0) break;
+    for (int i = 0; i < count; ++i) {
+      // Those of one head lie apart: the processor does not fetch the next by itself.
+      Prefetch(k + (seen[i] + kKeys) * stride, sizes.dim);
+      WidenRow(k + seen[i] * stride, sizes.dim, &near[i * vectors]);
+    }
+    for (int g = 0; g < sizes.group; ++g) {
+      float* scores = reinterpret_cast<float*>(&weights[g * kKeys / kLanes]);
+      std::fill(scores, scores + kKeys, -std::numeric_limits<float>::infinity());
+      for (int i = 0; i < count; ++i) {
+        Lanes sums[kVectors] = {};
+        for (int x = 0; x < vectors; x += kVectors)
+#pragma GCC unroll 8
+          for (int j = 0; j < kVectors; ++j)
+            sums[j] += queries[g * vectors + x + j] * near[i * vectors + x + j];
+        scores[i] = Sum((sums[0] + sums[1]) + (sums[2] + sums[3])) * scale;
+      }
+      const float top = std::max(tops[g], *std::max_element(scores, scores + count));
+      const float shrink = std::exp(tops[g] - top);  // What came before had another top.
+      Lanes total = {};
+      for (int i = 0; i < kKeys / kLanes; ++i)
+        total += weights[g * kKeys / kLanes + i] = Exp(weights[g * kKeys / kLanes + i] - top);
+      for (int x = 0; x < vectors; ++x) mixed[g * vectors + x] *= shrink;
+      totals[g] = totals[g] * shrink + Sum(total);
+      tops[g] = top;
+    }
+    for (int i = 0; i < count; ++i) {
+      Prefetch(v + (seen[i] + kKeys) * stride, sizes.dim);
+      WidenRow(v + seen[i] * stride, sizes.dim, &near[i * vectors]);
+    }
+    for (int g = 0; g < sizes.group; ++g) {
+      const float* weight = reinterpret_cast<const float*>(&weights[g * kKeys / kLanes]);
+      for (int x = 0; x < vectors; x += kVectors) {
+        Lanes sums[kVectors];
+        std::memcpy(sums, &mixed[g * vectors + x], sizeof(sums));
+        for (int i = 0; i < count; ++i)
+#pragma GCC unroll 8
+          for (int j = 0; j < kVectors; ++j) sums[j] += weight[i] * near[i * vectors + x + j];
+        std::memcpy(&mixed[g * vectors + x], sums, sizeof(sums));
+      }
+    }
+  }
+  for (int g = 0; g < sizes.group; ++g) {
+    const float* sums = reinterpret_cast<const float*>(&mixed[g * vectors]);
+    for (int x = 0; x < sizes.dim; ++x)
+      out[g * sizes.dim + x] = totals[g] == 0 ? 0 : sums[x] / totals[g];
+  }
+}

@@ -1,0 +1,148 @@
+// What XLA calls, on a CPU: products of few rows, attention of single tokens, rows of a table.
+//
+// XLA's own products are fast for many rows; of one to eight they take up to twice the time of these.
+// To take rows of a 16-bit table, or to write some, XLA makes float32 of the whole table. `kernels.py`
+// compiles this file.
+
+#include <utility>
+
+#include "xla/ffi/api/ffi.h"
+
+#include "attention.h"
+#include "products.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+// Multiplications that pay for handing them to another thread.
+constexpr int64_t kLeast = 100000;
+
+// Calls `MultiplyRows` for the number of rows, which the compiler has to know.
+template <class Weight, int... R>
+auto Choose(int count, std::integer_sequence<int, R...>) {
+  decltype(&MultiplyRows<1, Weight>) found = nullptr;
+  ((count == R + 1 ? void(found = &MultiplyRows<R + 1, Weight>) : void()), ...);
+  return found;
+}
+
+template <class Weight, ffi::DataType kType>
+ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32, 2> rows,
+                   ffi::Buffer<kType, 2> matrix, ffi::ResultBuffer<ffi::F32, 2> result) {
+  const int count = rows.dimensions()[0], width = rows.dimensions()[1];
+  const int outputs = matrix.dimensions()[0];
+  const auto multiply = Choose<Weight>(count, std::make_integer_sequence<int, MOST_ROWS>());
+  if (multiply == nullptr) return ffi::Error::InvalidArgument("too many rows, or none");
+  const auto packed = Pack<Weight>(rows.typed_data(), count, width);
+  const Weight* w = reinterpret_cast<const Weight*>(matrix.untyped_data());
+  float* out = result->typed_data();
+  // Several parts for a thread, if one of them is late.
+  const int64_t least = kLeast / (static_cast<int64_t>(width) * count);
+  const int64_t part = std::max<int64_t>(outputs / (8 * pool.num_threads()), least);
+  const int step = (part / kMostOutputs + 1) * kMostOutputs;
+  Parallel(pool, outputs, step, [=, rows = packed.get()](int first, int last) {
+    multiply(rows, w, out, width, outputs, first, last);
+  });
+  return ffi::Error::Success();
+}
+
+template <ffi::DataType kType>
+auto Binding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<ffi::Buffer<ffi::F32, 2>>()
+      .template Arg<ffi::Buffer<kType, 2>>()
+      .template Ret<ffi::Buffer<ffi::F32, 2>>();
+}
+
+template <class Number, ffi::DataType kType>
+ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32, 3> q, ffi::Buffer<kType, 4> k,
+                  ffi::Buffer<kType, 4> v, ffi::Buffer<ffi::PRED, 2> mask,
+                  ffi::ResultBuffer<ffi::F32, 3> result) {
+  const auto shape = k.dimensions();
+  const int rows = shape[0], slots = shape[1], kv_heads = shape[2], dim = shape[3];
+  const Sizes sizes{slots, kv_heads, static_cast<int>(q.dimensions()[1]) / kv_heads, dim};
+  const auto* keys = reinterpret_cast<const Number*>(k.untyped_data());
+  const auto* values = reinterpret_cast<const Number*>(v.untyped_data());
+  const float* queries = q.typed_data();
+  const bool* shown = mask.typed_data();
+  float* out = result->typed_data();
+  const int64_t cost = static_cast<int64_t>(sizes.slots) * sizes.group * sizes.dim;
+  Parallel(pool, rows * kv_heads, 1 + kLeast / cost, [=](int first, int last) {
+    for (int i = first; i < last; ++i) {
+      const int row = i / kv_heads, head = i % kv_heads;
+      const size_t at = (static_cast<size_t>(row) * slots * kv_heads + head) * dim;
+      const size_t query = static_cast<size_t>(i) * sizes.group * dim;
+      AttendHead(queries + query, keys + at, values + at,
+                 shown + static_cast<size_t>(row) * slots, out + query, sizes);
+    }
+  });
+  return ffi::Error::Success();
+}
+
+template <ffi::DataType kType>
+auto AttendBinding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<ffi::Buffer<ffi::F32, 3>>()
+      .template Arg<ffi::Buffer<kType, 4>>()
+      .template Arg<ffi::Buffer<kType, 4>>()
+      .template Arg<ffi::Buffer<ffi::PRED, 2>>()
+      .template Ret<ffi::Buffer<ffi::F32, 3>>();
+}
+
+ffi::Error Take(ffi::AnyBuffer table, ffi::Buffer<ffi::S32, 1> tokens,
+                ffi::Result<ffi::AnyBuffer> result) {
+  const size_t bytes = table.size_bytes() / table.dimensions()[0];
+  const char* from = static_cast<const char*>(table.untyped_data());
+  char* to = static_cast<char*>(result->untyped_data());
+  const int64_t last = table.dimensions()[0] - 1;
+  for (size_t i = 0; i < tokens.element_count(); ++i) {
+    const int64_t row = std::clamp<int64_t>(tokens.typed_data()[i], 0, last);
+    std::memcpy(to + i * bytes, from + row * bytes, bytes);
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error Put(ffi::AnyBuffer table, ffi::AnyBuffer rows, ffi::Buffer<ffi::S32, 1> places,
+               ffi::Result<ffi::AnyBuffer> result) {
+  const auto shape = table.dimensions();
+  const size_t part = table.size_bytes() / shape[0], bytes = part / shape[1];
+  const char* from = static_cast<const char*>(rows.untyped_data());
+  char* to = static_cast<char*>(result->untyped_data());
+  if (to != table.untyped_data()) std::memcpy(to, table.untyped_data(), table.size_bytes());
+  for (int64_t i = 0; i < shape[0]; ++i) {
+    const int64_t place = places.typed_data()[i];
+    if (place >= 0 && place < shape[1])
+      std::memcpy(to + i * part + place * bytes, from + i * bytes, bytes);
+  }
+  return ffi::Error::Success();
+}
+
+auto TakeBinding() {
+  return ffi::Ffi::Bind()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::Buffer<ffi::S32, 1>>()
+      .Ret<ffi::AnyBuffer>();
+}
+
+auto PutBinding() {
+  return ffi::Ffi::Bind()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::Buffer<ffi::S32, 1>>()
+      .Ret<ffi::AnyBuffer>();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(take, Take, TakeBinding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(put, Put, PutBinding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(product_float32, (Product<float, ffi::F32>),
+                              Binding<ffi::F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(product_bfloat16, (Product<BFloat16, ffi::BF16>),
+                              Binding<ffi::BF16>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(product_int8, (Product<int8_t, ffi::S8>), Binding<ffi::S8>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(attend_float32, (Attend<float, ffi::F32>), AttendBinding<ffi::F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(attend_bfloat16, (Attend<BFloat16, ffi::BF16>),
+                              AttendBinding<ffi::BF16>());

@@ -1,0 +1,78 @@
+// Vectors of numbers, whatever the processor's are called; and the threads to work on them.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <thread>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+constexpr int kLanes = 16;
+template <class T>
+using LanesOf __attribute__((vector_size(kLanes * sizeof(T)))) = T;
+using Lanes = LanesOf<float>;
+
+template <class T>
+inline LanesOf<T> Load(const void* from) {
+  LanesOf<T> lanes;
+  std::memcpy(&lanes, from, sizeof(lanes));
+  return lanes;
+}
+
+inline Lanes Widen(const float* weights) { return Load<float>(weights); }
+inline Lanes Widen(const int8_t* weights) {
+#ifdef __AVX512F__  // GCC 12 finds no instruction for all lanes.
+  const auto narrow = reinterpret_cast<__m128i>(Load<int8_t>(weights));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(narrow));
+#else
+  const auto narrow = __builtin_convertvector(Load<int8_t>(weights), LanesOf<int16_t>);
+  return __builtin_convertvector(__builtin_convertvector(narrow, LanesOf<int32_t>), Lanes);
+#endif
+}
+inline Lanes Widen(const BFloat16* weights) {
+  const auto bits = __builtin_convertvector(Load<uint16_t>(weights), LanesOf<uint32_t>) << 16;
+  return Load<float>(&bits);
+}
+
+inline float Sum(Lanes lanes) {
+  typedef float Half __attribute__((vector_size(sizeof(lanes) / 2)));
+  typedef float Quarter __attribute__((vector_size(sizeof(lanes) / 4)));
+  Half halves[2];
+  std::memcpy(halves, &lanes, sizeof(halves));
+  const Half half = halves[0] + halves[1];
+  Quarter quarters[2];
+  std::memcpy(quarters, &half, sizeof(quarters));
+  const Quarter sum = quarters[0] + quarters[1];
+  return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
+
+// Calls `work(first, last)` for parts of 0 to `size`, on this thread and on those of the pool that
+// are free. This thread waits only for parts that another has begun: a pool whose threads all wait
+// here goes on.
+template <class Pool, class Work>
+void Parallel(Pool& pool, int size, int step, Work work) {
+  struct Shared {
+    std::atomic<int> next{0}, done{0};
+  };
+  const int parts = (size + step - 1) / step;
+  auto shared = std::make_shared<Shared>();
+  auto take = [shared, parts, size, step, work] {
+    for (int part; (part = shared->next++) < parts; ++shared->done)
+      work(part * step, std::min(size, (part + 1) * step));
+  };
+  const int helpers = std::min<int64_t>(pool.num_threads(), parts) - 1;
+  for (int i = 0; i < helpers; ++i) pool.Schedule([take] { take(); });
+  take();
+  while (shared->done < parts) std::this_thread::yield();
+}
+
