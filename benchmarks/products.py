@@ -18,8 +18,7 @@ import jax.numpy as jnp
 
 from mistral_jax.model import kernels
 from mistral_jax.model.products import multiply
-from mistral_jax.model.quantized import QuantizedKernel
-from mistral_jax.quantization import to_int8
+from mistral_jax.model.quantized import QuantizedKernel, to_int8
 
 SHAPE = (3584, 1024)
 MATRICES = 24

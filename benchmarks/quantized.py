@@ -3,7 +3,7 @@
 The distance is the Kullback-Leibler divergence of the next token's distribution from that in
 float32, in nats, and how often the likeliest token is the same; means over all tokens.
 
-    python benchmarks/quantized.py [--checkpoint FOLDER] [--every N]
+    python benchmarks/quantized.py [--checkpoint FOLDER] [--every N] [--cache]
 """
 
 import argparse
@@ -24,10 +24,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--checkpoint", help="default: the bundled model")
     parser.add_argument("--every", type=int, default=5, help="read one file in so many")
+    parser.add_argument("--cache", action="store_true", help="of the cache, not of the matrices")
     arguments = parser.parse_args()
 
     model, exact, tokenizer = mistral_jax.load(arguments.checkpoint, dtype="float32")
-    rough = mistral_jax.load(arguments.checkpoint, dtype="float32", quantize="int8")[1]
+    if arguments.cache:
+        small = model.clone(kv_cache_dtype="int8"), exact
+    else:
+        rough = mistral_jax.load(arguments.checkpoint, dtype="float32", quantize="int8")[1]
+        small = model, rough
     texts = heldout.held_out(heldout.TOOLS)[0][:: arguments.every]
     totals, size = np.zeros(5), 0
     for text in texts:
@@ -35,7 +40,7 @@ def main():
         tokens = np.zeros((1, -(-len(ids) // BLOCK) * BLOCK), np.int32)
         positions = np.full_like(tokens, -1)
         tokens[0, : len(ids)], positions[0, : len(ids)] = ids, range(len(ids))
-        totals += np.asarray(compare(model, exact, rough, tokens, positions))
+        totals += np.asarray(compare(model, exact, *small, tokens, positions))
         size += len(text.encode())
     count, exact_nats, rough_nats, divergence, same = totals
     result = {
@@ -46,17 +51,17 @@ def main():
         "divergence": float(f"{divergence / count:.3g}"),
         "same_likeliest": round(same / count, 4),
         "float32_megabytes": round(megabytes(exact), 1),
-        "int8_megabytes": round(megabytes(rough), 1),
+        "int8_megabytes": round(megabytes(small[1]), 1),
     }
     print(json.dumps(result))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def compare(model, exact, rough, tokens, positions):
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def compare(model, exact, small, rough, tokens, positions):
     """Returns sums over the tokens of a text: of 1, of both losses, of the distance, of matches."""
     p, q = (
-        jax.nn.log_softmax(model.apply({"params": params}, tokens, positions)[0][0, :-1])
-        for params in (exact, rough)
+        jax.nn.log_softmax(logits(model, params, tokens, positions)[0, :-1])
+        for model, params in ((model, exact), (small, rough))
     )
     counted = positions[0, 1:] >= 0
     losses = [-jnp.take_along_axis(x, tokens[0, 1:, None], axis=1)[:, 0] for x in (p, q)]
@@ -64,6 +69,13 @@ def compare(model, exact, rough, tokens, positions):
     same = jnp.argmax(p, axis=1) == jnp.argmax(q, axis=1)
     each = [jnp.ones_like(divergence), *losses, divergence, same]
     return jnp.stack([jnp.sum(jnp.where(counted, x, 0)) for x in each])
+
+
+def logits(model, params, tokens, positions):
+    cache = None
+    if model.kv_cache_dtype:
+        cache = mistral_jax.init_cache(model.config, 1, tokens.shape[1], jnp.int8)
+    return model.apply({"params": params}, tokens, positions, cache)[0]
 
 
 def megabytes(params):

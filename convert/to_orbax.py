@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import mistral_jax
 from mistral_jax import checkpoint, folder, manifest, quantization
 from mistral_jax.config import ModelConfig
-from mistral_jax.model.quantized import QuantizedKernel
+from mistral_jax.model.quantized import QuantizedKernel, to_int8
 
 from . import architecture, hub
 from .checks import check_finite, match
@@ -101,7 +101,7 @@ def to_orbax(
             if row.path in outputs:
                 # In blocks: float32 copies of the largest array would take more than all else.
                 blocks = np.array_split(array, 1 + (array.nbytes >> 24))
-                made = [quantization.to_int8(np.float32(x), outputs[row.path]) for x in blocks]
+                made = [to_int8(np.float32(x), outputs[row.path]) for x in blocks]
                 array = QuantizedKernel(*map(np.concatenate, zip(*made, strict=True)))
             for path, part in flatten_dict(quantization.split({row.path: array}), sep="/").items():
                 write(path, part)

@@ -67,6 +67,13 @@ def parser() -> Parser:
         metavar="N",
         help="tokens that prompt and answer may have together [the model's own limit]",
     )
+    add(
+        "--kv-cache-dtype",
+        choices=("int8",),
+        metavar="int8",
+        help="round the keys and values of earlier tokens to 8 bits, for a half of their memory or "
+        "less [as computed in]",
+    )
     add_cache(group)
 
     add = made.add_argument_group("the choice of tokens").add_argument

@@ -12,11 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mistral_jax.model.quantized import QuantizedKernel
+from mistral_jax.model.quantized import QuantizedKernel, to_int8
 from mistral_jax.training.lora import PROJECTIONS, split_axes
 
 Params = Mapping[str, Any]
@@ -92,24 +91,6 @@ def _quantize(kernel, kind, outputs, sharding):
     if not isinstance(sharding, NamedSharding):
         return made
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, _fit(sharding, x)), made)
-
-
-def to_int8(kernel: Any, outputs: int, numpy: Any = np) -> tuple[Any, Any]:
-    """Rounds to multiples of a 127.5th of the largest number of each output, as qwix does.
-
-    Args:
-      kernel: float32.
-      outputs: how many of its axes are the output's.
-      numpy: what to compute with, NumPy or `jax.numpy`: to the same bits.
-
-    Returns:
-      The values, int8, and the scales, float32, with as many axes.
-    """
-    axes = tuple(range(outputs, kernel.ndim))
-    largest = numpy.max(numpy.abs(kernel), axis=axes, keepdims=True)
-    # By the reciprocal, as XLA divides by a constant.
-    scale = numpy.where(largest > 0, largest * np.float32(1 / 127.5), np.float32(1))
-    return numpy.clip(numpy.round(kernel / scale), -127, 127).astype("int8"), scale
 
 
 def _nf4(kernel):

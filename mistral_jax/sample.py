@@ -81,7 +81,7 @@ class _Model:
         if arguments.max_positions is not None:
             config = dataclasses.replace(model.config, max_positions=arguments.max_positions)
             model = model.clone(config=config)
-        self._model = model
+        self._model = model.clone(kv_cache_dtype=arguments.kv_cache_dtype)
         self._options = {
             "max_new_tokens": arguments.max_tokens,
             "sampling": sampling,

@@ -15,6 +15,7 @@ from mistral_jax import quantization
 from mistral_jax.generation.generate import generate
 from mistral_jax.model import kernels, products
 from mistral_jax.model.attention import attend, visible
+from mistral_jax.model.quantized import QuantizedKernel, to_int8
 
 # Without one, what stands in is tested here, and runs in all other tests.
 COMPILER = pytest.mark.skipif(
@@ -83,11 +84,15 @@ def seen(rng, rows, slots, kv_heads, group, dim, dtype):
     places[rng.random(places.shape) < 0.2] = -1
     at = rng.integers(slots // 2, slots, (rows, 1))
     places[:, 0] = at[:, 0]
-    return *(jnp.asarray(x, dtype) for x in (q, k, v)), jnp.asarray(at), jnp.asarray(places)
+    if dtype == "int8":
+        k, v = (QuantizedKernel(*to_int8(jnp.asarray(x, jnp.float32), 3, jnp)) for x in (k, v))
+    else:
+        q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
+    return jnp.asarray(q), k, v, jnp.asarray(at), jnp.asarray(places)
 
 
 @COMPILER
-@pytest.mark.parametrize("dtype", kernels.ATTENDED)
+@pytest.mark.parametrize("dtype", kernels.DTYPES)
 @pytest.mark.parametrize(
     "sizes",
     [(1, 1, 1, 1, 1), (1, 5, 1, 1, 8), (3, 70, 2, 3, 20), (2, 200, 4, 4, 64), (2, 33, 2, 2, 130)],
@@ -96,12 +101,14 @@ def test_a_token_attends_as_by_the_definition(dtype, sizes):
     q, k, v, at, places = seen(np.random.default_rng(1), *sizes, dtype)
     found = attend(q, k, v, at, places, 40)
     mask = np.asarray(visible(at, places, 40))[:, 0]
+    if dtype == "int8":
+        k, v = k.dequantize(jnp.float32), v.dequantize(jnp.float32)
     q, k, v = (np.asarray(x.astype(jnp.float32), np.float64) for x in (q, k, v))
     for row in range(len(q)):
         for head in range(q.shape[2]):
             keys, values = (x[row, mask[row], head // sizes[3]] for x in (k, v))
             weights = scipy.special.softmax(keys @ q[row, 0, head] / sizes[4] ** 0.5)
-            bound = 1e-6 if dtype == "float32" else 2**-8
+            bound = 2**-8 if dtype == "bfloat16" else 1e-6
             np.testing.assert_allclose(
                 np.asarray(found[row, 0, head].astype(jnp.float32)),
                 weights @ values,
@@ -121,7 +128,7 @@ def test_keys_that_are_not_seen_do_not_count_and_what_is_not_finite_shows():
 
 
 @COMPILER
-@pytest.mark.parametrize("dtype", kernels.ATTENDED)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_token_attends_with_the_plain_gradient(dtype, monkeypatch):
     *qkv, at, places = seen(np.random.default_rng(2), 2, 12, 2, 2, 8, dtype)
 

@@ -7,12 +7,14 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 import tiny
 import tokenizer_samples
 
 import mistral_jax
 from mistral_jax import adapters, checkpoint, sample
+from mistral_jax.generation import prefill
 from mistral_jax.generation.sampling import Sampling
 from mistral_jax.generation.text import chat, complete
 from mistral_jax.tokenizer import Tokenizer
@@ -170,6 +172,21 @@ def test_the_limit_can_be_lifted(command):
     assert "the model's 10 positions" in err
     assert "--max-positions" in err
     assert command("def main", "--max-positions", "100", "--max-tokens", "1")[0] == 0
+
+
+def test_the_cache_may_be_in_8_bits(command, monkeypatch):
+    kept = []
+    make = prefill.init_cache
+
+    def init_cache(config, rows, length, dtype):
+        kept.append(dtype)
+        return make(config, rows, length, dtype)
+
+    monkeypatch.setattr(prefill, "init_cache", init_cache)
+    jax.clear_caches()
+    code, out, _ = command("def main", "--kv-cache-dtype", "int8", "--max-tokens", "3")
+    assert (code, kept) == (0, [jnp.dtype("int8")])
+    assert out
 
 
 @pytest.mark.parametrize(

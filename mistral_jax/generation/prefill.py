@@ -106,7 +106,8 @@ def empty_cache(model: Transformer, rows: int, length: int) -> Cache:
         axes = ("batch", None, "kv_heads", "head_dim")[: x.ndim]
         return nn.with_logical_constraint(x, axes, rules=model.rules)
 
-    return jax.tree.map(split, init_cache(model.config, rows, length, model.dtype))
+    dtype = jnp.dtype(model.kv_cache_dtype or model.dtype)
+    return jax.tree.map(split, init_cache(model.config, rows, length, dtype))
 
 
 def replicate(tree: Any) -> Any:

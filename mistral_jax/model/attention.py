@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from mistral_jax import machine
 from mistral_jax.model import kernels, splash
 from mistral_jax.model.axes import Rules
+from mistral_jax.model.einsum import einsum
 from mistral_jax.model.pieces import attend_present, fill, take
+from mistral_jax.model.quantized import QuantizedKernel
 
 # Queries attended at a time: larger blocks spill a CPU's caches, smaller ones starve it.
 BLOCK = 128
@@ -55,8 +57,8 @@ def visible(
 
 def attend(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: jax.Array | QuantizedKernel,
+    v: jax.Array | QuantizedKernel,
     q_positions: jax.Array,
     kv_positions: jax.Array,
     window: int | None,
@@ -75,8 +77,8 @@ def attend(
 
     Args:
       q: queries, [B, T, N, H].
-      k: keys, [B, S, K, H]; each serves G = N / K query heads.
-      v: values, [B, S, K, H].
+      k: keys, [B, S, K, H]; each serves G = N / K query heads. Of int8, with scales [B, S, K, 1].
+      v: values, likewise.
       q_positions: place of each query, [B, T] int32; -1 = padding, whose output is finite.
       kv_positions: place of each key, [B, S] int32; -1 = no key there.
       window: keys visible (W), the query's own included; None = all.
@@ -92,12 +94,14 @@ def attend(
     Returns:
       [B, T, N, H] in the dtype of `q`.
     """
+    kept = k.values.dtype if isinstance(k, QuantizedKernel) else k.dtype
+    if q.shape[1] == 1 and kept.name in kernels.DTYPES and kernels.here():
+        return _attend_once(q, k, v, visible(q_positions, kv_positions, window, dilation))
+    k, v = _widen(k, q.dtype), _widen(v, q.dtype)
     alone = aligned and dilation == 1 and sections == 1
     if alone and jax.default_backend() == "tpu" and splash.fits(q, k, v, rules):
         return splash.attend(q, k, v, q_positions, kv_positions, window, rules)
     length, keys = q.shape[1], k.shape[1]
-    if length == 1 and k.dtype.name in kernels.ATTENDED and kernels.here():
-        return _attend_once(q, k, v, visible(q_positions, kv_positions, window, dilation))
     q_places, kv_places = (q_positions, None), (kv_positions, None)
     before = keys if window is None else min(keys, (window - 1) * dilation)
     pattern = window, dilation
@@ -117,10 +121,17 @@ def attend(
     return _attend_blocks(q, k, v, q_places, kv_places, pattern, before, offset)
 
 
+def _widen(x, dtype):
+    return x.dequantize(dtype) if isinstance(x, QuantizedKernel) else x
+
+
 @jax.custom_jvp
 def _attend_once(q, k, v, mask):
     """Attends from one token of each row, by a kernel."""
-    return kernels.attend(q[:, 0], k, v, mask[:, 0])[:, None].astype(q.dtype)
+    numbers, scales = (k, v), ()
+    if isinstance(k, QuantizedKernel):
+        numbers, scales = (k.values, v.values), (k.scale[..., 0], v.scale[..., 0])
+    return kernels.attend(q[:, 0], *numbers, mask[:, 0], *scales)[:, None].astype(q.dtype)
 
 
 @_attend_once.defjvp
@@ -129,7 +140,7 @@ def _differentiate_once(primals, tangents):
     q, k, v, mask = primals
 
     def plain(q, k, v):
-        _, total, mixed = _weigh(q, k, v, mask)
+        _, total, mixed = _weigh(q, _widen(k, q.dtype), _widen(v, q.dtype), mask)
         return (mixed / total[..., None]).reshape(q.shape).astype(q.dtype)
 
     return _attend_once(*primals), jax.jvp(plain, (q, k, v), tangents[:3])[1]
@@ -227,9 +238,3 @@ def _weigh(q, k, v, mask):
     # Dividing after the product touches T x H numbers instead of T x S.
     mixed = einsum("BKGTS,BSKH->BKGTH", weights.astype(v.dtype), v)
     return top, jnp.sum(weights, axis=-1), mixed
-
-
-def einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Multiplies with float32 sums; float32 operands are not rounded, as GPU and TPU would."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=jnp.float32)

@@ -13,6 +13,9 @@ import jax.numpy as jnp
 
 from mistral_jax.config import ModelConfig
 from mistral_jax.model import kernels
+from mistral_jax.model.quantized import QuantizedKernel, to_int8
+
+Kept = jax.Array | QuantizedKernel
 
 
 @flax.struct.dataclass
@@ -20,13 +23,13 @@ class LayerCache:
     """The keys and values that one layer remembers.
 
     Attributes:
-      k: rotated keys, [B, S, K, H].
-      v: values, [B, S, K, H].
+      k: rotated keys, [B, S, K, H]; in 8 bits with a scale for each token and head, [B, S, K, 1].
+      v: values, likewise.
       positions: place in its text of the token in each slot, [B, S] int32; -1 = empty.
     """
 
-    k: jax.Array
-    v: jax.Array
+    k: Kept
+    v: Kept
     positions: jax.Array
 
 
@@ -43,7 +46,7 @@ def init_cache(
       batch_size: rows (B); each advances on its own.
       length: tokens of the longest row, prompt and continuation. A layer without a window would
         forget a row's first tokens past this length.
-      dtype: of keys and values; the model's compute dtype.
+      dtype: of keys and values: the model's compute dtype, or int8, to which they are rounded.
 
     Returns:
       One `LayerCache` a layer, with S = min(W, length) slots, or for a dilated window
@@ -54,18 +57,32 @@ def init_cache(
         slots = length if span is None else min(span, length)
         shape = (batch_size, slots, config.num_kv_heads, config.head_dim)
         positions = jnp.full((batch_size, slots), -1, jnp.int32)
-        return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), positions)
+        nothing = jnp.zeros(shape, dtype)
+        if dtype == jnp.int8:
+            nothing = QuantizedKernel(nothing, jnp.zeros((*shape[:-1], 1), jnp.float32))
+        return LayerCache(nothing, nothing, positions)
 
     return tuple(empty(span) for span in config.spans)
 
 
-def write(cache: LayerCache, k: jax.Array, v: jax.Array, positions: jax.Array) -> LayerCache:
+def round_for(cache: LayerCache, x: jax.Array) -> Kept:
+    """Rounds keys or values [B, T, K, H] to 8 bits, if the cache keeps them so.
+
+    It is done before any are looked at, so that a token sees others the same, be they in its chunk
+    or in an earlier one.
+    """
+    if isinstance(cache.k, QuantizedKernel):
+        return QuantizedKernel(*to_int8(x.astype(jnp.float32), 3, jnp))
+    return x
+
+
+def write(cache: LayerCache, k: Kept, v: Kept, positions: jax.Array) -> LayerCache:
     """Stores a chunk's last S tokens of each row, over the oldest ones.
 
     Args:
       cache: the layer's cache; S slots.
-      k: rotated keys of the chunk, [B, T, K, H].
-      v: values of the chunk, [B, T, K, H].
+      k: rotated keys of the chunk, [B, T, K, H], as `round_for` returns them.
+      v: values of the chunk, likewise.
       positions: places of the chunk's tokens, [B, T] int32, rising by 1 along a row; -1 = padding,
         which is not stored.
 
@@ -79,11 +96,10 @@ def write(cache: LayerCache, k: jax.Array, v: jax.Array, positions: jax.Array) -
     # Slot S does not exist: what is not stored is dropped there.
     slot = jnp.where(stored, positions % slots, slots)
 
+    chunk = LayerCache(k, v, positions)
     if positions.shape[1] == 1 and kernels.here():
-        return LayerCache(
-            kernels.put(cache.k, k.astype(cache.k.dtype), slot),
-            kernels.put(cache.v, v.astype(cache.v.dtype), slot),
-            kernels.put(cache.positions, positions, slot),
+        return jax.tree.map(
+            lambda old, new: kernels.put(old, new.astype(old.dtype), slot), cache, chunk
         )
 
     # Row by row: with the rows' numbers among its indices, a scatter could write into any row, and
@@ -92,19 +108,19 @@ def write(cache: LayerCache, k: jax.Array, v: jax.Array, positions: jax.Array) -
     def put(old, new, slot):
         return old.at[slot].set(new, mode="drop")
 
-    return _of_each(put, cache, k, v, positions, slot)
+    return _of_each(put, cache, chunk, slot)
 
 
 def line_up(
-    cache: LayerCache, k: jax.Array, v: jax.Array, positions: jax.Array
+    cache: LayerCache, k: Kept, v: Kept, positions: jax.Array
 ) -> tuple[LayerCache, jax.Array]:
     """Puts what a ring holds and a chunk brings in the order of their places in the text.
 
     Args:
       cache: the layer's cache before the chunk; S slots.
-      k: rotated keys of the chunk, [B, T, K, H].
-      v: values of the chunk, [B, T, K, H].
-      positions: places of the chunk's tokens, as for `write`.
+      k: rotated keys of the chunk, [B, T, K, H], as for `write`.
+      v: values of the chunk, likewise.
+      positions: places of the chunk's tokens, likewise.
 
     Returns:
       S + T entries, of which S + i is the chunk's token i; and the place of each row's first, [B]
@@ -122,18 +138,16 @@ def line_up(
     def pick(held, new, index):
         return jnp.concatenate([held, new])[index]
 
-    found = _of_each(pick, cache, k, v, positions, index)
+    found = _of_each(pick, cache, LayerCache(k, v, positions), index)
     places = jnp.where(old & (found.positions != place), -1, found.positions)
     return found.replace(positions=places), origin[:, 0]
 
 
-def _of_each(move, cache, k, v, positions, index):
+def _of_each(move, cache, chunk, index):
     """Moves numbers of a cache and a chunk, [B, ...] both, by an index [B, ...]."""
-    moved = (
-        _as_bits(move, old, new.astype(old.dtype), index)
-        for old, new in ((cache.k, k), (cache.v, v), (cache.positions, positions))
+    return jax.tree.map(
+        lambda old, new: _as_bits(move, old, new.astype(old.dtype), index), cache, chunk
     )
-    return LayerCache(*moved)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from mistral_jax import machine
 
 _SOURCES = sorted((Path(__file__).parent / "native").iterdir())
-DTYPES = ("float32", "bfloat16", "int8")  # of matrices
-ATTENDED = ("float32", "bfloat16")  # of keys and values
+# Of matrices, keys and values.
+DTYPES = ("float32", "bfloat16", "int8")
 # Rows up to which products are faster here than XLA's.
 MOST_ROWS = 8
 _FLAGS = (
@@ -125,21 +125,24 @@ def _differentiate_put(primals, tangents):
     return put(*primals), jax.jvp(scatter, primals[:2], tangents[:2])[1]
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *scales: jax.Array
+) -> jax.Array:
     """Attends from one query of each row to its keys. It is not differentiated.
 
     Args:
       q: queries, [B, N, H].
-      k: keys, [B, S, K, H], float32 or bfloat16; each serves N / K query heads.
+      k: keys, [B, S, K, H], float32, bfloat16 or int8; each serves N / K query heads.
       v: values, likewise.
       mask: what each row sees, [B, S] bool.
+      scales: of keys and of values, where these are int8: two of [B, S, K] float32.
 
     Returns:
       [B, N, H] float32; zeros for a row that sees nothing.
     """
     result = jax.ShapeDtypeStruct(q.shape, jnp.float32)
     call = jax.ffi.ffi_call(f"mistral_jax_attend_{k.dtype.name}", result, vmap_method="sequential")
-    return call(q.astype(jnp.float32), k, v, mask)
+    return call(q.astype(jnp.float32), k, v, mask, *scales)
 
 
 @functools.cache
@@ -150,8 +153,8 @@ def available() -> bool:
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         logging.getLogger(__name__).debug("no kernels, XLA's operations instead: %s", error)
         return False
-    products = (f"product_{dtype}" for dtype in DTYPES)
-    for name in (*products, *(f"attend_{dtype}" for dtype in ATTENDED), "take", "put"):
+    typed = (f"{name}_{dtype}" for name in ("product", "attend") for dtype in DTYPES)
+    for name in (*typed, "take", "put"):
         handler = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(f"mistral_jax_{name}", handler, platform="cpu")
     return True

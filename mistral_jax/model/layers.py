@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.attention import attend
 from mistral_jax.model.axes import Rules, length_parts, mesh_axes
-from mistral_jax.model.cache import LayerCache, line_up, write
+from mistral_jax.model.cache import LayerCache, line_up, round_for, write
 from mistral_jax.model.products import look_up, multiply
 from mistral_jax.model.rope import rotate
 
@@ -172,6 +172,8 @@ class Attention(nn.Module):
             rules=self.rules,
         )
 
+        if cache is not None:
+            k, v = round_for(cache, k), round_for(cache, v)
         if cache is None:
             mixed = look(q, k, v, positions, positions, aligned=True)
         elif x.shape[1] == 1:

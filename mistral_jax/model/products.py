@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mistral_jax.model import kernels
-from mistral_jax.model.attention import einsum
+from mistral_jax.model.einsum import einsum
 from mistral_jax.model.quantized import QuantizedKernel
 
 

@@ -4,6 +4,7 @@
 """
 
 import math
+from typing import Any
 
 import flax.struct
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 
 from mistral_jax import machine
 from mistral_jax.model import kernels
-from mistral_jax.model.attention import einsum
+from mistral_jax.model.einsum import einsum
 
 # Quantiles of a normal distribution, with an exact zero (arXiv 2305.14314, appendix E).
 NF4_LEVELS = np.array(
@@ -90,6 +91,24 @@ class QuantizedKernel:
     def sharding(self) -> jax.sharding.Sharding:
         """Where the kernel lies."""
         return self.values.sharding
+
+
+def to_int8(kernel: Any, outputs: int, numpy: Any = np) -> tuple[Any, Any]:
+    """Rounds to multiples of a 127.5th of the largest number of each output, as qwix does.
+
+    Args:
+      kernel: float32.
+      outputs: how many of its axes are the output's.
+      numpy: what to compute with, NumPy or `jax.numpy`: to the same bits.
+
+    Returns:
+      The values, int8, and the scales, float32, with as many axes.
+    """
+    axes = tuple(range(outputs, kernel.ndim))
+    largest = numpy.max(numpy.abs(kernel), axis=axes, keepdims=True)
+    # By the reciprocal, as XLA divides by a constant.
+    scale = numpy.where(largest > 0, largest * np.float32(1 / 127.5), np.float32(1))
+    return numpy.clip(numpy.round(kernel / scale), -127, 127).astype("int8"), scale
 
 
 def _in_integers(rows: jax.Array) -> bool:

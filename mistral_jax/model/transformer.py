@@ -80,6 +80,8 @@ class Transformer(nn.Module):
         does it, in place of a program that is as long as the model is deep. It is for training:
         without a cache, and with the same window and dilation in all layers.
       dropout: share of the inputs of adapters that are dropped where there is an rng "dropout".
+      kv_cache_dtype: of the keys and values that a cache keeps; None = `dtype`. To "int8" they are
+        rounded with a scale for each token and head.
     """
 
     config: ModelConfig
@@ -88,6 +90,7 @@ class Transformer(nn.Module):
     remat: str | None = None
     scan: bool = False
     dropout: float = 0.0
+    kv_cache_dtype: jnp.dtype | str | None = None
 
     @nn.compact
     def __call__(

@@ -8,22 +8,15 @@
 
 #include "lanes.h"
 
-// Widens `size` numbers to whole vectors; what is left of the last one is zeros.
+// Widens `size` numbers to whole vectors, times `scale`; what is left of the last one is zeros.
 template <class Number>
-inline void WidenRow(const Number* from, int size, Lanes* to) {
-  for (; size >= kLanes; size -= kLanes, from += kLanes) *to++ = Widen(from);
+inline void WidenRow(const Number* from, int size, Lanes* to, float scale = 1) {
+  for (; size >= kLanes; size -= kLanes, from += kLanes) *to++ = Widen(from) * scale;
   if (size > 0) {
     Number padded[kLanes] = {};
     std::copy(from, from + size, padded);
-    *to = Widen(padded);
+    *to = Widen(padded) * scale;
   }
-}
-
-// Fetches `size` numbers to the cache, meanwhile.
-template <class Number>
-inline void Prefetch(const Number* from, int size) {
-  for (size_t i = 0; i < size * sizeof(Number); i += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(from) + i);
 }
 
 // e to the power of x, for x up to 0, to two units of rounding (Cephes' expf).
@@ -46,16 +39,33 @@ struct Sizes {
   int slots, kv_heads, group, dim;
 };
 
-// Attends from queries [G, H] to the slots of `k` and `v` that `mask` [S] shows; `out` is [G, H], zeros
-// if it shows none. Keys and values of a slot are dim x kv_heads numbers after those of the last. The
-// softmax is joined as keys come (arXiv 1805.02867).
+// Keys or values of one head, [S, dim] with dim x kv_heads numbers from one to the next; and what to
+// multiply each by, [S] with kv_heads, or null.
 template <class Number>
-void AttendHead(const float* q, const Number* k, const Number* v, const bool* mask, float* out,
+struct Kept {
+  const Number* numbers;
+  const float* scales;
+
+  void Get(int slot, Sizes sizes, Lanes* to) const {
+    const size_t place = static_cast<size_t>(slot) * sizes.kv_heads;
+    WidenRow(numbers + place * sizes.dim, sizes.dim, to, scales ? scales[place] : 1.0f);
+  }
+  // The numbers of a head lie apart: the processor does not fetch the next ones by itself.
+  void Prefetch(int slot, Sizes sizes) const {
+    const Number* from = numbers + static_cast<size_t>(slot) * sizes.kv_heads * sizes.dim;
+    for (size_t i = 0; i < sizes.dim * sizeof(Number); i += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(from) + i);
+  }
+};
+
+// Attends from queries [G, H] to the slots of `k` and `v` that `mask` [S] shows; `out` is [G, H], zeros
+// if it shows none. The softmax is joined as keys come (arXiv 1805.02867).
+template <class Number>
+void AttendHead(const float* q, Kept<Number> k, Kept<Number> v, const bool* mask, float* out,
                 Sizes sizes) {
   // Keys that are worked on at once, and vectors of a number of them: registers hold their sums.
   constexpr int kKeys = 2 * kLanes, kVectors = 4;
   const int vectors = (sizes.dim + kVectors * kLanes - 1) / (kVectors * kLanes) * kVectors;
-  const size_t stride = static_cast<size_t>(sizes.kv_heads) * sizes.dim;
   std::vector<Lanes> queries(sizes.group * vectors), mixed(sizes.group * vectors);
   std::vector<Lanes> near(kKeys * vectors), weights(sizes.group * kKeys / kLanes);
   std::vector<float> tops(sizes.group, -std::numeric_limits<float>::infinity());
@@ -70,9 +80,8 @@ void AttendHead(const float* q, const Number* k, const Number* v, const bool* ma
       if (mask[slot]) seen[count++] = slot;
     if (count == 0) break;
     for (int i = 0; i < count; ++i) {
-      // Those of one head lie apart: the processor does not fetch the next by itself.
-      Prefetch(k + (seen[i] + kKeys) * stride, sizes.dim);
-      WidenRow(k + seen[i] * stride, sizes.dim, &near[i * vectors]);
+      k.Prefetch(seen[i] + kKeys, sizes);
+      k.Get(seen[i], sizes, &near[i * vectors]);
     }
     for (int g = 0; g < sizes.group; ++g) {
       float* scores = reinterpret_cast<float*>(&weights[g * kKeys / kLanes]);
@@ -95,8 +104,8 @@ void AttendHead(const float* q, const Number* k, const Number* v, const bool* ma
       tops[g] = top;
     }
     for (int i = 0; i < count; ++i) {
-      Prefetch(v + (seen[i] + kKeys) * stride, sizes.dim);
-      WidenRow(v + seen[i] * stride, sizes.dim, &near[i * vectors]);
+      v.Prefetch(seen[i] + kKeys, sizes);
+      v.Get(seen[i], sizes, &near[i * vectors]);
     }
     for (int g = 0; g < sizes.group; ++g) {
       const float* weight = reinterpret_cast<const float*>(&weights[g * kKeys / kLanes]);

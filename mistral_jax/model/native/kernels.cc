@@ -15,6 +15,8 @@ namespace ffi = xla::ffi;
 
 namespace {
 
+using Floats = ffi::Buffer<ffi::F32, 3>;
+
 // Multiplications that pay for handing them to another thread.
 constexpr int64_t kLeast = 100000;
 
@@ -55,26 +57,31 @@ auto Binding() {
       .template Ret<ffi::Buffer<ffi::F32, 2>>();
 }
 
-template <class Number, ffi::DataType kType>
-ffi::Error Attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32, 3> q, ffi::Buffer<kType, 4> k,
-                  ffi::Buffer<kType, 4> v, ffi::Buffer<ffi::PRED, 2> mask,
-                  ffi::ResultBuffer<ffi::F32, 3> result) {
+// Of int8 are keys and values with `scales`, two [B, S, K].
+template <class Number, ffi::DataType kType, class... Scales>
+ffi::Error Attend(ffi::ThreadPool pool, Floats q, ffi::Buffer<kType, 4> k,
+                  ffi::Buffer<kType, 4> v, ffi::Buffer<ffi::PRED, 2> mask, Scales... scales,
+                  ffi::Result<Floats> result) {
   const auto shape = k.dimensions();
   const int rows = shape[0], slots = shape[1], kv_heads = shape[2], dim = shape[3];
   const Sizes sizes{slots, kv_heads, static_cast<int>(q.dimensions()[1]) / kv_heads, dim};
-  const auto* keys = reinterpret_cast<const Number*>(k.untyped_data());
-  const auto* values = reinterpret_cast<const Number*>(v.untyped_data());
-  const float* queries = q.typed_data();
-  const bool* shown = mask.typed_data();
+  const Number* numbers[] = {reinterpret_cast<const Number*>(k.untyped_data()),
+                             reinterpret_cast<const Number*>(v.untyped_data())};
+  const float* scale[] = {scales.typed_data()..., nullptr, nullptr};
   float* out = result->typed_data();
-  const int64_t cost = static_cast<int64_t>(sizes.slots) * sizes.group * sizes.dim;
+  const int64_t cost = static_cast<int64_t>(slots) * sizes.group * dim;
   Parallel(pool, rows * kv_heads, 1 + kLeast / cost, [=](int first, int last) {
     for (int i = first; i < last; ++i) {
       const int row = i / kv_heads, head = i % kv_heads;
-      const size_t at = (static_cast<size_t>(row) * slots * kv_heads + head) * dim;
+      const size_t at = static_cast<size_t>(row) * slots * kv_heads + head;
+      const auto of = [&](int which) {
+        const float* by = scale[which];
+        return Kept<Number>{numbers[which] + at * dim, by ? by + at : nullptr};
+      };
       const size_t query = static_cast<size_t>(i) * sizes.group * dim;
-      AttendHead(queries + query, keys + at, values + at,
-                 shown + static_cast<size_t>(row) * slots, out + query, sizes);
+      AttendHead(q.typed_data() + query, of(0), of(1),
+                 mask.typed_data() + static_cast<size_t>(row) * slots,
+                 out + query, sizes);
     }
   });
   return ffi::Error::Success();
@@ -84,11 +91,10 @@ template <ffi::DataType kType>
 auto AttendBinding() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()
-      .Arg<ffi::Buffer<ffi::F32, 3>>()
+      .Arg<Floats>()
       .template Arg<ffi::Buffer<kType, 4>>()
       .template Arg<ffi::Buffer<kType, 4>>()
-      .template Arg<ffi::Buffer<ffi::PRED, 2>>()
-      .template Ret<ffi::Buffer<ffi::F32, 3>>();
+      .template Arg<ffi::Buffer<ffi::PRED, 2>>();
 }
 
 ffi::Error Take(ffi::AnyBuffer table, ffi::Buffer<ffi::S32, 1> tokens,
@@ -143,6 +149,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(product_float32, (Product<float, ffi::F32>),
 XLA_FFI_DEFINE_HANDLER_SYMBOL(product_bfloat16, (Product<BFloat16, ffi::BF16>),
                               Binding<ffi::BF16>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(product_int8, (Product<int8_t, ffi::S8>), Binding<ffi::S8>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(attend_float32, (Attend<float, ffi::F32>), AttendBinding<ffi::F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(attend_float32, (Attend<float, ffi::F32>),
+                              AttendBinding<ffi::F32>().Ret<Floats>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(attend_bfloat16, (Attend<BFloat16, ffi::BF16>),
-                              AttendBinding<ffi::BF16>());
+                              AttendBinding<ffi::BF16>().Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(attend_int8, (Attend<int8_t, ffi::S8, Floats, Floats>),
+                              AttendBinding<ffi::S8>().Arg<Floats>().Arg<Floats>().Ret<Floats>());
