@@ -4,7 +4,7 @@ from pathlib import Path
 
 import engines
 import numpy as np
-import peers
+import shapes
 from formats import Formats
 
 LENGTH = 100  # below every window, which llama.cpp does not know
@@ -28,7 +28,7 @@ def check(formats: Formats, programs: dict, dtype: str) -> dict[str, float]:
     Raises:
       ValueError: they differ more than the precision explains.
     """
-    prompt = peers.prompts(formats.config, 1, LENGTH)[0]
+    prompt = shapes.prompts(formats.config, 1, LENGTH)[0]
     exact = _reference(formats, prompt)
     found = {}
     for name, program in programs.items():

@@ -24,8 +24,8 @@ import agreement
 import engines
 import limits
 import peaks
-import peers
 import plots
+import shapes
 import shares
 import tables
 import workloads
@@ -40,7 +40,7 @@ FEW_TOKENS = 16  # of an answer whose memory is measured
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", choices=peers.MODELS, default="229M")
+    parser.add_argument("--model", choices=shapes.MODELS, default="229M")
     parser.add_argument(
         "--dtype", nargs="+", choices=engines.PRECISIONS, default=list(engines.PRECISIONS)
     )
@@ -94,7 +94,7 @@ def measure(arguments, dtype: str, known: dict) -> Iterator[dict]:
         figures = workloads.measure(
             work,
             programs,
-            peers.prompts(formats.config, batch, length),
+            shapes.prompts(formats.config, batch, length),
             sampling_of(arguments),
             arguments.rounds,
             probes[limit],
@@ -150,7 +150,7 @@ def peak(arguments, name: str, dtype: str, batch: int, length: int) -> dict[str,
     """
     formats = Formats(arguments.model, arguments.out / "models")
     program, sampling = engines.make(name, formats, dtype), sampling_of(arguments)
-    prompts = peers.prompts(formats.config, batch, length)
+    prompts = shapes.prompts(formats.config, batch, length)
     loaded = peaks.resting()
     first = peaks.peak(lambda: program.request(prompts, FEW_TOKENS, sampling))
     peaks.resting()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-import peers
+import shapes
 from mistral_jax.convert import architecture, names, safetensors_file
 from mistral_jax.convert.to_orbax import to_orbax
 from mistral_jax.convert.to_torch import to_torch
@@ -48,8 +48,8 @@ class Formats:
     """
 
     def __init__(self, model: str, folder: Path):
-        """Takes a name of `peers.MODELS`."""
-        self.config = peers.MODELS[model]
+        """Takes a name of `shapes.MODELS`."""
+        self.config = shapes.MODELS[model]
         self.folder = folder / model
         self._bundled = model == "nano"
 

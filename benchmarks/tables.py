@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import engines
-import peers
+import shapes
 from results import Results
 
 _TITLES = {
@@ -29,7 +29,7 @@ def write(results: Results, file: Path) -> None:
 def _lines(results: Results) -> Iterator[str]:
     yield from _machine(results)
     for greedy in (False, True):
-        for model in peers.MODELS:
+        for model in shapes.MODELS:
             for work, title in _TITLES.items():
                 lines = results.find(work=work, model=model, greedy=greedy)
                 if lines:

@@ -17,12 +17,12 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-import peers
+import shapes
 
 from mistral_jax.config import ModelConfig
 from mistral_jax.training import utilisation
 
-MODELS = peers.MODELS | {
+MODELS = shapes.MODELS | {
     "31M": ModelConfig(
         vocab_size=8192,
         num_layers=8,

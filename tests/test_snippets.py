@@ -158,7 +158,7 @@ def test_commands_see_a_reader_s_folder_and_python_goes_on(tmp_path):
         (fence("console", "$ make nothing"), "No rule"),
         (fence("console", "$ git clone https://example.org/x"), "expected https"),
         (fence("console", "$ sbatch examples/nothing.sbatch"), "there is no nothing.sbatch"),
-        (fence("console", "$ python benchmarks/decode.py --nothing"), "it has no --nothing"),
+        (fence("console", "$ python benchmarks/compare.py --nothing"), "it has no --nothing"),
         (fence("console", "$ python benchmarks/nothing.py"), "there is no"),
         (fence("console", "$ python -m mistral_jax.evaluate --tasks a --nothing"), "wrong"),
     ],

@@ -38,9 +38,9 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32, 2> rows,
   const auto packed = Pack<Weight>(rows.typed_data(), count, width);
   const Weight* w = reinterpret_cast<const Weight*>(matrix.untyped_data());
   float* out = result->typed_data();
-  // Several parts for a thread, if one of them is late.
-  const int64_t least = kLeast / (static_cast<int64_t>(width) * count);
-  const int64_t part = std::max<int64_t>(outputs / (8 * pool.num_threads()), least);
+  // A few parts for a thread, if one of them is late; in each, weights are read one after another.
+  const int64_t least = kLeast / std::max<int64_t>(1, static_cast<int64_t>(width) * count);
+  const int64_t part = std::max<int64_t>(outputs / (4 * pool.num_threads()), least);
   const int step = (part / kMostOutputs + 1) * kMostOutputs;
   Parallel(pool, outputs, step, [=, rows = packed.get()](int first, int last) {
     multiply(rows, w, out, width, outputs, first, last);
@@ -64,12 +64,13 @@ ffi::Error Attend(ffi::ThreadPool pool, Floats q, ffi::Buffer<kType, 4> k,
                   ffi::Result<Floats> result) {
   const auto shape = k.dimensions();
   const int rows = shape[0], slots = shape[1], kv_heads = shape[2], dim = shape[3];
-  const Sizes sizes{slots, kv_heads, static_cast<int>(q.dimensions()[1]) / kv_heads, dim};
+  const int group = static_cast<int>(q.dimensions()[1]) / kv_heads;
+  const Sizes sizes{slots, kv_heads, group, dim};
   const Number* numbers[] = {reinterpret_cast<const Number*>(k.untyped_data()),
                              reinterpret_cast<const Number*>(v.untyped_data())};
   const float* scale[] = {scales.typed_data()..., nullptr, nullptr};
   float* out = result->typed_data();
-  const int64_t cost = static_cast<int64_t>(slots) * sizes.group * dim;
+  const int64_t cost = std::max<int64_t>(1, static_cast<int64_t>(slots) * group * dim);
   Parallel(pool, rows * kv_heads, 1 + kLeast / cost, [=](int first, int last) {
     for (int i = first; i < last; ++i) {
       const int row = i / kv_heads, head = i % kv_heads;
@@ -78,7 +79,7 @@ ffi::Error Attend(ffi::ThreadPool pool, Floats q, ffi::Buffer<kType, 4> k,
         const float* by = scale[which];
         return Kept<Number>{numbers[which] + at * dim, by ? by + at : nullptr};
       };
-      const size_t query = static_cast<size_t>(i) * sizes.group * dim;
+      const size_t query = static_cast<size_t>(i) * group * dim;
       AttendHead(q.typed_data() + query, of(0), of(1),
                  mask.typed_data() + static_cast<size_t>(row) * slots,
                  out + query, sizes);
