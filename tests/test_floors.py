@@ -14,8 +14,9 @@ import pytest
 from mistral_jax.config import CHECKOUT
 
 FLOORS = [  # from the ground up; modules of one floor do not know each other
-    {"machine", "model.axes", "model.pieces"},
-    {"model.splash"},
+    {"machine", "model.axes", "model.einsum", "model.pieces"},
+    {"model.kernels", "model.splash"},
+    {"model.quantized"},
     {
         "config",
         "distributed",
@@ -39,7 +40,7 @@ FLOORS = [  # from the ground up; modules of one floor do not know each other
         "manifest",
         "rules",
         "model.cache",
-        "model.kernels",
+        "model.products",
         "tokenizer",
         "evaluation.positions",
         "generation.sampling",
@@ -47,8 +48,6 @@ FLOORS = [  # from the ground up; modules of one floor do not know each other
         "planning.hardware",
         "training.lora",
     },
-    {"model.quantized"},
-    {"model.products"},
     {
         "model.layers",
         "generation.logits",
