@@ -1,8 +1,8 @@
 """Time and memory of reading a prompt against its length, with a window of 1024 and without one.
 
 The 229M model's shape, with few layers, which are all alike; float32, random weights. One JSON line
-for each length, each from a process of its own: seconds of a second run, and its private memory
-beside the weights. Then a plot of both.
+for each length, each from a process of its own: seconds of a second run, and the process's private
+memory at most, weights included. Then a plot of both.
 
     python benchmarks/lengths.py [--layers 2] [--lengths 2048 ... 65536] [--out runs/lengths]
 """
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def measure(window: int | None, layers: int, length: int) -> dict[str, float]:
-    """Returns the seconds of a second run, and the bytes that one takes beside the weights."""
+    """Returns the seconds of a second run, and the private bytes of this process at most."""
     config = dataclasses.replace(
         shapes.MODELS["229M"],
         num_layers=layers,
@@ -69,9 +69,10 @@ def measure(window: int | None, layers: int, length: int) -> dict[str, float]:
         jax.block_until_ready(prefill(model, params, prompts, length + 1))
 
     read()
-    rest, began = peaks.resting(), time.perf_counter()
+    peaks.resting()
+    began = time.perf_counter()
     most = peaks.peak(read)
-    return {"seconds": round(time.perf_counter() - began, 3), "bytes": most - rest}
+    return {"seconds": round(time.perf_counter() - began, 3), "bytes": most}
 
 
 def draw(lines: list[dict], file: Path) -> None:
@@ -84,7 +85,7 @@ def draw(lines: list[dict], file: Path) -> None:
         figure.subplots(1, 2),
         ("seconds", "bytes"),
         (1, 1e-6),
-        ("seconds to read a prompt", "MB beside the weights"),
+        ("seconds to read a prompt", "MB, weights included"),
         strict=True,
     ):
         for kind, (colour, label) in looks.items():
