@@ -1,4 +1,4 @@
-"""A cache in 8 bits: what it holds, that cuts and devices do not matter, and how far off it is."""
+"""A cache in 8 bits: that cuts and neighbours do not matter, its size, and how far off it is."""
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,6 @@
 """`QuantizedKernel`: a kernel in 8 or 4 bits, and products with it. It does not quantise.
 
-`multiply` in `layers.py` asks for `product`; everything else sees the shape of a kernel.
+`multiply` in `products.py` asks for `product`; everything else sees the shape of a kernel.
 """
 
 import math

@@ -75,4 +75,3 @@ void Parallel(Pool& pool, int size, int step, Work work) {
   take();
   while (shared->done < parts) std::this_thread::yield();
 }
-

@@ -119,4 +119,3 @@ void MultiplyRows(const typename Operands<Weight>::Row* packed, const Weight* ma
       }
   }
 }
-
