@@ -43,6 +43,16 @@ def test_each_layer_has_its_own_slots_and_starts_empty():
         assert not layer.v.any()
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
+def test_no_two_arrays_share_a_buffer(dtype):
+    """The arrays of an empty cache can be donated to a step, each in its own place."""
+    cache = init_cache(tiny.build()[0].config, 1, 20, dtype)
+    count = jax.jit(lambda cache: jax.tree.map(lambda x: x + 1, cache), donate_argnums=0)
+    for layer in count(cache):
+        for x in jax.tree.leaves((layer.k, layer.v)):
+            assert (x == 1).all()
+
+
 @pytest.mark.parametrize("slots", [1, 4])
 def test_write_keeps_the_last_tokens_of_each_row_however_the_text_is_cut(slots):
     rng = np.random.default_rng(slots)

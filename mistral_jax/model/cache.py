@@ -56,11 +56,15 @@ def init_cache(
     def empty(span):
         slots = length if span is None else min(span, length)
         shape = (batch_size, slots, config.num_kv_heads, config.head_dim)
-        positions = jnp.full((batch_size, slots), -1, jnp.int32)
-        nothing = jnp.zeros(shape, dtype)
-        if dtype == jnp.int8:
-            nothing = QuantizedKernel(nothing, jnp.zeros((*shape[:-1], 1), jnp.float32))
-        return LayerCache(nothing, nothing, positions)
+
+        def nothing():
+            values = jnp.zeros(shape, dtype)
+            if dtype == jnp.int8:
+                return QuantizedKernel(values, jnp.zeros((*shape[:-1], 1), jnp.float32))
+            return values
+
+        # Two calls: a buffer that k and v shared could not be donated.
+        return LayerCache(nothing(), nothing(), jnp.full((batch_size, slots), -1, jnp.int32))
 
     return tuple(empty(span) for span in config.spans)
 
