@@ -1,5 +1,7 @@
 """Laws of the mask and of blockwise grouped-query attention."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,8 +65,10 @@ def test_the_mask_reads_positions_not_places_in_the_array():
     np.testing.assert_array_equal(dilated[:, 0], [[0, 1, 1, 0, 1], [0, 0, 0, 1, 0]])
 
 
+@pytest.mark.parametrize("keys", [3, 8192])
 @pytest.mark.parametrize("length", [4, 5, 8, 9, 12, 15])
-def test_blocks_equal_dense_attention_for_every_pattern_and_border(monkeypatch, length):
+def test_blocks_equal_dense_attention_for_every_pattern_and_border(monkeypatch, length, keys):
+    monkeypatch.setattr(attention, "KEYS", keys)
     monkeypatch.setattr(attention, "BLOCK", 4)
     monkeypatch.setattr(attention, "UNROLLED_BLOCKS", 2)  # so lengths above 8 take the mapped body
     places = np.arange(length)
@@ -95,6 +99,36 @@ def test_blocks_equal_dense_attention_for_every_pattern_and_border(monkeypatch, 
             assert np.isfinite(ours).all()
             expected = np.where(np.isnan(expected), ours, expected)
             np.testing.assert_allclose(ours, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("window", [None, 40])
+def test_pieces_of_the_keys_have_the_gradient_of_all_without_their_scores(
+    monkeypatch, window, aligned
+):
+    length, keys = 120, 7
+    arrays = qkv(length, length)
+    places = np.tile(np.arange(length), (2, 1)) - np.array([[0], [5]])
+    places = np.where(places < 0, -1, places)
+
+    @jax.jit
+    def gradients(*arrays):
+        def total(*arrays):
+            mixed = attend(*arrays, places, places, window, aligned=aligned)
+            return jnp.sum(jnp.sin(mixed[places >= 0]))
+
+        return jax.value_and_grad(total, argnums=(0, 1, 2))(*arrays)
+
+    expected = gradients(*arrays)
+    monkeypatch.setattr(attention, "KEYS", keys)
+    monkeypatch.setattr(attention, "BLOCK", 8)
+    gradients.clear_cache()
+    for ours, theirs in zip(gradients(*arrays)[1], expected[1], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    # Scores are the only arrays with queries and keys of a row and a head among their axes.
+    text = gradients.lower(*arrays).compile().as_text()
+    shapes = [s.split(",") for s in re.findall(r"\bf32\[(2,2,3,\d+,\d+)\]", text)]
+    assert max(int(t) * int(s) for *_, t, s in shapes) <= 8 * keys
 
 
 def test_sharing_kv_heads_equals_repeating_them():

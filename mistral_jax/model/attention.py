@@ -12,11 +12,13 @@ from mistral_jax import machine
 from mistral_jax.model import kernels, splash
 from mistral_jax.model.axes import Rules
 from mistral_jax.model.einsum import einsum
-from mistral_jax.model.pieces import attend_present, fill, take
+from mistral_jax.model.pieces import attend_present, fill, take, weigh_pieces
 from mistral_jax.model.quantized import QuantizedKernel
 
 # Queries attended at a time: larger blocks spill a CPU's caches, smaller ones starve it.
 BLOCK = 128
+# Keys attended at a time by a block, which bounds the memory of texts without a window.
+KEYS = 8192
 # Up to here every block has its own exact range of keys; beyond, one compiled body serves all.
 UNROLLED_BLOCKS = 8
 
@@ -71,9 +73,10 @@ def attend(
 ) -> jax.Array:
     """Attends from every query to the keys that it may see.
 
-    Never builds T x S scores: queries go in blocks. Where keys stand in the order of the queries
-    (`aligned`), a block reads only the keys that its window can reach; where the place of each is
-    known (`origin`), only those of them that are there, if the processor may decide as it runs.
+    Never builds T x S scores: queries go in blocks, and meet `KEYS` keys at a time. Where keys
+    stand in the order of the queries (`aligned`), a block reads only the keys that its window can
+    reach; where the place of each is known (`origin`), only those of them that are there, if the
+    processor may decide as it runs.
 
     Args:
       q: queries, [B, T, N, H].
@@ -212,10 +215,15 @@ def _attend_sections(q, k, v, q_places, kv_places, pattern, before, offset, sect
 
 @functools.partial(jax.checkpoint, static_argnums=5)  # A gradient computes the scores again.
 def _attend_block(q, k, v, q_places, kv_places, pattern):
-    """Attends with all scores [B, K, G, T, S] at once."""
-    (q_positions, q_texts), (kv_positions, kv_texts) = q_places, kv_places
-    mask = visible(q_positions, kv_positions, *pattern, q_texts, kv_texts)
-    _, total, mixed = _weigh(q, k, v, mask)
+    """Attends with scores [B, K, G, T, S] of all keys at once, or of `KEYS` if there are more."""
+
+    def weigh(k, v, kv_places):
+        (q_positions, q_texts), (kv_positions, kv_texts) = q_places, kv_places
+        return _weigh(q, k, v, visible(q_positions, kv_positions, *pattern, q_texts, kv_texts))
+
+    keys = k, v, kv_places
+    alone = q.shape[1] == 1 or k.shape[1] <= KEYS
+    _, total, mixed = weigh(*keys) if alone else weigh_pieces(weigh, keys, KEYS)
     return jnp.moveaxis(mixed / total[..., None], 3, 1).astype(q.dtype).reshape(q.shape)
 
 
@@ -233,7 +241,7 @@ def _weigh(q, k, v, mask):
     # A large negative instead of -inf: a query that sees nothing gets equal weights, not NaN.
     lowest = jnp.finfo(jnp.float32).min
     scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, lowest)
-    top = jnp.max(scores, axis=-1)
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1))
     weights = jnp.exp(scores - top[..., None])
     # Dividing after the product touches T x H numbers instead of T x S.
     mixed = einsum("BKGTS,BSKH->BKGTH", weights.astype(v.dtype), v)

@@ -69,14 +69,46 @@ def attend_present(
             near = jnp.where(at + jnp.arange(count)[None] < start, -1, near)
             return _join(found, weigh(queries, near_k, near_v, places, near))
 
-        lowest = jnp.full(shape, jnp.finfo(jnp.float32).min)
-        nothing = lowest, jnp.zeros(shape), jnp.zeros((*shape, head_dim))
         pieces = (stop - first + count - 1) // count
-        _, total, mixed = jax.lax.fori_loop(0, pieces, add_piece, nothing)
+        _, total, mixed = jax.lax.fori_loop(0, pieces, add_piece, _nothing(*shape, head_dim))
         return jnp.moveaxis(mixed / total[..., None], 3, 1).astype(q.dtype)
 
     mixed = jax.lax.map(attend_from, jnp.arange(rows * blocks))
     return mixed.reshape(q.shape)[:, :length]
+
+
+def weigh_pieces(weigh: Callable[..., Weighed], keys: Any, size: int) -> Weighed:
+    """Weighs all keys, there or not, `size` of them at a time (online softmax); it has a gradient.
+
+    Args:
+      weigh: returns of a piece of `keys` what `attend_present` says, for all rows.
+      keys: arguments of `weigh`, arrays [B, S, ...]; whole numbers are filled up with -1.
+      size: keys of a piece, at most.
+
+    Returns:
+      What `weigh` would return of all.
+    """
+    length = jax.tree.leaves(keys)[0].shape[1]
+    count = -(-length // size)
+    size = -(-length // count)  # Pieces as even as can be.
+
+    def cut(x):
+        filled = fill(x, size, -1 if jnp.issubdtype(x.dtype, jnp.integer) else 0)
+        return jnp.moveaxis(filled.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def add_piece(found, piece):
+        return _join(found, weigh(*piece)), None
+
+    pieces = jax.tree.map(cut, keys)
+    *_, mixed = jax.eval_shape(weigh, *jax.tree.map(lambda x: x[0], pieces))
+    return jax.lax.scan(add_piece, _nothing(*mixed.shape), pieces)[0]
+
+
+def _nothing(*shape: int) -> Weighed:
+    """Returns what no key at all has for a result, where values weighted are of `shape`."""
+    lowest = jnp.full(shape[:-1], jnp.finfo(jnp.float32).min)
+    return lowest, jnp.zeros(shape[:-1]), jnp.zeros(shape)
 
 
 def _join(one: Weighed, other: Weighed) -> Weighed:
