@@ -63,6 +63,12 @@ def _parser() -> command.Parser:
         choices=("int8",),
         help="with matrices in 8 bits, as sample --quantize; a checkpoint that has them needs none",
     )
+    add(
+        "--kv-cache-dtype",
+        choices=("int8",),
+        metavar="int8",
+        help="with cached keys and values in 8 bits, as sample --kv-cache-dtype [as computed in]",
+    )
     add("--train", action="store_true", help="a step of training, in place of prefill and decode")
     add(
         "--remat",
@@ -85,6 +91,10 @@ def _run(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} is {value}; expected at least 1")
+    if arguments.kv_cache_dtype and arguments.train:
+        raise ValueError(
+            "--kv-cache-dtype is for generation: training keeps no keys and values; leave one out"
+        )
     import jax
 
     from mistral_jax.planning import forecast, programs, report
@@ -103,7 +113,7 @@ def _run(arguments: argparse.Namespace) -> None:
     layout = layout or Layout(jax.make_mesh((1,), ("device",), devices=devices[:1]), ())
     quantized = _quantized(arguments, config)
     sizes = arguments.batch, arguments.length, arguments.dtype
-    of = programs.shapes(layout, *sizes, quantized)
+    of = programs.shapes(layout, *sizes, quantized, arguments.kv_cache_dtype)
     found = []
     for program in ("train",) if arguments.train else ("prefill", "decode"):
         print(f"compiling {program} for {compiler} ...", file=sys.stderr, flush=True)
@@ -118,6 +128,7 @@ def _run(arguments: argparse.Namespace) -> None:
             "length": of.length,
             "dtype": arguments.dtype,
             "quantize": "int8" if quantized else None,
+            "kv_cache_dtype": arguments.kv_cache_dtype,
             "hardware": arguments.hardware,
             "compiler": compiler,
         }
@@ -126,8 +137,10 @@ def _run(arguments: argparse.Namespace) -> None:
         return
     where = ", ".join(f"{axis} = {size}" for axis, size in mesh.items())
     rows = "1 row" if of.batch == 1 else f"{of.batch} rows"
-    dtype = f"{arguments.dtype}, matrices in int8" if quantized else arguments.dtype
-    print(f"{arguments.model}, {rows} of {of.length} tokens, {dtype}: {where}")
+    dtypes = [arguments.dtype]
+    dtypes += ["matrices in int8"] if quantized else []
+    dtypes += [f"cache in {arguments.kv_cache_dtype}"] if arguments.kv_cache_dtype else []
+    print(f"{arguments.model}, {rows} of {of.length} tokens, {', '.join(dtypes)}: {where}")
     print(f"compiled for {compiler}; all figures are those of one device\n")
     print("\n".join(report.lines(found, chip, own)))
 

@@ -7,9 +7,11 @@ import pytest
 import reference
 import tiny
 
+from mistral_jax.generation import prefill
 from mistral_jax.generation.generate import generate
 from mistral_jax.model import kernels
 from mistral_jax.model.cache import init_cache
+from mistral_jax.sharding import abstract_params, read_layout
 
 TEXT = np.arange(23) * 7 % 53
 FIELDS = [{"sliding_window": None}, {"sliding_window": 5}, {"sliding_window": 3, "dilation": 2}]
@@ -100,6 +102,23 @@ def test_it_is_near_what_it_rounds_and_takes_a_quarter():
         for cache in shapes
     )
     assert small == wide // 4 + wide // (4 * model.config.head_dim) * 4
+
+
+@pytest.mark.parametrize("name", ["tensor", "data_tensor", "fsdp", "long"])
+def test_devices_hold_their_part_of_it_and_compute_what_one_does(name):
+    model, params = build(n_heads=8, hidden_dim=48, vocab_size=96, sliding_window=8)
+    rows = [np.roll(TEXT, i).tolist() for i in range(8)]
+    _, expected = prefill.prefill(model, params, rows, 40)
+    layout = read_layout(name, model.config)
+    split = model.clone(rules=layout.rules)
+    places = jax.tree.map(lambda x: x.sharding, abstract_params(split, layout))
+    with jax.set_mesh(layout.mesh):
+        cache, found = prefill.prefill(split, jax.device_put(params, places), rows, 40)
+    assert_near(np.asarray(found), np.asarray(expected))
+    for part in (cache[0].k, cache[0].v):
+        for x in (part.values, part.scale):
+            own = x.shape[0] // layout.parts("batch"), 8, 2 // layout.parts("kv_heads")
+            assert x.sharding.shard_shape(x.shape)[:3] == own
 
 
 def test_rows_of_different_lengths_do_not_disturb_each_other():

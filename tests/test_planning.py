@@ -14,6 +14,7 @@ from processes import together
 
 from mistral_jax import checkpoint, plan, quantization
 from mistral_jax.config import CHECKOUT, CONFIG_DIR, ModelConfig
+from mistral_jax.generation.prefill import empty_cache
 from mistral_jax.model.attention import visible
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.planning import arithmetic, forecast, hardware, programs, report
@@ -40,12 +41,12 @@ def eight_devices():
     assert len(jax.devices()) == 8
 
 
-def prepare(name, config=CONFIG, remat=None, int8=False, dtype="float32"):
+def prepare(name, config=CONFIG, remat=None, int8=False, dtype="float32", cache=None):
     """Returns the layout, the model and the sizes."""
     layout = read_layout(name, config)
-    model = Transformer(config, jnp.dtype(dtype), layout.rules, remat)
+    model = Transformer(config, jnp.dtype(dtype), layout.rules, remat, kv_cache_dtype=cache)
     small = quantization.kernels(abstract_params(model), output=True) if int8 else None
-    return layout, model, programs.shapes(layout, 8, 32, dtype, small)
+    return layout, model, programs.shapes(layout, 8, 32, dtype, small, cache)
 
 
 def compile_for(name, program, **options):
@@ -105,11 +106,12 @@ def test_an_mlp_may_be_split_without_the_heads(program, tmp_path):
     assert counts(found) == counts(arithmetic.exchanges(program, model, layout, of))
 
 
+@pytest.mark.parametrize("cache", [None, "int8"])
 @pytest.mark.parametrize("program", ["prefill", "decode"])
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "long"])
-def test_of_int8_devices_exchange_the_same_and_some_scales(name, program):
+def test_of_int8_devices_exchange_the_same_and_some_scales(name, program, cache):
     """Where kernels are gathered, XLA's CPU backend does so once they are float32."""
-    layout, model, of, compiled = compile_for(name, program, int8=True)
+    layout, model, of, compiled = compile_for(name, program, int8=True, cache=cache)
     found = [c for c in read(compiled.as_text(), 8) if c.dtype in ("f32", "s8") and c.shape]
     if program == "decode":
         found = [c for c in found if c.loops]
@@ -355,6 +357,24 @@ def test_int8_is_planned_where_it_is_asked_for_or_stored(capsys, tmp_path):
     assert ", bfloat16, matrices in int8: device = 1\n" in capsys.readouterr().out
 
 
+def test_a_cache_in_int8_is_planned_as_it_is_made(capsys):
+    found = []
+    for more in ([], ["--kv-cache-dtype", "int8"]):
+        assert plan.main(["nano", "--json", "--batch", "3", "--length", "512", *more]) == 0
+        found.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    model, _, _ = checkpoint.load(dtype="bfloat16")
+    for (prefill, decode), dtype in zip(found, (None, "int8"), strict=True):
+        assert prefill["kv_cache_dtype"] == decode["kv_cache_dtype"] == dtype
+        assert prefill["weights_bytes"] == found[0][0]["weights_bytes"]
+        made = empty_cache(model.clone(kv_cache_dtype=dtype), 3, 512)
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(made))
+        assert prefill["cache_bytes"] == decode["cache_bytes"] == size
+    spared = found[0][1]["cache_bytes"] - found[1][1]["cache_bytes"]
+    assert found[0][1]["model_moved_bytes"] - found[1][1]["model_moved_bytes"] == spared > 0
+    assert plan.main(["nano", "--kv-cache-dtype", "int8", "--length", "64"]) == 0
+    assert ", bfloat16, cache in int8: device = 1\n" in capsys.readouterr().out
+
+
 def test_the_documents_tell_what_7b_takes_of_16_gb():
     """All figures of the table but temporaries, which are a compiler's, and README's of the T4."""
     text = (CHECKOUT / "docs" / "scaling.md").read_text(encoding="utf-8")
@@ -420,6 +440,7 @@ def test_a_program_that_the_compiler_refuses_does_not_fit(capsys, monkeypatch):
     ("arguments", "message"),
     [
         (["--hardware", "v4"], "no hardware 'v4'; expected one of v5e, v5p"),
+        (["--train", "--kv-cache-dtype", "int8"], "--kv-cache-dtype is for generation: training"),
         (["--batch", "0"], "--batch is 0; expected at least 1"),
         (["--sharding", "tensor"], "say how many with --devices or --mesh"),
         (["--devices", "4"], "--devices is 4; name the --sharding that uses them"),

@@ -92,7 +92,8 @@ def forecast(
       hardware: the chip that times are estimated for.
       remat: whether training computes blocks again on the way back.
     """
-    model = Transformer(config, of.dtype, layout.rules, "nothing_saveable" if remat else None)
+    again = "nothing_saveable" if remat else None
+    model = Transformer(config, of.dtype, layout.rules, again, kv_cache_dtype=of.kv_cache_dtype)
     held = programs.arguments(program, model, layout, of)
     expected = arithmetic.exchanges(program, model, layout, of)
     flops, moved = arithmetic.flops(program, config, of), arithmetic.moved(program, held, config)

@@ -35,6 +35,7 @@ class Shapes:
       dtype: of computation, and of parameters but those that are trained.
       chunk: tokens of a prompt that are read at a time (C).
       quantized: kernels in int8, as `quantization.kernels` returns them; none are trained so.
+      kv_cache_dtype: of cached keys and values, "int8"; None = `dtype`.
     """
 
     batch: int
@@ -42,6 +43,7 @@ class Shapes:
     dtype: jnp.dtype
     chunk: int
     quantized: Mapping[quantization.Path, int] = dataclasses.field(default_factory=dict)
+    kv_cache_dtype: str | None = None
 
 
 def shapes(
@@ -50,13 +52,14 @@ def shapes(
     length: int,
     dtype: str,
     quantized: Mapping[quantization.Path, int] | None = None,
+    kv_cache_dtype: str | None = None,
 ) -> Shapes:
     """Fills a batch and a length up, and fits the chunk, as `generate` and `train` do."""
     rows, length = (
         size + -size % layout.parts(axis) for size, axis in ((batch, "batch"), (length, "length"))
     )
     chunk = min(prefill.CHUNK, length)
-    return Shapes(rows, length, jnp.dtype(dtype), chunk, quantized or {})
+    return Shapes(rows, length, jnp.dtype(dtype), chunk, quantized or {}, kv_cache_dtype)
 
 
 def weights(program: str, model: Transformer, layout: Layout, of: Shapes) -> dict[str, Any]:
@@ -81,7 +84,7 @@ def lower(program: str, model: Transformer, layout: Layout, of: Shapes) -> jax.s
     Args:
       program: one of `PROGRAMS`: a chunk of prompts, a step of decoding (in a loop), a step of
         training.
-      model: the model, with the layout's rules, and of the dtype in `of`.
+      model: the model, with the layout's rules, and of the dtypes in `of`.
       layout: the mesh; its devices need not exist.
       of: the sizes.
     """
