@@ -17,6 +17,7 @@ FLOORS = [  # from the ground up; modules of one floor do not know each other
     {"machine", "model.axes", "model.einsum", "model.pieces"},
     {"model.kernels", "model.splash"},
     {"model.quantized"},
+    {"model.scores"},
     {
         "config",
         "distributed",

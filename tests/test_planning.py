@@ -380,16 +380,18 @@ def test_the_documents_tell_what_7b_takes_of_16_gb():
     text = (CHECKOUT / "docs" / "scaling.md").read_text(encoding="utf-8")
     (section,) = re.findall(r"## Mistral 7B on one chip of 16 GB\n(.*?)\n## ", text, re.DOTALL)
     rows = re.findall(
-        r"^\| (v5e|T4) \| (\w+) \| (\d+) x ([\d,]+) \| (.*) \|$", section, re.MULTILINE
+        r"^\| (v5e|T4) \| (\w+)(, cache too)? \| (\d+) x ([\d,]+) \| (.*) \|$",
+        section,
+        re.MULTILINE,
     )
     config = ModelConfig.from_name("mistral-7b-v0.3")
     layout = Layout(jax.make_mesh((1,), ("device",), devices=jax.devices()[:1]), ())
-    assert len(rows) == 10
+    assert len(rows) == 13
     left = {}
-    for name, kind, batch, length, rest in rows:
+    for name, kind, cache, batch, length, rest in rows:
         chip, dtype = hardware.known()[name], {"v5e": "bfloat16", "T4": "float16"}[name]
         assert kind in (dtype, "int8")
-        model = Transformer(config, jnp.dtype(dtype))
+        model = Transformer(config, jnp.dtype(dtype), kv_cache_dtype="int8" if cache else None)
         small = quantization.kernels(abstract_params(model), output=True) if kind == "int8" else {}
         of = programs.shapes(layout, int(batch), int(length.replace(",", "")), dtype, small)
         held = programs.arguments("decode", model, layout, of)
@@ -399,7 +401,7 @@ def test_the_documents_tell_what_7b_takes_of_16_gb():
         flops = arithmetic.flops("decode", config, of)
         rate = of.batch / hardware.estimate(chip, flops, moved, []).seconds
         told = [cell.strip() for cell in rest.split("|")]
-        left[name, kind, of.batch, of.length] = f"{spare / 1e9:.1f} GB"
+        left[name, kind + cache, of.batch, of.length] = f"{spare / 1e9:.1f} GB"
         expected = [f"{size / 1e9:.1f} GB" for size in sizes.values()]
         assert told[:3] == [*expected, f"{spare / 1e9:.1f} GB" if spare > 0 else "none"]
         assert told[5] == ("" if told[4] == "no" else f"{rate:,.0f}")

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from mistral_jax import machine
 from mistral_jax.model import kernels, splash
 from mistral_jax.model.axes import Rules
-from mistral_jax.model.einsum import einsum
 from mistral_jax.model.pieces import attend_present, fill, take, weigh_pieces
-from mistral_jax.model.quantized import QuantizedKernel
+from mistral_jax.model.quantized import MaybeQuantized, QuantizedKernel
+from mistral_jax.model.scores import weigh
 
 # Queries attended at a time: larger blocks spill a CPU's caches, smaller ones starve it.
 BLOCK = 128
@@ -59,8 +59,8 @@ def visible(
 
 def attend(
     q: jax.Array,
-    k: jax.Array | QuantizedKernel,
-    v: jax.Array | QuantizedKernel,
+    k: MaybeQuantized,
+    v: MaybeQuantized,
     q_positions: jax.Array,
     kv_positions: jax.Array,
     window: int | None,
@@ -100,10 +100,11 @@ def attend(
     kept = k.values.dtype if isinstance(k, QuantizedKernel) else k.dtype
     if q.shape[1] == 1 and kept.name in kernels.DTYPES and kernels.here():
         return _attend_once(q, k, v, visible(q_positions, kv_positions, window, dilation))
-    k, v = _widen(k, q.dtype), _widen(v, q.dtype)
     alone = aligned and dilation == 1 and sections == 1
-    if alone and jax.default_backend() == "tpu" and splash.fits(q, k, v, rules):
-        return splash.attend(q, k, v, q_positions, kv_positions, window, rules)
+    if alone and jax.default_backend() == "tpu":
+        wide = _widen(k, q.dtype), _widen(v, q.dtype)
+        if splash.fits(q, *wide, rules):
+            return splash.attend(q, *wide, q_positions, kv_positions, window, rules)
     length, keys = q.shape[1], k.shape[1]
     q_places, kv_places = (q_positions, None), (kv_positions, None)
     before = keys if window is None else min(keys, (window - 1) * dilation)
@@ -117,10 +118,10 @@ def attend(
         return _attend_sections(q, k, v, q_places, kv_places, pattern, before, offset, sections)
     if origin is not None and length > 1 and _decides():
 
-        def weigh(q, k, v, q_positions, kv_positions):
-            return _weigh(q, k, v, visible(q_positions, kv_positions, *pattern))
+        def weigh_seen(q, k, v, q_positions, kv_positions):
+            return weigh(q, k, v, visible(q_positions, kv_positions, *pattern))
 
-        return attend_present(weigh, q, k, v, q_positions, kv_positions, before, origin)
+        return attend_present(weigh_seen, q, k, v, q_positions, kv_positions, before, origin)
     return _attend_blocks(q, k, v, q_places, kv_places, pattern, before, offset)
 
 
@@ -143,7 +144,7 @@ def _differentiate_once(primals, tangents):
     q, k, v, mask = primals
 
     def plain(q, k, v):
-        _, total, mixed = _weigh(q, _widen(k, q.dtype), _widen(v, q.dtype), mask)
+        _, total, mixed = weigh(q, k, v, mask)
         return (mixed / total[..., None]).reshape(q.shape).astype(q.dtype)
 
     return _attend_once(*primals), jax.jvp(plain, (q, k, v), tangents[:3])[1]
@@ -217,32 +218,11 @@ def _attend_sections(q, k, v, q_places, kv_places, pattern, before, offset, sect
 def _attend_block(q, k, v, q_places, kv_places, pattern):
     """Attends with scores [B, K, G, T, S] of all keys at once, or of `KEYS` if there are more."""
 
-    def weigh(k, v, kv_places):
+    def weigh_seen(k, v, kv_places):
         (q_positions, q_texts), (kv_positions, kv_texts) = q_places, kv_places
-        return _weigh(q, k, v, visible(q_positions, kv_positions, *pattern, q_texts, kv_texts))
+        return weigh(q, k, v, visible(q_positions, kv_positions, *pattern, q_texts, kv_texts))
 
     keys = k, v, kv_places
     alone = q.shape[1] == 1 or k.shape[1] <= KEYS
-    _, total, mixed = weigh(*keys) if alone else weigh_pieces(weigh, keys, KEYS)
+    _, total, mixed = weigh_seen(*keys) if alone else weigh_pieces(weigh_seen, keys, KEYS)
     return jnp.moveaxis(mixed / total[..., None], 3, 1).astype(q.dtype).reshape(q.shape)
-
-
-def _weigh(q, k, v, mask):
-    """Returns the largest scores [B, K, G, T], the weights' sums, and the weighted values.
-
-    A weight is e to the power of a score less the largest.
-    """
-    batch, length, _, head_dim = q.shape
-    grouped = q.reshape(batch, length, k.shape[2], -1, head_dim)
-    if length == 1:
-        scores = einsum("BTKGH,BSKH->BKGTS", grouped, k)
-    else:  # Else XLA's CPU backend multiplies k by q, and reads scores across their rows.
-        scores = einsum("BKGTH,BSKH->BKGTS", jnp.moveaxis(grouped, 1, 3), k)
-    # A large negative instead of -inf: a query that sees nothing gets equal weights, not NaN.
-    lowest = jnp.finfo(jnp.float32).min
-    scores = jnp.where(mask[:, None, None], scores * head_dim**-0.5, lowest)
-    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1))
-    weights = jnp.exp(scores - top[..., None])
-    # Dividing after the product touches T x H numbers instead of T x S.
-    mixed = einsum("BKGTS,BSKH->BKGTH", weights.astype(v.dtype), v)
-    return top, jnp.sum(weights, axis=-1), mixed

@@ -13,9 +13,7 @@ import jax.numpy as jnp
 
 from mistral_jax.config import ModelConfig
 from mistral_jax.model import kernels
-from mistral_jax.model.quantized import QuantizedKernel, to_int8
-
-Kept = jax.Array | QuantizedKernel
+from mistral_jax.model.quantized import MaybeQuantized, QuantizedKernel, to_int8
 
 
 @flax.struct.dataclass
@@ -28,8 +26,8 @@ class LayerCache:
       positions: place in its text of the token in each slot, [B, S] int32; -1 = empty.
     """
 
-    k: Kept
-    v: Kept
+    k: MaybeQuantized
+    v: MaybeQuantized
     positions: jax.Array
 
 
@@ -69,7 +67,7 @@ def init_cache(
     return tuple(empty(span) for span in config.spans)
 
 
-def round_for(cache: LayerCache, x: jax.Array) -> Kept:
+def round_for(cache: LayerCache, x: jax.Array) -> MaybeQuantized:
     """Rounds keys or values [B, T, K, H] to 8 bits, if the cache keeps them so.
 
     It is done before any are looked at, so that a token sees others the same, be they in its chunk
@@ -80,7 +78,9 @@ def round_for(cache: LayerCache, x: jax.Array) -> Kept:
     return x
 
 
-def write(cache: LayerCache, k: Kept, v: Kept, positions: jax.Array) -> LayerCache:
+def write(
+    cache: LayerCache, k: MaybeQuantized, v: MaybeQuantized, positions: jax.Array
+) -> LayerCache:
     """Stores a chunk's last S tokens of each row, over the oldest ones.
 
     Args:
@@ -116,7 +116,7 @@ def write(cache: LayerCache, k: Kept, v: Kept, positions: jax.Array) -> LayerCac
 
 
 def line_up(
-    cache: LayerCache, k: Kept, v: Kept, positions: jax.Array
+    cache: LayerCache, k: MaybeQuantized, v: MaybeQuantized, positions: jax.Array
 ) -> tuple[LayerCache, jax.Array]:
     """Puts what a ring holds and a chunk brings in the order of their places in the text.
 

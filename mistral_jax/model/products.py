@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mistral_jax.model import kernels
 from mistral_jax.model.einsum import einsum
-from mistral_jax.model.quantized import QuantizedKernel
+from mistral_jax.model.quantized import MaybeQuantized, QuantizedKernel
 
 
 def multiply(x: jax.Array, kernel: jax.Array, outputs: int, dtype: jnp.dtype) -> jax.Array:
@@ -33,7 +33,7 @@ def multiply(x: jax.Array, kernel: jax.Array, outputs: int, dtype: jnp.dtype) ->
     return product[: places[0]].reshape(*places, *kernel.shape[:outputs])
 
 
-def look_up(table: jax.Array | QuantizedKernel, tokens: jax.Array) -> jax.Array:
+def look_up(table: MaybeQuantized, tokens: jax.Array) -> jax.Array:
     """Takes the rows of `table` [V, D] that `tokens` [B, T] name: [B, T, D]."""
     if isinstance(table, QuantizedKernel):
         return look_up(table.values, tokens).astype(table.dtype) * look_up(table.scale, tokens)

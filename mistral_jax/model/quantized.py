@@ -93,6 +93,9 @@ class QuantizedKernel:
         return self.values.sharding
 
 
+MaybeQuantized = jax.Array | QuantizedKernel
+
+
 def to_int8(kernel: Any, outputs: int, numpy: Any = np) -> tuple[Any, Any]:
     """Rounds to multiples of a 127.5th of the largest number of each output, as qwix does.
 
