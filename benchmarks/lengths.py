@@ -76,24 +76,23 @@ def measure(window: int | None, layers: int, length: int) -> dict[str, float]:
 
 
 def draw(lines: list[dict], file: Path) -> None:
-    """Draws both figures, with straight lines where they are as many times more as the tokens."""
+    """Draws both figures: time is a straight line where it grows as tokens do, memory a flat one."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     looks = {"window": ("#1f4e9c", "window of 1024"), "none": ("#b3472f", "no window")}
-    for axes, name, scale, title in zip(
-        figure.subplots(1, 2),
-        ("seconds", "bytes"),
-        (1, 1e-6),
-        ("seconds to read a prompt", "MB, weights included"),
-        strict=True,
-    ):
+    panels = (
+        ("seconds", 1, "log", "seconds to read a prompt"),
+        ("bytes", 1e-6, "linear", "MB, weights included"),
+    )
+    for axes, (name, scale, spacing, title) in zip(figure.subplots(1, 2), panels, strict=True):
         for kind, (colour, label) in looks.items():
             points = [(x["tokens"], x[name] * scale) for x in lines if x["attends"] == kind]
             axes.plot(*zip(*points, strict=True), "o-", color=colour, label=label)
         tokens = sorted({x["tokens"] for x in lines})
-        axes.set(title=title, xlabel="tokens", xscale="log", yscale="log")
-        axes.set_xticks(tokens, map(str, tokens))
+        axes.set(title=title, xlabel="tokens", xscale="log", yscale=spacing)
+        axes.set_xticks(tokens, [f"{n:,}" for n in tokens])
+        axes.set_ylim(bottom=0 if spacing == "linear" else None)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
