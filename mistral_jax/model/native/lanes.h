@@ -22,11 +22,17 @@ template <class T>
 using LanesOf __attribute__((vector_size(kLanes * sizeof(T)))) = T;
 using Lanes = LanesOf<float>;
 
+// Returns what lies at `from`, aligned or not.
+template <class T>
+inline T Bits(const void* from) {
+  T value;
+  std::memcpy(&value, from, sizeof(value));
+  return value;
+}
+
 template <class T>
 inline LanesOf<T> Load(const void* from) {
-  LanesOf<T> lanes;
-  std::memcpy(&lanes, from, sizeof(lanes));
-  return lanes;
+  return Bits<LanesOf<T>>(from);
 }
 
 inline Lanes Widen(const float* weights) { return Load<float>(weights); }
