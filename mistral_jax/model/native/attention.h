@@ -50,11 +50,12 @@ struct Kept {
     const size_t place = static_cast<size_t>(slot) * sizes.kv_heads;
     WidenRow(numbers + place * sizes.dim, sizes.dim, to, scales ? scales[place] : 1.0f);
   }
-  // The numbers of a head lie apart: the processor does not fetch the next ones by itself.
+  // The numbers of a head lie apart: the processor does not fetch the next ones by itself. Into its
+  // second cache more are on their way at a time than into its first.
   void Prefetch(int slot, Sizes sizes) const {
     const Number* from = numbers + static_cast<size_t>(slot) * sizes.kv_heads * sizes.dim;
     for (size_t i = 0; i < sizes.dim * sizeof(Number); i += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(from) + i);
+      __builtin_prefetch(reinterpret_cast<const char*>(from) + i, 0, 2);
   }
 };
 
