@@ -38,10 +38,8 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32, 2> rows,
   const Packed<Weight> packed(rows.typed_data(), count, width);
   const Weight* w = reinterpret_cast<const Weight*>(matrix.untyped_data());
   float* out = result->typed_data();
-  // A few parts for a thread, if one of them is late; in each, weights are read one after another.
   const int64_t least = kLeast / std::max<int64_t>(1, static_cast<int64_t>(width) * count);
-  const int64_t part = std::max<int64_t>(outputs / (4 * pool.num_threads()), least);
-  const int step = (part / kMostOutputs + 1) * kMostOutputs;
+  const int step = (least / kMostOutputs + 1) * kMostOutputs;
   Parallel(pool, outputs, step, [=, rows = &packed](int first, int last) {
     multiply(*rows, w, out, width, outputs, first, last);
   });

@@ -63,21 +63,28 @@ inline float Sum(Lanes lanes) {
 }
 
 // Calls `work(first, last)` for parts of 0 to `size`, on this thread and on those of the pool that
-// are free. This thread waits only for parts that another has begun: a pool whose threads all wait
-// here goes on.
+// are free. Parts are smaller and smaller, down to `step`, so that all end together though one began
+// late. This thread waits only for parts that another has begun: a pool whose threads all wait here
+// goes on.
 template <class Pool, class Work>
 void Parallel(Pool& pool, int size, int step, Work work) {
   struct Shared {
     std::atomic<int> next{0}, done{0};
   };
-  const int parts = (size + step - 1) / step;
+  const int threads = pool.num_threads();
   auto shared = std::make_shared<Shared>();
-  auto take = [shared, parts, size, step, work] {
-    for (int part; (part = shared->next++) < parts; ++shared->done)
-      work(part * step, std::min(size, (part + 1) * step));
+  auto take = [shared, threads, size, step, work] {
+    for (int first = shared->next; first < size;) {
+      const int part = std::max((size - first) / (2 * threads) / step, 1) * step;
+      const int last = std::min(size, first + part);
+      if (!shared->next.compare_exchange_weak(first, last)) continue;
+      work(first, last);
+      shared->done += last - first;
+      first = shared->next;
+    }
   };
-  const int helpers = std::min<int64_t>(pool.num_threads(), parts) - 1;
+  const int helpers = std::min(threads, (size + step - 1) / step) - 1;
   for (int i = 0; i < helpers; ++i) pool.Schedule([take] { take(); });
   take();
-  while (shared->done < parts) std::this_thread::yield();
+  while (shared->done < size) std::this_thread::yield();
 }
