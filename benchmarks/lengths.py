@@ -76,7 +76,7 @@ def measure(window: int | None, layers: int, length: int) -> dict[str, float]:
 
 
 def draw(lines: list[dict], file: Path) -> None:
-    """Draws both figures: time is a straight line where it grows as tokens do, memory a flat one."""
+    """Draws both: time is a straight line where it grows as tokens do; memory begins at 0."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")

@@ -1,8 +1,11 @@
 """The compiled kernels: against float64, and in the model against XLA's operations."""
 
 import dataclasses
+import platform
 import re
 import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -50,13 +53,35 @@ def test_products_are_exact_to_the_rounding_of_float32(dtype, rows):
 
 
 @COMPILER
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="it names that processor")
+def test_an_older_processor_computes_the_same_by_other_instructions():
+    """In a process of its own: a library is loaded once."""
+    code = """
+import test_kernels
+from mistral_jax.model import kernels
+
+kernels._FLAGS = [flag.replace("native", "x86-64") for flag in kernels._FLAGS]
+for dtype in kernels.DTYPES:
+    for rows in (1, 2, 5, 8):
+        test_kernels.test_products_are_exact_to_the_rounding_of_float32(dtype, rows)
+    test_kernels.test_a_token_attends_as_by_the_definition(dtype, (3, 70, 2, 3, 20))
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
+
+
+@COMPILER
 def test_what_is_not_finite_stays_in_its_row_and_output():
+    assert kernels.available()
     x, matrix = case("float32", 4, 6, 20)
     found = kernels.product(x.at[1, 3].set(jnp.nan), matrix.at[5, 19].set(jnp.inf))
     finite = np.isfinite(found)
     assert not finite[1].any()
     assert not finite[:, 5].any()
     assert finite[[0, 2, 3]][:, :5].all()
+    x, matrix = case("int8", 4, 6, 20)
+    found = kernels.product(x.at[1, 3].set(jnp.nan).at[2, 0].set(-jnp.inf), matrix)
+    np.testing.assert_array_equal(np.isfinite(found).all(axis=1), [True, False, False, True])
+    assert not np.isfinite(found[1:3]).any()
 
 
 @COMPILER

@@ -64,7 +64,7 @@ inline __m512i DotBytes(__m512i sum, __m512i a, __m512i b) {
 }
 
 // A row is rounded to 24 bits below its largest number, and split into three parts of 8 bits, whose
-// sums with 8-bit weights are whole. So no weight is widened.
+// sums with 8-bit weights, up to a million of them, are whole. So no weight is widened.
 template <>
 struct Operands<int8_t> {
   static constexpr int kParts = 3;
