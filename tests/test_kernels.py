@@ -26,6 +26,12 @@ COMPILER = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled():
+    """Has JAX know the kernels, whichever test is the first."""
+    kernels.available()
+
+
 def case(dtype, rows, outputs, width):
     rng = np.random.default_rng(outputs)
     matrix = rng.normal(scale=40, size=(outputs, width))
@@ -71,7 +77,6 @@ for dtype in kernels.DTYPES:
 
 @COMPILER
 def test_what_is_not_finite_stays_in_its_row_and_output():
-    assert kernels.available()
     x, matrix = case("float32", 4, 6, 20)
     found = kernels.product(x.at[1, 3].set(jnp.nan), matrix.at[5, 19].set(jnp.inf))
     finite = np.isfinite(found)
