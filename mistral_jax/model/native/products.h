@@ -15,43 +15,42 @@ constexpr int kMostOutputs = 3;
 // Bytes of weights that are asked for before they are needed, at least.
 constexpr size_t kAhead = 8192;
 
-// How weights meet rows: `kSize` weights, and what they meet of a row, `kBytes`.
-template <class Weight>
-struct Operands {
-  static constexpr int kSize = kLanes, kBytes = sizeof(Lanes), kSums = 1;
-  using Vector = Lanes;
+// Sums in float32, which start with nothing, of rows as they are.
+struct InFloats {
+  static constexpr int kSums = 1;
   struct Sums {
     Lanes lanes;
   };
+  static void Start(Sums&, const char*) {}
+  static Lanes Total(const Sums& sums) { return sums.lanes; }
+  static float Step(const float*, int) { return 1; }
+};
+
+// How weights meet rows: `kSize` weights, and what they meet of a row, `kBytes`.
+template <class Weight>
+struct Operands : InFloats {
+  static constexpr int kSize = kLanes, kBytes = sizeof(Lanes);
+  using Vector = Lanes;
   static Vector Prepare(const Weight* weights) { return Widen(weights); }
   static void Add(Sums& sums, Vector weights, const char* row) {
     sums.lanes += weights * Load<float>(row);
   }
-  static Lanes Total(const Sums& sums) { return sums.lanes; }
-  static float Step(const float*, int) { return 1; }
   static void Pack(const float* row, float, char* to) { std::memcpy(to, row, kBytes); }
-  static void Start(Sums&, const char*) {}
 };
 
 #ifdef __AVX512BF16__
 template <>
-struct Operands<BFloat16> {
-  static constexpr int kSize = 2 * kLanes, kBytes = sizeof(Lanes), kSums = 1;
+struct Operands<BFloat16> : InFloats {
+  static constexpr int kSize = 2 * kLanes, kBytes = sizeof(Lanes);
   using Vector = __m512bh;
-  struct Sums {
-    __m512 lanes;
-  };
   static Vector Prepare(const BFloat16* weights) { return Bits<Vector>(weights); }
   static void Add(Sums& sums, Vector weights, const char* row) {
     sums.lanes = _mm512_dpbf16_ps(sums.lanes, weights, Bits<Vector>(row));
   }
-  static Lanes Total(const Sums& sums) { return sums.lanes; }
-  static float Step(const float*, int) { return 1; }
   static void Pack(const float* row, float, char* to) {
     for (int i = 0; i < kSize; ++i)  // It is bfloat16, widened: nothing is lost.
       std::memcpy(to + 2 * i, reinterpret_cast<const char*>(row + i) + 2, 2);
   }
-  static void Start(Sums&, const char*) {}
 };
 #endif
 
