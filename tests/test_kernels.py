@@ -1,7 +1,6 @@
 """The compiled kernels: against float64, and in the model against XLA's operations."""
 
 import dataclasses
-import platform
 import re
 import subprocess
 import sys
@@ -59,14 +58,13 @@ def test_products_are_exact_to_the_rounding_of_float32(dtype, rows):
 
 
 @COMPILER
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="it names that processor")
 def test_an_older_processor_computes_the_same_by_other_instructions():
     """In a process of its own: a library is loaded once."""
     code = """
 import test_kernels
 from mistral_jax.model import kernels
 
-kernels._FLAGS = [flag.replace("native", "x86-64") for flag in kernels._FLAGS]
+kernels._FLAGS = [flag for flag in kernels._FLAGS if flag != "-march=native"]
 for dtype in kernels.DTYPES:
     for rows in (1, 2, 5, 8):
         test_kernels.test_products_are_exact_to_the_rounding_of_float32(dtype, rows)
