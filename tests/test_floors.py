@@ -15,8 +15,8 @@ from mistral_jax.config import CHECKOUT
 
 FLOORS = [  # from the ground up; modules of one floor do not know each other
     {"machine", "model.axes", "model.einsum", "model.pieces"},
-    {"model.kernels", "model.splash"},
-    {"model.quantized"},
+    {"model.kernels", "model.split"},
+    {"model.cudnn", "model.quantized", "model.splash"},
     {"model.scores"},
     {
         "config",

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from test_attention import PATTERNS, dense, qkv
 
-from mistral_jax.model import attention, pieces
+from mistral_jax.model import attention, cudnn, pieces
 from mistral_jax.model.attention import attend
 from mistral_jax.model.cache import LayerCache, init_cache, line_up, write
 
@@ -24,6 +24,7 @@ def small(monkeypatch):
     monkeypatch.setattr(pieces, "PIECE", 4)
     monkeypatch.setattr(attention, "BLOCK", 4)
     monkeypatch.setattr(attention, "UNROLLED_BLOCKS", 2)
+    monkeypatch.setattr(cudnn, "BLOCK", 4)
 
 
 def rows_of(length):
@@ -51,12 +52,15 @@ def chunk_of(x, positions):
     return jnp.take_along_axis(x, np.maximum(positions, 0)[..., None, None], axis=1)
 
 
-@pytest.mark.parametrize("decides", [True, False])
+@pytest.mark.parametrize("way", ["pieces", "blocks", "cudnn"])
 @pytest.mark.parametrize("length", [2, 4, 7, 11])
 def test_a_chunk_sees_through_ring_and_cache_what_it_sees_in_the_whole_text(
-    monkeypatch, length, decides
+    monkeypatch, length, way
 ):
-    monkeypatch.setattr(attention, "_decides", lambda: decides)
+    monkeypatch.setattr(attention, "_decides", lambda: way == "pieces")
+    # XLA's product takes the kernel's place, and float32.
+    monkeypatch.setattr(cudnn, "fits", lambda *_: way == "cudnn")
+    monkeypatch.setattr(cudnn, "IMPLEMENTATION", "xla")
     q, k, v, positions = rows_of(length)
     new_k, new_v = chunk_of(k, positions), chunk_of(v, positions)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mistral_jax import machine
-from mistral_jax.model import kernels, splash
+from mistral_jax.model import cudnn, kernels, splash
 from mistral_jax.model.axes import Rules
 from mistral_jax.model.pieces import attend_present, fill, take, weigh_pieces
 from mistral_jax.model.quantized import MaybeQuantized, QuantizedKernel
@@ -122,7 +122,13 @@ def attend(
             return weigh(q, k, v, visible(q_positions, kv_positions, *pattern))
 
         return attend_present(weigh_seen, q, k, v, q_positions, kv_positions, before, origin)
-    return _attend_blocks(q, k, v, q_places, kv_places, pattern, before, offset)
+    one, size = _attend_block, BLOCK
+    if origin is not None and length > 1:
+        wide = _widen(k, q.dtype), _widen(v, q.dtype)
+        if cudnn.fits(q, *wide, rules):
+            (k, v), size = wide, cudnn.BLOCK
+            one = functools.partial(_attend_by_cudnn, rules=rules)
+    return _attend_blocks(q, k, v, q_places, kv_places, pattern, before, offset, one, size)
 
 
 def _widen(x, dtype):
@@ -158,37 +164,44 @@ def _decides() -> bool:
     return machine.is_one_cpu()
 
 
-def _attend_blocks(q, k, v, q_places, kv_places, pattern, before, offset):
+def _attend_by_cudnn(q, k, v, q_places, kv_places, pattern, rules):
+    return cudnn.attend(q, k, v, visible(q_places[0], kv_places[0], *pattern), rules)
+
+
+def _attend_blocks(q, k, v, q_places, kv_places, pattern, before, offset, one, size):
     """Attends block by block; query i sees at most `before` keys before key `offset` + i.
 
-    Without an offset, keys are in any order, and each block reads all.
+    Without an offset, keys are in any order, and each block reads all. `one` attends from a block
+    of `size` queries, or of fewer.
     """
     length, keys = q.shape[1], k.shape[1]
-    if length <= BLOCK and (offset is None or offset <= before):
-        return _attend_block(q, k, v, q_places, kv_places, pattern)
+    if length <= size and (offset is None or offset <= before):
+        return one(q, k, v, q_places, kv_places, pattern)
 
-    if length <= BLOCK * UNROLLED_BLOCKS:
+    if length <= size * UNROLLED_BLOCKS:
         blocks = []
-        for start in range(0, length, BLOCK):
-            stop = min(start + BLOCK, length)
+        for start in range(0, length, size):
+            stop = min(start + size, length)
             seen = slice(0, keys)
             if offset is not None:
-                seen = slice(max(0, offset + start - before), offset + stop)
+                # From a multiple of 8 on: kernels would copy an odd number of keys.
+                first = max(0, offset + start - before) // 8 * 8
+                seen = slice(first, offset + stop)
             queries = jax.tree.map(lambda x, a=start, b=stop: x[:, a:b], (q, q_places))
             near = jax.tree.map(lambda x, seen=seen: x[:, seen], (k, v, kv_places))
-            blocks.append(_attend_block(queries[0], *near[:2], queries[1], near[2], pattern))
+            blocks.append(one(queries[0], *near[:2], queries[1], near[2], pattern))
         return jnp.concatenate(blocks, axis=1)
 
     def attend_from(start):
         first = jnp.clip((offset or 0) + start - before, 0, keys - reach)
-        queries, places = take((padded_q, padded_places), start, BLOCK)
+        queries, places = take((padded_q, padded_places), start, size)
         near_k, near_v, near_places = take((k, v, kv_places), first, reach)
-        return _attend_block(queries, near_k, near_v, places, near_places, pattern)
+        return one(queries, near_k, near_v, places, near_places, pattern)
 
-    reach = keys if offset is None else min(keys, before + BLOCK)
-    padded_q = fill(q, BLOCK, 0)
-    padded_places = jax.tree.map(lambda x: fill(x, BLOCK, -1), q_places)
-    blocks = jax.lax.map(attend_from, jnp.arange(0, length, BLOCK))
+    reach = keys if offset is None else min(keys, before + size)
+    padded_q = fill(q, size, 0)
+    padded_places = jax.tree.map(lambda x: fill(x, size, -1), q_places)
+    blocks = jax.lax.map(attend_from, jnp.arange(0, length, size))
     return jnp.moveaxis(blocks, 0, 1).reshape(padded_q.shape)[:, :length]
 
 
@@ -202,7 +215,9 @@ def _attend_sections(q, k, v, q_places, kv_places, pattern, before, offset, sect
         near = k, v, kv_places
         if reach < keys:
             near = take(near, jnp.clip(offset + start - before, 0, keys - reach), reach)
-        return _attend_blocks(q, *near[:2], q_places, near[2], pattern, reach, None)
+        return _attend_blocks(
+            q, *near[:2], q_places, near[2], pattern, reach, None, _attend_block, BLOCK
+        )
 
     def split(x):
         return x.reshape(x.shape[0], sections, size, *x.shape[2:])

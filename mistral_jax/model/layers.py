@@ -183,6 +183,8 @@ class Attention(nn.Module):
         elif self.window and (self.window - 1) * self.dilation < cache.positions.shape[1]:
             # A chunk's early queries still need keys that its late tokens overwrite.
             seen, origin = line_up(cache, k, v, positions)
+            # Only then is the ring written: else XLA copies it first, to have it both ways.
+            seen, cache = jax.lax.optimization_barrier((seen, cache))
             mixed = look(q, seen.k, seen.v, positions, seen.positions, aligned=True, origin=origin)
             cache = write(cache, k, v, positions)
         else:  # As many slots as the text has tokens, or will have: nothing is overwritten.

@@ -5,14 +5,13 @@ has not been measured: tests interpret the kernel on a CPU, and lower it for a T
 """
 
 import functools
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
 
-from mistral_jax.model.axes import Rules, mesh_axes
+from mistral_jax.model import split
+from mistral_jax.model.axes import Rules
 from mistral_jax.model.pieces import fill
 
 # Queries, and keys, that the kernel reads at a time: at most so many, and a multiple of a TPU's
@@ -39,25 +38,9 @@ def fits(q: jax.Array, k: jax.Array, v: jax.Array, rules: Rules) -> bool:
     dtypes = {x.dtype.name for x in (q, k, v)}
     if len(dtypes) > 1 or not dtypes <= {"float32", "bfloat16"} or q.shape[1] < LANES:
         return False
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if jax.sharding.get_abstract_mesh().empty:
         return jax.device_count() == 1
-    batch, heads, kv_heads = (mesh_axes(rules, axis) for axis in ("batch", "heads", "kv_heads"))
-    if not rules or not {*batch, *heads, *kv_heads} <= set(mesh.axis_names):
-        return False
-
-    def parts(axes):
-        return math.prod(mesh.shape[axis] for axis in axes)
-
-    shared, rest = heads[: len(kv_heads)], heads[len(kv_heads) :]
-    sizes = ((q.shape[0], batch), (q.shape[2], heads), (k.shape[2], kv_heads))
-    return (
-        all(kind == AxisType.Auto for kind in mesh.axis_types)
-        and all(size % parts(axes) == 0 for size, axes in sizes)
-        and shared == kv_heads
-        # Queries of one key-value head may lie on several devices, but not those of several.
-        and (parts(rest) == 1 or k.shape[2] == parts(kv_heads))
-    )
+    return split.fits(q, k, rules)
 
 
 def attend(
@@ -85,14 +68,7 @@ def attend(
     kv_texts = _texts(kv_positions, 0)
     q_texts = _texts(q_positions, k.shape[1] - q.shape[1])
     run = functools.partial(_attend_rows, window=window, interpret=interpret)
-    if not jax.sharding.get_abstract_mesh().empty:
-        batch, *heads = (mesh_axes(rules, axis) or None for axis in ("batch", "heads", "kv_heads"))
-        queries, keys = (PartitionSpec(batch, None, axes) for axes in heads)
-        rows = PartitionSpec(batch)
-        run = jax.shard_map(
-            run, in_specs=(queries, keys, keys, rows, rows), out_specs=queries, check_vma=False
-        )
-    return run(q, k, v, q_texts, kv_texts)
+    return split.by_device(run, rules, of_rows=2)(q, k, v, q_texts, kv_texts)
 
 
 def _texts(positions: jax.Array, offset: int) -> jax.Array:
