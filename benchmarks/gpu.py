@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterator
 
 import jax
 
@@ -108,21 +109,33 @@ def device() -> jax.Device:
     return described.devices[0]
 
 
-def started(program: str, loop: bool):
-    """Yields the kernels of a compiled program, or of its longest loop, and what each writes."""
-    parts = re.split(r"\n(?=%|ENTRY)", program)
-    entries = [part for part in parts if part.startswith("ENTRY")]
-    bodies = [part for part in parts if re.match(r"%(region|wide)", part)]
-    chosen = max(bodies, key=len) if loop else entries[0]
-    for line in chosen.splitlines()[1:]:
-        line = line.partition(", metadata=")[0].strip().removeprefix("ROOT ")
+def started(program: str, loop: bool) -> Iterator[tuple[str, int]]:
+    """Yields the kernels of a compiled program, or of its longest loop, and what each writes.
+
+    Those of a loop inside are yielded as often as it turns.
+    """
+    parts = {
+        part.removeprefix("ENTRY ").split()[0]: part for part in re.split(r"\n(?=%|ENTRY)", program)
+    }
+    entry = next(part for part in parts.values() if part.startswith("ENTRY"))
+    bodies = re.findall(r" while\(.*body=(%[\w.-]+)", entry)
+    chosen = max((parts[name] for name in bodies), key=len) if loop else entry
+    yield from _of(chosen, parts)
+
+
+def _of(part: str, parts: dict[str, str]) -> Iterator[tuple[str, int]]:
+    for whole in part.splitlines()[1:]:
+        line = whole.partition(", metadata=")[0].strip().removeprefix("ROOT ")
         if not (match := re.match(r"%(\S+) = (\(.*?\)|\S+) ([\w-]+)\(", line)):
             continue
         name, result, operation = match.groups()
-        if operation in FREE:
-            continue
-        in_place = "dynamic_update_slice" in name or "scatter" in name
-        yield line, 0 if in_place else sum(map(size, re.findall(r"\w+\[[\d,]*\]", result)))
+        if operation == "while":
+            turns = re.search(r'known_trip_count":{"n":"(\d+)"', whole)
+            body = re.search(r"body=(%[\w.-]+)", line).group(1)
+            yield from int(turns.group(1) if turns else 1) * list(_of(parts[body], parts))
+        elif operation not in FREE:
+            in_place = "dynamic_update_slice" in name or "scatter" in name
+            yield line, 0 if in_place else sum(map(size, re.findall(r"\w+\[[\d,]*\]", result)))
 
 
 def size(array: str) -> int:

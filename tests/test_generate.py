@@ -177,6 +177,43 @@ def test_a_row_ends_where_its_caller_says(mistral, warm):
     assert seen == [whole.tokens[: len(own)] for whole, own in zip(warm, seen, strict=True)]
 
 
+def test_on_a_gpu_few_rows_are_read_in_longer_chunks(monkeypatch):
+    widths = {rows: prefill.chunk_size(rows) for rows in (1, 2, 3, 4, 32)}
+    assert set(widths.values()) == {512}
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    widths = {rows: prefill.chunk_size(rows) for rows in widths}
+    assert widths == {1: 2048, 2: 1024, 3: 512, 4: 512, 32: 512}
+    (first, places), (last, _) = prefill.chunks([range(2100)])
+    assert (first.shape, last.shape) == ((1, 2048), (1, 64))
+    np.testing.assert_array_equal(places[0], np.arange(2048))
+
+
+@pytest.mark.parametrize("kept", [None, "int8"])
+def test_a_cache_that_lies_by_heads_makes_the_same_text(mistral, monkeypatch, kept):
+    """As on a GPU, where no array of the cache is turned by a loop of steps."""
+    model = mistral[0].clone(kv_cache_dtype=kept)
+
+    def texts():
+        whole = generate(model, mistral[1], PROMPTS, 30, sampling=[WARM] * 3, stop_ids=())
+        streamed = stream_tokens(model, mistral[1], PROMPTS[1], 30, sampling=WARM, stop_ids=())
+        return [row.tokens for row in whole], [token.id for token in streamed]
+
+    expected = texts()
+    shapes, loop = [], drivers.decode
+
+    def looked_at(model, params, state, *rest):
+        shapes.append(jax.tree.map(jnp.shape, state.cache[0]))
+        return loop(model, params, state, *rest)
+
+    monkeypatch.setattr(decode, "by_heads", lambda: True)
+    monkeypatch.setattr(drivers, "decode", looked_at)
+    assert texts() == expected
+    numbers = {
+        jax.tree.leaves(layer.k, is_leaf=lambda x: isinstance(x, tuple))[0] for layer in shapes
+    }
+    assert numbers == {(3, 2, 5, 8), (1, 2, 5, 8)}
+
+
 def test_penalties_see_the_prompt_and_the_answer(mistral):
     penalties = {"repetition_penalty": 1.5, "presence_penalty": 0.1, "frequency_penalty": 0.3}
     samplings = [Sampling(0, **penalties), GREEDY, Sampling(0, logit_bias={5: 2})]

@@ -44,7 +44,7 @@ class State:
     """All that decoding carries from one step to the next.
 
     Attributes:
-      cache: the keys and values of all tokens but the last.
+      cache: the keys and values of all tokens but the last; see `by_heads`.
       tokens: the last token of each row, [B] int32.
       positions: its place in the row's text, [B] int32.
       left: tokens that the row may still make, [B] int32; 0 = it has ended.
@@ -94,7 +94,7 @@ def start(
     stops = np.full(-(-max(1, len(stop_ids)) // 8) * 8, -1, np.int32)
     stops[: len(stop_ids)] = stop_ids
     return State(
-        cache=cache,
+        cache=_hold(cache),
         tokens=np.zeros_like(lengths),
         positions=lengths - 1,
         left=np.where(lengths > 0, np.int32(left), np.int32(0)),
@@ -109,6 +109,35 @@ def start(
         ),
         steps=np.int32(0),
     )
+
+
+def by_heads() -> bool:
+    """Whether decoding keeps keys and values by heads, [B, K, S, H]: as a GPU's products want them.
+
+    XLA would else turn them before each loop of steps and back behind it, and need room for both.
+    """
+    return jax.default_backend() == "gpu"
+
+
+def turn(cache: Cache) -> Cache:
+    """Swaps slots and heads of keys and values, if they are kept by heads."""
+    return jax.tree.map(_swap, cache) if by_heads() else cache
+
+
+def _swap(x):
+    return jnp.swapaxes(x, 1, 2) if x.ndim == 4 else x
+
+
+def _hold(cache):
+    """Turns a cache array by array, each of which makes room for the next."""
+
+    def turned(x):
+        new = _swap(x)
+        if new is not x:
+            x.delete()
+        return new
+
+    return jax.tree.map(turned, cache) if by_heads() else cache
 
 
 def decode_step(model: Transformer, params: Params, state: State) -> State:
@@ -179,9 +208,9 @@ def decode(
     state = jax.lax.while_loop(
         lambda state: (state.steps < limit) & jnp.any(state.left > 0),
         functools.partial(decode_step, model, params),
-        state,
+        state.replace(cache=turn(state.cache)),
     )
-    return _replicate(state)
+    return _replicate(state.replace(cache=turn(state.cache)))
 
 
 def _replicate(state: State) -> State:

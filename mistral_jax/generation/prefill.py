@@ -21,6 +21,8 @@ Params = Mapping[str, Any]
 
 # Tokens of a chunk (C): enough to keep the processor busy, few enough to bound the activations.
 CHUNK = 512
+# Tokens of all rows that a GPU reads at a time, if chunks of one row have to be longer for it.
+GPU_TOKENS = 2048
 _SMALLEST_CHUNK = 16
 _SMALLEST_ROOM = 256
 
@@ -29,6 +31,13 @@ def room(tokens: int) -> int:
     """Rounds a number of tokens up to a bucket: four to each doubling, and none below 256."""
     step = max(_SMALLEST_ROOM, 1 << max(0, (tokens - 1).bit_length() - 3))
     return -(-tokens // step) * step
+
+
+def chunk_size(rows: int) -> int:
+    """Returns C for a number of rows."""
+    if jax.default_backend() != "gpu":
+        return CHUNK
+    return max(CHUNK, GPU_TOKENS >> (rows - 1).bit_length())
 
 
 def chunks(rows: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -41,8 +50,9 @@ def chunks(rows: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarr
       Tokens and positions of a chunk, [B, T] int32 both; -1 = padding, after a row's end.
     """
     longest = max(map(len, rows))
-    for start in range(0, longest, CHUNK):
-        rest = min(CHUNK, longest - start)
+    size = chunk_size(len(rows))
+    for start in range(0, longest, size):
+        rest = min(size, longest - start)
         width = max(_SMALLEST_CHUNK, 1 << (rest - 1).bit_length())
         tokens = np.zeros((len(rows), width), np.int32)
         positions = np.full((len(rows), width), -1, np.int32)

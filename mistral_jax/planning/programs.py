@@ -58,7 +58,7 @@ def shapes(
     rows, length = (
         size + -size % layout.parts(axis) for size, axis in ((batch, "batch"), (length, "length"))
     )
-    chunk = min(prefill.CHUNK, length)
+    chunk = min(prefill.chunk_size(rows), length)
     return Shapes(rows, length, jnp.dtype(dtype), chunk, quantized or {}, kv_cache_dtype)
 
 
@@ -75,7 +75,7 @@ def arguments(program: str, model: Transformer, layout: Layout, of: Shapes) -> A
     params = weights(program, model, layout, of)
     if program == "train":
         return abstract_state(_optimizer(), params, layout)
-    return params, _cache(model, layout, of)
+    return params, _cache(program, model, layout, of)
 
 
 def lower(program: str, model: Transformer, layout: Layout, of: Shapes) -> jax.stages.Lowered:
@@ -117,10 +117,15 @@ def _lower(program, model, held, layout, of):
     return decode.decode.lower(model, params, state.replace(cache=cache), limit, ended)
 
 
-def _cache(model: Transformer, layout: Layout, of: Shapes) -> Cache:
-    length = prefill.room(of.length)
-    cache = jax.eval_shape(lambda: prefill.empty_cache(model, of.batch, length))
+def _cache(program: str, model: Transformer, layout: Layout, of: Shapes) -> Cache:
+    def made():
+        cache = prefill.empty_cache(model, of.batch, prefill.room(of.length))
+        return decode.turn(cache) if program == "decode" else cache
+
     axes = ("batch", None, "kv_heads", "head_dim")
+    if program == "decode" and decode.by_heads():
+        axes = ("batch", "kv_heads", None, "head_dim")
+    cache = jax.eval_shape(made)
     return jax.tree.map(lambda x: _array(layout, x.shape, x.dtype, axes[: x.ndim]), cache)
 
 
