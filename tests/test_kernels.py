@@ -58,6 +58,21 @@ def test_products_are_exact_to_the_rounding_of_float32(dtype, rows):
 
 
 @COMPILER
+@pytest.mark.parametrize("rows", [9, 10, 131])
+def test_many_rows_are_multiplied_by_bytes_where_the_processor_does(rows):
+    """In groups, of which some stay near while they meet all outputs; the last may be smaller."""
+    if kernels.suit(rows, jnp.int8):
+        test_products_are_exact_to_the_rounding_of_float32("int8", rows)
+        x, matrix = case("int8", rows, 6, 20)
+        found = kernels.product(x.at[4, 3].set(jnp.nan), matrix)
+        np.testing.assert_array_equal(np.isnan(found).all(axis=1), np.arange(rows) == 4)
+    else:  # An older one leaves them to XLA.
+        assert "avx512_vnni" not in kernels._processor().split()
+    assert not kernels.suit(rows, jnp.float32)
+    assert not kernels.suit(rows, jnp.bfloat16)
+
+
+@COMPILER
 def test_an_older_processor_computes_the_same_by_other_instructions():
     """In a process of its own: a library is loaded once."""
     code = """

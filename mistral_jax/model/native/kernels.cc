@@ -19,12 +19,21 @@ using Floats = ffi::Buffer<ffi::F32, 3>;
 
 // Multiplications that pay for handing them to another thread.
 constexpr int64_t kLeast = 100000;
+// Outputs of a part of a product: a multiple, for all numbers of outputs that are worked on at once.
+constexpr int kWhole = 12;
 
-// Calls `MultiplyRows` for the number of rows, which the compiler has to know.
+// Rows up to which products are faster here than XLA's: of bytes, where the processor multiplies
+// them, any number.
+template <class Weight>
+constexpr int kMostRows = Operands<Weight>::kSums > 1 ? INT32_MAX : MOST_ROWS;
+
+// Returns what multiplies so many rows, which the compiler has to know if they are few.
 template <class Weight, int... R>
 auto Choose(int count, std::integer_sequence<int, R...>) {
-  decltype(&MultiplyRows<1, Weight>) found = nullptr;
-  ((count == R + 1 ? void(found = &MultiplyRows<R + 1, Weight>) : void()), ...);
+  decltype(&MultiplyMany<Weight>) found = nullptr;
+  if (kMostRows<Weight> > MOST_ROWS) found = MultiplyMany<Weight>;
+  if (count <= kGroup || kMostRows<Weight> == MOST_ROWS)
+    ((count == R + 1 ? void(found = MultiplyFew<R + 1, Weight>) : void()), ...);
   return found;
 }
 
@@ -35,13 +44,16 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32, 2> rows,
   const int outputs = matrix.dimensions()[0];
   const auto multiply = Choose<Weight>(count, std::make_integer_sequence<int, MOST_ROWS>());
   if (multiply == nullptr) return ffi::Error::InvalidArgument("too many rows, or none");
-  const Packed<Weight> packed(rows.typed_data(), count, width);
+  Packed<Weight> packed(count, width, kMostRows<Weight> > MOST_ROWS ? kGroup : count);
+  const auto parts = [=](int64_t cost) { return kLeast / std::max<int64_t>(1, cost); };
+  Parallel(pool, count, 1 + parts(width), [&, numbers = rows.typed_data()](int first, int last) {
+    packed.Pack(numbers, first, last);
+  });
   const Weight* w = reinterpret_cast<const Weight*>(matrix.untyped_data());
   float* out = result->typed_data();
-  const int64_t least = kLeast / std::max<int64_t>(1, static_cast<int64_t>(width) * count);
-  const int step = (least / kMostOutputs + 1) * kMostOutputs;
-  Parallel(pool, outputs, step, [=, rows = &packed](int first, int last) {
-    multiply(*rows, w, out, width, outputs, first, last);
+  const int step = (parts(static_cast<int64_t>(width) * count) / kWhole + 1) * kWhole;
+  Parallel(pool, outputs, step, [=, packed = &packed](int first, int last) {
+    multiply(*packed, w, out, outputs, first, last);
   });
   return ffi::Error::Success();
 }
@@ -140,6 +152,10 @@ auto PutBinding() {
 }
 
 }  // namespace
+
+extern "C" const int most_rows_float32 = kMostRows<float>;
+extern "C" const int most_rows_bfloat16 = kMostRows<BFloat16>;
+extern "C" const int most_rows_int8 = kMostRows<int8_t>;
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(take, Take, TakeBinding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(put, Put, PutBinding());

@@ -1,7 +1,7 @@
-// Products of one to eight rows with a matrix.
+// Products of rows with a matrix: of a few, or, by int8 where the processor multiplies bytes, of many.
 //
 // out[r, y] = sum over x of rows[r, x] * matrix[y, x], in float32, for matrices of float32,
-// bfloat16 or int8. Each weight is read once, and meets all rows.
+// bfloat16 or int8. Of a few rows each weight is read once, and meets all of them.
 
 #pragma once
 
@@ -11,7 +11,11 @@
 #include "lanes.h"
 
 // Outputs that are worked on at once, at most.
-constexpr int kMostOutputs = 3;
+constexpr int kMostOutputs = 4;
+// Of many rows so many stand together, whose sums with four outputs stay in registers,
+constexpr int kGroup = 2;
+// and so many bytes, which stay in the second cache, meet an output after the other.
+constexpr size_t kNear = 1 << 18;
 // Bytes of weights that are asked for before they are needed, at least.
 constexpr size_t kAhead = 8192;
 
@@ -32,8 +36,10 @@ struct Operands : InFloats {
   static constexpr int kSize = kLanes, kBytes = sizeof(Lanes);
   using Vector = Lanes;
   static Vector Prepare(const Weight* weights) { return Widen(weights); }
-  static void Add(Sums& sums, Vector weights, const char* row) {
-    sums.lanes += weights * Load<float>(row);
+  template <int O>
+  static void Add(Sums (&sums)[O], const Vector (&weights)[O], const char* row) {
+#pragma GCC unroll 8
+    for (int i = 0; i < O; ++i) sums[i].lanes += weights[i] * Load<float>(row);
   }
   static void Pack(const float* row, float, char* to) { std::memcpy(to, row, kBytes); }
 };
@@ -44,8 +50,11 @@ struct Operands<BFloat16> : InFloats {
   static constexpr int kSize = 2 * kLanes, kBytes = sizeof(Lanes);
   using Vector = __m512bh;
   static Vector Prepare(const BFloat16* weights) { return Bits<Vector>(weights); }
-  static void Add(Sums& sums, Vector weights, const char* row) {
-    sums.lanes = _mm512_dpbf16_ps(sums.lanes, weights, Bits<Vector>(row));
+  template <int O>
+  static void Add(Sums (&sums)[O], const Vector (&weights)[O], const char* row) {
+#pragma GCC unroll 8
+    for (int i = 0; i < O; ++i)
+      sums[i].lanes = _mm512_dpbf16_ps(sums[i].lanes, weights[i], Bits<Vector>(row));
   }
   static void Pack(const float* row, float, char* to) {
     for (int i = 0; i < kSize; ++i)  // It is bfloat16, widened: nothing is lost.
@@ -77,10 +86,15 @@ struct Operands<int8_t> {
   static Vector Prepare(const int8_t* weights) {
     return _mm512_xor_si512(Bits<Vector>(weights), _mm512_set1_epi8(-128));
   }
-  static void Add(Sums& sums, Vector weights, const char* row) {
+  template <int O>
+  static void Add(Sums (&sums)[O], const Vector (&weights)[O], const char* row) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kParts; ++i)
-      sums.parts[i] = DotBytes(sums.parts[i], weights, Bits<Vector>(row + i * kSize));
+    for (int part = 0; part < kParts; ++part) {
+      const auto numbers = Bits<Vector>(row + part * kSize);
+#pragma GCC unroll 8
+      for (int i = 0; i < O; ++i)
+        sums[i].parts[part] = DotBytes(sums[i].parts[part], weights[i], numbers);
+    }
   }
   static Lanes Total(const Sums& sums) {
     Lanes total = _mm512_cvtepi32_ps(sums.parts[kParts - 1]);
@@ -88,13 +102,17 @@ struct Operands<int8_t> {
     return total;
   }
   static float Step(const float* row, int width) {
-    float most = 0, strange = 0;
-    for (int x = 0; x < width; ++x) {
-      most = std::max(most, std::abs(row[x]));
-      strange += row[x] - row[x];  // Not a number, if that is infinite or none.
+    Lanes most = {}, strange = {};
+    for (int x = 0; x < width; x += kLanes) {
+      float padded[kLanes] = {};
+      std::copy(row + x, row + std::min(width, x + kLanes), padded);
+      const Lanes numbers = Load<float>(padded);
+      most = _mm512_max_ps(most, _mm512_abs_ps(numbers));
+      strange += numbers - numbers;  // Not a number, if that is infinite or none.
     }
+    const float largest = _mm512_reduce_max_ps(most);
     // By 127 and not 128: no part of the largest number is then above 127.
-    return (most > 0 ? most / (127 << 16) : 1) + strange;
+    return (largest > 0 ? largest / (127 << 16) : 1) + Sum(strange);
   }
   static void Pack(const float* row, float step, char* to) {
     for (int x = 0; x < kSize; x += kLanes) {
@@ -108,15 +126,15 @@ struct Operands<int8_t> {
     }
   }
   static void Start(Sums& sums, const char* row) {
-    Sums added = {};
-    Add(added, _mm512_set1_epi8(-128), row);
+    Sums added[1] = {};
+    Add(added, {_mm512_set1_epi8(-128)}, row);
     for (int i = 0; i < kParts; ++i)
-      sums.parts[i] = _mm512_sub_epi32(sums.parts[i], added.parts[i]);
+      sums.parts[i] = _mm512_sub_epi32(sums.parts[i], added[0].parts[i]);
   }
 };
 #endif
 
-// Rows as weights meet them, [X / kSize][R][kBytes].
+// Rows as weights meet them, in groups: [groups][X / kSize][rows of a group][kBytes].
 template <class Weight>
 struct Packed {
   using Of = Operands<Weight>;
@@ -124,99 +142,132 @@ struct Packed {
     char bytes[64];
   };
 
-  Packed(const float* rows, int count, int width)
+  Packed(int count, int width, int group)
       : count(count),
-        lines(static_cast<size_t>((width + Of::kSize - 1) / Of::kSize) * count *
-              (Of::kBytes / sizeof(Line))),
+        width(width),
+        group(group),
+        row_bytes(static_cast<size_t>((width + Of::kSize - 1) / Of::kSize) * Of::kBytes),
+        lines(count * row_bytes / sizeof(Line)),
         steps(count),
-        starts(count) {
-    for (int r = 0; r < count; ++r, rows += width) {
-      steps[r] = Of::Step(rows, width);
-      for (int x = 0; x < width; x += Of::kSize) {
+        starts(count) {}
+
+  void Pack(const float* rows, int first, int last) {
+    for (int r = first; r < last; ++r) {
+      const float* row = rows + static_cast<size_t>(r) * width;
+      steps[r] = Of::Step(row, width);
+      char* to = lines[0].bytes + r / group * group * row_bytes + r % group * Of::kBytes;
+      for (int x = 0; x < width; x += Of::kSize, to += size(r / group) * Of::kBytes) {
         float padded[Of::kSize] = {};
-        std::copy(rows + x, rows + std::min(width, x + Of::kSize), padded);
-        char* to = const_cast<char*>(at(x, r));
+        std::copy(row + x, row + std::min(width, x + Of::kSize), padded);
         Of::Pack(padded, steps[r], to);
         Of::Start(starts[r], to);
       }
     }
   }
-  // Returns what weights from `x` on meet of row `r`, and, behind it, of the next.
-  const char* at(int x, int r) const {
-    return lines[0].bytes + (static_cast<size_t>(x / Of::kSize) * count + r) * Of::kBytes;
-  }
+  int size(int g) const { return std::min(group, count - g * group); }
+  const char* of(int g) const { return lines[0].bytes + g * group * row_bytes; }
 
-  int count;
+  int count, width, group;
+  size_t row_bytes;
   std::vector<Line> lines;
   std::vector<float> steps;               // What a row's totals are multiplied by.
   std::vector<typename Of::Sums> starts;  // What a row's sums start with.
 };
 
-// Multiplies R rows by the weights of outputs `first` to `last`.
-template <int R, class Weight>
-void MultiplyRows(const Packed<Weight>& rows, const Weight* matrix, float* out, int width,
-                  int outputs, int first, int last) {
+// Multiplies the R rows of group `g` by the weights of outputs from `y` on: by O of them, or, if
+// `last` comes before, by fewer. Weights `ahead` of these are asked for, unless it is 0.
+template <int R, int O, bool kAsk, class Weight>
+inline void MultiplyGroup(const Packed<Weight>& rows, int g, const Weight* matrix, float* out,
+                          int outputs, int y, int last, size_t ahead) {
   using Of = Operands<Weight>;
-  // Sums stay in registers, and are enough for none to wait for its last addition. Many rows are
-  // read for several outputs at once; of few that takes longer.
-  constexpr int kOutputs = Of::kSums > 1 || R <= 4 ? 1 : kMostOutputs;
-  constexpr int kTurns = std::clamp(8 / (R * Of::kSums * kOutputs), 1, 4);
+  // Sums stay in registers, and are enough for none to wait for its last addition.
+  constexpr int kTurns = std::clamp(8 / (R * Of::kSums * O), 1, 4);
+  const int width = rows.width, row = g * rows.group;
+  typename Of::Sums sums[kTurns][R][O] = {};
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int i = 0; i < O; ++i) sums[0][r][i] = rows.starts[row + r];
+  }
+  const Weight* weights[O];
+  // Past the last output the last is computed again, and dropped.
+#pragma GCC unroll 8
+  for (int i = 0; i < O; ++i)
+    weights[i] = matrix + static_cast<size_t>(std::min(y + i, last - 1)) * width;
+  const char* numbers = rows.of(g);
+  const auto add = [&](auto& to, const Weight* const* from) {
+    typename Of::Vector w[O];
+#pragma GCC unroll 8
+    for (int i = 0; i < O; ++i) w[i] = Of::Prepare(from[i]);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r, numbers += Of::kBytes) Of::Add(to[r], w, numbers);
+  };
+  int x = 0;
+  for (; x + kTurns * Of::kSize <= width; x += kTurns * Of::kSize) {
+#pragma GCC unroll 8
+    for (int turn = 0; turn < kTurns; ++turn) {
+      const Weight* from[O];
+#pragma GCC unroll 8
+      for (int i = 0; i < O; ++i) {
+        from[i] = weights[i] + x + turn * Of::kSize;
+        if (kAsk) __builtin_prefetch(from[i] + ahead, 0, 2);
+      }
+      add(sums[turn], from);
+    }
+  }
+  for (; x < width; x += Of::kSize) {  // Padded, at the end.
+    Weight padded[O][Of::kSize] = {};
+    const Weight* from[O];
+    for (int i = 0; i < O; ++i) {
+      std::copy(weights[i] + x, weights[i] + std::min(width, x + Of::kSize), padded[i]);
+      from[i] = padded[i];
+    }
+    add(sums[0], from);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int i = 0; i < O; ++i) {
+      Lanes total = Of::Total(sums[0][r][i]);
+#pragma GCC unroll 8
+      for (int turn = 1; turn < kTurns; ++turn) total += Of::Total(sums[turn][r][i]);
+      if (y + i < last)
+        out[static_cast<size_t>(row + r) * outputs + y + i] = Sum(total) * rows.steps[row + r];
+    }
+  }
+}
+
+// Multiplies R rows, one group, by the weights of outputs `first` to `last`.
+template <int R, class Weight>
+void MultiplyFew(const Packed<Weight>& rows, const Weight* matrix, float* out, int outputs,
+                 int first, int last) {
+  // Many rows are read for several outputs at once; of few that takes longer.
+  constexpr int kOutputs = Operands<Weight>::kSums > 1 || R <= 4 ? 1 : 3;
   // To ask for weights this early, and into the second cache alone, is worth up to a half.
-  const size_t group = static_cast<size_t>(kOutputs) * width;
-  const size_t ahead = (kAhead / (group * sizeof(Weight)) + 1) * group;
-  for (int y = first; y < last; y += kOutputs) {
-    typename Of::Sums sums[kTurns][R][kOutputs] = {};
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int i = 0; i < kOutputs; ++i) sums[0][r][i] = rows.starts[r];
-    }
-    const Weight* weights[kOutputs];
-    // Past the last output the last is computed again, and dropped.
-    for (int i = 0; i < kOutputs; ++i)
-      weights[i] = matrix + static_cast<size_t>(std::min(y + i, last - 1)) * width;
-    const auto add = [&](auto& to, const Weight* const* from, int x) {
-      typename Of::Vector w[kOutputs];
-#pragma GCC unroll 8
-      for (int i = 0; i < kOutputs; ++i) w[i] = Of::Prepare(from[i]);
-      const char* row = rows.at(x, 0);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r, row += Of::kBytes) {
-#pragma GCC unroll 8
-        for (int i = 0; i < kOutputs; ++i) Of::Add(to[r][i], w[i], row);
-      }
-    };
-    int x = 0;
-    for (; x + kTurns * Of::kSize <= width; x += kTurns * Of::kSize) {
-#pragma GCC unroll 8
-      for (int turn = 0; turn < kTurns; ++turn) {
-        const Weight* from[kOutputs];
-#pragma GCC unroll 8
-        for (int i = 0; i < kOutputs; ++i) {
-          from[i] = weights[i] + x + turn * Of::kSize;
-          __builtin_prefetch(from[i] + ahead, 0, 2);
-        }
-        add(sums[turn], from, x + turn * Of::kSize);
-      }
-    }
-    for (; x < width; x += Of::kSize) {  // Padded, at the end.
-      Weight padded[kOutputs][Of::kSize] = {};
-      const Weight* from[kOutputs];
-      for (int i = 0; i < kOutputs; ++i) {
-        std::copy(weights[i] + x, weights[i] + std::min(width, x + Of::kSize), padded[i]);
-        from[i] = padded[i];
-      }
-      add(sums[0], from, x);
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int i = 0; i < kOutputs; ++i) {
-        Lanes total = Of::Total(sums[0][r][i]);
-#pragma GCC unroll 8
-        for (int turn = 1; turn < kTurns; ++turn) total += Of::Total(sums[turn][r][i]);
-        if (y + i < last)
-          out[static_cast<size_t>(r) * outputs + y + i] = Sum(total) * rows.steps[r];
+  const size_t step = static_cast<size_t>(kOutputs) * rows.width;
+  const size_t ahead = (kAhead / (step * sizeof(Weight)) + 1) * step;
+  for (int y = first; y < last; y += kOutputs)
+    MultiplyGroup<R, kOutputs, true>(rows, 0, matrix, out, outputs, y, last, ahead);
+}
+
+// Multiplies all rows, in groups of `kGroup`, by the weights of outputs `first` to `last`.
+template <class Weight>
+void MultiplyMany(const Packed<Weight>& rows, const Weight* matrix, float* out, int outputs,
+                  int first, int last) {
+  const int groups = (rows.count + kGroup - 1) / kGroup;
+  const int near = std::max<int>(1, kNear / (kGroup * rows.row_bytes));
+  const size_t step = static_cast<size_t>(kMostOutputs) * rows.width;
+  const size_t ahead = (kAhead / (step * sizeof(Weight)) + 1) * step;
+  for (int begin = 0; begin < groups; begin += near) {
+    const int end = std::min(groups, begin + near);
+    for (int y = first; y < last; y += kMostOutputs) {
+      const Weight* later = matrix + static_cast<size_t>(y) * rows.width + ahead;
+      for (size_t i = 0; begin == 0 && i < step; i += 64 / sizeof(Weight))
+        __builtin_prefetch(later + i, 0, 2);
+      for (int g = begin; g < end; ++g) {
+        const auto multiply = rows.size(g) == 1 ? MultiplyGroup<1, kMostOutputs, false, Weight>
+                                                : MultiplyGroup<2, kMostOutputs, false, Weight>;
+        multiply(rows, g, matrix, out, outputs, y, last, 0);
       }
     }
   }
