@@ -93,7 +93,21 @@ def test_it_takes_prompts_on_a_gpu_that_has_the_kernel(monkeypatch, backend, cap
     device = type("Device", (), {"compute_capability": capability} if capability else {})()
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(cudnn, "_runs", lambda: True)
     assert cudnn.fits(*qkv(jnp.bfloat16), ()) == taken
+    monkeypatch.setattr(cudnn, "_runs", lambda: False)
+    assert not cudnn.fits(*qkv(jnp.bfloat16), ())
+
+
+@pytest.mark.parametrize(("implementation", "runs"), [("xla", True), ("cudnn", False)])
+def test_it_is_tried_before_it_is_taken(monkeypatch, implementation, runs):
+    """While a program is traced, too; here cuDNN is missing."""
+    monkeypatch.setattr(cudnn, "IMPLEMENTATION", implementation)
+    cudnn._runs.cache_clear()
+    found = []
+    jax.jit(lambda x: found.append(cudnn._runs()) or x)(1.0)
+    cudnn._runs.cache_clear()
+    assert found == [runs]
 
 
 @pytest.mark.parametrize(

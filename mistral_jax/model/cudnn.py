@@ -1,8 +1,11 @@
 """Attention on an NVIDIA GPU by cuDNN's flash kernel, behind `attention.attend`.
 
-It reads prompts, a block of queries at a time. Its speed has not been measured: tests put XLA's
-product in the kernel's place, and `benchmarks/gpu.py` compiles it for a GPU that is not here.
+It reads prompts, a block of queries at a time. It has not been run: tests put XLA's product in the
+kernel's place, and `benchmarks/gpu.py` compiles it for a GPU that is not here.
 """
+
+import functools
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -71,4 +74,17 @@ def _has_kernel() -> bool:
     device = jax.local_devices()[0]
     # Of AMD's GPUs the capability is a name, such as "gfx90a".
     major = str(getattr(device, "compute_capability", "")).partition(".")[0]
-    return major.isdigit() and int(major) >= 8
+    return major.isdigit() and int(major) >= 8 and _runs()
+
+
+@functools.cache
+def _runs() -> bool:
+    """Tries the kernel, once: cuDNN may be missing, or too old."""
+    try:
+        with jax.ensure_compile_time_eval():
+            few = jnp.zeros((1, 16, 1, 64), jnp.bfloat16)
+            jax.block_until_ready(_attend_rows(few, few, few, jnp.ones((1, 16, 16), bool)))
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        logging.getLogger(__name__).debug("no cuDNN, XLA's operations instead: %s", error)
+        return False
+    return True

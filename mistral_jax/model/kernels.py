@@ -23,10 +23,8 @@ from mistral_jax import machine
 _SOURCES = sorted((Path(__file__).parent / "native").iterdir())
 # Of matrices, keys and values.
 DTYPES = ("float32", "bfloat16", "int8")
-# Rows up to which products are faster here than XLA's,
+# Rows up to which products are faster here than XLA's; of int8, `_most_rows_of_bytes`.
 MOST_ROWS = 8
-# and the same by dtype, as compiled: of int8, where the processor multiplies bytes, any number.
-_most_rows: dict[str, int] = {}
 _FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w"),
     f"-DMOST_ROWS={MOST_ROWS}",
@@ -37,7 +35,9 @@ _SECONDS = 60
 def suit(rows: int, dtype: jnp.dtype) -> bool:
     """Whether `product` is there and faster than XLA's."""
     name = jnp.dtype(dtype).name
-    return name in DTYPES and here() and rows <= _most_rows[name]
+    if rows <= MOST_ROWS:
+        return name in DTYPES and here()
+    return name == "int8" and here() and rows <= _most_rows_of_bytes()
 
 
 def here() -> bool:
@@ -160,9 +160,13 @@ def available() -> bool:
     for name in (*typed, "take", "put"):
         handler = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(f"mistral_jax_{name}", handler, platform="cpu")
-    for dtype in DTYPES:
-        _most_rows[dtype] = ctypes.c_int.in_dll(library, f"most_rows_{dtype}").value
     return True
+
+
+@functools.cache
+def _most_rows_of_bytes() -> int:
+    """Returns what is compiled: any number, where the processor multiplies bytes."""
+    return ctypes.c_int.in_dll(ctypes.CDLL(str(_compiled())), "most_rows_int8").value
 
 
 def find_compiler() -> str | None:

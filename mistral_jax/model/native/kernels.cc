@@ -153,8 +153,6 @@ auto PutBinding() {
 
 }  // namespace
 
-extern "C" const int most_rows_float32 = kMostRows<float>;
-extern "C" const int most_rows_bfloat16 = kMostRows<BFloat16>;
 extern "C" const int most_rows_int8 = kMostRows<int8_t>;
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(take, Take, TakeBinding());
