@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from test_splash import RULES, on_mesh
+from test_splash import RULES, by_rules, on_mesh
 
 from mistral_jax.model import cudnn
 from mistral_jax.model.attention import attend
@@ -62,11 +62,7 @@ def test_on_a_mesh_each_device_attends_for_its_rows_and_heads(monkeypatch, sizes
     arrays, mask = qkv(jnp.bfloat16), some()
     expected = cudnn.attend(*arrays, mask)
     with on_mesh(*sizes):
-        axes = ("kv", "group"), "kv", "kv"
-        split = [
-            jax.device_put(x, PartitionSpec("data", None, on))
-            for x, on in zip(arrays, axes, strict=True)
-        ]
+        split = by_rules(arrays)
         assert cudnn.fits(*split, RULES)
         assert not cudnn.fits(*split, ())
         run = jax.jit(functools.partial(cudnn.attend, rules=RULES))

@@ -167,17 +167,21 @@ def on_mesh(data, kv, group, kind=AxisType.Auto):
     return jax.set_mesh(jax.make_mesh((data, kv, group), ("data", "kv", "group"), (kind,) * 3))
 
 
+def by_rules(arrays):
+    """Puts q, k, v on the mesh in use as `RULES` say."""
+    return [
+        jax.device_put(x, PartitionSpec("data", None, axes))
+        for x, axes in zip(arrays, (("kv", "group"), "kv", "kv"), strict=True)
+    ]
+
+
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (4, 1, 1)])
 def test_on_a_mesh_each_device_attends_for_its_rows_and_heads(sizes):
     arrays = qkv(CACHED.shape[1])
     expected = with_gradients(kernel(CACHED, 100), CACHED)(*arrays)
     run = kernel(CACHED, 100, RULES)
     with on_mesh(*sizes):
-        axes = ("kv", "group"), "kv", "kv"
-        split = [
-            jax.device_put(x, PartitionSpec("data", None, on))
-            for x, on in zip(arrays, axes, strict=True)
-        ]
+        split = by_rules(arrays)
         assert splash.fits(*split, RULES)
         found = with_gradients(run, CACHED)(*split)
         program = jax.jit(run).lower(*split).compile().as_text()
