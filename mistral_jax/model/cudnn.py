@@ -14,7 +14,7 @@ from mistral_jax.model import split
 from mistral_jax.model.axes import Rules
 from mistral_jax.model.pieces import fill
 
-# Queries attended at a time: with the heads of 7B, four blocks of the kernel for each of 32 heads.
+# Queries attended at a time, which bounds their mask, [B, T, S].
 BLOCK = 512
 IMPLEMENTATION = "cudnn"
 

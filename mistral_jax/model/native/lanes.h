@@ -72,6 +72,8 @@ void Parallel(Pool& pool, int size, int step, Work work) {
     std::atomic<int> next{0}, done{0};
   };
   const int threads = pool.num_threads();
+  const int helpers = std::min(threads, (size + step - 1) / step) - 1;
+  if (helpers <= 0) return work(0, size);
   auto shared = std::make_shared<Shared>();
   auto take = [shared, threads, size, step, work] {
     for (int first = shared->next; first < size;) {
@@ -83,7 +85,6 @@ void Parallel(Pool& pool, int size, int step, Work work) {
       first = shared->next;
     }
   };
-  const int helpers = std::min(threads, (size + step - 1) / step) - 1;
   for (int i = 0; i < helpers; ++i) pool.Schedule([take] { take(); });
   take();
   while (shared->done < size) std::this_thread::yield();

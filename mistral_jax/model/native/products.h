@@ -175,7 +175,7 @@ struct Packed {
 };
 
 // Multiplies the R rows of group `g` by the weights of outputs from `y` on: by O of them, or, if
-// `last` comes before, by fewer. Weights `ahead` of these are asked for, unless it is 0.
+// `last` comes before, by fewer. With `kAsk`, weights that come `ahead` later are asked for.
 template <int R, int O, bool kAsk, class Weight>
 inline void MultiplyGroup(const Packed<Weight>& rows, int g, const Weight* matrix, float* out,
                           int outputs, int y, int last, size_t ahead) {
@@ -237,15 +237,20 @@ inline void MultiplyGroup(const Packed<Weight>& rows, int g, const Weight* matri
   }
 }
 
+// Returns how many weights ahead to ask for some, in whole steps: so early, and into the second cache
+// alone, it is worth up to a half.
+template <class Weight>
+size_t Ahead(size_t step) {
+  return (kAhead / (step * sizeof(Weight)) + 1) * step;
+}
+
 // Multiplies R rows, one group, by the weights of outputs `first` to `last`.
 template <int R, class Weight>
 void MultiplyFew(const Packed<Weight>& rows, const Weight* matrix, float* out, int outputs,
                  int first, int last) {
   // Many rows are read for several outputs at once; of few that takes longer.
   constexpr int kOutputs = Operands<Weight>::kSums > 1 || R <= 4 ? 1 : 3;
-  // To ask for weights this early, and into the second cache alone, is worth up to a half.
-  const size_t step = static_cast<size_t>(kOutputs) * rows.width;
-  const size_t ahead = (kAhead / (step * sizeof(Weight)) + 1) * step;
+  const size_t ahead = Ahead<Weight>(static_cast<size_t>(kOutputs) * rows.width);
   for (int y = first; y < last; y += kOutputs)
     MultiplyGroup<R, kOutputs, true>(rows, 0, matrix, out, outputs, y, last, ahead);
 }
@@ -257,7 +262,7 @@ void MultiplyMany(const Packed<Weight>& rows, const Weight* matrix, float* out, 
   const int groups = (rows.count + kGroup - 1) / kGroup;
   const int near = std::max<int>(1, kNear / (kGroup * rows.row_bytes));
   const size_t step = static_cast<size_t>(kMostOutputs) * rows.width;
-  const size_t ahead = (kAhead / (step * sizeof(Weight)) + 1) * step;
+  const size_t ahead = Ahead<Weight>(step);
   for (int begin = 0; begin < groups; begin += near) {
     const int end = std::min(groups, begin + near);
     for (int y = first; y < last; y += kMostOutputs) {
