@@ -107,7 +107,12 @@ def test_all_ways_to_take_the_likeliest(sampling):
 
 @pytest.mark.parametrize(
     "sampling",
-    [Sampling(temperature=1, top_p=1), Sampling(0.8, top_k=9, top_p=0.9, min_p=0.02)],
+    [
+        Sampling(temperature=1, top_p=1),
+        Sampling(0.8, top_k=9, top_p=0.9, min_p=0.02),
+        Sampling(temperature=3, top_p=0.3),
+        Sampling(temperature=3, top_p=1, min_p=0.6),
+    ],
 )
 def test_draws_follow_the_filtered_distribution(sampling):
     draws, vocab_size = 20_000, 31
@@ -142,12 +147,45 @@ def test_a_draw_depends_on_seed_draw_and_position_alone():
     assert alone[0] == chosen[2]
 
 
+def test_a_row_that_is_drawn_again_depends_on_no_other():
+    logits = RNG.normal(0, 1, (64, 1000)).astype(np.float32)
+    samplings = [Sampling(temperature=2, top_p=p, seed=4) for p in np.linspace(0, 1, 64)]
+    rows, positions = rows_of(samplings, 1000), jnp.arange(64)
+    together = jax.jit(choose)(logits, rows, positions, None)
+    for i in range(0, 64, 9):
+        one = jax.tree.map(lambda x, i=i: x[i : i + 1], (logits, rows, positions))
+        assert jax.jit(choose)(*one, None)[0] == together[i]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 31, 64, 1000, 8192])
+def test_a_share_of_the_weights_is_found_where_their_sum_reaches_it(size):
+    weights = RNG.exponential(1, (50, size)) * RNG.integers(0, 2, (50, size))
+    weights[:, RNG.integers(size)] += 1
+    numbers = RNG.random(50)
+    found = logits_module._find(jnp.asarray(weights, jnp.float32), jnp.asarray(numbers))
+    sums = np.cumsum(weights, axis=1)
+    before = np.take_along_axis(sums - weights, found[:, None], axis=1)[:, 0]
+    after = np.take_along_axis(sums, found[:, None], axis=1)[:, 0]
+    assert np.all(before <= numbers * sums[:, -1] * (1 + 1e-5))
+    assert np.all(after >= numbers * sums[:, -1] * (1 - 1e-5))
+
+
 @pytest.mark.parametrize("number", [0.0, 1 - 2**-24, 1.0])
 def test_rounding_never_chooses_what_was_filtered_out(number):
-    logits = np.full((1, 1000), -np.inf, np.float32)
-    logits[0, 3:997:2] = RNG.normal(0, 3, 497)
-    chosen = logits_module._draw(logits, jnp.array([number]))
+    weights = np.zeros((1, 1000), np.float32)
+    weights[0, 3:997:2] = RNG.exponential(1, 497)
+    chosen = logits_module._find(weights, jnp.array([number]))
     assert chosen[0] == (3 if number == 0 else 995)
+
+
+@pytest.mark.parametrize("strange", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_no_numbers_end_no_later_than_others(strange):
+    logits = np.full((3, 31), strange, np.float32)
+    logits[1, 1:] = RNG.normal(size=30)
+    logits[2, :-1] = RNG.normal(size=30)
+    rows = rows_of([Sampling(temperature=1, top_p=0.5, min_p=0.5)] * 3)
+    chosen = jax.jit(choose)(logits, rows, jnp.arange(3), None)
+    assert np.all((chosen >= 0) & (chosen < 31))
 
 
 def test_other_values_run_the_same_program():

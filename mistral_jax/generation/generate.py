@@ -20,8 +20,9 @@ from mistral_jax.generation.sampling import DEFAULT, RowSampling, Sampling
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.sharding import on_mesh
 
-# Seconds for which a reader of a stream waits without noticing.
-_PATIENCE = 0.05
+# Seconds for which a reader of a stream waits without noticing, and those for which a program does
+# that waits for all. Each return from the device takes a millisecond.
+_PATIENCE, _LONG_PATIENCE = 0.05, 0.5
 
 
 class Token(NamedTuple):
@@ -122,7 +123,8 @@ def generate(
     rows: list[list[Token]] = [[] for _ in prompts]
     seconds = [[] for _ in prompts]
     ended = np.zeros(len(prompts), bool)
-    for row, token in _tokens(model, params, *state, ended):
+    patience = _LONG_PATIENCE if until is None else _PATIENCE
+    for row, token in _tokens(model, params, *state, ended, patience):
         rows[row].append(token)
         seconds[row].append(time.perf_counter() - began)
         ended[row] = until is not None and until(row, token.id)
@@ -150,7 +152,8 @@ def stream_tokens(
     the first token is asked for.
     """
     state = _begin(model, params, [prompt], max_new_tokens, sampling, stop_ids, top_logprobs)
-    return (token for _, token in _tokens(model, params, *state, np.zeros(1, bool)))
+    tokens = _tokens(model, params, *state, np.zeros(1, bool), _PATIENCE)
+    return (token for _, token in tokens)
 
 
 def _begin(
@@ -180,8 +183,11 @@ def _begin(
     return state, logits
 
 
-def _tokens(model, params, state, logits, ended) -> Iterator[tuple[int, Token]]:
-    """Yields (row, token) as they are made, until all rows end; the caller may set `ended` [B]."""
+def _tokens(model, params, state, logits, ended, patience) -> Iterator[tuple[int, Token]]:
+    """Yields (row, token) as they are made, until all rows end; the caller may set `ended` [B].
+
+    They come one, then two, then four at a time, while that takes fewer seconds than `patience`.
+    """
     limit = 1
     padded = np.zeros(state.left.shape, bool)
     with on_mesh(params):
@@ -198,12 +204,12 @@ def _tokens(model, params, state, logits, ended) -> Iterator[tuple[int, Token]]:
         with on_mesh(params):
             state = jax.block_until_ready(decode(model, params, state, np.int32(limit), padded))
         # By one clock: of two processes that take different numbers of steps, one waits forever.
-        if limit < MOST_STEPS and from_first(functools.partial(_is_quick, began)):
+        if limit < MOST_STEPS and from_first(functools.partial(_is_quick, began, patience)):
             limit = min(2 * limit, MOST_STEPS)
 
 
-def _is_quick(began: float) -> bool:
-    return time.perf_counter() - began < _PATIENCE
+def _is_quick(began: float, patience: float) -> bool:
+    return time.perf_counter() - began < patience
 
 
 def _check_request(config, prompts, max_new_tokens, stop_ids, top_logprobs) -> None:

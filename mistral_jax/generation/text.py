@@ -155,6 +155,7 @@ def completions(
         add(row, texts[row].push(token))
         return texts[row].ended
 
+    urgent = on_text is not None or stop
     rows = generate(
         model,
         params,
@@ -162,9 +163,11 @@ def completions(
         max_new_tokens,
         sampling=sampling,
         top_logprobs=top_logprobs,
-        until=until,
+        until=until if urgent else None,
     )
     for row, text in enumerate(texts):
+        for token in () if urgent else rows[row].tokens:
+            until(row, token)
         add(row, text.flush())
     return [
         dataclasses.replace(row, text="".join(own)) for row, own in zip(rows, pieces, strict=True)

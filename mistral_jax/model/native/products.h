@@ -182,6 +182,9 @@ inline void MultiplyGroup(const Packed<Weight>& rows, int g, const Weight* matri
   using Of = Operands<Weight>;
   // Sums stay in registers, and are enough for none to wait for its last addition.
   constexpr int kTurns = std::clamp(8 / (R * Of::kSums * O), 1, 4);
+  // Of a row or two in float the processor asks by itself for most weights in time, and is held up
+  // by what is asked for besides.
+  constexpr int kSkip = Of::kSums == 1 && R <= 2 ? 2 : 1;
   const int width = rows.width, row = g * rows.group;
   typename Of::Sums sums[kTurns][R][O] = {};
 #pragma GCC unroll 8
@@ -210,7 +213,7 @@ inline void MultiplyGroup(const Packed<Weight>& rows, int g, const Weight* matri
 #pragma GCC unroll 8
       for (int i = 0; i < O; ++i) {
         from[i] = weights[i] + x + turn * Of::kSize;
-        if (kAsk) __builtin_prefetch(from[i] + ahead, 0, 2);
+        if (kAsk && turn % kSkip == 0) __builtin_prefetch(from[i] + ahead, 0, 2);
       }
       add(sums[turn], from);
     }
