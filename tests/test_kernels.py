@@ -267,6 +267,14 @@ def test_rows_are_named_by_integers_of_any_width(integers):
     np.testing.assert_array_equal(products.look_up(table, tokens), table[jnp.array([[2, 0]])])
 
 
+@COMPILER
+def test_what_is_computed_once_keeps_its_bits_and_its_gradient():
+    x = jnp.array([[[0.0, -0.0], [jnp.nan, jnp.inf]], [[1.5, 0.25], [3.0, -7.0]]])
+    same = jax.jit(kernels.once)(x)
+    np.testing.assert_array_equal(*(np.asarray(a).view(np.uint32) for a in (same, x)))
+    np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(kernels.once(x) * same))(x), x)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_rows_of_a_table_are_taken_as_they_are_with_their_gradient(dtype):
     table = jnp.arange(12, dtype=jnp.float32).reshape(4, 3).astype(dtype)

@@ -123,7 +123,8 @@ class MLP(nn.Module):
         gate = project("gate_proj", (wide, narrow), ("mlp", "embed"))
         up = project("up_proj", (wide, narrow), ("mlp", "embed"))
         down = project("down_proj", (narrow, wide), ("embed", "mlp"))
-        gated = nn.silu(gate(x)) * up(x)
+        # Rounded once, as PyTorch does: each of its operations would else be.
+        gated = nn.silu(gate(x).astype(jnp.float32)).astype(self.dtype) * up(x)
         return down(nn.with_logical_constraint(gated, ("batch", "length", "mlp"), rules=self.rules))
 
 

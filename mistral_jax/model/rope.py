@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mistral_jax.model import kernels
+
 
 def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
     """Computes the rotation of every position, in float32.
@@ -25,7 +27,9 @@ def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[ja
     frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     frequencies = jnp.asarray(frequencies, jnp.float32)[None, None]
     angles = positions[:, :, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    # Else XLA's CPU backend computes them in each layer, once for each head.
+    return (kernels.once(cos), kernels.once(sin)) if kernels.here() else (cos, sin)
 
 
 def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
