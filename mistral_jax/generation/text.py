@@ -155,7 +155,8 @@ def completions(
         add(row, texts[row].push(token))
         return texts[row].ended
 
-    urgent = on_text is not None or stop
+    # Without `until` the device comes back less often: where nobody waits, text is made at the end.
+    urgent = on_text is not None or bool(stop)
     rows = generate(
         model,
         params,
