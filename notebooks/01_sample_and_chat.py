@@ -101,7 +101,7 @@ print("logits", logits.shape, "likeliest", [tokenizer.piece(token) for token in 
 # - `min_p` keeps those at least this share as likely as the likeliest (arXiv 2407.01082).
 #
 # What is kept is scaled up to a sum of 1. The cell below puts one next token through the package's
-# own filter, the one that `complete` uses, under six settings.
+# own filters, which `complete` asks about each token that it draws, under six settings.
 
 # %%
 import matplotlib.pyplot as plt
