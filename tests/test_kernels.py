@@ -267,7 +267,6 @@ def test_rows_are_named_by_integers_of_any_width(integers):
     np.testing.assert_array_equal(products.look_up(table, tokens), table[jnp.array([[2, 0]])])
 
 
-@COMPILER
 def test_what_is_computed_once_keeps_its_bits_and_its_gradient():
     x = jnp.array([[[0.0, -0.0], [jnp.nan, jnp.inf]], [[1.5, 0.25], [3.0, -7.0]]])
     same = jax.jit(kernels.once)(x)

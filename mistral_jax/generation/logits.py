@@ -70,7 +70,7 @@ def filter_logits(logits: jax.Array, sampling: RowSampling) -> jax.Array:
       Logits of the distribution that tokens are drawn from, [B, V] float32; the largest is 0.
     """
     logits = _scale(logits, sampling)
-    keeps = _keeper(logits, sampling)
+    keeps = _keeper(logits, jnp.exp(logits), sampling)
     return jnp.where(jax.lax.map(keeps, logits.T).T, logits, -jnp.inf)
 
 
@@ -91,7 +91,8 @@ def _draw(logits: jax.Array, sampling: RowSampling, keys: jax.Array) -> jax.Arra
       Token ids, [B] int32.
     """
     logits = _scale(logits, sampling)
-    weights, keeps = jnp.exp(logits), _keeper(logits, sampling)
+    weights = jnp.exp(logits)
+    keeps = _keeper(logits, weights, sampling)
 
     def draw(state):
         tokens, refused, going, tries = state
@@ -117,9 +118,8 @@ def _scale(logits, sampling):
     )
 
 
-def _keeper(logits, sampling):
+def _keeper(logits, weights, sampling):
     """Returns what says whether top-p and min-p keep tokens of such scaled logits [B]."""
-    weights = jnp.exp(logits)
     total = jnp.sum(weights, axis=-1)
     # With a top_p of 0 the likeliest token stays.
     enough = jnp.where(sampling.top_p < 1, jnp.maximum(sampling.top_p * total, _TINY), jnp.inf)

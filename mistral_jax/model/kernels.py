@@ -98,10 +98,12 @@ def _differentiate_take(primals, tangents):
 
 
 def once(x: jax.Array) -> jax.Array:
-    """Returns `x` [..., D], computed once, where XLA would compute it anew for each use.
+    """Returns `x` [..., D], computed once, where XLA's CPU backend would compute it for each use.
 
-    Its CPU backend drops optimization barriers before it fuses, but does not look into a call.
+    It drops optimization barriers before it fuses, but does not look into a call.
     """
+    if not here():
+        return x
     rows = x.reshape(-1, x.shape[-1])
     return take(rows, jnp.arange(len(rows), dtype=jnp.int32)[None]).reshape(x.shape)
 

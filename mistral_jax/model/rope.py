@@ -27,9 +27,8 @@ def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[ja
     frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     frequencies = jnp.asarray(frequencies, jnp.float32)[None, None]
     angles = positions[:, :, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    # Else XLA's CPU backend computes them in each layer, once for each head.
-    return (kernels.once(cos), kernels.once(sin)) if kernels.here() else (cos, sin)
+    # Not in each layer, once for each head.
+    return kernels.once(jnp.cos(angles)), kernels.once(jnp.sin(angles))
 
 
 def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
