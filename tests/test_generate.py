@@ -235,7 +235,7 @@ def test_requests_reuse_the_compiled_programs(mistral, monkeypatch):
 
     chex.clear_trace_counter()
     limit_traces(prefill, "read_chunk", static_argnames=("model", "length"))
-    limit_traces(drivers, "first_step")
+    limit_traces(drivers, "first_step", static_argnames="model")
     limit_traces(drivers, "decode", static_argnames="model")
     assert drivers.decode is not decode.decode
     for length, new, sampling in (

@@ -180,6 +180,14 @@ def test_tensor_parallel_decode_reduces_twice_a_layer():
     assert kinds == {"all-reduce": 2 * 3 + 1, "all-gather": 1}
 
 
+@pytest.mark.parametrize("name", ["data_tensor", "fsdp", "fsdp_tensor"])
+def test_each_device_chooses_the_tokens_of_its_rows_by_itself(name):
+    """They ask each other whether any row goes on, once a token, not after each try to draw one."""
+    *_, compiled = compile_for(name, "decode")
+    flags = [c for c in read(compiled.as_text(), 8) if c.loops and c.dtype == "pred"]
+    assert [(c.kind, c.loops) for c in flags] == [("all-reduce", 1)]
+
+
 @pytest.mark.parametrize(
     ("program", "int8"), [*((p, False) for p in programs.PROGRAMS), ("decode", True)]
 )

@@ -16,6 +16,7 @@ from mistral_jax.generation.logits import choose
 from mistral_jax.generation.prefill import Params, replicate, whole_rows
 from mistral_jax.generation.sampling import RowSampling
 from mistral_jax.model.cache import Cache
+from mistral_jax.model.split import by_rows
 from mistral_jax.model.transformer import Transformer
 
 # Most tokens a row that the loop makes before the host looks.
@@ -150,26 +151,25 @@ def decode_step(model: Transformer, params: Params, state: State) -> State:
     logits, cache = model.apply(
         {"params": params}, state.tokens[:, None], positions[:, None], state.cache
     )
-    return _advance(state.replace(cache=cache), whole_rows(model, logits[:, 0]))
+    return _advance(model, state.replace(cache=cache), whole_rows(model, logits[:, 0]))
 
 
-@functools.partial(jax.jit, donate_argnames="state")
-def first_step(state: State, logits: jax.Array) -> State:
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
+def first_step(model: Transformer, state: State, logits: jax.Array) -> State:
     """Chooses each row's first token by the logits [B, V] of `prefill`."""
-    return _replicate(_advance(state, logits))
+    return _replicate(_advance(model, _replicate(state), logits))
 
 
-def _advance(state: State, logits: jax.Array) -> State:
+def _advance(model: Transformer, state: State, logits: jax.Array) -> State:
     """Appends a token, chosen by `logits` [B, V], to each row that has not ended."""
     positions = state.positions + 1
-    tokens = choose(logits, state.sampling, positions, state.counts)
+    count = state.made.top_tokens.shape[-1]
+    # Else devices would wait for each other at every try to draw any row's token.
+    weigh = by_rows(functools.partial(_choose, count), model.rules)
+    tokens, *odds = weigh(logits, state.sampling, positions, state.counts)
     stopped = jnp.any(tokens[:, None] == state.stop_ids[None], axis=1)
     going = (state.left > 0) & ~stopped
-
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
-    top_logprobs, top_tokens = jax.lax.top_k(logprobs, state.made.top_tokens.shape[-1])
-    chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=1)[:, 0]
-    new = Made(jnp.where(going, tokens, -1), chosen, top_tokens, top_logprobs)
+    new = Made(jnp.where(going, tokens, -1), *odds)
     put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=state.steps, axis=1)
     if state.counts is not None:
         rows = jnp.arange(tokens.shape[0])
@@ -182,6 +182,15 @@ def _advance(state: State, logits: jax.Array) -> State:
         made=jax.tree.map(put, state.made, new),
         steps=state.steps + 1,
     )
+
+
+def _choose(count, logits, sampling, positions, counts):
+    """Chooses tokens; returns them, and the rest of `Made` for them and the `count` likeliest."""
+    tokens = choose(logits, sampling, positions, counts)
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    top_logprobs, top_tokens = jax.lax.top_k(logprobs, count)
+    chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=1)[:, 0]
+    return tokens, chosen, top_tokens, top_logprobs
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")

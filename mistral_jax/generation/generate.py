@@ -191,7 +191,7 @@ def _tokens(model, params, state, logits, ended, patience) -> Iterator[tuple[int
     limit = 1
     padded = np.zeros(state.left.shape, bool)
     with on_mesh(params):
-        state = first_step(state, logits)
+        state = first_step(model, state, logits)
     while True:
         made = jax.device_get(state.made)
         for row, column in np.argwhere(made.tokens[: len(ended)] >= 0):
