@@ -38,6 +38,11 @@ def case(dtype, rows, outputs, width):
     return x, jnp.asarray(matrix, jnp.float32).astype(dtype)
 
 
+@jax.jit
+def product(x, matrix):
+    return kernels.products(x, [matrix])[0]
+
+
 def relative_error(found, x, matrix):
     """Returns how far off a product is, beside the sum of its terms' sizes."""
     x, matrix = np.asarray(x, np.float64), np.asarray(matrix.astype(jnp.float32), np.float64)
@@ -54,22 +59,35 @@ def test_products_are_exact_to_the_rounding_of_float32(dtype, rows):
         x, matrix = case(dtype, rows, outputs, width)
         # The worst order of summing would be off by `width` roundings; lanes sum a 16th of it.
         bound = (width / 16 + 16) * np.finfo(np.float32).eps
-        assert relative_error(jax.jit(kernels.product)(x, matrix), x, matrix) < bound
+        assert relative_error(product(x, matrix), x, matrix) < bound
+
+
+@COMPILER
+@pytest.mark.parametrize("dtype", kernels.DTYPES)
+@pytest.mark.parametrize("rows", [1, 8])
+def test_several_matrices_give_the_products_that_each_gives_alone(dtype, rows):
+    """Whatever their sizes: a part of the work may begin in one and end in another."""
+    x, whole = case(dtype, rows, 3000, 150)
+    matrices = jnp.split(whole, [1, 1200, 1210])
+    for found, matrix in zip(jax.jit(kernels.products)(x, matrices), matrices, strict=True):
+        np.testing.assert_array_equal(found, product(x, matrix))
+    assert not kernels.suit(x, [*matrices, matrices[0].astype("float16")])
 
 
 @COMPILER
 @pytest.mark.parametrize("rows", [9, 10, 131])
 def test_many_rows_are_multiplied_by_bytes_where_the_processor_does(rows):
     """In groups, of which some stay near while they meet all outputs; the last may be smaller."""
-    if kernels.suit(rows, jnp.int8):
+    x, matrix = case("int8", rows, 6, 20)
+    if kernels.suit(x, [matrix]):
         test_products_are_exact_to_the_rounding_of_float32("int8", rows)
-        x, matrix = case("int8", rows, 6, 20)
-        found = kernels.product(x.at[4, 3].set(jnp.nan), matrix)
+        found = product(x.at[4, 3].set(jnp.nan), matrix)
         np.testing.assert_array_equal(np.isnan(found).all(axis=1), np.arange(rows) == 4)
     else:  # An older one leaves them to XLA.
         assert "avx512_vnni" not in kernels._processor().split()
-    assert not kernels.suit(rows, jnp.float32)
-    assert not kernels.suit(rows, jnp.bfloat16)
+    for dtype in ("float32", "bfloat16"):
+        x, matrix = case(dtype, rows, 6, 20)
+        assert not kernels.suit(x, [matrix])
 
 
 @COMPILER
@@ -91,13 +109,13 @@ for dtype in kernels.DTYPES:
 @COMPILER
 def test_what_is_not_finite_stays_in_its_row_and_output():
     x, matrix = case("float32", 4, 6, 20)
-    found = kernels.product(x.at[1, 3].set(jnp.nan), matrix.at[5, 19].set(jnp.inf))
+    found = product(x.at[1, 3].set(jnp.nan), matrix.at[5, 19].set(jnp.inf))
     finite = np.isfinite(found)
     assert not finite[1].any()
     assert not finite[:, 5].any()
     assert finite[[0, 2, 3]][:, :5].all()
     x, matrix = case("int8", 4, 6, 20)
-    found = kernels.product(x.at[1, 3].set(jnp.nan).at[2, 0].set(-jnp.inf), matrix)
+    found = product(x.at[1, 3].set(jnp.nan).at[2, 0].set(-jnp.inf), matrix)
     np.testing.assert_array_equal(np.isfinite(found).all(axis=1), [True, False, False, True])
     assert not np.isfinite(found[1:3]).any()
 
@@ -107,13 +125,13 @@ def test_what_is_not_finite_stays_in_its_row_and_output():
 def test_it_batches_and_differentiates_as_the_plain_product(dtype):
     x, matrix = case(dtype, 3, 5, 40)
     stack = jnp.stack([x, 2 * x])
-    batched = jax.vmap(kernels.product, (0, None))(stack, matrix)
-    np.testing.assert_array_equal(batched[1], kernels.product(2 * x, matrix))
+    batched = jax.vmap(product, (0, None))(stack, matrix)
+    np.testing.assert_array_equal(batched[1], product(2 * x, matrix))
 
-    def loss(product):
-        return lambda x: jnp.sum(product(x, matrix) ** 2) / 1000
+    def loss(products):
+        return lambda x: jnp.sum(products(x, [matrix])[0] ** 2) / 1000
 
-    found, expected = (jax.grad(loss(f))(x) for f in (kernels.product, kernels._plain))
+    found, expected = (jax.grad(loss(f))(x) for f in (kernels.products, kernels._plain))
     found, expected = (np.asarray(gradient, np.float32) for gradient in (found, expected))
     bound = 1e-2 if dtype == "bfloat16" else 1e-5
     np.testing.assert_allclose(found, expected, rtol=bound, atol=bound)
@@ -239,7 +257,8 @@ def test_without_a_compiler_xla_multiplies(monkeypatch):
     kernels.available.cache_clear()
     try:
         assert not kernels.available()
-        assert not kernels.suit(1, jnp.dtype("float32"))
+        x, matrix = case("float32", 1, 6, 20)
+        assert not kernels.suit(x, [matrix])
         model, params = tiny.build()
         assert len(generate(model, params, [[1, 5]], 3, stop_ids=())[0].tokens) == 3
     finally:

@@ -15,7 +15,7 @@ from mistral_jax.config import ModelConfig
 from mistral_jax.model.attention import attend
 from mistral_jax.model.axes import Rules, length_parts, mesh_axes
 from mistral_jax.model.cache import LayerCache, line_up, round_for, write
-from mistral_jax.model.products import look_up, multiply
+from mistral_jax.model.products import look_up, multiply, multiply_each
 from mistral_jax.model.rope import rotate
 
 
@@ -41,15 +41,19 @@ class Projection(nn.Module):
     out_dtype: jnp.dtype | None = None
     dropout: float = 0.0
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Projects `x` [B, T, ...], whose last axes are the kernel's last."""
+    def setup(self):  # noqa: D102
         kept, contracted = range(self.outputs), range(self.outputs, len(self.shape))
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", contracted, kept)
-        kernel = self.param(
+        self.kernel = self.param(
             "kernel", nn.with_logical_partitioning(init, self.axes), self.shape, jnp.float32
         )
-        product = multiply(x, kernel, self.outputs, self.dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Projects `x` [B, T, ...], whose last axes are the kernel's last."""
+        return project(x, [self])[0]
+
+    def complete(self, product: jax.Array, x: jax.Array) -> jax.Array:
+        """Adds what an adapter makes of `x` to the kernel's product with it."""
         if self.has_variable("params", "lora_a"):
             a, b = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
             if self.dropout and self.has_rng("dropout"):
@@ -57,6 +61,13 @@ class Projection(nn.Module):
                 x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
             product += multiply(multiply(x, a, 1, self.dtype), b, self.outputs, self.dtype)
         return product.astype(self.out_dtype or self.dtype)
+
+
+def project(x: jax.Array, projections: Sequence[Projection]) -> list[jax.Array]:
+    """Projects `x` by each of `projections`, which differ in sizes only, at once."""
+    outputs, dtype = projections[0].outputs, projections[0].dtype
+    products = multiply_each(x, [one.kernel for one in projections], outputs, dtype)
+    return [one.complete(product, x) for one, product in zip(projections, products, strict=True)]
 
 
 class RMSNorm(nn.Module):
@@ -117,14 +128,15 @@ class MLP(nn.Module):
         """Maps `x` [B, T, D] to [B, T, D]."""
         wide, narrow = self.config.mlp_dim, self.config.embed_dim
 
-        def project(name, shape, axes):
+        def projection(name, shape, axes):
             return Projection(shape, axes, 1, self.dtype, dropout=self.dropout, name=name)
 
-        gate = project("gate_proj", (wide, narrow), ("mlp", "embed"))
-        up = project("up_proj", (wide, narrow), ("mlp", "embed"))
-        down = project("down_proj", (narrow, wide), ("embed", "mlp"))
+        gate = projection("gate_proj", (wide, narrow), ("mlp", "embed"))
+        up = projection("up_proj", (wide, narrow), ("mlp", "embed"))
+        down = projection("down_proj", (narrow, wide), ("embed", "mlp"))
+        opened, raised = project(x, [gate, up])
         # Rounded once, as PyTorch does: each of its operations would else be.
-        gated = nn.silu(gate(x).astype(jnp.float32)).astype(self.dtype) * up(x)
+        gated = nn.silu(opened.astype(jnp.float32)).astype(self.dtype) * raised
         return down(nn.with_logical_constraint(gated, ("batch", "length", "mlp"), rules=self.rules))
 
 
@@ -150,16 +162,19 @@ class Attention(nn.Module):
         config = self.config
         projection = functools.partial(Projection, dropout=self.dropout)
 
-        def project(name, heads, axis):
+        def of_heads(name, heads, axis):
             shape, axes = (heads, config.head_dim, config.embed_dim), (axis, "head_dim", "embed")
-            y = projection(shape, axes, 2, self.dtype, name=name)(x)
-            return nn.with_logical_constraint(
-                y, ("batch", "length", axis, "head_dim"), rules=self.rules
-            )
+            return projection(shape, axes, 2, self.dtype, name=name)
 
-        q = project("q_proj", config.num_heads, "heads")
-        k = project("k_proj", config.num_kv_heads, "kv_heads")
-        v = project("v_proj", config.num_kv_heads, "kv_heads")
+        def place(y, axis):
+            axes = ("batch", "length", axis, "head_dim")
+            return nn.with_logical_constraint(y, axes, rules=self.rules)
+
+        query = of_heads("q_proj", config.num_heads, "heads")
+        key = of_heads("k_proj", config.num_kv_heads, "kv_heads")
+        value = of_heads("v_proj", config.num_kv_heads, "kv_heads")
+        q, k, v = project(x, [query, key, value])
+        q, k, v = place(q, "heads"), place(k, "kv_heads"), place(v, "kv_heads")
         q, k = rotate(q, angles), rotate(k, angles)
         sections = length_parts(self.rules)
         if sections > 1:  # Queries stay apart; keys and values, which are fewer, come together.

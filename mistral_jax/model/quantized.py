@@ -1,6 +1,6 @@
 """`QuantizedKernel`: a kernel in 8 or 4 bits, and products with it. It does not quantise.
 
-`multiply` in `products.py` asks for `product`; everything else sees the shape of a kernel.
+`products.py` asks for products; everything else sees the shape of a kernel.
 """
 
 import math
@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from mistral_jax import machine
-from mistral_jax.model import kernels
 from mistral_jax.model.einsum import einsum
 
 # Quantiles of a normal distribution, with an exact zero (arXiv 2305.14314, appendix E).
@@ -57,23 +56,14 @@ class QuantizedKernel:
         """Whether these are whole numbers with one scale for each of the first `outputs` axes'."""
         return self.values.dtype == jnp.int8 and self.scale.size == math.prod(self.shape[:outputs])
 
-    def product(self, rows: jax.Array, outputs: int) -> jax.Array:
-        """Sums over the axes of the kernel but its first `outputs`; see `scales_outputs`.
+    def product(self, rows: jax.Array) -> jax.Array:
+        """Multiplies `rows` [..., X] by a matrix [Y, X] with scales [Y, 1]: [..., Y] float32."""
+        by = _product if _in_integers(rows) else _plain_product
+        return by(rows, self.values, self.scale[:, 0])
 
-        Args:
-          rows: what to multiply, [..., X]: one axis for all that is summed over.
-          outputs: number of the kernel's axes that stay; they become one, Y.
-
-        Returns:
-          [..., Y] float32.
-        """
-        matrix, scale = self.values.reshape(-1, rows.shape[-1]), self.scale.reshape(-1)
-        count = math.prod(rows.shape[:-1])
-        # Many rows of 16 bits XLA multiplies faster than the kernel does three parts of 8.
-        alike = count <= kernels.MOST_ROWS or rows.dtype == jnp.float32
-        if alike and kernels.suit(count, matrix.dtype):
-            return kernels.product(rows, matrix) * jnp.expand_dims(scale, range(rows.ndim - 1))
-        return (_product if _in_integers(rows) else _plain_product)(rows, matrix, scale)
+    def scaled(self, sums: jax.Array) -> jax.Array:
+        """Returns what `product` would, of products [..., Y] with the values alone."""
+        return sums * jnp.expand_dims(self.scale[:, 0], range(sums.ndim - 1))
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -27,6 +27,14 @@ constexpr int kWhole = 12;
 template <class Weight>
 constexpr int kMostRows = Operands<Weight>::kSums > 1 ? INT32_MAX : MOST_ROWS;
 
+// A matrix, where its product goes, and the number of its first output among those of all.
+template <class Weight>
+struct Whole {
+  const Weight* matrix;
+  float* out;
+  int outputs, first;
+};
+
 // Returns what multiplies so many rows, which the compiler has to know if they are few.
 template <class Weight, int... R>
 auto Choose(int count, std::integer_sequence<int, R...>) {
@@ -37,34 +45,47 @@ auto Choose(int count, std::integer_sequence<int, R...>) {
   return found;
 }
 
+// Multiplies the same rows by several matrices: threads meet once for all of them.
 template <class Weight, ffi::DataType kType>
-ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32, 2> rows,
-                   ffi::Buffer<kType, 2> matrix, ffi::ResultBuffer<ffi::F32, 2> result) {
+ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32, 2> rows, ffi::RemainingArgs matrices,
+                   ffi::RemainingRets results) {
   const int count = rows.dimensions()[0], width = rows.dimensions()[1];
-  const int outputs = matrix.dimensions()[0];
   const auto multiply = Choose<Weight>(count, std::make_integer_sequence<int, MOST_ROWS>());
   if (multiply == nullptr) return ffi::Error::InvalidArgument("too many rows, or none");
+  std::vector<Whole<Weight>> wholes;
+  int total = 0;
+  for (size_t i = 0; i < matrices.size(); ++i) {
+    auto matrix = matrices.get<ffi::Buffer<kType, 2>>(i);
+    auto result = results.get<ffi::Buffer<ffi::F32, 2>>(i);
+    if (!matrix) return matrix.error();
+    if (!result) return result.error();
+    const int outputs = matrix->dimensions()[0];
+    wholes.push_back({reinterpret_cast<const Weight*>(matrix->untyped_data()),
+                      (*result)->typed_data(), outputs, total});
+    total += outputs;
+  }
   Packed<Weight> packed(count, width, kMostRows<Weight> > MOST_ROWS ? kGroup : count);
   const auto parts = [=](int64_t cost) { return kLeast / std::max<int64_t>(1, cost); };
   Parallel(pool, count, 1 + parts(width), [&, numbers = rows.typed_data()](int first, int last) {
     packed.Pack(numbers, first, last);
   });
-  const Weight* w = reinterpret_cast<const Weight*>(matrix.untyped_data());
-  float* out = result->typed_data();
   const int step = (parts(static_cast<int64_t>(width) * count) / kWhole + 1) * kWhole;
-  Parallel(pool, outputs, step, [=, packed = &packed](int first, int last) {
-    multiply(*packed, w, out, outputs, first, last);
+  Parallel(pool, total, step, [=, packed = &packed, wholes = &wholes](int first, int last) {
+    for (const auto& whole : *wholes) {
+      const int from = std::max(first - whole.first, 0);
+      const int to = std::min(last - whole.first, whole.outputs);
+      if (from < to) multiply(*packed, whole.matrix, whole.out, whole.outputs, from, to);
+    }
   });
   return ffi::Error::Success();
 }
 
-template <ffi::DataType kType>
-auto Binding() {
+auto ProductBinding() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()
       .Arg<ffi::Buffer<ffi::F32, 2>>()
-      .template Arg<ffi::Buffer<kType, 2>>()
-      .template Ret<ffi::Buffer<ffi::F32, 2>>();
+      .RemainingArgs()
+      .RemainingRets();
 }
 
 // Of int8 are keys and values with `scales`, two [B, S, K].
@@ -157,11 +178,9 @@ extern "C" const int most_rows_int8 = kMostRows<int8_t>;
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(take, Take, TakeBinding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(put, Put, PutBinding());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(product_float32, (Product<float, ffi::F32>),
-                              Binding<ffi::F32>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(product_bfloat16, (Product<BFloat16, ffi::BF16>),
-                              Binding<ffi::BF16>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(product_int8, (Product<int8_t, ffi::S8>), Binding<ffi::S8>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(product_float32, (Product<float, ffi::F32>), ProductBinding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(product_bfloat16, (Product<BFloat16, ffi::BF16>), ProductBinding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(product_int8, (Product<int8_t, ffi::S8>), ProductBinding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(attend_float32, (Attend<float, ffi::F32>),
                               AttendBinding<ffi::F32>().Ret<Floats>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(attend_bfloat16, (Attend<BFloat16, ffi::BF16>),
