@@ -65,7 +65,7 @@ template <class Number>
 void AttendHead(const float* q, Kept<Number> k, Kept<Number> v, const bool* mask, float* out,
                 Sizes sizes) {
   // Keys that are worked on at once, and vectors of a number of them: registers hold their sums.
-  constexpr int kKeys = 2 * kLanes, kVectors = 4;
+  constexpr int kKeys = 32, kVectors = 4;
   const int vectors = (sizes.dim + kVectors * kLanes - 1) / (kVectors * kLanes) * kVectors;
   std::vector<Lanes> queries(sizes.group * vectors), mixed(sizes.group * vectors);
   std::vector<Lanes> near(kKeys * vectors), weights(sizes.group * kKeys / kLanes);

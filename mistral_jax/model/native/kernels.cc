@@ -64,7 +64,7 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32, 2> rows, ffi::Rem
                       (*result)->typed_data(), outputs, total});
     total += outputs;
   }
-  Packed<Weight> packed(count, width, kMostRows<Weight> > MOST_ROWS ? kGroup : count);
+  Packed<Weight> packed(count, width, kMostRows<Weight> > MOST_ROWS ? kGroup : Together(count));
   const auto parts = [=](int64_t cost) { return kLeast / std::max<int64_t>(1, cost); };
   Parallel(pool, count, 1 + parts(width), [&, numbers = rows.typed_data()](int first, int last) {
     packed.Pack(numbers, first, last);

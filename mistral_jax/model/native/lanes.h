@@ -9,7 +9,7 @@
 #include <memory>
 #include <thread>
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -17,7 +17,20 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+// As many numbers as a register holds: of larger vectors GCC works on one part after another, in
+// memory.
+#if defined(__AVX512F__)
 constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
 template <class T>
 using LanesOf __attribute__((vector_size(kLanes * sizeof(T)))) = T;
 using Lanes = LanesOf<float>;
@@ -37,9 +50,11 @@ inline LanesOf<T> Load(const void* from) {
 
 inline Lanes Widen(const float* weights) { return Load<float>(weights); }
 inline Lanes Widen(const int8_t* weights) {
-#ifdef __AVX512F__  // GCC 12 finds no instruction for all lanes.
-  const auto narrow = reinterpret_cast<__m128i>(Load<int8_t>(weights));
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(narrow));
+// GCC 12 finds no instruction for all lanes.
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(Bits<__m128i>(weights)));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)weights)));
 #else
   const auto narrow = __builtin_convertvector(Load<int8_t>(weights), LanesOf<int16_t>);
   return __builtin_convertvector(__builtin_convertvector(narrow, LanesOf<int32_t>), Lanes);
@@ -51,15 +66,12 @@ inline Lanes Widen(const BFloat16* weights) {
 }
 
 inline float Sum(Lanes lanes) {
-  typedef float Half __attribute__((vector_size(sizeof(lanes) / 2)));
-  typedef float Quarter __attribute__((vector_size(sizeof(lanes) / 4)));
-  Half halves[2];
-  std::memcpy(halves, &lanes, sizeof(halves));
-  const Half half = halves[0] + halves[1];
-  Quarter quarters[2];
-  std::memcpy(quarters, &half, sizeof(quarters));
-  const Quarter sum = quarters[0] + quarters[1];
-  return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+  typedef float Four __attribute__((vector_size(4 * sizeof(float))));
+  Four parts[kLanes / 4];
+  std::memcpy(parts, &lanes, sizeof(parts));
+  for (int half = kLanes / 8; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
+  return (parts[0][0] + parts[0][2]) + (parts[0][1] + parts[0][3]);
 }
 
 // Calls `work(first, last)` for parts of 0 to `size`, on this thread and on those of the pool that

@@ -44,10 +44,11 @@ struct Operands : InFloats {
   static void Pack(const float* row, float, char* to) { std::memcpy(to, row, kBytes); }
 };
 
-#ifdef __AVX512BF16__
 template <>
 struct Operands<BFloat16> : InFloats {
-  static constexpr int kSize = 2 * kLanes, kBytes = sizeof(Lanes);
+  static constexpr int kSize = 2 * kLanes;
+#ifdef __AVX512BF16__
+  static constexpr int kBytes = sizeof(Lanes);
   using Vector = __m512bh;
   static Vector Prepare(const BFloat16* weights) { return Bits<Vector>(weights); }
   template <int O>
@@ -60,8 +61,30 @@ struct Operands<BFloat16> : InFloats {
     for (int i = 0; i < kSize; ++i)  // It is bfloat16, widened: nothing is lost.
       std::memcpy(to + 2 * i, reinterpret_cast<const char*>(row + i) + 2, 2);
   }
-};
+#else
+  // Of every two neighbours the first apart from the second: to widen them takes one instruction.
+  static constexpr int kBytes = 2 * sizeof(Lanes);
+  struct Vector {
+    Lanes firsts, seconds;
+  };
+  static Vector Prepare(const BFloat16* weights) {
+    const auto pairs = Load<uint32_t>(weights);
+    return {reinterpret_cast<Lanes>(pairs << 16), reinterpret_cast<Lanes>(pairs & 0xffff0000)};
+  }
+  template <int O>
+  static void Add(Sums (&sums)[O], const Vector (&weights)[O], const char* row) {
+#pragma GCC unroll 8
+    for (int i = 0; i < O; ++i) {
+      sums[i].lanes += weights[i].firsts * Load<float>(row);
+      sums[i].lanes += weights[i].seconds * Load<float>(row + sizeof(Lanes));
+    }
+  }
+  static void Pack(const float* row, float, char* to) {
+    for (int i = 0; i < kSize; ++i)
+      std::memcpy(to + (i / 2 + i % 2 * kLanes) * sizeof(float), row + i, sizeof(float));
+  }
 #endif
+};
 
 #ifdef __AVX512VNNI__
 // Adds products of four neighbours each: those of `a` without a sign, those of `b` with one.
@@ -134,6 +157,12 @@ struct Operands<int8_t> {
 };
 #endif
 
+// Returns how many of a few rows stand together: their sums with three outputs stay in registers.
+constexpr int Together(int count) {
+  constexpr int kMost = kRegisters / 4;
+  return count > kMost ? (count + 1) / 2 : count;
+}
+
 // Rows as weights meet them, in groups: [groups][X / kSize][rows of a group][kBytes].
 template <class Weight>
 struct Packed {
@@ -147,7 +176,7 @@ struct Packed {
         width(width),
         group(group),
         row_bytes(static_cast<size_t>((width + Of::kSize - 1) / Of::kSize) * Of::kBytes),
-        lines(count * row_bytes / sizeof(Line)),
+        lines((count * row_bytes + sizeof(Line) - 1) / sizeof(Line)),
         steps(count),
         starts(count) {}
 
@@ -181,10 +210,11 @@ inline void MultiplyGroup(const Packed<Weight>& rows, int g, const Weight* matri
                           int outputs, int y, int last, size_t ahead) {
   using Of = Operands<Weight>;
   // Sums stay in registers, and are enough for none to wait for its last addition.
-  constexpr int kTurns = std::clamp(8 / (R * Of::kSums * O), 1, 4);
+  constexpr int kTurns = std::clamp(8 / (R * Of::kSums * O), 1, kLanes == 16 ? 4 : 8);
   // Of a row or two in float the processor asks by itself for most weights in time, and is held up
   // by what is asked for besides.
   constexpr int kSkip = Of::kSums == 1 && R <= 2 ? 2 : 1;
+  constexpr int kSteps = std::max<int>(1, kSkip * 64 / (Of::kSize * sizeof(Weight)));
   const int width = rows.width, row = g * rows.group;
   typename Of::Sums sums[kTurns][R][O] = {};
 #pragma GCC unroll 8
@@ -213,7 +243,7 @@ inline void MultiplyGroup(const Packed<Weight>& rows, int g, const Weight* matri
 #pragma GCC unroll 8
       for (int i = 0; i < O; ++i) {
         from[i] = weights[i] + x + turn * Of::kSize;
-        if (kAsk && turn % kSkip == 0) __builtin_prefetch(from[i] + ahead, 0, 2);
+        if (kAsk && turn % kSteps == 0) __builtin_prefetch(from[i] + ahead, 0, 2);
       }
       add(sums[turn], from);
     }
@@ -247,15 +277,22 @@ size_t Ahead(size_t step) {
   return (kAhead / (step * sizeof(Weight)) + 1) * step;
 }
 
-// Multiplies R rows, one group, by the weights of outputs `first` to `last`.
+// Multiplies R rows, in one group or two, by the weights of outputs `first` to `last`.
 template <int R, class Weight>
 void MultiplyFew(const Packed<Weight>& rows, const Weight* matrix, float* out, int outputs,
                  int first, int last) {
   // Many rows are read for several outputs at once; of few that takes longer.
-  constexpr int kOutputs = Operands<Weight>::kSums > 1 || R <= 4 ? 1 : 3;
+  constexpr int kFew = kLanes == 16 ? 4 : 2;
+  constexpr int kOutputs = Operands<Weight>::kSums > 1 || R <= kFew ? 1 : 3;
+  constexpr int kFirst = Together(R);
+  // Processors without AVX-512 ask by themselves, early enough, for what a row or two takes time for.
+  constexpr bool kAsk = kLanes == 16 || R > 2 || sizeof(Weight) == 1;
   const size_t ahead = Ahead<Weight>(static_cast<size_t>(kOutputs) * rows.width);
-  for (int y = first; y < last; y += kOutputs)
-    MultiplyGroup<R, kOutputs, true>(rows, 0, matrix, out, outputs, y, last, ahead);
+  for (int y = first; y < last; y += kOutputs) {
+    MultiplyGroup<kFirst, kOutputs, kAsk>(rows, 0, matrix, out, outputs, y, last, ahead);
+    if constexpr (R > kFirst)
+      MultiplyGroup<R - kFirst, kOutputs, false>(rows, 1, matrix, out, outputs, y, last, ahead);
+  }
 }
 
 // Multiplies all rows, in groups of `kGroup`, by the weights of outputs `first` to `last`.
