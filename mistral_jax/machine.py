@@ -1,6 +1,8 @@
 """The machine under a program: its caches, accelerators and speed. It loads no model."""
 
+import functools
 import os
+import platform
 import sys
 import time
 from pathlib import Path
@@ -44,6 +46,17 @@ def unseen_accelerator(devices: Path = Path("/dev")) -> str | None:
 def is_one_cpu() -> bool:
     """Whether what is traced now is for one CPU: no accelerator is here, and no mesh in use."""
     return jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty
+
+
+@functools.cache
+def processor() -> str:
+    """Returns what tells this processor's instructions from another's; on Linux, names of them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    flags = [line for line in lines if line.startswith(("flags", "Features"))]
+    return flags[0] if flags else f"{platform.machine()} {platform.processor()}"
 
 
 def read_bandwidth() -> float:

@@ -13,7 +13,7 @@ import pytest
 import scipy.special
 import tiny
 
-from mistral_jax import quantization
+from mistral_jax import machine, quantization
 from mistral_jax.generation.generate import generate
 from mistral_jax.model import kernels, products
 from mistral_jax.model.attention import attend, visible
@@ -84,7 +84,7 @@ def test_many_rows_are_multiplied_by_bytes_where_the_processor_does(rows):
         found = product(x.at[4, 3].set(jnp.nan), matrix)
         np.testing.assert_array_equal(np.isnan(found).all(axis=1), np.arange(rows) == 4)
     else:  # An older one leaves them to XLA.
-        assert "avx512_vnni" not in kernels._processor().split()
+        assert "avx512_vnni" not in machine.processor().split()
     for dtype in ("float32", "bfloat16"):
         x, matrix = case(dtype, rows, 6, 20)
         assert not kernels.suit(x, [matrix])
@@ -97,7 +97,7 @@ def test_many_rows_are_multiplied_by_bytes_where_the_processor_does(rows):
 )
 def test_an_older_processor_computes_the_same_by_other_instructions(flags, needed):
     """In a process of its own: a library is loaded once."""
-    if not set(needed) <= set(kernels._processor().split()):
+    if not set(needed) <= set(machine.processor().split()):
         pytest.skip("this processor is older")
     code = f"""
 import test_kernels
@@ -208,6 +208,48 @@ def test_a_token_attends_with_the_plain_gradient(dtype, monkeypatch):
         ours, plain = (np.asarray(x.astype(jnp.float32)) for x in (ours, plain))
         bound = 1e-5 if dtype == "float32" else 3e-2
         np.testing.assert_allclose(ours, plain, atol=bound * np.abs(plain).max())
+
+
+@COMPILER
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (300, 1000)])
+def test_a_matrix_is_widened_as_it_is(dtype, shape):
+    rng = np.random.default_rng(1)
+    matrix = jnp.asarray(rng.normal(scale=40, size=shape), jnp.float32).astype(dtype)
+    found = jax.jit(kernels.widen)(matrix, jnp.zeros(3))
+    np.testing.assert_array_equal(found, matrix.astype(jnp.float32))
+    if dtype == "bfloat16":
+        gradient = jax.grad(lambda matrix: jnp.sum(kernels.widen(matrix, found) ** 2))(matrix)
+        np.testing.assert_array_equal(gradient, 2 * matrix)
+
+
+@COMPILER
+def test_a_prompt_is_multiplied_in_float32_where_bfloat16_has_no_instructions(monkeypatch):
+    """To the rounding of float32 sums; each matrix makes room for the next."""
+    monkeypatch.setattr(kernels, "_constant", {"multiplies_bfloat16": 0}.get)
+    x, matrix = case("bfloat16", 100, 60, 700)
+    x = jnp.expand_dims(x, 0)
+    quantized = QuantizedKernel(*to_int8(matrix.astype(jnp.float32), 1, jnp))
+    for kernel, exact in ((matrix, matrix), (quantized, quantized.dequantize(jnp.float32))):
+        run = jax.jit(lambda x, kernel: products.multiply(x, kernel, 1, jnp.bfloat16))
+        assert "mistral_jax_widen" in run.lower(x, kernel).as_text()
+        assert relative_error(run(x, kernel)[0], x[0], exact) < 60 * np.finfo(np.float32).eps
+    assert not kernels.should_widen(x[:, :9], matrix)
+    assert not kernels.should_widen(x.astype(jnp.float32), matrix)
+    monkeypatch.setattr(kernels, "_constant", {"multiplies_bfloat16": 1}.get)
+    assert not kernels.should_widen(x, matrix)
+
+
+@COMPILER
+def test_one_matrix_after_another_is_widened():
+    def chain(x, matrices):
+        for matrix in matrices:
+            x = x @ kernels.widen(matrix, x)
+        return x
+
+    matrices = [jnp.ones((256, 256), jnp.bfloat16)] * 12
+    compiled = jax.jit(chain).lower(jnp.ones((1, 256)), matrices).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * 4 * 256 * 256
 
 
 @COMPILER

@@ -10,7 +10,6 @@ import hashlib
 import logging
 import math
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
@@ -25,8 +24,11 @@ from mistral_jax import machine
 _SOURCES = sorted((Path(__file__).parent / "native").iterdir())
 # Of matrices, keys and values.
 DTYPES = ("float32", "bfloat16", "int8")
-# Rows up to which products are faster here than XLA's; of int8, `_most_rows_of_bytes`.
+# Rows up to which products are faster here than XLA's; of int8, where the processor multiplies
+# bytes, any number.
 MOST_ROWS = 8
+# Rows from which on it pays to write a matrix of bfloat16 out in float32.
+_MANY = 64
 _FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w"),
     f"-DMOST_ROWS={MOST_ROWS}",
@@ -42,7 +44,17 @@ def suit(rows: jax.Array, matrices: Sequence[jax.Array]) -> bool:
     if count <= MOST_ROWS:
         return True
     # Many rows of 16 bits XLA multiplies faster than three parts of 8 bits are.
-    return kinds == {"int8"} and rows.dtype == jnp.float32 and count <= _most_rows_of_bytes()
+    return kinds == {"int8"} and rows.dtype == jnp.float32 and count <= _constant("most_rows_int8")
+
+
+def should_widen(rows: jax.Array, matrix: jax.Array) -> bool:
+    """Whether XLA multiplies `rows` faster in float32, by what `widen` makes of `matrix`.
+
+    So it is with many rows of bfloat16, where the processor does not multiply that.
+    """
+    many = math.prod(rows.shape[:-1]) >= _MANY and rows.dtype == jnp.bfloat16
+    narrow = matrix.dtype.name in ("bfloat16", "int8")
+    return many and narrow and here() and not _constant("multiplies_bfloat16")
 
 
 def here() -> bool:
@@ -81,6 +93,26 @@ def _plain(rows, matrices):
         jnp.einsum("...X,YX->...Y", wide, matrix.astype(jnp.float32), precision=precision)
         for matrix in matrices
     ]
+
+
+@jax.custom_jvp
+def widen(matrix: jax.Array, after: jax.Array) -> jax.Array:
+    """Returns `matrix` [Y, X], bfloat16 or int8, in float32, computed not before `after`.
+
+    XLA would else widen all matrices first, and hold them.
+    """
+    result = jax.ShapeDtypeStruct(matrix.shape, jnp.float32)
+    call = jax.ffi.ffi_call(
+        f"mistral_jax_widen_{matrix.dtype.name}", result, vmap_method="sequential"
+    )
+    return call(matrix, after)
+
+
+@widen.defjvp
+def _differentiate_widen(primals, tangents):
+    """Differentiates what XLA knows to be the same."""
+    widened = jax.jvp(lambda matrix: matrix.astype(jnp.float32), primals[:1], tangents[:1])[1]
+    return widen(*primals), widened
 
 
 @jax.custom_jvp
@@ -176,16 +208,16 @@ def available() -> bool:
         logging.getLogger(__name__).debug("no kernels, XLA's operations instead: %s", error)
         return False
     typed = (f"{name}_{dtype}" for name in ("product", "attend") for dtype in DTYPES)
-    for name in (*typed, "take", "put"):
+    for name in (*typed, "widen_bfloat16", "widen_int8", "take", "put"):
         handler = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(f"mistral_jax_{name}", handler, platform="cpu")
     return True
 
 
 @functools.cache
-def _most_rows_of_bytes() -> int:
-    """Returns what is compiled: any number, where the processor multiplies bytes."""
-    return ctypes.c_int.in_dll(ctypes.CDLL(str(_compiled())), "most_rows_int8").value
+def _constant(name: str) -> int:
+    """Returns what is compiled for this processor under a name."""
+    return ctypes.c_int.in_dll(ctypes.CDLL(str(_compiled())), name).value
 
 
 def find_compiler() -> str | None:
@@ -198,7 +230,7 @@ def _compiled() -> Path:
     if (compiler := find_compiler()) is None:
         raise FileNotFoundError("there is no C++ compiler")
     # What it depends on names it: another processor or JAX gets another.
-    about = [path.read_bytes() for path in _SOURCES], _FLAGS, jax.__version__, _processor()
+    about = [path.read_bytes() for path in _SOURCES], _FLAGS, jax.__version__, machine.processor()
     name = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
     path = machine.cache_folder("kernels") / f"{name}.so"
     if not path.exists():
@@ -211,13 +243,3 @@ def _compiled() -> Path:
             )
             made.replace(path)  # Whole or not at all, whoever else compiles it now.
     return path
-
-
-def _processor() -> str:
-    """Returns what tells this processor's instructions from another's."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    flags = [line for line in lines if line.startswith(("flags", "Features"))]
-    return flags[0] if flags else f"{platform.machine()} {platform.processor()}"

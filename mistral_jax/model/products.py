@@ -54,7 +54,13 @@ def _matrix(kernel: MaybeQuantized, outputs: int, dtype: jnp.dtype) -> MaybeQuan
 
 def _multiply(rows: jax.Array, matrix: MaybeQuantized) -> jax.Array:
     """Multiplies `rows` [..., X] by `matrix` [Y, X]; XLA's way."""
-    if isinstance(matrix, QuantizedKernel):
+    quantized = isinstance(matrix, QuantizedKernel)
+    values = matrix.values if quantized else matrix
+    if kernels.should_widen(rows, values):
+        wide = rows.astype(jnp.float32), kernels.widen(values, rows)
+        sums = einsum("...X,YX->...Y", *wide)
+        return matrix.scaled(sums) if quantized else sums
+    if quantized:
         return matrix.product(rows)
     # XLA's CPU backend converts a whole 16-bit matrix to float32 for a single row, but not for two.
     lonely = rows.shape[:-1] == (1,) and rows.dtype != jnp.float32

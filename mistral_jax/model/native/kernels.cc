@@ -129,6 +129,38 @@ auto AttendBinding() {
       .template Arg<ffi::Buffer<ffi::PRED, 2>>();
 }
 
+// Widens a matrix. It needs nothing of `after`, but is not computed before.
+template <class Number, ffi::DataType kType>
+ffi::Error ToFloats(ffi::ThreadPool pool, ffi::Buffer<kType, 2> matrix, ffi::AnyBuffer after,
+                    ffi::ResultBuffer<ffi::F32, 2> result) {
+  const int64_t size = matrix.element_count();
+  const Number* from = reinterpret_cast<const Number*>(matrix.untyped_data());
+  float* to = result->typed_data();
+  const int vectors = size / kLanes;
+  Parallel(pool, vectors, 1 + kLeast / kLanes, [=](int first, int last) {
+    for (int64_t x = first * int64_t{kLanes}; x < last * int64_t{kLanes}; x += kLanes) {
+      const Lanes wide = Widen(from + x);
+      std::memcpy(to + x, &wide, sizeof(wide));
+    }
+  });
+  if (const int left = size % kLanes) {
+    Number padded[kLanes] = {};
+    std::copy(from + size - left, from + size, padded);
+    const Lanes wide = Widen(padded);
+    std::memcpy(to + size - left, &wide, left * sizeof(float));
+  }
+  return ffi::Error::Success();
+}
+
+template <ffi::DataType kType>
+auto ToFloatsBinding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<ffi::Buffer<kType, 2>>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Ret<ffi::Buffer<ffi::F32, 2>>();
+}
+
 ffi::Error Take(ffi::AnyBuffer table, ffi::Buffer<ffi::S32, 1> tokens,
                 ffi::Result<ffi::AnyBuffer> result) {
   const size_t bytes = table.size_bytes() / table.dimensions()[0];
@@ -175,12 +207,20 @@ auto PutBinding() {
 }  // namespace
 
 extern "C" const int most_rows_int8 = kMostRows<int8_t>;
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16)
+extern "C" const int multiplies_bfloat16 = 1;
+#else
+extern "C" const int multiplies_bfloat16 = 0;
+#endif
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(take, Take, TakeBinding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(put, Put, PutBinding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(product_float32, (Product<float, ffi::F32>), ProductBinding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(product_bfloat16, (Product<BFloat16, ffi::BF16>), ProductBinding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(product_int8, (Product<int8_t, ffi::S8>), ProductBinding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(widen_bfloat16, (ToFloats<BFloat16, ffi::BF16>),
+                              ToFloatsBinding<ffi::BF16>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(widen_int8, (ToFloats<int8_t, ffi::S8>), ToFloatsBinding<ffi::S8>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(attend_float32, (Attend<float, ffi::F32>),
                               AttendBinding<ffi::F32>().Ret<Floats>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(attend_bfloat16, (Attend<BFloat16, ffi::BF16>),
