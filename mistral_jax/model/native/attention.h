@@ -87,13 +87,16 @@ void AttendHead(const float* q, Kept<Number> k, Kept<Number> v, const bool* mask
     for (int g = 0; g < sizes.group; ++g) {
       float* scores = reinterpret_cast<float*>(&weights[g * kKeys / kLanes]);
       std::fill(scores, scores + kKeys, -std::numeric_limits<float>::infinity());
-      for (int i = 0; i < count; ++i) {
+      // Several keys at once, for a query to be loaded once; past the last, what is left there.
+      for (int i = 0; i < count; i += kVectors) {
         Lanes sums[kVectors] = {};
-        for (int x = 0; x < vectors; x += kVectors)
+        for (int x = 0; x < vectors; ++x)
 #pragma GCC unroll 8
           for (int j = 0; j < kVectors; ++j)
-            sums[j] += queries[g * vectors + x + j] * near[i * vectors + x + j];
-        scores[i] = Sum((sums[0] + sums[1]) + (sums[2] + sums[3])) * scale;
+            sums[j] += queries[g * vectors + x] * near[(i + j) * vectors + x];
+#pragma GCC unroll 8
+        for (int j = 0; j < kVectors; ++j)
+          if (i + j < count) scores[i + j] = Sum(sums[j]) * scale;
       }
       const float top = std::max(tops[g], *std::max_element(scores, scores + count));
       const float shrink = std::exp(tops[g] - top);  // What came before had another top.
@@ -112,11 +115,13 @@ void AttendHead(const float* q, Kept<Number> k, Kept<Number> v, const bool* mask
       const float* weight = reinterpret_cast<const float*>(&weights[g * kKeys / kLanes]);
       for (int x = 0; x < vectors; x += kVectors) {
         Lanes sums[kVectors];
-        std::memcpy(sums, &mixed[g * vectors + x], sizeof(sums));
+#pragma GCC unroll 8
+        for (int j = 0; j < kVectors; ++j) sums[j] = mixed[g * vectors + x + j];
         for (int i = 0; i < count; ++i)
 #pragma GCC unroll 8
           for (int j = 0; j < kVectors; ++j) sums[j] += weight[i] * near[i * vectors + x + j];
-        std::memcpy(&mixed[g * vectors + x], sums, sizeof(sums));
+#pragma GCC unroll 8
+        for (int j = 0; j < kVectors; ++j) mixed[g * vectors + x + j] = sums[j];
       }
     }
   }
