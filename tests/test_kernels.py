@@ -218,9 +218,6 @@ def test_a_matrix_is_widened_as_it_is(dtype, shape):
     matrix = jnp.asarray(rng.normal(scale=40, size=shape), jnp.float32).astype(dtype)
     found = jax.jit(kernels.widen)(matrix, jnp.zeros(3))
     np.testing.assert_array_equal(found, matrix.astype(jnp.float32))
-    if dtype == "bfloat16":
-        gradient = jax.grad(lambda matrix: jnp.sum(kernels.widen(matrix, found) ** 2))(matrix)
-        np.testing.assert_array_equal(gradient, 2 * matrix)
 
 
 @COMPILER
@@ -241,15 +238,32 @@ def test_a_prompt_is_multiplied_in_float32_where_bfloat16_has_no_instructions(mo
 
 
 @COMPILER
-def test_one_matrix_after_another_is_widened():
+def test_one_matrix_after_another_is_widened_and_none_kept():
     def chain(x, matrices):
         for matrix in matrices:
-            x = x @ kernels.widen(matrix, x)
-        return x
+            x = products._multiply_wide(x, matrix).astype(x.dtype)
+        return x.astype(jnp.float32).sum()
 
     matrices = [jnp.ones((256, 256), jnp.bfloat16)] * 12
-    compiled = jax.jit(chain).lower(jnp.ones((1, 256)), matrices).compile()
+    x = jnp.ones((1, 256), jnp.bfloat16)
+    compiled = jax.jit(chain).lower(x, matrices).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 3 * 4 * 256 * 256
+    kept = jax.tree.leaves(jax.vjp(chain, x, matrices)[1])
+    assert sum(one.nbytes for one in kept) < 13 * 2 * 256 * 256
+
+
+@COMPILER
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_product_in_float32_has_the_plain_gradient(dtype):
+    x, matrix = case("bfloat16", 20, 30, 40)
+    matrix = matrix.astype(dtype)
+
+    def gradient(product):
+        return jax.grad(lambda x: jnp.sum(product(x, matrix) ** 2))(x).astype(jnp.float32)
+
+    expected = gradient(lambda x, matrix: kernels._plain(x, [matrix])[0])
+    bound = 2e-2 * jnp.max(jnp.abs(expected))
+    np.testing.assert_allclose(gradient(products._multiply_wide), expected, atol=bound)
 
 
 @COMPILER

@@ -95,24 +95,14 @@ def _plain(rows, matrices):
     ]
 
 
-@jax.custom_jvp
 def widen(matrix: jax.Array, after: jax.Array) -> jax.Array:
     """Returns `matrix` [Y, X], bfloat16 or int8, in float32, computed not before `after`.
 
-    XLA would else widen all matrices first, and hold them.
+    XLA would else widen all matrices first, and hold them. It is not differentiated.
     """
     result = jax.ShapeDtypeStruct(matrix.shape, jnp.float32)
-    call = jax.ffi.ffi_call(
-        f"mistral_jax_widen_{matrix.dtype.name}", result, vmap_method="sequential"
-    )
-    return call(matrix, after)
-
-
-@widen.defjvp
-def _differentiate_widen(primals, tangents):
-    """Differentiates what XLA knows to be the same."""
-    widened = jax.jvp(lambda matrix: matrix.astype(jnp.float32), primals[:1], tangents[:1])[1]
-    return widen(*primals), widened
+    name = f"mistral_jax_widen_{matrix.dtype.name}"
+    return jax.ffi.ffi_call(name, result, vmap_method="sequential")(matrix, after)
 
 
 @jax.custom_jvp

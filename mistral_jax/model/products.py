@@ -24,15 +24,13 @@ def multiply_each(
 ) -> list[jax.Array]:
     """Is `multiply` by each kernel, all at once where that is faster."""
     places = x.shape[:2]
+    # In a loop of single tokens XLA's CPU backend copies a kernel if the tokens keep their axis.
     rows = x.astype(dtype).reshape(*(places[:1] if places[1] == 1 else places), -1)
     matrices = [_matrix(kernel, outputs, dtype) for kernel in each]
-    values = [getattr(matrix, "values", matrix) for matrix in matrices]
+    values = [_values(matrix) for matrix in matrices]
     if kernels.suit(rows, values):
-        results = kernels.products(rows, values)
-        results = [
-            matrix.scaled(sums) if isinstance(matrix, QuantizedKernel) else sums
-            for matrix, sums in zip(matrices, results, strict=True)
-        ]
+        sums = kernels.products(rows, values)
+        results = [_scale(*pair) for pair in zip(sums, matrices, strict=True)]
     else:
         results = [_multiply(rows, matrix) for matrix in matrices]
     return [
@@ -52,21 +50,42 @@ def _matrix(kernel: MaybeQuantized, outputs: int, dtype: jnp.dtype) -> MaybeQuan
     return kernel.astype(dtype).reshape(shape)
 
 
+def _values(matrix: MaybeQuantized) -> jax.Array:
+    return matrix.values if isinstance(matrix, QuantizedKernel) else matrix
+
+
+def _scale(sums: jax.Array, matrix: MaybeQuantized) -> jax.Array:
+    """Returns the product with `matrix`, of `sums`, that with its values."""
+    return matrix.scaled(sums) if isinstance(matrix, QuantizedKernel) else sums
+
+
 def _multiply(rows: jax.Array, matrix: MaybeQuantized) -> jax.Array:
     """Multiplies `rows` [..., X] by `matrix` [Y, X]; XLA's way."""
-    quantized = isinstance(matrix, QuantizedKernel)
-    values = matrix.values if quantized else matrix
-    if kernels.should_widen(rows, values):
-        wide = rows.astype(jnp.float32), kernels.widen(values, rows)
-        sums = einsum("...X,YX->...Y", *wide)
-        return matrix.scaled(sums) if quantized else sums
-    if quantized:
+    if kernels.should_widen(rows, _values(matrix)):
+        return _scale(_multiply_wide(rows, _values(matrix)), matrix)
+    if isinstance(matrix, QuantizedKernel):
         return matrix.product(rows)
     # XLA's CPU backend converts a whole 16-bit matrix to float32 for a single row, but not for two.
     lonely = rows.shape[:-1] == (1,) and rows.dtype != jnp.float32
     if lonely and jax.default_backend() == "cpu":
         return einsum("...X,YX->...Y", jnp.concatenate([rows, rows]), matrix)[:1]
     return einsum("...X,YX->...Y", rows, matrix)
+
+
+@jax.custom_jvp
+def _multiply_wide(rows: jax.Array, matrix: jax.Array) -> jax.Array:
+    """Multiplies `rows` [..., X] by `matrix` [Y, X], both widened to float32."""
+    return einsum("...X,YX->...Y", rows.astype(jnp.float32), kernels.widen(matrix, rows))
+
+
+@_multiply_wide.defjvp
+def _differentiate(primals, tangents):
+    """Differentiates what is the same, and keeps no widened matrix for the way back."""
+
+    def narrow(rows, matrix):
+        return einsum("...X,YX->...Y", rows, matrix.astype(rows.dtype))
+
+    return _multiply_wide(*primals), jax.jvp(narrow, primals, tangents)[1]
 
 
 def look_up(table: MaybeQuantized, tokens: jax.Array) -> jax.Array:

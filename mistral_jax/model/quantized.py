@@ -25,10 +25,6 @@ NF4_LEVELS = np.array(
     np.float32,
 )
 
-# Rows that are faster multiplied as integers, by processors with instructions for that and others:
-# of more, it pays to write the matrix out in float.
-_FEW = {True: 64, False: 8}
-
 
 @flax.struct.dataclass
 class QuantizedKernel:
@@ -110,8 +106,9 @@ def to_int8(kernel: Any, outputs: int, numpy: Any = np) -> tuple[Any, Any]:
 
 def _in_integers(rows: jax.Array) -> bool:
     """Whether to multiply integers: on a mesh, a row's largest number lies in many places."""
-    few = math.prod(rows.shape[:-1]) <= _FEW["vnni" in machine.processor()]
-    return few and machine.is_one_cpu()
+    # Of more rows, it pays to write the matrix out in float.
+    few = 64 if "vnni" in machine.processor() else 8
+    return math.prod(rows.shape[:-1]) <= few and machine.is_one_cpu()
 
 
 def _plain_product(rows, values, scale):

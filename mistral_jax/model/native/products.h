@@ -1,7 +1,7 @@
 // Products of rows with a matrix: of a few, or, by int8 where the processor multiplies bytes, of many.
 //
 // out[r, y] = sum over x of rows[r, x] * matrix[y, x], in float32, for matrices of float32,
-// bfloat16 or int8. Of a few rows each weight is read once, and meets all of them.
+// bfloat16 or int8. Of a few rows each weight is read from memory once, and meets all of them.
 
 #pragma once
 
