@@ -1,4 +1,4 @@
-"""What is C++ on a CPU: products of few rows, attention of single tokens, rows of a table.
+"""What is C++ on a CPU: products of few rows, wide matrices, a token's attention, rows of a table.
 
 The sources, in `native`, are compiled at the first call. Where there is no compiler, `available`
 says so, and XLA's own operations do.
@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from mistral_jax import machine
+from mistral_jax.model.einsum import einsum
 
 _SOURCES = sorted((Path(__file__).parent / "native").iterdir())
 # Of matrices, keys and values.
@@ -88,11 +89,8 @@ def _differentiate(primals, tangents):
 
 
 def _plain(rows, matrices):
-    wide, precision = rows.astype(jnp.float32), jax.lax.Precision.HIGHEST
-    return [
-        jnp.einsum("...X,YX->...Y", wide, matrix.astype(jnp.float32), precision=precision)
-        for matrix in matrices
-    ]
+    wide = rows.astype(jnp.float32)
+    return [einsum("...X,YX->...Y", wide, matrix.astype(jnp.float32)) for matrix in matrices]
 
 
 def widen(matrix: jax.Array, after: jax.Array) -> jax.Array:

@@ -106,7 +106,7 @@ def to_int8(kernel: Any, outputs: int, numpy: Any = np) -> tuple[Any, Any]:
 
 def _in_integers(rows: jax.Array) -> bool:
     """Whether to multiply integers: on a mesh, a row's largest number lies in many places."""
-    # Of more rows, it pays to write the matrix out in float.
+    # Of more it pays to write the matrix out in float; later, if there are instructions for bytes.
     few = 64 if "vnni" in machine.processor() else 8
     return math.prod(rows.shape[:-1]) <= few and machine.is_one_cpu()
 

@@ -1,8 +1,9 @@
-// What XLA calls, on a CPU: products of few rows, attention of single tokens, rows of a table.
+// What XLA calls, on a CPU: products of few rows, matrices in float32, attention of single tokens, rows
+// of a table.
 //
 // XLA's own products are fast for many rows; of one to eight they take up to twice the time of these.
-// To take rows of a 16-bit table, or to write some, XLA makes float32 of the whole table; to make
-// float32 of a matrix takes it three times as long. `kernels.py` compiles this file.
+// To take rows of a 16-bit table, or to write some, XLA makes float32 of the whole table. A matrix is
+// made float32 here, too. `kernels.py` compiles this file.
 
 #include <utility>
 
@@ -29,7 +30,7 @@ constexpr int kMostRows = Operands<Weight>::kSums > 1 ? INT32_MAX : MOST_ROWS;
 
 // A matrix, where its product goes, and the number of its first output among those of all.
 template <class Weight>
-struct Whole {
+struct Factor {
   const Weight* matrix;
   float* out;
   int outputs, first;
@@ -52,7 +53,7 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32, 2> rows, ffi::Rem
   const int count = rows.dimensions()[0], width = rows.dimensions()[1];
   const auto multiply = Choose<Weight>(count, std::make_integer_sequence<int, MOST_ROWS>());
   if (multiply == nullptr) return ffi::Error::InvalidArgument("too many rows, or none");
-  std::vector<Whole<Weight>> wholes;
+  std::vector<Factor<Weight>> factors;
   int total = 0;
   for (size_t i = 0; i < matrices.size(); ++i) {
     auto matrix = matrices.get<ffi::Buffer<kType, 2>>(i);
@@ -60,8 +61,8 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32, 2> rows, ffi::Rem
     if (!matrix) return matrix.error();
     if (!result) return result.error();
     const int outputs = matrix->dimensions()[0];
-    wholes.push_back({reinterpret_cast<const Weight*>(matrix->untyped_data()),
-                      (*result)->typed_data(), outputs, total});
+    factors.push_back({reinterpret_cast<const Weight*>(matrix->untyped_data()),
+                       (*result)->typed_data(), outputs, total});
     total += outputs;
   }
   Packed<Weight> packed(count, width, kMostRows<Weight> > MOST_ROWS ? kGroup : Together(count));
@@ -70,11 +71,11 @@ ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32, 2> rows, ffi::Rem
     packed.Pack(numbers, first, last);
   });
   const int step = (parts(static_cast<int64_t>(width) * count) / kWhole + 1) * kWhole;
-  Parallel(pool, total, step, [=, packed = &packed, wholes = &wholes](int first, int last) {
-    for (const auto& whole : *wholes) {
-      const int from = std::max(first - whole.first, 0);
-      const int to = std::min(last - whole.first, whole.outputs);
-      if (from < to) multiply(*packed, whole.matrix, whole.out, whole.outputs, from, to);
+  Parallel(pool, total, step, [=, packed = &packed, factors = &factors](int first, int last) {
+    for (const auto& factor : *factors) {
+      const int from = std::max(first - factor.first, 0);
+      const int to = std::min(last - factor.first, factor.outputs);
+      if (from < to) multiply(*packed, factor.matrix, factor.out, factor.outputs, from, to);
     }
   });
   return ffi::Error::Success();
@@ -138,17 +139,13 @@ ffi::Error ToFloats(ffi::ThreadPool pool, ffi::Buffer<kType, 2> matrix, ffi::Any
   float* to = result->typed_data();
   const int vectors = size / kLanes;
   Parallel(pool, vectors, 1 + kLeast / kLanes, [=](int first, int last) {
-    for (int64_t x = first * int64_t{kLanes}; x < last * int64_t{kLanes}; x += kLanes) {
-      const Lanes wide = Widen(from + x);
-      std::memcpy(to + x, &wide, sizeof(wide));
-    }
+    WidenRow(from + int64_t{first} * kLanes, (last - first) * kLanes,
+             reinterpret_cast<Lanes*>(to) + first);
   });
-  if (const int left = size % kLanes) {
-    Number padded[kLanes] = {};
-    std::copy(from + size - left, from + size, padded);
-    const Lanes wide = Widen(padded);
-    std::memcpy(to + size - left, &wide, left * sizeof(float));
-  }
+  const int left = size % kLanes;
+  Lanes end;
+  WidenRow(from + size - left, left, &end);
+  std::memcpy(to + size - left, &end, left * sizeof(float));
   return ffi::Error::Success();
 }
 

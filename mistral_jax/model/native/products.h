@@ -214,6 +214,7 @@ inline void MultiplyGroup(const Packed<Weight>& rows, int g, const Weight* matri
   // Of a row or two in float the processor asks by itself for most weights in time, and is held up
   // by what is asked for besides.
   constexpr int kSkip = Of::kSums == 1 && R <= 2 ? 2 : 1;
+  // Steps from one line that is asked for to the next.
   constexpr int kSteps = std::max<int>(1, kSkip * 64 / (Of::kSize * sizeof(Weight)));
   const int width = rows.width, row = g * rows.group;
   typename Of::Sums sums[kTurns][R][O] = {};
