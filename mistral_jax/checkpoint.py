@@ -14,7 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mistral_jax import adapters, arrays, distributed, folder, manifest, precision, quantization
+from mistral_jax import (
+    adapters,
+    arrays,
+    distributed,
+    folder,
+    manifest,
+    pages,
+    precision,
+    quantization,
+)
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.quantized import QuantizedKernel
 from mistral_jax.model.transformer import Transformer
@@ -92,7 +101,7 @@ def load(
         params |= quantization.quantize(read, "int8", rest)
     if adapted is not None:
         params = apply(params, *adapted, merge)
-    return model.clone(dtype=dtype), params, tokenizer
+    return model.clone(dtype=dtype), pages.move(params), tokenizer
 
 
 def save(

@@ -25,6 +25,7 @@ FLOORS = [  # from the ground up; modules of one floor do not know each other
         "evaluation.report",
         "folder",
         "memory",
+        "pages",
         "messages",
         "model.rope",
         "planning.collectives",
