@@ -16,6 +16,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
+from mistral_jax import pages
 from mistral_jax.model import kernels
 from mistral_jax.model.products import multiply
 from mistral_jax.model.quantized import QuantizedKernel, to_int8
@@ -33,7 +34,7 @@ def main():
     if not kernels.here():
         raise SystemExit("the kernels are not here: they need a CPU and a C++ compiler")
     for dtype in arguments.dtype:
-        matrices = [matrix(dtype, seed) for seed in range(MATRICES)]
+        matrices = pages.move([matrix(dtype, seed) for seed in range(MATRICES)])
         for rows in arguments.rows:
             x = jax.random.normal(jax.random.key(0), (rows, 1, SHAPE[1]))
             runs = {"kernels": program(matrices, dtype, x)}

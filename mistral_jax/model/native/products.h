@@ -203,11 +203,11 @@ struct Packed {
   std::vector<typename Of::Sums> starts;  // What a row's sums start with.
 };
 
-// Multiplies the R rows of group `g` by the weights of outputs from `y` on: by O of them, or, if
-// `last` comes before, by fewer. With `kAsk`, weights that come `ahead` later are asked for.
+// Multiplies the R rows of group `g` by the weights of O outputs from `y` on, so many `apart`, or, if
+// `last` comes before, of fewer. With `kAsk`, weights that come `ahead` later are asked for.
 template <int R, int O, bool kAsk, class Weight>
 inline void MultiplyGroup(const Packed<Weight>& rows, int g, const Weight* matrix, float* out,
-                          int outputs, int y, int last, size_t ahead) {
+                          int outputs, int y, int apart, int last, size_t ahead) {
   using Of = Operands<Weight>;
   // Sums stay in registers, and are enough for none to wait for its last addition.
   constexpr int kTurns = std::clamp(8 / (R * Of::kSums * O), 1, kLanes == 16 ? 4 : 8);
@@ -227,7 +227,7 @@ inline void MultiplyGroup(const Packed<Weight>& rows, int g, const Weight* matri
   // Past the last output the last is computed again, and dropped.
 #pragma GCC unroll 8
   for (int i = 0; i < O; ++i)
-    weights[i] = matrix + static_cast<size_t>(std::min(y + i, last - 1)) * width;
+    weights[i] = matrix + static_cast<size_t>(std::min(y + i * apart, last - 1)) * width;
   const char* numbers = rows.of(g);
   const auto add = [&](auto& to, const Weight* const* from) {
     typename Of::Vector w[O];
@@ -265,8 +265,9 @@ inline void MultiplyGroup(const Packed<Weight>& rows, int g, const Weight* matri
       Lanes total = Of::Total(sums[0][r][i]);
 #pragma GCC unroll 8
       for (int turn = 1; turn < kTurns; ++turn) total += Of::Total(sums[turn][r][i]);
-      if (y + i < last)
-        out[static_cast<size_t>(row + r) * outputs + y + i] = Sum(total) * rows.steps[row + r];
+      if (y + i * apart < last)
+        out[static_cast<size_t>(row + r) * outputs + y + i * apart] =
+            Sum(total) * rows.steps[row + r];
     }
   }
 }
@@ -282,17 +283,19 @@ size_t Ahead(size_t step) {
 template <int R, class Weight>
 void MultiplyFew(const Packed<Weight>& rows, const Weight* matrix, float* out, int outputs,
                  int first, int last) {
-  // Many rows are read for several outputs at once; of few that takes longer.
-  constexpr int kFew = kLanes == 16 ? 4 : 2;
-  constexpr int kOutputs = Operands<Weight>::kSums > 1 || R <= kFew ? 1 : 3;
   constexpr int kFirst = Together(R);
-  // Processors without AVX-512 ask by themselves, early enough, for what a row or two takes time for.
-  constexpr bool kAsk = kLanes == 16 || R > 2 || sizeof(Weight) == 1;
+  // With AVX-512, many rows are read for several outputs next to each other at once; of few that
+  // takes longer, and weights are asked for. Other processors ask by themselves, the earlier the
+  // more places are read at once: so outputs lie apart.
+  constexpr bool kAsk = kLanes == 16;
+  constexpr int kFew = Operands<Weight>::kSums > 1 || R <= 4 ? 1 : 3;
+  constexpr int kOutputs = kAsk ? kFew : R <= 2 ? 4 : 3;
   const size_t ahead = Ahead<Weight>(static_cast<size_t>(kOutputs) * rows.width);
-  for (int y = first; y < last; y += kOutputs) {
-    MultiplyGroup<kFirst, kOutputs, kAsk>(rows, 0, matrix, out, outputs, y, last, ahead);
+  const int apart = kAsk ? 1 : (last - first + kOutputs - 1) / kOutputs;
+  for (int y = first; y < (kAsk ? last : first + apart); y += kAsk ? kOutputs : 1) {
+    MultiplyGroup<kFirst, kOutputs, kAsk>(rows, 0, matrix, out, outputs, y, apart, last, ahead);
     if constexpr (R > kFirst)
-      MultiplyGroup<R - kFirst, kOutputs, false>(rows, 1, matrix, out, outputs, y, last, ahead);
+      MultiplyGroup<R - kFirst, kOutputs, false>(rows, 1, matrix, out, outputs, y, apart, last, 0);
   }
 }
 
@@ -313,7 +316,7 @@ void MultiplyMany(const Packed<Weight>& rows, const Weight* matrix, float* out, 
       for (int g = begin; g < end; ++g) {
         const auto multiply = rows.size(g) == 1 ? MultiplyGroup<1, kMostOutputs, false, Weight>
                                                 : MultiplyGroup<2, kMostOutputs, false, Weight>;
-        multiply(rows, g, matrix, out, outputs, y, last, 0);
+        multiply(rows, g, matrix, out, outputs, y, 1, last, 0);
       }
     }
   }
