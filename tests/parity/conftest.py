@@ -8,6 +8,7 @@ import pytest
 
 # What is compared is what users run.
 jax.config.update("jax_disable_most_optimizations", False)
+os.environ.pop("XLA_FLAGS")
 
 SEED = int(os.environ.get("PARITY_SEED") or secrets.randbelow(2**31))
 
