@@ -288,8 +288,8 @@ void MultiplyFew(const Packed<Weight>& rows, const Weight* matrix, float* out, i
   // takes longer, and weights are asked for. Other processors ask by themselves, the earlier the
   // more places are read at once: so outputs lie apart.
   constexpr bool kAsk = kLanes == 16;
-  constexpr int kFew = Operands<Weight>::kSums > 1 || R <= 4 ? 1 : 3;
-  constexpr int kOutputs = kAsk ? kFew : R <= 2 ? 4 : 3;
+  constexpr bool kFew = R <= (kAsk ? 4 : 2);
+  constexpr int kOutputs = !kAsk ? (kFew ? 4 : 3) : kFew || Operands<Weight>::kSums > 1 ? 1 : 3;
   const size_t ahead = Ahead<Weight>(static_cast<size_t>(kOutputs) * rows.width);
   const int apart = kAsk ? 1 : (last - first + kOutputs - 1) / kOutputs;
   for (int y = first; y < (kAsk ? last : first + apart); y += kAsk ? kOutputs : 1) {
