@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mistral_jax.config import DEFAULT_MAX_POSITIONS, ModelConfig, read_json
+from mistral_jax.config import DEFAULT_MAX_POSITIONS, ModelConfig
+from mistral_jax.files import read_json
 
 # Ours, the official name, Hugging Face's; those without a default are in every file, or refused.
 FIELDS = (

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mistral_jax import manifest
-from mistral_jax.config import read_json
+from mistral_jax.files import read_json
 
 from . import safetensors_file, torch_zip
 

@@ -17,7 +17,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mistral_jax import distributed, folder, peft
 from mistral_jax.adapter_names import PREFIX, Pair, Slot, slots
-from mistral_jax.config import ModelConfig, read_json
+from mistral_jax.config import ModelConfig
+from mistral_jax.files import read_json
 from mistral_jax.training.lora import HEAD, Lora
 
 PEFT, PEFT_CONFIG, OFFICIAL = "adapter_model.safetensors", "adapter_config.json", "lora.safetensors"

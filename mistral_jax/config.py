@@ -1,15 +1,16 @@
-"""The architecture of a model: `ModelConfig`, and reading and checking it.
+"""The architecture of a model: `ModelConfig`, and its checks.
 
 It holds no mesh, no dtype of computation and no path.
 """
 
 import dataclasses
 import difflib
-import json
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from mistral_jax.fields import LARGEST_INT, Rule, boolean, integer, number, show
+from mistral_jax.files import read_toml
 
 _HERE = Path(__file__).resolve().parent
 CHECKOUT = _HERE.parent if (_HERE.parent / "pyproject.toml").is_file() else None
@@ -64,23 +65,13 @@ class ModelConfig:
     dilation: int | tuple[int, ...] = 1
 
     def __post_init__(self):
-        for name in _COUNTS:
-            value = getattr(self, name)
-            _check(_is_int(value) and value > 0, self, name, "an integer above 0")
+        for name, rule in _RULES.items():
+            _check(rule.accepts(getattr(self, name)), self, name, rule.expected)
         for name in ("bos_id", "eos_id"):
-            value = getattr(self, name)
-            _check(
-                _is_int(value) and 0 <= value < self.vocab_size,
-                self,
-                name,
-                f"a token id below vocab_size ({self.vocab_size})",
-            )
+            good = integer(0, self.vocab_size - 1).accepts(getattr(self, name))
+            _check(good, self, name, f"a token id below vocab_size ({self.vocab_size})")
         for name in ("rope_theta", "norm_eps"):
-            value = getattr(self, name)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            _check(is_number and 0 < value < float("inf"), self, name, "a finite number above 0")
-            object.__setattr__(self, name, float(value))
-        _check(isinstance(self.tie_embeddings, bool), self, "tie_embeddings", "true or false")
+            object.__setattr__(self, name, float(getattr(self, name)))
         _check(self.head_dim % 2 == 0, self, "head_dim", "an even number (rotary pairs)")
         _check(
             self.num_heads % self.num_kv_heads == 0,
@@ -96,14 +87,24 @@ class ModelConfig:
                 _check(len(value) == self.num_layers, self, name, expected)
         for window in self.windows:
             _check(
-                window is None or (_is_int(window) and window > 0),
+                window is None or _WINDOW.accepts(window),
                 self,
                 "sliding_window",
-                "null for all keys, or an integer above 0 (keys seen, the query's own included)",
+                "null for all keys, or an integer above 0 (keys seen, the query's own included) "
+                f"and at most {LARGEST_INT}",
             )
         for dilation in self.dilations:
-            good = _is_int(dilation) and dilation > 0
-            _check(good, self, "dilation", "an integer above 0 (1 for windows without gaps)")
+            _check(
+                _WINDOW.accepts(dilation),
+                self,
+                "dilation",
+                "an integer above 0 (1 for windows without gaps)",
+            )
+        if any(span is not None and span > LARGEST_INT for span in self.spans):
+            raise ValueError(
+                f"sliding_window is {show(self.sliding_window)} and dilation "
+                f"{show(self.dilation)}; expected windows that span at most {LARGEST_INT} tokens"
+            )
         for name in _BY_LAYER:
             value = getattr(self, name)
             if isinstance(value, tuple) and len(set(value)) == 1:
@@ -184,44 +185,29 @@ class ModelConfig:
         return cls.from_dict(read_toml(path), str(path))
 
 
-def read_toml(path: Path | str) -> dict[str, Any]:
-    """Reads a TOML file; a ValueError names the file and the place of a mistake."""
-    try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from None
+def _above_zero(most: int) -> Rule:
+    return integer(1, most)._replace(expected=f"an integer above 0 and at most {most}")
 
 
-def read_json(path: Path | str) -> dict[str, Any]:
-    """Reads a JSON file that must hold an object; a ValueError names the file and the mistake."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}; expected an object")
-    return value
-
-
-_COUNTS = (
-    "vocab_size",
-    "num_layers",
-    "embed_dim",
-    "mlp_dim",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "max_positions",
-)
-
-
+# Larger than any model, small enough to compute with: shapes stay below 2**63 bytes, and positions
+# below 2**31.
+_RULES = {
+    "vocab_size": _above_zero(1 << 24),
+    "num_layers": _above_zero(1 << 10),
+    "embed_dim": _above_zero(1 << 20),
+    "mlp_dim": _above_zero(1 << 22),
+    "num_heads": _above_zero(1 << 14),
+    "num_kv_heads": _above_zero(1 << 14),
+    "head_dim": _above_zero(1 << 14),
+    "max_positions": _above_zero(LARGEST_INT),
+    "rope_theta": number(0, 1e15, above=True),
+    "norm_eps": number(0, 1, above=True),
+    "tie_embeddings": boolean(),
+}
+_WINDOW = integer(1)
 _BY_LAYER = ("sliding_window", "dilation")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check(good: bool, config: ModelConfig, name: str, expected: str) -> None:
     if not good:
-        raise ValueError(f"{name} is {getattr(config, name)!r}; expected {expected}")
+        raise ValueError(f"{name} is {show(getattr(config, name))}; expected {expected}")

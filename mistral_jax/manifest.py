@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mistral_jax.config import ModelConfig, read_json
+from mistral_jax.config import ModelConfig
+from mistral_jax.files import read_json
 
 FORMAT_VERSION = 1
 

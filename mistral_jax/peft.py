@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from mistral_jax.config import read_json
+from mistral_jax.files import read_json
 from mistral_jax.training.lora import Lora
 
 # Fields that, where they are set, make an adapter more than two matrices beside a frozen one.

@@ -147,7 +147,8 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _config(model: str):
     from mistral_jax import manifest
-    from mistral_jax.config import ModelConfig, read_toml
+    from mistral_jax.config import ModelConfig
+    from mistral_jax.files import read_toml
 
     if manifest.is_checkpoint(model):
         return manifest.read(model)[0]

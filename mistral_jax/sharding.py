@@ -22,7 +22,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from mistral_jax import distributed
-from mistral_jax.config import CONFIG_DIR, ModelConfig, read_toml
+from mistral_jax.config import CONFIG_DIR, ModelConfig
+from mistral_jax.files import read_toml
 from mistral_jax.model.axes import Rules, mesh_axes
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.rules import LOGICAL_AXES, check_rules, split_kv_heads

@@ -41,8 +41,8 @@ def test_each_way_to_write_a_question_reads_the_same(write):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2 is not JSON"),
-        ("[1]", r"line 2 is \[1\]; expected a JSON object"),
+        ("{", "line 2: character 2 is not JSON"),
+        ("[1]", "line 2: it begins a JSON list; expected JSON Lines"),
         ({"choices": ["a", "b"], "answer": 0}, "line 2 has none of question, query"),
         (
             {"question": "x", "query": "x", "choices": ["a", "b"], "answer": 0},

@@ -60,7 +60,7 @@ def test_json_values_give_an_equal_recipe():
         ({"microbatches": 3}, r"microbatches is 3; expected a divisor of rows \(4\)"),
         ({"warmup_steps": 10}, r"warmup_steps is 10; expected less than steps \(10\)"),
         ({"model": 7}, "model is 7; expected a string"),
-        ({"remat": True}, "remat is True; expected a string"),
+        ({"remat": True}, "remat is True; expected one of none"),
         ({"remat": "some"}, "remat is 'some'; expected one of none, nothing_saveable"),
         ({"schedule": "wave"}, "schedule is 'wave'; expected one of cosine, linear, constant"),
         ({"dtype": "float16"}, "dtype is 'float16'; expected one of auto, float32, bfloat16"),

@@ -3,7 +3,8 @@
 import dataclasses
 from collections.abc import Iterable
 
-from mistral_jax.config import CONFIG_DIR, read_toml
+from mistral_jax.config import CONFIG_DIR
+from mistral_jax.files import read_toml
 from mistral_jax.planning.collectives import Collective
 
 # "Each hop over an ICI link has some intrinsic overhead", "typically around 1us": the JAX scaling

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mistral_jax import checkpoint, folder, manifest
-from mistral_jax.config import read_json
+from mistral_jax.files import read_json
 from mistral_jax.tokenizer import Tokenizer
 from mistral_jax.training import packing, records
 from mistral_jax.training.job import Prompt

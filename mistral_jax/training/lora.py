@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mistral_jax.training.fields import check
+from mistral_jax.fields import check, integer, number
 
 Params = Mapping[str, Any]
 
@@ -44,7 +44,7 @@ class Lora:
     targets: tuple[str, ...] = PROJECTIONS
 
     def __post_init__(self):
-        check(self, "lora.")
+        check(self, "lora.", {"rank": integer(1, 1 << 16), "alpha": number(0, 1e6)})
         known = (*PROJECTIONS, HEAD)
         if unknown := [name for name in self.targets if name not in known]:
             raise ValueError(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mistral_jax import folder
-from mistral_jax.config import read_json
+from mistral_jax.files import read_json
 from mistral_jax.training import examples, pretraining
 from mistral_jax.training.recipe import Recipe
 from mistral_jax.training.states import saved_steps

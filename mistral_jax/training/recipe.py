@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mistral_jax.config import ModelConfig, read_toml
-from mistral_jax.training.fields import build, check
+from mistral_jax.config import ModelConfig
+from mistral_jax.fields import build, check, integer, number, string
+from mistral_jax.files import read_toml
 from mistral_jax.training.lora import Lora
 from mistral_jax.training.optimizers import SCHEDULES, check_optimizer, parameters_of
 
@@ -16,11 +17,25 @@ CHANGEABLE = (
     *("validate_every", "save_every", "sample_every", "sample_prompts", "keep", "export_best"),
 )
 _DOTS = ("dots_saveable", "dots_with_no_batch_dims_saveable")
-_KNOWN = {
-    "schedule": SCHEDULES,
-    "dtype": ("auto", "float32", "bfloat16"),
-    "remat": ("none", "nothing_saveable", *_DOTS, "everything_saveable"),
-    "quantize": ("none", "int8", "nf4"),
+# Beyond these, float32 overflows or a run would outlast its machine.
+_RULES = {
+    "context": integer(1, 1 << 20),
+    "rows": integer(1, 1 << 20),
+    "steps": integer(1, 1 << 30),
+    "epochs": number(0, 1e6),
+    "warmup_steps": integer(0),
+    "sample_every": integer(0),
+    "seed": integer(0, 1 << 64),
+    "learning_rate": number(0, 1e3),
+    "final_learning_rate": number(0, 1e3),
+    "weight_decay": number(0, 1e3),
+    "beta1": number(0, 1),
+    "beta2": number(0, 1),
+    "clip_norm": number(0, 1e9),
+    "schedule": string(*SCHEDULES),
+    "dtype": string("auto", "float32", "bfloat16"),
+    "remat": string("none", "nothing_saveable", *_DOTS, "everything_saveable"),
+    "quantize": string("none", "int8", "nf4"),
 }
 
 
@@ -59,7 +74,7 @@ class Preference:
     label_smoothing: float = 0.0
 
     def __post_init__(self):
-        check(self, "dpo.")
+        check(self, "dpo.", {"beta": number(0, 1e3)})
         if not self.label_smoothing < 0.5:
             raise ValueError(
                 f"dpo.label_smoothing is {self.label_smoothing}; expected less than 0.5"
@@ -147,7 +162,7 @@ class Recipe:
     sample_prompts: tuple[str, ...] = ()
 
     def __post_init__(self):
-        check(self, zero=("seed", "warmup_steps", "sample_every"), among=_KNOWN)
+        check(self, rules=_RULES)
         self._check_kind()
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("a recipe says steps or epochs; expected one of the two")
@@ -242,6 +257,6 @@ class Recipe:
 
 def read_table(path: Path | str) -> dict[str, Any]:
     """Reads the fields of a recipe; raises a ValueError if there is no such file."""
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise ValueError(f"there is no file {path}; expected one like configs/training/nano.toml")
     return read_toml(path)

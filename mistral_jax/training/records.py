@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from mistral_jax.files import parse_record, read_lines
 from mistral_jax.tokenizer import Tokenizer
-from mistral_jax.training.lines import parse, read_lines
 
 _FORMS = (("text",), ("prompt", "completion"), ("messages",))
 _PAIR_FORMS = (("chosen", "rejected"), ("input", "preferred_output", "non_preferred_output"))
@@ -100,9 +100,9 @@ def read(
     tally = Tally() if tally is None else tally
     encode = _encode_pair if pairs else _encode_example
     for path in map(Path, paths):
-        for where, raw in read_lines(path):
+        for where, raw in _rows(path) if path.is_dir() else read_lines(path):
             try:
-                record = parse(raw)
+                record = parse_record(raw) if isinstance(raw, bytes) else raw
                 example = encode(record, tokenizer)
             except ValueError as error:
                 reason = f"{where}: {error}"
@@ -235,3 +235,23 @@ def _string(record: Mapping[str, Any], key: str) -> str:
     if not record[key]:
         raise ValueError(f'"{key}" is empty; expected text to be learnt')
     return record[key]
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yields the rows of a folder that `datasets` saved, and the place of each."""
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(split.name for split in path.iterdir() if split.is_dir())
+        raise ValueError(f"{path} has the parts {', '.join(splits)}; name one of these folders")
+    if not (path / "state.json").is_file():
+        raise ValueError(
+            f"{path} is a folder, but none that `datasets` saved; name its files, or save it with "
+            "save_to_disk"
+        )
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(
+            f"{path} is read by `datasets`: pip install 'mistral-jax-flax[datasets]'"
+        ) from None
+    for number, row in enumerate(datasets.load_from_disk(str(path)), start=1):
+        yield f"{path}, row {number}", row

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import numpy as np
 
-from mistral_jax.config import read_json
+from mistral_jax.files import read_json
 from mistral_jax.training.step import Batch
 
 _THREADS, _BATCHES_AHEAD = 2, 4
