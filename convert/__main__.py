@@ -3,9 +3,10 @@
 import argparse
 import sys
 import warnings
+from collections.abc import Callable
 
 import mistral_jax
-from mistral_jax.command import Parser, run
+from mistral_jax.command import Parser, interruptible, one_line, run
 
 DTYPES = ("bfloat16", "float16", "float32")
 FORMATS = ("hf", "official")
@@ -17,8 +18,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
 
     def task():
+        work = arguments.run(arguments)
         try:
-            arguments.run(arguments)
+            with interruptible():
+                work()
         except KeyboardInterrupt:
             warnings.simplefilter("ignore")  # Of what Orbax will now never await.
             raise
@@ -28,14 +31,15 @@ def main(argv: list[str] | None = None) -> int:
 
         distributed.from_first(task)  # A launcher may have started it on every host.
 
-    return run(once, "interrupted: nothing was written", pods=False)
+    said = "interrupted: nothing was written"
+    return run(once, said, pods=False, show_traceback="traceback" in arguments)
 
 
-def _to_orbax(arguments: argparse.Namespace) -> None:
+def _to_orbax(arguments: argparse.Namespace) -> Callable[[], None]:
     from .progress import Screen
     from .to_orbax import to_orbax
 
-    to_orbax(
+    return lambda: to_orbax(
         arguments.source,
         arguments.target,
         format=arguments.format,
@@ -47,11 +51,11 @@ def _to_orbax(arguments: argparse.Namespace) -> None:
     )
 
 
-def _to_torch(arguments: argparse.Namespace) -> None:
+def _to_torch(arguments: argparse.Namespace) -> Callable[[], None]:
     from .progress import Screen
     from .to_torch import to_torch
 
-    to_torch(
+    return lambda: to_torch(
         arguments.checkpoint,
         arguments.target,
         format=arguments.format,
@@ -61,13 +65,16 @@ def _to_torch(arguments: argparse.Namespace) -> None:
     )
 
 
-def _inspect(arguments: argparse.Namespace) -> None:
+def _inspect(arguments: argparse.Namespace) -> Callable[[], None]:
     from .inspect import inspect
 
-    lines = list(
-        inspect(arguments.folder, arguments.format, arguments.lengths, arguments.rope_theta)
-    )
-    print("\n".join(f"{label:<16}{value}" for label, value in lines))
+    def show():
+        lines = list(
+            inspect(arguments.folder, arguments.format, arguments.lengths, arguments.rope_theta)
+        )
+        print("\n".join(f"{label:<16}{one_line(value)}" for label, value in lines))
+
+    return show
 
 
 def _parser() -> Parser:

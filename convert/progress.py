@@ -1,6 +1,5 @@
 """What a conversion tells its user while it runs. It knows nothing of models."""
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +8,8 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as Bar
+
+from mistral_jax.command import tell
 
 Advance = Callable[[int], None]
 
@@ -30,7 +31,7 @@ class Screen(Progress):
 
     def say(self, sentence: str) -> None:
         """Prints the sentence."""
-        print(sentence, file=sys.stderr)
+        tell(sentence)
 
     @contextmanager
     def task(self, size: int) -> Iterator[Advance]:

@@ -1,14 +1,20 @@
 """Mistral 7B in JAX with Flax linen: convert, load, generate, score, train."""
 
 import importlib
-from pathlib import Path
+import os
+import sys
+
+if sys.argv[:1] == ["-m"]:  # So it is while Python looks for the command that it will run.
+    from mistral_jax import command
+
+    command.begin()
 
 __version__ = "0.1.0"
 
 # In a checkout, `convert` and `configs` stand beside this package instead of inside it.
-_root = Path(__file__).resolve().parent.parent
-if (_root / "pyproject.toml").is_file():
-    __path__.append(str(_root))
+_root = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+if os.path.isfile(os.path.join(_root, "pyproject.toml")):
+    __path__.append(_root)
 
 _HOMES = {
     "checkpoint": ("load", "save"),

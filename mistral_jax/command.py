@@ -1,25 +1,132 @@
 """What all commands share: errors in one line, a status for each end, the options of a layout.
 
 A command may be one of several processes: then the first alone prints, and none waits for the dead.
+It imports nothing slow, so that a command can call `begin` before it does.
 """
 
 import argparse
+import contextlib
 import os
+import re
+import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 
 # Seconds that a first process which fails leaves to the others for saying why they do too.
 _GRACE = 2
+# Characters of a message, of a path in it, and of any other word.
+_MESSAGE, _PATH, _WORD = 400, 255, 80
+# Seconds of silence after which a command says that it compiles.
+_PATIENCE = 3
+
+# Standard streams that were closed when the program began.
+closed: set[str] = set()
+
+
+def begin() -> None:
+    """Prepares the process of a command, before its slow imports.
+
+    Ctrl-C ends it at once and quietly: an exception could be raised anywhere in a library that is
+    being imported, and be printed, swallowed or end the process otherwise. Standard streams that
+    are closed become /dev/null: else the next file that is opened takes their place. A terminal of
+    no columns has as many as one that does not say.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            _open_nothing(number)
+            closed.add(name)
+        if getattr(sys, name) is None:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+    for name in ("COLUMNS", "LINES"):
+        if not re.fullmatch("0*[1-9][0-9]{0,3}", os.environ.get(name, "80")):
+            del os.environ[name]
+    # A shell makes what it runs in the background deaf to Ctrl-C; it stays so.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
+
+
+def _open_nothing(number: int) -> None:
+    opened = os.open(os.devnull, os.O_RDWR)
+    if opened != number:
+        os.dup2(opened, number)
+        os.close(opened)
+
+
+def _leave(number, frame) -> None:
+    """Ends the process as Ctrl-C does, whatever it is in."""
+    with contextlib.suppress(Exception):  # It may be in the middle of a write.
+        sys.stdout.flush()
+        if sys.stderr.isatty():
+            os.write(2, b"\x1b[?25h\n")  # A bar hides the cursor.
+    os._exit(130)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Has Ctrl-C raise KeyboardInterrupt inside, for work that cleans up or goes on after it."""
+    quiet = threading.current_thread() is threading.main_thread() and (
+        signal.getsignal(signal.SIGINT) is _leave
+    )
+    if quiet:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if quiet:
+            signal.signal(signal.SIGINT, _leave)
 
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, like all others of a command."""
 
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.add_argument(
+            "--traceback",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="show where in the program an error arose",
+        )
+
     def error(self, message: str):
         """Ends the program."""
-        self.exit(2, f"error: {message} (--help shows all options)\n")
+        self.exit(2, f"error: {one_line(message)} (--help shows all options)\n")
+
+
+def one_line(text: str) -> str:
+    """Returns a text for one line of a terminal: escaped, and shortened where it is long.
+
+    What is no printable character could move the cursor, and a name from a file be of any length.
+    """
+    text = text[: 1 << 16] + text[1 << 16 :][-(1 << 10) :]
+    text = "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )
+    text = re.sub(rf"\S{{{_WORD + 1},}}", lambda word: _shorten_word(word[0]), text)
+    return _shorten(text, _MESSAGE)
+
+
+def _shorten_word(word: str) -> str:
+    return _shorten(word, _PATH if "/" in word else _WORD)
+
+
+def _shorten(text: str, limit: int) -> str:
+    if len(text) <= limit:
+        return text
+    kept = limit - 3
+    return f"{text[: kept - kept // 3]}...{text[-(kept // 3) :]}"
+
+
+def tell(sentence: str) -> None:
+    """Prints a sentence for the user on standard error, beside the output."""
+    print(one_line(sentence), file=sys.stderr, flush=True)
 
 
 def add_model(group: argparse._ActionsContainer) -> None:
@@ -82,53 +189,120 @@ def _mesh(text: str) -> dict[str, int]:
 
 
 def run(
-    task: Callable[[], int | None], interrupted: str = "", unread: int = 0, pods: bool = True
+    task: Callable[[], int | None],
+    interrupted: str = "",
+    unread: int = 0,
+    pods: bool = True,
+    show_traceback: bool = False,
 ) -> int:
     """Does what a command is for, together with the other processes of the program, if any.
 
     Args:
       task: does it; returns an exit status, None = 0. Its ValueErrors and OSErrors are for the user
-        to mend, and are shown in one line.
+        to mend. Whatever it raises is shown in one line.
       interrupted: what Ctrl-C says.
       unread: the exit status where nobody reads the output any more; not 0 if that leaves work
         undone.
       pods: whether it is one program on all hosts of a pod; see `distributed.initialize`.
+      show_traceback: whether to print the traceback of an error, too.
 
     Returns:
-      The exit status: the task's own, `unread`, 2 after an error, or 130 after Ctrl-C.
+      The exit status: the task's own, `unread`, 2 after an error of the user's, 1 after another,
+      or 130 after Ctrl-C.
     """
-    from mistral_jax import distributed
-
     name, failed, errors = "", True, sys.stderr
     try:
-        distributed.initialize(pods)
-        if distributed.count() > 1:
-            name = _leave_output_to_first()
-        status = task() or 0
-        sys.stdout.flush()
-        distributed.sync()
+        with _plain_warnings():
+            from mistral_jax import distributed
+
+            distributed.initialize(pods)
+            if distributed.count() > 1:
+                name = _leave_output_to_first()
+            status = task() or 0
+            sys.stdout.flush()
+            distributed.sync()
         failed = False
     except BrokenPipeError:  # The reader has enough: what is still buffered goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = unread
-    except (ValueError, OSError) as error:
-        print(f"error: {name}{error}", file=errors)
-        status = 2
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         status = 130
-    except Exception:
-        if not name:
-            raise
-        traceback.print_exc(file=errors)
-        print(f"error: {name}it cannot go on; has another process ended?", file=errors)
-        status = 1
+    except Exception as error:
+        if show_traceback:
+            traceback.print_exc(file=errors)
+        said, status = _explain(error)
+        print(f"error: {name}{one_line(said)}", file=errors)
     if name and failed:
         # The way out that JAX offers waits for the other processes, which wait for this one.
         errors.flush()
         time.sleep(_GRACE if distributed.is_first() else 0)
         os._exit(status)
     return status
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """Returns a sentence on an error, and the exit status."""
+    if isinstance(error, ValueError | OSError) and str(error):
+        return str(error), 2
+    said = str(error).strip().partition("\n")[0]
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in said:
+        what = f"there is not enough memory ({said or 'the system refused it'})"
+    elif isinstance(error, RecursionError):
+        what = "something is nested too deeply"
+    else:
+        what = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    # The last place in our own code says more than one deep in a library.
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if _is_ours(frame.filename)] or frames
+    place = f"{os.path.basename(own[-1].filename)}, line {own[-1].lineno}"
+    return f"{what}; in {place} (--traceback shows the rest)", 1
+
+
+def _is_ours(file: str) -> bool:
+    package = os.path.dirname(os.path.abspath(__file__))
+    in_checkout = os.path.join(os.path.dirname(package), "convert")
+    return file.startswith((package + os.sep, in_checkout + os.sep))
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Has warnings be shown in one line, without the place in the code."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *rest: tell(f"warning: {message}")
+        yield
+
+
+@contextlib.contextmanager
+def announced() -> Iterator[Callable[[], None]]:
+    """Says on standard error that programs are compiled, if that keeps the user waiting.
+
+    Yields:
+      What to call when there is something to see: from then on nothing is said.
+    """
+    import jax
+
+    asked = []
+
+    def note(event: str, **_) -> None:
+        if event == "/jax/compilation_cache/compile_requests_use_cache":
+            asked.append(event)
+        elif event == "/jax/compilation_cache/cache_hits":
+            asked.pop()
+
+    def say() -> None:
+        if asked:
+            tell("compiling programs for this model and machine, once: later runs find them")
+
+    jax.monitoring.register_event_listener(note)
+    timer = threading.Timer(_PATIENCE, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield timer.cancel
+    finally:
+        timer.cancel()
+        jax.monitoring.unregister_event_listener(note)
 
 
 def _leave_output_to_first() -> str:

@@ -31,7 +31,7 @@ A .jsonl file has texts as {"text": ...}, one a line, each read from its own beg
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     arguments = _parser().parse_args(argv)
-    return command.run(lambda: _run(arguments))
+    return command.run(lambda: _run(arguments), show_traceback="traceback" in arguments)
 
 
 def _parser() -> command.Parser:

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 
-from mistral_jax import command
+from mistral_jax import command, files
 from mistral_jax.options import parser
 
 _SAMPLING = (
@@ -18,7 +18,7 @@ _SAMPLING = (
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     arguments = parser().parse_args(argv)
-    return command.run(lambda: _run(arguments))
+    return command.run(lambda: _run(arguments), show_traceback="traceback" in arguments)
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -27,6 +27,8 @@ def _run(arguments: argparse.Namespace) -> None:
     prompts = distributed.from_first(lambda: _prompts(arguments))
     if arguments.system is not None and not arguments.chat:
         raise ValueError("--system is for --chat; a plain completion has no system message")
+    if arguments.top_logprobs > 0 and not arguments.json:
+        raise ValueError("--top-logprobs is for --json, which alone shows them; add --json")
     if prompts is None and arguments.json:
         raise ValueError("--json is for prompts, not for a conversation; give one or more")
     if arguments.merge and arguments.lora is None:
@@ -43,7 +45,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.compilation_cache:
         machine.use_compilation_cache()
     if note := machine.unseen_accelerator():
-        print(note, file=sys.stderr)
+        command.tell(note)
     model = _Model(arguments, sampling)
     if prompts is not None:
         model.complete(prompts)
@@ -52,7 +54,8 @@ def _run(arguments: argparse.Namespace) -> None:
 
     # Several processes cannot be interrupted at the same token.
     alone = distributed.count() == 1
-    converse(model.answer, arguments.system, call=distributed.from_first, resumes=alone)
+    with command.interruptible():
+        converse(model.answer, arguments.system, call=distributed.from_first, resumes=alone)
 
 
 class _Model:
@@ -125,9 +128,20 @@ class _Model:
         from mistral_jax.stats import report
 
         began = time.perf_counter()
-        rows = completions(
-            self._model, self._params, self._tokenizer, prompts, on_text=on_text, **self._options
-        )
+        with command.announced() as seen:
+
+            def show(row, piece):
+                seen()
+                on_text(row, piece)
+
+            rows = completions(
+                self._model,
+                self._params,
+                self._tokenizer,
+                prompts,
+                on_text=show if on_text else None,
+                **self._options,
+            )
         if self._arguments.stats:
             sys.stdout.flush()
             if on_text is not None and sys.stdout.isatty():  # The text's own line has not ended.
@@ -156,25 +170,21 @@ def _prompts(arguments: argparse.Namespace) -> list[str] | None:
     """Reads all prompts; None stands for a conversation."""
     prompts = [_standard_input() if text == "-" else text for text in arguments.prompts]
     if arguments.prompts_file is not None:
-        lines = _decode(arguments.prompts_file.read_bytes(), str(arguments.prompts_file))
-        prompts += [line for line in lines.splitlines() if line]
+        text = files.read_text(arguments.prompts_file, pipe=True)
+        lines = [line for line in files.split_lines(text) if line]
+        if not lines:
+            raise ValueError(f"{arguments.prompts_file} is empty; expected prompts, one a line")
+        prompts += lines
     if not prompts and not arguments.chat:
         raise ValueError("there is no prompt; give one, - for standard input, or --chat")
     return prompts or None
 
 
 def _standard_input() -> str:
-    return _decode(sys.stdin.buffer.read(), "standard input").removesuffix("\n")
-
-
-def _decode(data: bytes, source: str) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{source} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; "
-            "convert it to UTF-8 first"
-        ) from None
+    if "stdin" in command.closed:
+        raise ValueError("standard input is closed; give the prompt as an argument, or in a pipe")
+    data = files.read_stream(sys.stdin.buffer, "standard input")
+    return files.decode(data, "standard input").removesuffix("\n")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ for instance:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     arguments = _parser().parse_args(argv)
-    return command.run(lambda: _run(arguments), unread=2)
+    return command.run(lambda: _run(arguments), unread=2, show_traceback="traceback" in arguments)
 
 
 def _parser() -> command.Parser:

@@ -68,6 +68,134 @@ def test_who_stops_reading_ends_it_silently(status):
     assert (done.returncode, done.stderr) == (status, b"")
 
 
-def test_a_mistake_of_the_program_is_no_error_of_the_user():
-    with pytest.raises(TypeError, match="ours"):
-        command.run(lambda: fail(TypeError("ours")))
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (TypeError("ours\nand more"), "error: TypeError: ours; in test_command.py, line "),
+        (MemoryError(), "error: there is not enough memory (the system refused it); in "),
+        (RecursionError("deep"), "error: something is nested too deeply; in "),
+        (RuntimeError("RESOURCE_EXHAUSTED: 9 GB"), "error: there is not enough memory (RESOURCE"),
+        (ValueError(), "error: ValueError; in test_command.py, line "),
+        (KeyError("k"), "error: KeyError: 'k'; in test_command.py, line "),
+    ],
+)
+def test_a_mistake_of_the_program_is_one_line_that_says_where(capsys, error, message):
+    assert command.run(lambda: fail(error)) == 1
+    short = capsys.readouterr().err
+    assert short.startswith(message)
+    assert short.endswith("(--traceback shows the rest)\n")
+    assert short.count("\n") == 1
+    assert command.run(lambda: fail(error), show_traceback=True) == 1
+    long = capsys.readouterr().err
+    assert long.startswith("Traceback (most recent call last)")
+    assert long.endswith(short)
+
+
+NASTY = {
+    "control": "a\x1b[31m\x07\r\nb\x00\u202ec\x85d\u2028e\x9b1m\ud800",
+    "long": "x" * 2_000_000,
+    "path": "/" + "y" * 2_000_000,
+    "many": "word " * 400_000,
+}
+
+
+@pytest.mark.parametrize("text", NASTY.values(), ids=NASTY)
+def test_whatever_a_message_quotes_it_is_one_short_printable_line(capsys, text):
+    assert command.run(lambda: fail(ValueError(f"tensor {text} is missing; put it there"))) == 2
+    error = capsys.readouterr().err.removesuffix("\n")
+    assert error.isprintable()
+    assert error.startswith("error: tensor ")
+    assert error.endswith(" is missing; put it there")
+    assert len(error) <= 420
+    with pytest.raises(SystemExit):
+        sample.main([f"--dtype={text}"])
+    assert capsys.readouterr().err.removesuffix("\n").isprintable()
+
+
+def test_names_keep_their_two_ends():
+    assert command.one_line(f"tensor {'a' * 99}b is") == f"tensor {'a' * 52}...{'a' * 24}b is"
+    path = "/home/somebody/" + "models/" * 20 + "config.json"
+    assert command.one_line(f"{path} é 你好 🙂") == f"{path} é 你好 🙂"
+
+
+def run_shell(script, **variables):
+    """Runs a line of a shell; returns its status, standard output and standard error."""
+    done = subprocess.run(
+        ["sh", "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHON": sys.executable, **variables},
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_closed_streams_are_not_other_files(tmp_path):
+    """A file that is opened later would be standard output, and get what is printed."""
+    code = tmp_path / "code.py"
+    code.write_text(
+        "import sys; from mistral_jax import command; command.begin()\n"
+        f"file = open({str(tmp_path / 'file')!r}, 'w')\n"
+        "print('out'); print('err', file=sys.stderr); read = sys.stdin.read()\n"
+        "file.write(f'{read!r} {sorted(command.closed)}')\n"
+    )
+    for closed, said in (
+        ("<&-", ("out\n", "err\n", "['stdin']")),
+        (">&-", ("", "err\n", "['stdout']")),
+        ("2>&-", ("out\n", "", "['stderr']")),
+        ("<&- >&- 2>&-", ("", "", "['stderr', 'stdin', 'stdout']")),
+    ):
+        status, *streams = run_shell(f'"$PYTHON" {code} {closed}')
+        assert (status, *streams) == (0, *said[:2]), closed
+        assert (tmp_path / "file").read_text() == f"'' {said[2]}"
+
+
+def test_a_prompt_from_closed_standard_input_is_refused():
+    status, out, err = run_shell('"$PYTHON" -m mistral_jax.sample - <&-')
+    assert (status, out) == (2, "")
+    assert err.startswith("error: standard input is closed; give the prompt")
+
+
+def test_a_terminal_of_no_columns_is_no_terminal_s():
+    for columns in ("0", "-3", "x", "99999999999"):
+        assert run_shell('"$PYTHON" -m mistral_jax.plan --help', COLUMNS=columns)[0] == 0
+
+
+QUIET = """
+import os, signal, sys, threading, time
+from mistral_jax import command
+
+command.begin()
+sleeper = threading.Timer({seconds}, os.kill, (os.getpid(), signal.SIGINT))
+sleeper.start()
+try:
+    {work}
+except BaseException as error:
+    print("caught", type(error).__name__)
+    time.sleep(0.1)
+    sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("work", "status", "output"),
+    [
+        ("time.sleep(20)", 130, ""),
+        ("import jax, flax, orbax.checkpoint.v1; time.sleep(20)", 130, ""),
+        ("print('text', end=''); time.sleep(20)", 130, "text"),
+        ("with command.interruptible(): time.sleep(20)", 3, "caught KeyboardInterrupt\n"),
+    ],
+)
+def test_ctrl_c_ends_a_command_at_once_unless_it_has_something_to_clean(work, status, output):
+    code = QUIET.format(seconds=0.3, work=work)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (status, output, "")
+
+
+def test_a_command_begins_before_anything_slow_is_imported():
+    code = (
+        "import sys; sys.argv = ['-m']; import mistral_jax, signal\n"
+        "from mistral_jax import command\n"
+        "assert signal.getsignal(signal.SIGINT) is command._leave\n"
+        "assert not {'jax', 'numpy', 'rich', 'dataclasses'} & {*sys.modules}, sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
