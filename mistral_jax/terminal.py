@@ -1,13 +1,19 @@
 """A conversation at a terminal: lines in, answers out, a few commands. It knows no model."""
 
 import contextlib
+import select
 import sys
 from collections.abc import Callable
 
 with contextlib.suppress(ImportError):  # Windows has none; else it gives input() a history.
-    import readline  # noqa: F401
+    import readline
+
+    # Python turns it off. A terminal then says where a paste ends, so that its lines are one text.
+    readline.parse_and_bind("set enable-bracketed-paste on")
 
 Messages = list[dict[str, str]]
+
+_TYPED = 0.02  # seconds within which nobody types another line
 
 _HELP = """\
 /reset  forget the conversation
@@ -23,7 +29,7 @@ def converse(
     call: Callable[[Callable[[], str | None]], str | None] = lambda read: read(),
     resumes: bool = True,
 ) -> None:
-    """Answers line after line, until /exit or the end of the input.
+    """Answers line after line, until /exit or the end of the input; a paste is one message.
 
     An answer that fails does not end the conversation.
 
@@ -54,10 +60,14 @@ def converse(
 
 
 def _read() -> str | None:
-    """Reads a line; None at the end of the input."""
+    """Reads a line, or all lines of a paste; None at the end of the input."""
     while True:
         try:
-            return input("> " if sys.stdin.isatty() and sys.stdout.isatty() else "")
+            text = input("> " if sys.stdin.isatty() and sys.stdout.isatty() else "")
+            # What is there already was not typed: a terminal that does not mark a paste sent it.
+            while sys.stdin.isatty() and select.select([sys.stdin], [], [], _TYPED)[0]:
+                text += "\n" + input()
+            return text
         except EOFError:
             return None
         except KeyboardInterrupt:

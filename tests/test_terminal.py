@@ -16,6 +16,8 @@ from mistral_jax.terminal import converse
 os.close(os.open(os.ttyname(0), os.O_RDWR))  # A session's leader gets its own terminal so.
 
 def answer(messages, show):
+    if messages[-1]["content"] == "show":
+        show(repr(messages[0]["content"]))
     show(f"[{len(messages)}")
     while messages[-1]["content"] == "wait":
         time.sleep(0.01)
@@ -96,7 +98,9 @@ def test_a_refused_message_is_forgotten(talk):
     assert (out, err) == ("yes\n", "error: too long; /reset begins a new conversation\n")
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program():
+@pytest.fixture
+def terminal():
+    """A conversation at a terminal: what types there, and what waits for something to be shown."""
     here, there = pty.openpty()
     program = subprocess.Popen(
         [sys.executable, "-c", ANSWER_UNTIL_INTERRUPTED],
@@ -104,6 +108,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program():
         stdout=there,
         stderr=there,
         start_new_session=True,
+        env=os.environ | {"TERM": "xterm"},
     )
     os.close(there)
     shown = b""
@@ -117,12 +122,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program():
     try:
         wait_for(b"Type a message")
         wait_for(b"> ")
-        os.write(here, b"wait\n")
-        wait_for(b"[1")
-        os.write(here, b"\x03")
-        wait_for(b"> ")
-        os.write(here, b"\x1b[A\x7f\x7f\x7f\x7fgo\n")  # up: the last line is back; rewrite it
-        wait_for(b"[3]")  # what was said before the interruption stays said
+        yield lambda text: os.write(here, text), wait_for
         wait_for(b"> ")
         os.write(here, b"\x04")
         assert program.wait(timeout=60) == 0
@@ -130,3 +130,23 @@ def test_ctrl_c_stops_the_answer_and_not_the_program():
         program.kill()
         program.wait()
         os.close(here)
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(terminal):
+    write, wait_for = terminal
+    write(b"wait\n")
+    wait_for(b"[1")
+    write(b"\x03")
+    wait_for(b"> ")
+    write(b"\x1b[A\x7f\x7f\x7f\x7fgo\n")  # up: the last line is back; rewrite it
+    wait_for(b"[3]")  # what was said before the interruption stays said
+
+
+@pytest.mark.parametrize("paste", [b"\x1b[200~one\ntwo\x1b[201~\r", b"one\ntwo\n"])
+def test_a_paste_of_several_lines_is_one_message(terminal, paste):
+    write, wait_for = terminal
+    write(paste)
+    wait_for(b"[1]")
+    wait_for(b"> ")
+    write(b"show\n")
+    wait_for(b"'one\\ntwo'[3]")
