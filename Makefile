@@ -22,7 +22,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/python -m mistral_jax.convert to-orbax $(DEMO)/hf $(DEMO)/orbax --overwrite
 	$(VENV)/bin/python -m mistral_jax.convert inspect $(DEMO)/orbax
 	@echo "# Load, and continue a prompt"
-	$(VENV)/bin/python -m mistral_jax.sample --checkpoint $(DEMO)/orbax --seed 7 --temperature 0.5 --max-tokens 120 --stats "def read_json(path):"
+	$(VENV)/bin/python -m mistral_jax.sample --checkpoint $(DEMO)/orbax --seed 12 --max-tokens 120 --stats "def read_json(path):"
 
 test: $(VENV)/tested-with
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile

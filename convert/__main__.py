@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 
 import mistral_jax
-from mistral_jax.command import Parser, interruptible, one_line, run
+from mistral_jax.command import Parser, count, interruptible, one_line, run
 
 DTYPES = ("bfloat16", "float16", "float32")
 FORMATS = ("hf", "official")
@@ -128,7 +128,7 @@ def _parser() -> Parser:
     _add_theta(command)
     command.add_argument(
         "--lengths",
-        type=int,
+        type=count,
         nargs="+",
         default=(4096, 32768),
         metavar="TOKENS",

@@ -178,11 +178,10 @@ class ModelConfig:
     @classmethod
     def from_name(cls, name: str) -> "ModelConfig":
         """Reads `configs/models/<name>.toml`, for instance "mistral-7b-v0.1"."""
-        path = CONFIG_DIR / "models" / f"{name}.toml"
-        if not path.is_file():
-            known = ", ".join(sorted(p.stem for p in path.parent.glob("*.toml")))
-            raise ValueError(f"no model config named {name!r}; there are {known}")
-        return cls.from_dict(read_toml(path), str(path))
+        known = {path.stem: path for path in sorted((CONFIG_DIR / "models").glob("*.toml"))}
+        if name not in known:
+            raise ValueError(f"no model config named {name!r}; there are {', '.join(known)}")
+        return cls.from_dict(read_toml(known[name]), str(known[name]))
 
 
 def _above_zero(most: int) -> Rule:

@@ -115,15 +115,16 @@ def _run(arguments: argparse.Namespace) -> None:
     if tokenizer is None:
         raise ValueError(f"{arguments.checkpoint} has no tokenizer.model; put the model's there")
     loaded = model, params, tokenizer
-    if texts:
-        _perplexity(arguments, loaded, texts)
-    if questions:
-        with report.progress("answering") as show:
-            found = choices.logprobs(*loaded, questions, arguments.batch, show)
-        fields = dataclasses.asdict(choices.accuracy(questions, found))
-        report.show([{"choices": str(path)} | fields], arguments.json)
-    if suite is not None:
-        report.show(suite(*loaded, arguments.batch), arguments.json)
+    with command.announced():
+        if texts:
+            _perplexity(arguments, loaded, texts)
+        if questions:
+            with report.progress("answering") as show:
+                found = choices.logprobs(*loaded, questions, arguments.batch, show)
+            fields = dataclasses.asdict(choices.accuracy(questions, found))
+            report.show([{"choices": str(path)} | fields], arguments.json)
+        if suite is not None:
+            report.show(suite(*loaded, arguments.batch), arguments.json)
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -152,7 +152,7 @@ def _config(model: str):
 
     if manifest.is_checkpoint(model):
         return manifest.read(model)[0]
-    if Path(model).is_file():
+    if Path(model).exists() and not Path(model).is_dir():
         return ModelConfig.from_dict(read_toml(model), model)
     return ModelConfig.from_name(model)
 
@@ -197,6 +197,11 @@ def _devices(arguments: argparse.Namespace, chip, count: int):
     slices = {math.prod(map(int, t.split("x"))): t for t in (chip.topologies if chip else ())}
     installed = importlib.util.find_spec("libtpu") is not None
     compiler = arguments.compiler or ("tpu" if count in slices and installed else "cpu")
+    if arguments.compiler is None and count in slices and not installed:
+        command.tell(
+            "note: the CPU's compiler is asked, whose temporaries are larger; for the TPU's own: "
+            "pip install libtpu"
+        )
     cpus = forecast.fake_devices(count if compiler == "cpu" else 1)
     if compiler == "cpu":
         return cpus, "a CPU device" if count == 1 else f"{count} CPU devices"

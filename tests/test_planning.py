@@ -429,7 +429,9 @@ def test_what_fits_is_certain_or_said_not_to_be(capsys):
     assert refused.fits(1000, own_compiler=True) is refused.fits(1000, own_compiler=False) is False
     chip = dataclasses.replace(hardware.known()["L4"], memory=100)
     estimated = dataclasses.replace(compiled, estimate=hardware.estimate(chip, 1, 1, []))
-    assert "all but the temporaries fits" in "\n".join(report.lines([estimated], chip, False))
+    told = "\n".join(report.lines([estimated], chip, False))
+    assert "80 bytes of 100 bytes beside the temporaries: they decide whether it" in told
+    assert "fits. Those above are a CPU's" in told
 
 
 def test_a_program_that_the_compiler_refuses_does_not_fit(capsys, monkeypatch):

@@ -82,13 +82,15 @@ def _memory(found, chip: Hardware | None, own_compiler: bool) -> Iterator[str]:
         yield _row("together", needed)
         return
     verdicts = [of.fits(chip.memory, own_compiler) for of in found]
+    room = decimal(round(chip.memory))
     if False in verdicts:
-        verdict = "IT DOES NOT FIT"
+        yield _row("together", f"{needed} of {room}: IT DOES NOT FIT")
     elif None in verdicts:
-        verdict = "all but the temporaries fits, which are this compiler's"
+        held = decimal(sum(found[0].held.values()))
+        yield _row("together", f"{held} of {room} beside the temporaries: they decide whether it")
+        yield _row("", "fits. Those above are a CPU's, which holds much of bfloat16 as float32")
     else:
-        verdict = "it fits"
-    yield _row("together", f"{needed} of {decimal(round(chip.memory))}: {verdict}")
+        yield _row("together", f"{needed} of {room}: it fits")
 
 
 def _times(of: Forecast, chip: Hardware) -> Iterator[str]:
