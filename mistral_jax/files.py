@@ -21,7 +21,7 @@ MARK = b"\xef\xbb\xbf"  # Windows begins files with it.
 # Bytes that a file of each kind may have.
 MOST_TOML = 1 << 20
 MOST_JSON = 64 << 20
-MOST_TEXT = 128 << 20
+MOST_TEXT = 64 << 20
 MOST_LINE = 16 << 20
 # Objects, lists and tables within each other. Whoever walks a value may recurse that deep.
 MOST_NESTED = 64

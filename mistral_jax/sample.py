@@ -170,7 +170,7 @@ def _prompts(arguments: argparse.Namespace) -> list[str] | None:
     """Reads all prompts; None stands for a conversation."""
     prompts = [_standard_input() if text == "-" else text for text in arguments.prompts]
     if arguments.prompts_file is not None:
-        text = files.read_text(arguments.prompts_file, pipe=True)
+        text = files.read_text(arguments.prompts_file, files.MOST_LINE, pipe=True)
         lines = [line for line in files.split_lines(text) if line]
         if not lines:
             raise ValueError(f"{arguments.prompts_file} is empty; expected prompts, one a line")
@@ -183,7 +183,7 @@ def _prompts(arguments: argparse.Namespace) -> list[str] | None:
 def _standard_input() -> str:
     if "stdin" in command.closed:
         raise ValueError("standard input is closed; give the prompt as an argument, or in a pipe")
-    data = files.read_stream(sys.stdin.buffer, "standard input")
+    data = files.read_stream(sys.stdin.buffer, "standard input", files.MOST_LINE)
     return files.decode(data, "standard input").removesuffix("\n")
 
 

@@ -23,6 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from mistral_jax import distributed
 from mistral_jax.config import CONFIG_DIR, ModelConfig
+from mistral_jax.fields import integer
 from mistral_jax.files import read_toml
 from mistral_jax.model.axes import Rules, mesh_axes
 from mistral_jax.model.transformer import Transformer
@@ -178,7 +179,7 @@ def _lay(sizes: Mapping[str, int], devices: list[jax.Device]) -> Mesh:
 def _fill(sizes: dict[str, int], devices: int, path: Path) -> dict[str, int]:
     """Replaces a size of -1 by what the other axes leave of the devices."""
     for axis, size in sizes.items():
-        if not isinstance(size, int) or (size < 1 and size != -1):
+        if size != -1 and not integer(1).accepts(size):
             raise ValueError(
                 f"{path}: mesh axis {axis!r} is {size!r}; expected a count of devices, or -1"
             )
