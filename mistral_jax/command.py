@@ -275,7 +275,7 @@ def _plain_warnings() -> Iterator[None]:
 
 @contextlib.contextmanager
 def announced() -> Iterator[Callable[[], None]]:
-    """Says on standard error that programs are compiled, if that keeps the user waiting.
+    """Says on standard error that programs are compiled and kept, if the user has to wait for it.
 
     Yields:
       What to call when there is something to see: from then on nothing is said.
@@ -291,7 +291,7 @@ def announced() -> Iterator[Callable[[], None]]:
             asked.pop()
 
     def say() -> None:
-        if asked:
+        if asked and jax.config.jax_compilation_cache_dir:
             tell("compiling programs for this model and machine, once: later runs find them")
 
     jax.monitoring.register_event_listener(note)

@@ -3,11 +3,15 @@
 import os
 import subprocess
 import sys
+import time
 
+import jax
 import pytest
+from jax import monitoring
 from mistral_jax.convert import __main__ as convert
 
 from mistral_jax import command, sample, train
+from mistral_jax.config import ModelConfig
 
 
 @pytest.mark.parametrize(
@@ -71,12 +75,12 @@ def test_who_stops_reading_ends_it_silently(status):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (TypeError("ours\nand more"), "error: TypeError: ours; in test_command.py, line "),
+        (TypeError("ours\nand more"), "error: TypeError: ours; in "),
         (MemoryError(), "error: there is not enough memory (the system refused it); in "),
         (RecursionError("deep"), "error: something is nested too deeply; in "),
         (RuntimeError("RESOURCE_EXHAUSTED: 9 GB"), "error: there is not enough memory (RESOURCE"),
-        (ValueError(), "error: ValueError; in test_command.py, line "),
-        (KeyError("k"), "error: KeyError: 'k'; in test_command.py, line "),
+        (ValueError(), "error: ValueError; in "),
+        (KeyError("k"), "error: KeyError: 'k'; in "),
     ],
 )
 def test_a_mistake_of_the_program_is_one_line_that_says_where(capsys, error, message):
@@ -89,6 +93,11 @@ def test_a_mistake_of_the_program_is_one_line_that_says_where(capsys, error, mes
     long = capsys.readouterr().err
     assert long.startswith("Traceback (most recent call last)")
     assert long.endswith(short)
+
+
+def test_the_place_that_is_told_is_the_last_in_this_program(capsys):
+    assert command.run(lambda: ModelConfig.from_dict(3)) == 1
+    assert "TypeError: 'int' object is not iterable; in config.py, line " in capsys.readouterr().err
 
 
 NASTY = {
@@ -189,6 +198,28 @@ def test_ctrl_c_ends_a_command_at_once_unless_it_has_something_to_clean(work, st
     code = QUIET.format(seconds=0.3, work=work)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (status, output, "")
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_who_waits_for_programs_is_told_once_they_are_kept(capsys, monkeypatch, tmp_path, kept):
+    monkeypatch.setattr(command, "_PATIENCE", 0.1)
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path) if kept else None)
+    try:
+        with command.announced() as seen:
+            monitoring.record_event("/jax/compilation_cache/compile_requests_use_cache")
+            time.sleep(0.5)
+        assert capsys.readouterr().err.startswith("compiling programs ") is kept
+        with command.announced() as seen:
+            monitoring.record_event("/jax/compilation_cache/compile_requests_use_cache")
+            seen()
+            time.sleep(0.3)
+        with command.announced():  # All are found.
+            monitoring.record_event("/jax/compilation_cache/compile_requests_use_cache")
+            monitoring.record_event("/jax/compilation_cache/cache_hits")
+            time.sleep(0.3)
+        assert capsys.readouterr().err == ""
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
 
 
 def test_a_command_begins_before_anything_slow_is_imported():
