@@ -65,7 +65,7 @@ def to_orbax(
     for note in described.notes:
         progress.say(note)
     config = described.config
-    matched = match(found, found.tensors(), config)
+    matched = match(found, found.tensors(progress.say), config)
     tree = unflatten_dict(
         {row.path: jax.ShapeDtypeStruct(row.shape(config), np.float32) for row in matched}, sep="/"
     )

@@ -39,6 +39,7 @@ FLOORS = [  # from the ground up; modules of one floor do not know each other
         "command",
         "manifest",
         "rules",
+        "safetensors_file",
         "model.cache",
         "model.products",
         "tokenizer",
