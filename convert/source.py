@@ -38,7 +38,7 @@ FORMATS = {  # In order of preference: safetensors first, and of these the fulle
 
 
 # Bytes of an index; that of a model of 1,000 tensors has some 100,000.
-_MOST_INDEX = 16 << 20
+_MOST_INDEX = 8 << 20
 _INDEX_RULES = {"weight_map": table_of(string())}
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1")

@@ -36,7 +36,7 @@ _DTYPES = {
 }
 
 # Bytes of the zip's table and of its pickle; those of a model of 1,000 tensors have some 200,000.
-_MOST_TABLE, _MOST_PICKLE = 8 << 20, 4 << 20
+_MOST_TABLE, _MOST_PICKLE = 8 << 20, 2 << 20
 _MOST_TENSORS = 1 << 16
 _MOST_AXES = 8
 # How PyTorch before 1.6 began its files: a pickle of this number.
@@ -95,10 +95,11 @@ def read(file: Path, say: Callable[[str], None] = lambda note: None) -> dict[str
         if order in members and bytes(members.get(order, 16)) != b"little":
             raise _Refused(f"{file} is of a big-endian machine; only little-endian is read")
         held = _load(bytes(members.get(root + "data.pkl", _MOST_PICKLE)), _Tensors(members, root))
-    except _Refused:
+    except (_Refused, MemoryError):
         raise
     except Exception as error:  # A damaged pickle can fail in any way.
-        raise ValueError(f"the pickle in {file} is damaged: {error!r}") from None
+        kind = type(error).__name__
+        raise ValueError(f"the pickle in {file} is damaged ({kind}: {error})") from None
     if not isinstance(held, dict):
         raise ValueError(f"{file} holds a {type(held).__name__}; expected a dict of tensors")
     within = [name for name, value in held.items() if _is_state_dict(value)]
@@ -143,7 +144,7 @@ class _Members:
             try:
                 with zipfile.ZipFile(stream) as archive:
                     self._infos = {info.filename: info for info in archive.infolist()}
-            except _Refused:
+            except (_Refused, MemoryError):
                 raise
             except Exception as error:  # A damaged table too.
                 raise _Refused(_why_no_zip(file, self._mapped[:16], error)) from None

@@ -33,7 +33,7 @@ _OTHER_KINDS = (
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 # Bytes of such a file; one with a rank of its own for each of a thousand modules has some 100,000.
-_MOST_BYTES = 4 << 20
+_MOST_BYTES = 512 << 10
 _RANK, _ALPHA = integer(1, 1 << 16), number(0, 1e6, above=True)
 _RULES = {
     "peft_type": string(),

@@ -11,10 +11,12 @@ import numpy as np
 from rich.filesize import decimal
 from safetensors import SafetensorError, safe_open
 
+from mistral_jax.fields import show
 from mistral_jax.files import check_content
 from mistral_jax.folder import write_array
 
-_MOST_HEADER = 16 << 20  # Bytes; a model of 1,000 tensors has some 100,000.
+_MOST_HEADER = 8 << 20  # Bytes; a model of 1,000 tensors has some 100,000.
+_MOST_AXES = 8
 
 _DTYPES = {
     "BF16": ml_dtypes.bfloat16,
@@ -64,6 +66,11 @@ def read(file: Path) -> dict[str, np.ndarray]:
     for name, (kind, shape) in heads.items():
         if kind not in _DTYPES:
             raise ValueError(f"tensor {name} in {file} is {kind}; expected BF16, F16 or F32")
+        if len(shape) > _MOST_AXES or any(size >= 1 << 60 for size in shape):
+            raise ValueError(
+                f"tensor {name} in {file} has the shape {show(shape)}; expected at most "
+                f"{_MOST_AXES} axes, each below 2**60"
+            )
         flat = np.frombuffer(mapped, _DTYPES[kind], math.prod(shape), offset)
         arrays[name] = flat.reshape(shape)
         offset += flat.nbytes  # The library has made sure that tensors follow without holes.

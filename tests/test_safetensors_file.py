@@ -102,3 +102,14 @@ def test_a_header_is_bounded(tmp_path):
         stream.truncate(size + 1000)
     with bounded(20, 1 << 28), pytest.raises(ValueError, match=r"header would have 90\.0 MB; expe"):
         safetensors_file.read(file)
+
+
+@pytest.mark.parametrize("shape", [[1] * 9, [1] * 1000, [2**60, 0], [0, 2**62, 2**62], [2**64, 0]])
+def test_shapes_that_numpy_cannot_have_are_refused_by_name(tmp_path, shape):
+    file = tmp_path / "a.safetensors"
+    size = 0 if 0 in shape else 4
+    header = {"x": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+    with pytest.raises(ValueError, match=r"a\.safetensors (has the shape|is cut short or no safe)"):
+        safetensors_file.read(file)
