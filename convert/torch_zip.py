@@ -103,7 +103,12 @@ def read(file: Path, say: Callable[[str], None] = lambda note: None) -> dict[str
     if not isinstance(held, dict):
         raise ValueError(f"{file} holds a {type(held).__name__}; expected a dict of tensors")
     within = [name for name, value in held.items() if _is_state_dict(value)]
-    if len(within) == 1 and not any(isinstance(value, np.ndarray) for value in held.values()):
+    if within and not any(isinstance(value, np.ndarray) for value in held.values()):
+        if len(within) > 1:
+            several = " and ".join(map(show, within[:3]))
+            raise ValueError(
+                f"{file} holds several state dicts, under {several}; expected one: save it alone"
+            )
         say(f"{file} holds a dict; its tensors are those under {show(within[0])}")
         return held[within[0]]
     for name, tensor in held.items():

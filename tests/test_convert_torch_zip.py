@@ -181,13 +181,17 @@ def test_a_state_dict_within_a_dict_is_taken_if_it_is_the_only_one(tmp_path):
         assert torch_zip.read(file, said.append)["x"].shape == (4,)
         assert said.pop() == f"{file} holds a dict; its tensors are those under {key!r}"
     for items in (
-        [("model", inner), ("ema", inner)],
         [("model", inner), ("x", tensor)],
         [("model", b"}" + sources.text("a") + inner + b"s")],
     ):
         sources.save_zip(file, wrapped(*items), [bytes(16)])
         with pytest.raises(ValueError, match="holds a dict under 'model'; expected a tensor"):
             torch_zip.read(file, said.append)
+    sources.save_zip(file, wrapped(("model", inner), ("ema", inner)), [bytes(16)])
+    with pytest.raises(
+        ValueError, match="several state dicts, under 'model' and 'ema'; expected o"
+    ):
+        torch_zip.read(file, said.append)
     assert not said
 
 
