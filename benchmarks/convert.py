@@ -17,8 +17,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import peaks
-from mistral_jax.convert import architecture, names, safetensors_file
+from mistral_jax.convert import architecture, names
 
+from mistral_jax import safetensors_file
 from mistral_jax.config import ModelConfig
 
 CONFIG = ModelConfig(

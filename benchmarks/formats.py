@@ -11,10 +11,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import shapes
-from mistral_jax.convert import architecture, names, safetensors_file
+from mistral_jax.convert import architecture, names
 from mistral_jax.convert.to_orbax import to_orbax
 from mistral_jax.convert.to_torch import to_torch
 
+from mistral_jax import safetensors_file
 from mistral_jax.checkpoint import BUNDLED
 from mistral_jax.config import ModelConfig
 

@@ -1,13 +1,25 @@
 """The architecture that a source's `params.json` or `config.json` describes. It sees no tensors."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mistral_jax.config import DEFAULT_MAX_POSITIONS, ModelConfig
-from mistral_jax.files import read_json
+from mistral_jax.config import DEFAULT_MAX_POSITIONS, RULES, ModelConfig
+from mistral_jax.fields import (
+    Rule,
+    boolean,
+    check_table,
+    either,
+    integer,
+    list_of,
+    number,
+    optional,
+    show,
+    string,
+    table_of,
+)
+from mistral_jax.files import parse_json, read_json
 
 # Ours, the official name, Hugging Face's; those without a default are in every file, or refused.
 FIELDS = (
@@ -28,6 +40,40 @@ FIELDS = (
 )
 _REQUIRED = [name for name, *_ in FIELDS[:7]]
 
+# Bytes of such a file, which has some thousand; and layers that one may describe.
+_MOST_BYTES, _MOST_LAYERS = 4 << 20, 1 << 10
+
+_WINDOW = either(integer(1), list_of(optional(integer(1)), _MOST_LAYERS))
+_IDS = list_of(integer(0), 1 << 10)
+
+# What the values must be that are read, before anything is computed of them.
+_RULES = {theirs: RULES[ours] for ours, *names in FIELDS for theirs in names if ours in RULES} | {
+    "bos_token_id": integer(0),
+    "eos_token_id": either(
+        integer(0), Rule("a list of some", lambda x: x != [] and _IDS.accepts(x))
+    ),
+    "model_type": string(),
+    "sliding_window": either(_WINDOW, string()),
+    "_sliding_window": either(_WINDOW, string()),
+    "layer_types": list_of(string(), _MOST_LAYERS),
+    "hidden_act": string(),
+    "attention_bias": boolean(),
+    "mlp_bias": boolean(),
+    "use_biases": boolean(),
+    "partial_rotary_factor": number(0, 1),
+    "rope_scaling": table_of(),
+    "rope_parameters": table_of(),
+    "lora": table_of(),
+}
+_ROPE_RULES = {
+    "rope_theta": RULES["rope_theta"],
+    "original_max_position_embeddings": integer(1),
+    "rope_type": string(),
+    "type": string(),
+    "factor": number(0, 1e6),
+    "partial_rotary_factor": number(0, 1),
+}
+
 # What other models of these formats set, and what it is in those that run here.
 _UNSUPPORTED = {
     "hidden_act": ("silu",),
@@ -37,7 +83,6 @@ _UNSUPPORTED = {
     "quantization": (),
     "quantization_config": (),
     "moe": (),
-    "lora": (),
     "vision_encoder": (),
     "yarn": (),
     "llama_4_scaling": (),
@@ -80,7 +125,8 @@ def read(file: Path, rope_theta: float | None = None) -> Architecture:
     Raises:
       ValueError: the file is not JSON, of another architecture, or leaves something open.
     """
-    raw = read_json(file)
+    raw = read_json(file, _MOST_BYTES)
+    _check(raw, _RULES, str(file))
     official = file.name == "params.json"
     _refuse_others(raw, official, file)
     keys = {ours: theirs[not official] for ours, *theirs in FIELDS}
@@ -105,26 +151,32 @@ def read(file: Path, rope_theta: float | None = None) -> Architecture:
     return Architecture(ModelConfig.from_dict(found, str(file)), origin, tuple(notes))
 
 
+def _check(values: Mapping[str, Any], rules: Mapping[str, Rule], source: str) -> None:
+    """Checks values of a file, where null is as if there were none."""
+    check_table({k: v for k, v in values.items() if v is not None}, rules, source)
+
+
 def _refuse_others(raw: Mapping[str, Any], official: bool, file: Path) -> None:
     kind = raw.get("model_type", "transformer" if official else None)
     known = ("transformer",) if official else ("mistral", "ministral")
     if kind not in known:
-        raise ValueError(f"{file} is of model type {kind!r}; expected {' or '.join(known)}")
+        raise ValueError(f"{file} is of model type {show(kind)}; expected {' or '.join(known)}")
     for key, supported in _UNSUPPORTED.items():
         value = raw.get(key)
-        if value is not None and value not in supported:
+        if value is not None and value != {} and value not in supported:
             expected = " or ".join(map(repr, supported)) or "none"
-            raise ValueError(f"{file} has {key} {value!r}; expected {expected}")
+            raise ValueError(f"{file} has {key} {show(value)}; expected {expected}")
     for key in ("rope_scaling", "rope_parameters"):
         scaling = raw.get(key) or {}
-        plain = isinstance(scaling, dict) and all(
+        _check(scaling, _ROPE_RULES, f"{file}: {key}")
+        plain = all(
             value is None or name in _ROPE_CONSTANTS or value in _PLAIN_ROPE.get(name, ())
             for name, value in scaling.items()
         )
         if not plain:
             raise ValueError(
-                f"{file} has {key} {json.dumps(scaling)}; only plain rotation, of type 'default', "
-                "is supported"
+                f"{file} has {key} {show(scaling)}; only plain rotation, of type 'default', is "
+                "supported"
             )
 
 
@@ -141,10 +193,8 @@ def _windows(raw: Mapping[str, Any], official: bool, layers: int, file: Path) ->
     if official and window is None:
         window = raw.get("_sliding_window")
     if isinstance(window, str):
-        try:
-            window = json.loads(window)
-        except json.JSONDecodeError:
-            raise ValueError(f"{file} has sliding_window {window!r}; expected a number") from None
+        window = parse_json(window, f"{file}: sliding_window {show(window)}")
+        _check({"sliding_window": window}, {"sliding_window": _WINDOW}, str(file))
     if official and isinstance(window, list):
         if not window or layers % len(window):
             raise ValueError(
@@ -160,7 +210,7 @@ def _windows(raw: Mapping[str, Any], official: bool, layers: int, file: Path) ->
     known = {"full_attention": None, "sliding_attention": window}
     if len(kinds) != layers or not set(kinds) <= set(known):
         raise ValueError(
-            f"{file} has layer_types {kinds!r}; expected {' or '.join(known)} for each of the "
+            f"{file} has layer_types {show(kinds)}; expected {' or '.join(known)} for each of the "
             f"{layers} layers"
         )
     return [known[kind] for kind in kinds]

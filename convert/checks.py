@@ -6,7 +6,7 @@ import numpy as np
 
 from mistral_jax.config import ModelConfig
 
-from .names import EMBED, HEAD, IGNORABLE, Row, rows
+from .names import ADAPTER, EMBED, HEAD, IGNORABLE, Row, rows
 from .source import Source, Tensor
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -20,6 +20,11 @@ def match(
     Raises:
       ValueError: a tensor is missing, of another shape or dtype, or no part of the model.
     """
+    if adapted := next(filter(ADAPTER.search, tensors), None):
+        raise ValueError(
+            f"tensor {adapted} in {tensors[adapted][0].file} is an adapter's; expected a whole "
+            "model: convert the one that the adapters are for, and load them beside it"
+        )
     matched, unused = {}, dict(tensors)
     for row in rows(config):
         name, shape = row.name(source.official), row.file_shape(config)
@@ -74,6 +79,11 @@ def _check_places(
     for file, array in places:
         if array.shape != shape:
             raise ValueError(f"tensor {name} in {file} is {array.shape}; expected {shape}")
+        if array.nbytes > file.stat().st_size:
+            raise ValueError(
+                f"tensor {name} in {file} has {array.nbytes} bytes, more than its file: it repeats "
+                "one value; expected each value for itself"
+            )
         if array.dtype.name not in DTYPES:
             raise ValueError(
                 f"tensor {name} in {file} is {array.dtype}; expected {' or '.join(DTYPES)}"

@@ -1,9 +1,10 @@
 """A repository of the Hugging Face Hub in place of a source folder: it fetches what is needed."""
 
-import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+
+from mistral_jax import origin
 
 from .source import FORMATS, TOKENIZERS, Source, find
 
@@ -13,12 +14,15 @@ def is_repository(name: Path | str) -> bool:
     return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name))) and not Path(name).exists()
 
 
-def fetch(repository: str, format: str | None = None) -> Source:
+def fetch(
+    repository: str, format: str | None = None, say: Callable[[str], None] = lambda note: None
+) -> Source:
     """Downloads the files of one checkpoint into the Hub's cache, or finds them there.
 
     Args:
       repository: its name on the Hub.
       format: what to fetch of one that holds several checkpoints (see `source.find`).
+      say: is told if the Hub does not answer, and the cache is used as it is.
 
     Returns:
       The source; its folder is named like the commit that it was fetched at.
@@ -29,6 +33,7 @@ def fetch(repository: str, format: str | None = None) -> Source:
     """
     try:
         import huggingface_hub
+        from huggingface_hub import errors
     except ImportError:
         raise ValueError(
             f"{repository} is no folder; to fetch it from the Hugging Face Hub, first: "
@@ -41,32 +46,47 @@ def fetch(repository: str, format: str | None = None) -> Source:
         )
         return Path(folder)
 
+    refused = f"{repository} is no folder, and the Hub does not give it: "
     small = [name for kind in FORMATS.values() for name in (kind.config, kind.index) if name]
-    with _explained(repository):
+    try:
         about = huggingface_hub.HfApi().model_info(repository)
         folder = download([*small, *TOKENIZERS])
-    try:
-        source = find(folder, format, {file.rfilename for file in about.siblings})
-    except ValueError as error:
-        raise ValueError(str(error).replace(str(folder), repository)) from None
-    with _explained(repository):
+        source = _find(repository, folder, format, {file.rfilename for file in about.siblings})
         download([file.name for file in source.weight_files])
+        return source
+    except errors.GatedRepoError:
+        reason = f"ask for access at https://huggingface.co/{repository}, then run: hf auth login"
+        raise ValueError(refused + reason) from None
+    except errors.RepositoryNotFoundError:
+        reason = "there is none of that name, or it is private (then run: hf auth login)"
+        raise ValueError(refused + reason) from None
+    except _NoCheckpoint:
+        raise
+    except Exception as error:  # Each version of it has another library for the network.
+        reason = str(error).partition("\n")[0].rstrip(".")
+    cached = origin.snapshot(repository)
+    if cached is None:
+        raise ValueError(f"{refused}{reason}; nor is it in the Hub's cache")
+    try:
+        source = _find(
+            repository, cached, format, {x.name for x in cached.iterdir() if x.is_file()}
+        )
+    except _NoCheckpoint as error:
+        raise ValueError(
+            f"{repository} is in the Hub's cache in part only, and the Hub does not give the rest: "
+            f"{reason}; {error}"
+        ) from None
+    lacks = "" if source.tokenizer_file else ", which has no tokenizer of it"
+    say(f"{repository} is read from the Hub's cache{lacks}, commit {cached.name}: {reason}")
     return source
 
 
-@contextlib.contextmanager
-def _explained(repository: str) -> Iterator[None]:
-    """Turns whatever the Hub's program raises into a sentence."""
-    from huggingface_hub import errors
+class _NoCheckpoint(ValueError):
+    """What a repository lacks."""
 
+
+def _find(repository: str, folder: Path, format: str | None, names: set[str]) -> Source:
     try:
-        yield
-    except errors.GatedRepoError:
-        reason = f"ask for access at https://huggingface.co/{repository}, then run: hf auth login"
-    except errors.RepositoryNotFoundError:
-        reason = "there is none of that name, or it is private (then run: hf auth login)"
-    except Exception as error:  # Each version of it has another library for the network.
-        reason = str(error).partition("\n")[0]
-    else:
-        return
-    raise ValueError(f"{repository} is no folder, and the Hub does not give it: {reason}")
+        return find(folder, format, names)
+    except ValueError as error:
+        raise _NoCheckpoint(str(error).replace(str(folder), repository)) from None

@@ -84,8 +84,12 @@ _LAYER = (
     Row("mlp/up_proj/kernel", "feed_forward.w3", "mlp.up_proj", "F D", "F D", 0),
 )
 
-# Tables of rotary angles, which a model computes.
-IGNORABLE = re.compile(r"rope\.freqs|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+# Tables of rotary angles, which a model computes: each layer's or, in newer files, the model's.
+IGNORABLE = re.compile(
+    r"rope\.freqs|(.*\.)?rotary_emb\.((original_)?inv_freq|cos_cached|sin_cached)", re.DOTALL
+)
+# Matrices of LoRA, in files of either format.
+ADAPTER = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)")
 
 
 def groups(config: ModelConfig) -> Iterator[list[Row]]:

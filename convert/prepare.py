@@ -1,10 +1,16 @@
 """A model by whatever name one has for it, ready to load. It converts nothing itself."""
 
+import hashlib
+import itertools
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from mistral_jax import manifest
+from mistral_jax import manifest, origin
 
+from . import hub
 from .progress import Screen
+from .source import Source, find
 from .to_orbax import to_orbax
 
 
@@ -16,19 +22,58 @@ def prepare(model: Path | str | None, folder: Path | str = "checkpoints") -> Pat
     Args:
       model: a checkpoint folder; or what `to_orbax` converts: a PyTorch checkpoint's folder, or the
         name of a repository on the Hugging Face Hub. None = the model that comes with the package.
-      folder: where converted checkpoints are put, each under the last part of its model's name.
+      folder: where converted checkpoints are put, each under the last part of its model's name; of
+        several models with the same one, or of one whose files have changed, the later ones with a
+        number behind it.
 
     Returns:
-      What `mistral_jax.load` takes: a folder, or None.
+      What `mistral_jax.load` takes: a folder, or None. It was made from just this model: from the
+      same repository, or from files with the same bytes.
 
     Raises:
-      ValueError: as `to_orbax`.
+      ValueError: as `to_orbax`; or the model's folder is gone.
     """
     if model is None:
         return None
     if manifest.is_checkpoint(model):
         return Path(model)
-    target = Path(folder) / Path(model).resolve().name
-    if not manifest.is_checkpoint(target):
-        to_orbax(model, target, progress=Screen())
-    return target
+    name = Path(model).resolve().name
+    if hub.is_repository(model):
+        source = None
+    elif not Path(model).exists() and manifest.is_checkpoint(Path(folder) / name):
+        raise ValueError(
+            f"{model} does not exist; {Path(folder) / name} was made from a folder of that name: "
+            "name this one in its place"
+        )
+    else:
+        source = find(model)
+        name = (origin.base_name(origin.hub_name(model)) or name).rpartition("/")[2]
+    for number in itertools.count(1):
+        target = Path(folder) / (name if number == 1 else f"{name}-{number}")
+        if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+            to_orbax(model, target, progress=Screen())
+            return target
+        if manifest.is_checkpoint(target):
+            provenance = manifest.read(target)[1]
+            if source is None and origin.base_name(provenance.get("source")) == str(model):
+                return target
+            if source is not None and _made_from(source, provenance):
+                return target
+
+
+def _made_from(source: Source, provenance: Mapping[str, Any]) -> bool:
+    """Tells whether a checkpoint was made from the files of a source, by as little as will do."""
+    if provenance.get("source_stamps") == source.stamps():
+        return True
+    sums = provenance.get("source_sha256")
+    files = sorted(source.files, key=lambda file: file.stat().st_size)
+    return (
+        isinstance(sums, dict)
+        and sums.keys() == {file.name for file in files}
+        and all(sums[file.name] == _sha256(file) for file in files)
+    )
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -4,17 +4,19 @@ It knows where tensors lie, not what they mean. Every file is mapped into memory
 """
 
 import dataclasses
+import hashlib
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from mistral_jax import manifest
+from mistral_jax import manifest, safetensors_file
+from mistral_jax.fields import check_table, show, string, table_of
 from mistral_jax.files import read_json
 
-from . import safetensors_file, torch_zip
+from . import torch_zip
 
 
 class Format(NamedTuple):
@@ -34,6 +36,10 @@ FORMATS = {  # In order of preference: safetensors first, and of these the fulle
     "official-torch": Format("params.json", "consolidated.{}.pth", None),
 }
 
+
+# Bytes of an index; that of a model of 1,000 tensors has some 100,000.
+_MOST_INDEX = 8 << 20
+_INDEX_RULES = {"weight_map": table_of(string())}
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1")
 
@@ -74,21 +80,38 @@ class Source:
         named = (self.config_file, self.tokenizer_file)
         return (*(file for file in named if file), *self.weight_files)
 
+    def stamps(self) -> dict[str, str]:
+        """Returns what changes with each of the files, without reading them, by their names.
+
+        It tells neither their paths nor their times to others.
+        """
+        found = {}
+        for file in self.files:
+            status = file.stat()
+            times = (status.st_mtime_ns, status.st_ctime_ns)
+            told = (str(file.resolve()), status.st_size, status.st_ino, *times)
+            found[file.name] = hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+        return found
+
     @property
     def official(self) -> bool:
         """Whether names and rotary pairs are the official ones."""
         return self.format.startswith("official")
 
-    def tensors(self) -> dict[str, list[Tensor]]:
+    def tensors(self, say: Callable[[str], None] = lambda note: None) -> dict[str, list[Tensor]]:
         """Maps every tensor's name to where it lies: one place, or one a part (`consolidated.NN`).
+
+        Args:
+          say: is told what is not plain in a file.
 
         Raises:
           ValueError: a file is damaged, or two files hold the same tensor of which each is whole.
         """
-        reader = safetensors_file if self.format.endswith("safetensors") else torch_zip
         found: dict[str, list[Tensor]] = {}
         for file in self.weight_files:
-            for name, array in reader.read(file).items():
+            torch = self.format.endswith("torch")
+            held = torch_zip.read(file, say) if torch else safetensors_file.read(file)
+            for name, array in held.items():
                 found.setdefault(name, []).append(Tensor(file, array))
         for name, places in found.items():
             if len(places) > 1 and self.format != "official-torch":
@@ -156,13 +179,16 @@ def _weight_files(folder: Path, format: Format, names: Collection[str]) -> list[
     if format.index not in names:
         return []
     index = folder / format.index
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places:
+    described = read_json(index, _MOST_INDEX)
+    check_table(described, _INDEX_RULES, str(index))
+    if not described.get("weight_map"):
         raise ValueError(f"{index} has no weight_map; expected a file for each tensor")
-    files = sorted(set(map(str, places.values())))
+    files = sorted(set(described["weight_map"].values()))
     for file in files:
-        if file != Path(file).name:
-            raise ValueError(f"{index} names the file {file!r}; expected one in the same folder")
+        if file != Path(file).name or "\0" in file:
+            raise ValueError(
+                f"{index} names the file {show(file)}; expected one in the same folder"
+            )
     return files
 
 

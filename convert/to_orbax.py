@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import mistral_jax
-from mistral_jax import checkpoint, folder, manifest, quantization
+from mistral_jax import checkpoint, folder, manifest, origin, quantization
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.quantized import QuantizedKernel, to_int8
 
@@ -57,7 +57,8 @@ def to_orbax(
     replaceable = manifest.is_checkpoint if overwrite else None
     folder.check_target(target, replaceable)
     remote = hub.is_repository(source)
-    found = hub.fetch(str(source), format) if remote else find(source, format)
+    found = hub.fetch(str(source), format, progress.say) if remote else find(source, format)
+    stamps = found.stamps()
     if found.other_formats:
         others = " and ".join(found.other_formats)
         progress.say(f"{source} is read as {found.format}; it also holds {others} (see --format)")
@@ -65,7 +66,7 @@ def to_orbax(
     for note in described.notes:
         progress.say(note)
     config = described.config
-    matched = match(found, found.tensors(), config)
+    matched = match(found, found.tensors(progress.say), config)
     tree = unflatten_dict(
         {row.path: jax.ShapeDtypeStruct(row.shape(config), np.float32) for row in matched}, sep="/"
     )
@@ -79,7 +80,7 @@ def to_orbax(
     }
     folder.check_space(target, sum(sizes.values()))
     provenance = {
-        "source": f"{source}@{found.folder.name}" if remote else found.folder.resolve().name,
+        "source": origin.hub_name(found.folder) or found.folder.resolve().name,
         "source_format": found.format,
         "rope_theta_from": described.theta_origin,
         "program": f"mistral_jax {mistral_jax.__version__}",
@@ -106,7 +107,7 @@ def to_orbax(
             for path, part in flatten_dict(quantization.split({row.path: array}), sep="/").items():
                 write(path, part)
             advance(sizes[row.path])
-        provenance["source_sha256"] = hashes()
+        provenance |= {"source_sha256": hashes(), "source_stamps": stamps}
 
 
 def _read(

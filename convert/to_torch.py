@@ -11,10 +11,10 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mistral_jax import arrays, folder, manifest
+from mistral_jax import arrays, folder, manifest, safetensors_file
 from mistral_jax.config import ModelConfig
 
-from . import architecture, safetensors_file
+from . import architecture
 from .checks import check_finite
 from .names import Row, groups, rows
 from .progress import Advance, Progress

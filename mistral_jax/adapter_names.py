@@ -6,6 +6,7 @@ between the two, the rows of B of wq and wk change places.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +29,8 @@ _OFFICIAL = {
     "up_proj": "feed_forward.w3",
     HEAD: "output",
 }
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+MOST_RANK = 1 << 16
 _PAIRED = ("q_proj", "k_proj")
 
 Pair = tuple[np.ndarray, np.ndarray]
@@ -66,17 +69,31 @@ class Slot(NamedTuple):
         module = self.module(official) if official else PREFIX + self.module(official)
         return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
 
-    def check(self, pair: Pair, official: bool, where: Any) -> None:
-        """Raises a ValueError unless the matrices of a file fit, and are finite."""
-        rank = pair[0].shape[0]
+    def checked(self, pair: Sequence[np.ndarray], official: bool, where: Any) -> Pair:
+        """Returns the matrices of a file in float32.
+
+        Raises:
+          ValueError: they do not fit, or are not finite.
+        """
+        rank = len(pair[0]) if pair[0].ndim else 0
         shapes = (rank, math.prod(self.inputs)), (math.prod(self.outputs), rank)
         for name, array, shape in zip(self.names(official), pair, shapes, strict=True):
             if array.shape != shape:
                 raise ValueError(
                     f"{where} has {array.shape} as {name}; expected {shape}: it is of another model"
                 )
+            if not 1 <= rank <= MOST_RANK:
+                raise ValueError(f"{where} has rank {rank} for {name}; expected 1 to {MOST_RANK}")
+            if array.dtype.name not in _DTYPES:
+                raise ValueError(
+                    f"{where} has {array.dtype} as {name}; expected {' or '.join(_DTYPES)}"
+                )
+        with np.errstate(over="ignore", invalid="ignore"):
+            a, b = (array.astype(np.float32) for array in pair)
+        for name, array in zip(self.names(official), (a, b), strict=True):
             if not np.isfinite(array).all():
                 raise ValueError(f"{where} has values in {name} that are not finite")
+        return a, b
 
     def zeros(self, rank: int) -> Pair:
         """Returns matrices of a file that change nothing."""

@@ -11,13 +11,13 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import safetensors
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mistral_jax import distributed, folder, peft
+from mistral_jax import distributed, folder, peft, safetensors_file
 from mistral_jax.adapter_names import PREFIX, Pair, Slot, slots
 from mistral_jax.config import ModelConfig
+from mistral_jax.fields import check_table, number, optional, table_of
 from mistral_jax.files import read_json
 from mistral_jax.training.lora import HEAD, Lora
 
@@ -48,7 +48,7 @@ def read(
       ValueError: there are none; they are not plain LoRA; or they are for another model.
     """
     file = _find(Path(path))
-    tensors = _tensors(file)
+    tensors = safetensors_file.read(file)
     official = not any(name.startswith(PREFIX) for name in tensors)
     described = None if official else peft.read(file.parent / PEFT_CONFIG)
     pairs = _pairs(file, tensors, slots(config), official)
@@ -68,7 +68,7 @@ def read(
                     f"{file} has rank {len(a)} for {slot.module(official)}; expected {own.rank}, "
                     f"as {PEFT_CONFIG} says"
                 )
-            b = b * np.float32(own.scale / lora.scale)
+            b = _scaled(b, own.scale / lora.scale, f"{file} with {PEFT_CONFIG}")
         adapters[slot.path] = slot.from_file((a, b), official)
     targets = tuple(sorted({slot.projection for slot in pairs}))
     return dataclasses.replace(lora, targets=targets), unflatten_dict(adapters)
@@ -119,7 +119,7 @@ def save(
             for name in ("lora_a", "lora_b")
         }
         found[place] = places[place].to_file(own, official)
-        places[place].check(found[place], official, "adapters")
+        places[place].checked(found[place], official, "adapters")
     ranks = {places[place].module(official): len(a) for place, (a, _) in found.items()}
     dtype = np.dtype(dtype or (ml_dtypes.bfloat16 if official else np.float32))
     factor = lora.scale / _OFFICIAL_SCALE if official else 1
@@ -155,13 +155,6 @@ def _find(path: Path) -> Path:
     return found[0]
 
 
-def _tensors(file: Path) -> dict[str, np.ndarray]:
-    try:
-        return safetensors.numpy.load_file(file)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is cut short or no safetensors file: {error}") from None
-
-
 def _pairs(
     file: Path, tensors: Mapping[str, np.ndarray], places: list[Slot], official: bool
 ) -> dict[Slot, Pair]:
@@ -180,9 +173,7 @@ def _pairs(
         if len(found) == 1:
             raise ValueError(f"{file} has {found[0]} alone; expected both, lora_A and lora_B")
         if found:
-            pair = tuple(tensors[name].astype(np.float32) for name in found)
-            slot.check(pair, official, file)
-            pairs[slot] = pair
+            pairs[slot] = slot.checked([tensors[name] for name in found], official, file)
     if not pairs:
         raise ValueError(f"{file} has no lora_A and lora_B of any projection")
     return pairs
@@ -191,8 +182,22 @@ def _pairs(
 def _official_scale(file: Path) -> float:
     """Returns the scale that mistral-finetune has used, or else the default."""
     beside = file.with_name("params.json")
-    described = (read_json(beside).get("lora") or {}) if beside.is_file() else {}
-    return described.get("scaling", _OFFICIAL_SCALE)
+    if not beside.is_file():
+        return _OFFICIAL_SCALE
+    described = read_json(beside, 4 << 20)
+    check_table(described, {"lora": optional(table_of())}, str(beside))
+    lora = described.get("lora") or {}
+    check_table(lora, {"scaling": number(0, 1e6, above=True)}, f"{beside}: lora")
+    return lora.get("scaling", _OFFICIAL_SCALE)
+
+
+def _scaled(b: np.ndarray, factor: float, where: str) -> np.ndarray:
+    """Returns `lora_b` times a factor, if float32 can hold it."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled = b * np.float32(factor)
+    if not np.isfinite(scaled).all():
+        raise ValueError(f"{where} scales a lora_B by {factor:g}, more than float32 can hold")
+    return scaled
 
 
 def _is_adapter(path: Path) -> bool:

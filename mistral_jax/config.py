@@ -65,7 +65,7 @@ class ModelConfig:
     dilation: int | tuple[int, ...] = 1
 
     def __post_init__(self):
-        for name, rule in _RULES.items():
+        for name, rule in RULES.items():
             _check(rule.accepts(getattr(self, name)), self, name, rule.expected)
         for name in ("bos_id", "eos_id"):
             good = integer(0, self.vocab_size - 1).accepts(getattr(self, name))
@@ -190,7 +190,7 @@ def _above_zero(most: int) -> Rule:
 
 # Larger than any model, small enough to compute with: shapes stay below 2**63 bytes, and positions
 # below 2**31.
-_RULES = {
+RULES = {
     "vocab_size": _above_zero(1 << 24),
     "num_layers": _above_zero(1 << 10),
     "embed_dim": _above_zero(1 << 20),

@@ -23,6 +23,8 @@ MOST_TOML = 1 << 20
 MOST_JSON = 64 << 20
 MOST_TEXT = 64 << 20
 MOST_LINE = 16 << 20
+# What git leaves in place of a large file until `git lfs pull` fetches it.
+_POINTER = b"version https://git-lfs.github.com/spec/"
 # Objects, lists and tables within each other. Whoever walks a value may recurse that deep.
 MOST_NESTED = 64
 
@@ -53,11 +55,36 @@ def check_regular(path: Path | str, limit: int, pipe: bool = False) -> None:
         raise ValueError(_too_large(path, status.st_size, limit))
 
 
+def check_content(path: Path | str, expected: str) -> None:
+    """Refuses a file without content of its own, before another library opens it.
+
+    Args:
+      path: a file of any size.
+      expected: what a message calls the content: "the weights".
+
+    Raises:
+      ValueError: there is no such file, it is no regular file, it is empty, or it is a pointer of
+        Git LFS.
+      OSError: the system does not tell, or it cannot be read.
+    """
+    check_regular(path, 1 << 62)
+    with open(path, "rb") as file:
+        start = file.read(len(_POINTER))
+    if not start:
+        raise ValueError(f"{path} is empty; expected {expected}: fetch it again")
+    _check_pointer(start, path, expected)
+
+
 def read_bytes(path: Path | str, limit: int = MOST_TEXT, pipe: bool = False) -> bytes:
-    """Reads a whole file; arguments and errors are those of `check_regular`."""
+    """Reads a whole file; arguments and errors are those of `check_regular`.
+
+    A ValueError also tells of a pointer of Git LFS in place of the file.
+    """
     check_regular(path, limit, pipe)
     with open(path, "rb") as file:
-        return read_stream(file, str(path), limit)
+        data = read_stream(file, str(path), limit)
+    _check_pointer(data, path, "the file itself")
+    return data
 
 
 def read_stream(file: BinaryIO, source: str, limit: int = MOST_TEXT) -> bytes:
@@ -104,7 +131,10 @@ def read_json(path: Path | str, limit: int = MOST_JSON) -> dict[str, Any]:
       ValueError: there is no such file, it is too large, not JSON, or holds no object.
       OSError: it cannot be read.
     """
-    value = parse_json(decode(read_bytes(path, limit), str(path), "valid JSON"), str(path))
+    data = read_bytes(path, limit)
+    if not data.strip():
+        raise ValueError(f"{path} is empty; expected a JSON object")
+    value = parse_json(decode(data, str(path), "valid JSON"), str(path))
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}; expected an object")
     return value
@@ -213,6 +243,14 @@ def _check_depth(value: Any, source: str) -> None:
         if not level:
             return
     raise ValueError(f"{source} is nested too deeply: expected at most {MOST_NESTED} levels")
+
+
+def _check_pointer(data: bytes, path: Path | str, expected: str) -> None:
+    if data.startswith(_POINTER):
+        raise ValueError(
+            f"{path} is a Git LFS pointer, not {expected}: run `git lfs pull` in "
+            f"{Path(path).parent}"
+        )
 
 
 def _too_large(path: Path | str, size: int, limit: int) -> str:

@@ -3,11 +3,23 @@
 import dataclasses
 import json
 import math
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from mistral_jax import patterns
+from mistral_jax.fields import (
+    boolean,
+    check_table,
+    either,
+    integer,
+    list_of,
+    number,
+    optional,
+    show,
+    string,
+    table_of,
+)
 from mistral_jax.files import read_json
 from mistral_jax.training.lora import Lora
 
@@ -20,6 +32,26 @@ _OTHER_KINDS = (
 # Others, such as PiSSA, take the first matrices out of the base, which is another one then.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
+# Bytes of such a file; one with a rank of its own for each of a thousand modules has some 100,000.
+_MOST_BYTES = 512 << 10
+_RANK, _ALPHA = integer(1, 1 << 16), number(0, 1e6, above=True)
+_RULES = {
+    "peft_type": string(),
+    "bias": optional(string()),
+    "init_lora_weights": optional(either(boolean(), string())),
+    "r": _RANK,
+    "lora_alpha": _ALPHA,
+    "use_rslora": optional(boolean()),
+    "lora_dropout": optional(number(0, 1)),
+    "target_modules": optional(either(string(), list_of(string()))),
+    "rank_pattern": optional(table_of(_RANK)),
+    "alpha_pattern": optional(table_of(_ALPHA)),
+    **{name: optional(boolean()) for name in ("use_dora", "fan_in_fan_out", "lora_bias")},
+}
+
+# Whether a module is meant, by its name in Hugging Face's model, and the value of those that are.
+_Values = tuple[tuple[Callable[[str], bool], float], ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class PeftConfig:
@@ -27,24 +59,19 @@ class PeftConfig:
 
     Attributes:
       lora: the defaults; its targets mean nothing, for the tensors tell them.
-      ranks: ranks of some modules, by patterns of their names.
+      ranks: ranks of some modules; the first that means a module is its.
       alphas: their alphas, likewise.
     """
 
     lora: Lora
-    ranks: Mapping[str, int]
-    alphas: Mapping[str, float]
+    ranks: _Values
+    alphas: _Values
 
     def of(self, module: str) -> Lora:
         """Returns what the adapter of a module is, by its name in Hugging Face's model."""
 
-        def pick(patterns, default):
-            found = (
-                value
-                for pattern, value in patterns.items()
-                if re.match(rf"(.*\.)?({pattern})$", module)
-            )
-            return next(found, default)
+        def pick(values, default):
+            return next((value for means, value in values if means(module)), default)
 
         rank, alpha = pick(self.ranks, self.lora.rank), pick(self.alphas, self.lora.alpha)
         return dataclasses.replace(self.lora, rank=rank, alpha=alpha)
@@ -56,19 +83,21 @@ def read(file: Path) -> PeftConfig:
     Raises:
       ValueError: there is none, or it tells of adapters that are no plain LoRA.
     """
-    if not file.is_file():
+    if not file.exists():
         raise ValueError(f"there is no {file}; put the one there that was saved with the adapters")
-    found = read_json(file)
+    found = read_json(file, _MOST_BYTES)
+    check_table(found, _RULES, str(file))
     plain = {"peft_type": ("LORA",), "bias": ("none", None), "init_lora_weights": _PLAIN_INITS}
     for name, values in plain.items():
         if found.get(name, values[0]) not in values:
             raise ValueError(
-                f"{file} has {name} = {found[name]!r}; only plain LoRA is read, with {values[0]!r}"
+                f"{file} has {name} = {show(found[name])}; only plain LoRA is read, with "
+                f"{values[0]!r}"
             )
     for name in _OTHER_KINDS:
         if found.get(name):
             raise ValueError(
-                f"{file} has {name} = {found[name]!r}; only plain LoRA is read, without it"
+                f"{file} has {name} = {show(found[name])}; only plain LoRA is read, without it"
             )
     try:
         lora = Lora(
@@ -79,7 +108,23 @@ def read(file: Path) -> PeftConfig:
         )
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-    return PeftConfig(lora, found.get("rank_pattern") or {}, found.get("alpha_pattern") or {})
+    return PeftConfig(
+        lora, _values(found, "rank_pattern", file), _values(found, "alpha_pattern", file)
+    )
+
+
+def _values(found: Mapping[str, Any], name: str, file: Path) -> _Values:
+    """Returns the values of a table whose keys are patterns of names, as PEFT matches them."""
+    values = []
+    for pattern, value in (found.get(name) or {}).items():
+        try:
+            values.append((patterns.suffix(pattern), value))
+        except ValueError as error:
+            raise ValueError(
+                f"{file} has {show(pattern)} in {name}, but {error}; expected the end of a "
+                "module's name, or a simple pattern of it"
+            ) from None
+    return tuple(values)
 
 
 def write(

@@ -16,6 +16,9 @@ from safetensors.numpy import save_file
 from sentencepiece import SentencePieceTrainer
 from tiny import OFFICIAL
 
+# What git leaves in place of a file that Git LFS keeps.
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%064d\nsize 9942981696\n" % 0
+
 FORMATS = ("hf-safetensors", "official-safetensors", "hf-torch", "official-torch")
 
 HF_KEYS = {

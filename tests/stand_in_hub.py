@@ -52,6 +52,20 @@ def environment(port: int, cache: Path) -> dict[str, str]:
     }
 
 
+def cached(home: Path, repository: str, source: Path, commit: str = COMMIT) -> Path:
+    """Lays the files of a folder out as the Hub's cache has them; returns the snapshot's folder."""
+    folder = home / "hub" / f"models--{repository.replace('/', '--')}"
+    snapshot = folder / "snapshots" / commit
+    for path in (snapshot, folder / "blobs", folder / "refs"):
+        path.mkdir(parents=True, exist_ok=True)
+    (folder / "refs" / "main").write_text(commit)
+    for file in source.iterdir():
+        blob = folder / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+        blob.write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/{blob.name}")
+    return snapshot
+
+
 class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         found = _PATH.fullmatch(self.path.split("?")[0])

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import pickle
 
 import jax
@@ -15,6 +16,7 @@ import reference
 import safetensors.numpy
 import tiny
 import tokenizer_samples
+from bounds import bounded
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import mistral_jax
@@ -32,6 +34,7 @@ CONFIG = MODEL.config
 TEXT = np.arange(13) * 5 % 53
 SOME = Lora(rank=3, alpha=5.0, dropout=0.1, targets=("k_proj", "lm_head", "o_proj"))
 ALL = Lora(rank=4, alpha=6.0, rslora=True)
+KEYS_B = "base_model.model.model.layers.0.self_attn.k_proj.lora_B.weight"
 KEYS = "base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight"
 
 
@@ -329,10 +332,10 @@ def change(folder, fields):
         ({"fan_in_fan_out": True}, "has fan_in_fan_out = True"),
         ({"peft_type": "IA3"}, "has peft_type = 'IA3'; only plain LoRA is read, with 'LORA'"),
         ({"init_lora_weights": "pissa_niter_4"}, "has init_lora_weights = 'pissa_niter_4'"),
-        ({"r": 0}, r"adapter_config\.json: lora\.rank is 0"),
-        ({"r": "8"}, r"adapter_config\.json: lora\.rank is '8'"),
-        ({"lora_alpha": None}, r"adapter_config\.json: lora\.alpha is None"),
-        ({"lora_alpha": -1}, r"adapter_config\.json: lora\.alpha is -1"),
+        ({"r": 0}, r"adapter_config\.json has r 0; expected an integer of at least 1"),
+        ({"r": "8"}, r"adapter_config\.json has r '8'; expected"),
+        ({"lora_alpha": None}, r"adapter_config\.json has lora_alpha None; expected"),
+        ({"lora_alpha": -1}, r"adapter_config\.json has lora_alpha -1; expected"),
     ],
 )
 def test_a_config_of_other_adapters_is_refused(tmp_path, fields, message):
@@ -340,6 +343,82 @@ def test_a_config_of_other_adapters_is_refused(tmp_path, fields, message):
     change(tmp_path / "x", fields)
     with pytest.raises(ValueError, match=message):
         adapters.read(tmp_path / "x", CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("r", [True, 2.5, "8", [8], {}, None, 2**63, -1, 0]),
+        ("lora_alpha", [True, "8", [8], {}, None, 1e300, float("nan"), float("inf"), 10**400, 0]),
+        ("lora_dropout", [True, "0.1", [0.1], {}, -1, 2, 1]),
+        ("use_rslora", [1, "yes", [], {}, 0.5]),
+        ("rank_pattern", [[], "q_proj", 3, True, {"q_proj": 0}, {"q_proj": 2.5}, {"q_proj": None}]),
+        ("alpha_pattern", [[], "q_proj", 3, True, {"q_proj": 0}, {"q_proj": "x"}, {"q_proj": [1]}]),
+        ("target_modules", [3, True, {"q_proj": 1}, [1], [None]]),
+        ("init_lora_weights", [1, [], {}, 0.5, "loftq"]),
+        ("bias", [True, [], "all"]),
+        ("peft_type", [True, None, [], {}, "lora"]),
+    ],
+)
+def test_every_value_that_is_read_is_checked(tmp_path, key, values):
+    adapters.save(tmp_path / "x", CONFIG, SOME, random_adapters(SOME))
+    for value in values:
+        change(tmp_path / "x", {key: value})
+        with pytest.raises(
+            ValueError, match=rf"adapter_config\.json(: lora\.| has ){key[5:]}|{key}"
+        ):
+            adapters.read(tmp_path / "x", CONFIG)
+
+
+def test_large_configs_are_not_read(tmp_path):
+    adapters.save(tmp_path / "x", CONFIG, SOME, random_adapters(SOME))
+    os.truncate(tmp_path / "x" / "adapter_config.json", 1 << 30)
+    with bounded(5, 1 << 27), pytest.raises(ValueError, match=r"has 1\.1 GB; expected at most"):
+        adapters.read(tmp_path / "x", CONFIG)
+    adapters.save(tmp_path / "y", CONFIG, SOME, random_adapters(SOME), format="peft")
+    (tmp_path / "y" / "adapter_config.json").unlink()
+    os.mkfifo(tmp_path / "y" / "adapter_config.json")
+    with bounded(5, 1 << 27), pytest.raises(ValueError, match=r"adapter_config\.json is a pipe"):
+        adapters.read(tmp_path / "y", CONFIG)
+
+
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("pattern", ["(", "*", "(a+)+b", "k_proj{1}", "[", "(?P<x>k)_proj", "\\"])
+def test_a_pattern_that_is_none_or_too_much_is_refused_by_name(tmp_path, name, pattern):
+    adapters.save(tmp_path / "x", CONFIG, SOME, random_adapters(SOME))
+    change(tmp_path / "x", {name: {pattern: 4}})
+    with pytest.raises(ValueError, match=rf"adapter_config\.json has .* in {name}, but it "):
+        adapters.read(tmp_path / "x", CONFIG)
+
+
+def test_a_pattern_with_too_many_ways_to_match_takes_no_time(tmp_path):
+    adapters.save(tmp_path / "x", CONFIG, SOME, random_adapters(SOME))
+    change(tmp_path / "x", {"alpha_pattern": {".*" * 100 + "x" + ".*" * 100: 4}})
+    with bounded(5, 1 << 27):
+        _, found = adapters.read(tmp_path / "x", CONFIG)
+    equal(found, jax.tree.map(np.asarray, random_adapters(SOME)))
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        (3, "has lora 3; expected an object"),
+        ({"scaling": "2"}, "lora has scaling '2'; expected a finite number above 0"),
+        ({"scaling": None}, "lora has scaling None; expected"),
+        ({"scaling": 0}, "lora has scaling 0; expected"),
+        ({"scaling": 10**400}, "lora has scaling 1000"),
+        (None, None),
+        ({}, None),
+    ],
+)
+def test_the_scale_beside_mistral_s_file_is_checked(tmp_path, lora, message):
+    safetensors.numpy.save_file(official(np.random.default_rng(0)), tmp_path / "lora.safetensors")
+    (tmp_path / "params.json").write_text(json.dumps({"lora": lora}))
+    if message is None:
+        assert adapters.read(tmp_path, CONFIG)[0].scale == 2.0
+        return
+    with pytest.raises(ValueError, match=rf"params\.json(:| has) ?{message.removeprefix('has ')}"):
+        adapters.read(tmp_path, CONFIG)
 
 
 HEAD_B = "base_model.model.lm_head.lora_B.weight"
@@ -356,6 +435,9 @@ HEAD_B = "base_model.model.lm_head.lora_B.weight"
         ({HEAD_B: np.ones((54, 3))}, r"has \(54, 3\) as \S+lm_head\S+; expected \(53, 3\)"),
         ({HEAD_B: np.ones((53, 2))}, r"expected \(53, 3\)"),
         ({KEYS: np.full((3, 32), np.nan)}, r"has values in \S+ that are not finite"),
+        ({KEYS: np.ones(())}, r"has \(\) as \S+lora_A\.weight; expected \(0, 32\)"),
+        ({KEYS: np.ones((0, 32)), KEYS_B: np.ones((16, 0))}, r"has rank 0 for \S+; expected 1"),
+        ({KEYS: np.ones((70000, 32)), KEYS_B: np.ones((16, 70000))}, "has rank 70000 for"),
         ({KEYS.replace("layers.0", "layers.2"): np.ones(1)}, r"has \S+layers\.2\S+, and the model"),
         ({"base_model.model.model.embed_tokens.lora_embedding_A": np.ones(1)}, "has nothing that"),
         ({KEYS.replace("lora_A", "lora_magnitude_vector"): np.ones(1)}, "more than plain LoRA"),
@@ -393,6 +475,23 @@ def test_folders_without_adapters_are_refused(tmp_path):
         adapters.read(tmp_path / "x", CONFIG)
     (tmp_path / "x" / "lora.safetensors").touch()
     with pytest.raises(ValueError, match=r"has both .*; name one of the two files"):
+        adapters.read(tmp_path / "x", CONFIG)
+
+
+def test_dtypes_and_scales_that_float32_cannot_hold_are_refused(tmp_path):
+    adapters.save(tmp_path / "x", CONFIG, SOME, random_adapters(SOME))
+    file = tmp_path / "x" / "adapter_model.safetensors"
+    held = safetensors.numpy.load_file(file)
+    for array, message in (
+        (np.ones((3, 32), np.int8), "has int8 as .*; expected float32 or bfloat16"),
+        (np.full((3, 32), 1e300), "not finite"),
+    ):
+        safetensors.numpy.save_file(held | {KEYS: array}, file)
+        with pytest.raises(ValueError, match=message):
+            adapters.read(tmp_path / "x", CONFIG)
+    safetensors.numpy.save_file(held | {KEYS_B: held[KEYS_B] * 0 + np.float32(3e38)}, file)
+    change(tmp_path / "x", {"alpha_pattern": {"k_proj": 1e6}})
+    with pytest.raises(ValueError, match=r"scales a lora_B by 200000, more than float32 can hold"):
         adapters.read(tmp_path / "x", CONFIG)
 
 

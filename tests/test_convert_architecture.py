@@ -1,8 +1,11 @@
 import dataclasses
 import json
+import re
 
+import numpy as np
 import pytest
 import sources
+from bounds import bounded
 from mistral_jax.convert import architecture
 from tiny import OFFICIAL
 
@@ -123,7 +126,9 @@ def test_theta_by_hand_is_said(read):
     ],
 )
 def test_scaled_rotations_are_refused(read, key, value):
-    with pytest.raises(ValueError, match=rf"config\.json has {key} .*; only plain rotation"):
+    with pytest.raises(
+        ValueError, match=rf"config\.json.* {key}.*; (only plain rotation|expected)"
+    ):
         read(V03_HF, **{key: value})
     assert read(V03_HF, rope_scaling=None).config.rope_theta == 1e6
     for plain in ({"type": "default"}, {"rope_theta": 1e6, "factor": 1.0}, {}):
@@ -182,7 +187,7 @@ def test_windows_that_are_none(read, window):
         ({"num_key_value_heads": 3}, "num_kv_heads is 3; expected a divisor of num_heads"),
         ({"num_hidden_layers": ...}, "config.json has no num_hidden_layers"),
         ({"rms_norm_eps": ...}, "config.json has no rms_norm_eps"),
-        ({"hidden_size": "wide"}, "embed_dim is 'wide'; expected an integer"),
+        ({"hidden_size": "wide"}, "has hidden_size 'wide'; expected an integer"),
         ({"head_dim": 7}, "head_dim is 7; expected an even number"),
     ],
 )
@@ -211,7 +216,9 @@ def test_files_that_are_no_config(tmp_path):
     file = tmp_path / "config.json"
     for content in (b"{", b"", b"\xff\xfe", b"[]", b"null"):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match=r"config\.json (is not valid JSON|holds a JSON)"):
+        with pytest.raises(
+            ValueError, match=r"config\.json (is empty|is not valid JSON|holds a JSON)"
+        ):
             architecture.read(file)
 
 
@@ -247,3 +254,68 @@ def test_two_windows_need_the_official_format():
     assert architecture.to_official(config)["sliding_window"] == [4, 8] * 16
     with pytest.raises(ValueError, match=r"this model has \[4, 8\]: export it as official"):
         architecture.to_hf(config)
+
+
+WRONG = [True, 2.5, -1, 2**63, 2**40, "x" * 1000, [1], [[]], {}, {"a": 1}, float("nan"), 10**400]
+
+
+@pytest.mark.parametrize("fields", [OFFICIAL, sources.HF_CONFIG])
+def test_every_value_that_is_read_is_checked_before_it_is_used(read, fields, tmp_path):
+    """Whatever it is, it is taken or refused by name: at once, in a sentence, in little memory."""
+    extra = [
+        *(
+            "layer_types",
+            "rope_parameters",
+            "rope_scaling",
+            "lora",
+            "head_dim",
+            "moe",
+            "hidden_act",
+        ),
+        *("sliding_window", "_sliding_window", "tied_embeddings", "attention_bias", "quantization"),
+        *("model_type", "max_position_embeddings", "eos_token_id", "bos_token_id", "rope_theta"),
+    ]
+    nested = [
+        {"rope_parameters": {"rope_theta": 1e4, key: x}}
+        for key in ("factor", "type", "rope_theta")
+        for x in WRONG
+    ]
+    flat = [{key: x} for key in {*fields, *extra} for x in [*WRONG, []]]
+    for change in flat + nested:
+        refusal = ""
+        with bounded(5, 1 << 27):
+            try:
+                config = read(fields, **change).config
+            except ValueError as error:
+                refusal = str(error)
+        if refusal:
+            assert re.search(r"(config|params)\.json", refusal), change
+            assert len(refusal) < 600 + len(str(tmp_path)), change
+        else:
+            assert all(map(np.isfinite, (config.rope_theta, config.norm_eps))), change
+
+
+def test_numbers_are_not_computed_with_before_they_are_checked(read):
+    for fields, change, message in (
+        (OFFICIAL, {"n_layers": 2**40, "sliding_window": [5]}, "n_layers 1099511627776; expected"),
+        (OFFICIAL, {"n_layers": 10**6, "sliding_window": [5]}, "n_layers 1000000; expected"),
+        (OFFICIAL, {"n_heads": 2**63, "head_dim": ...}, "n_heads 9223372036854775808; expected"),
+        (OFFICIAL, {"sliding_window": "[" * 1000}, r"sliding_window '\[+\.*\[*' is nested|is not"),
+        (OFFICIAL, {"sliding_window": [None] * 10**5}, r"sliding_window \[None, .*expected"),
+        (
+            sources.HF_CONFIG,
+            {"layer_types": ["full_attention"] * 10**5},
+            "has layer_types .*expecte",
+        ),
+        (sources.HF_CONFIG, {"eos_token_id": []}, r"has eos_token_id \[\]; expected"),
+    ):
+        with bounded(5, 1 << 27), pytest.raises(ValueError, match=message):
+            read(fields, **change)
+
+
+@pytest.mark.parametrize("name", ["params.json", "config.json"])
+def test_a_large_config_is_not_read(tmp_path, name):
+    with open(tmp_path / name, "wb") as file:
+        file.truncate(1 << 30)
+    with bounded(5, 1 << 27), pytest.raises(ValueError, match=r"has 1\.1 GB; expected at most 4"):
+        architecture.read(tmp_path / name)

@@ -124,3 +124,61 @@ def test_finite(dtype):
             checks.check_finite(bad, "x")
         with pytest.raises(ValueError, match=r"at \(2, 1\)"):
             checks.check_finite(bad.T, "x")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.rotary_emb.inv_freq",
+        "rotary_emb.inv_freq",
+        "model.rotary_emb.original_inv_freq",
+        "model.layers.1.self_attn.rotary_emb.cos_cached",
+        "model.layers.1.self_attn.rotary_emb.sin_cached",
+    ],
+)
+def test_tables_of_rotary_angles_are_ignored_wherever_they_lie(tmp_path, name):
+    tensors = {sources.hf_name(name): tensor for name, tensor in sources.tensors().items()}
+    sources.write(tmp_path, "hf-safetensors")
+    file = tmp_path / "model.safetensors"
+    sources.save_safetensors(file, tensors | {name: np.ones((1, 4), np.float32)})
+    check(tmp_path)
+    for other in (
+        f"{name}.weight",
+        name.replace("rotary_emb", "attn"),
+        f"x{name}".replace(".", ""),
+    ):
+        sources.save_safetensors(file, tensors | {other: np.ones(4, np.float32)})
+        refused(tmp_path, "is no part of this model")
+
+
+LORA = {"enable": True, "rank": 64, "dropout": 0.0, "scaling": 2.0}
+
+
+@pytest.mark.parametrize("lora", [LORA, LORA | {"enable": False}, {}, None])
+def test_whether_there_are_adapters_is_told_by_the_tensors(tmp_path, lora):
+    """A whole fine-tune of Mistral's own program says in params.json how it was trained."""
+    sources.write(tmp_path, "official-safetensors", lora=lora, moe=None)
+    check(tmp_path)
+    for other in (
+        "layers.0.attention.wq.lora_A.weight",
+        "layers.0.attention.wq.lora.lora_B.weight",
+        "output.lora_B",
+    ):
+        tensors = sources.tensors() | {other: np.ones((2, 32), np.float32)}
+        sources.write(tmp_path, "official-safetensors", tensors, lora=lora)
+        refused(tmp_path, rf"tensor {other} in \S+ is an adapter's; expected a whole model")
+
+
+def test_a_tensor_that_repeats_a_few_values_is_refused(tmp_path):
+    """Written out, it could take any room."""
+    fields = {"vocab_size": 1 << 20, "dim": 32}
+    sources.write(tmp_path, "official-torch", sources.tensors(), **fields)
+    file = tmp_path / "consolidated.00.pth"
+    names = list(sources.tensors())
+    shape = (1 << 20, 32)
+    opcodes = sources.text("tok_embeddings.weight") + sources.rebuilt(
+        "0", "float32", shape, (0, 1), count=32
+    )
+    sources.save_zip(file, b"\x80\x02}(" + opcodes + b"u.", [bytes(128)])
+    assert names[0] == "tok_embeddings.weight"
+    refused(tmp_path, r"tok_embeddings\.weight in \S+ has 134217728 bytes, more than its file")

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import huggingface_hub.constants as constants
 import pytest
 import sources
 import stand_in_hub
@@ -20,9 +21,9 @@ def server(tmp_path):
         yield running
 
 
-def convert(server, tmp_path, *arguments):
+def convert(server, tmp_path, *arguments, **variables):
     """Runs the command in a process of its own, whose Hub is the stand-in."""
-    environment = stand_in_hub.environment(server.server_port, tmp_path / "cache")
+    environment = stand_in_hub.environment(server.server_port, tmp_path / "cache") | variables
     command = [sys.executable, "-m", "mistral_jax.convert", "to-orbax", *arguments]
     return subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, timeout=120
@@ -76,6 +77,51 @@ def test_a_hub_that_does_not_answer(server, tmp_path):
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: nobody/tiny is no folder, and the Hub does not give it: ")
+
+
+OFFLINE = ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"})
+
+
+@pytest.mark.parametrize("variables", OFFLINE, ids=["told so", "no network"])
+def test_what_is_cached_is_read_without_a_network(server, tmp_path, variables):
+    """Also what another program fetched, by the name of a branch."""
+    sources.write(tmp_path / "repository", "hf-safetensors", parts=2)
+    snapshot = stand_in_hub.cached(tmp_path / "cache", "nobody/tiny", server.root)
+    done = convert(server, tmp_path, "nobody/tiny", str(tmp_path / "x"), **variables)
+    assert done.returncode == 0, done.stderr
+    assert not server.given
+    commit = snapshot.name
+    said = (
+        f"nobody/tiny is read from the Hub's cache, which has no tokenizer of it, commit {commit}"
+    )
+    assert said in done.stderr
+    assert manifest.read(tmp_path / "x")[1]["source"] == f"nobody/tiny@{commit}"
+    (snapshot / "model-00002-of-00002.safetensors").unlink()
+    done = convert(server, tmp_path, "nobody/tiny", str(tmp_path / "y"), **variables)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "nobody/tiny is in the Hub's cache in part only, and the Hub does not give the" in line
+    assert "nobody/tiny has no model-00002-of-00002.safetensors" in line
+    assert not (tmp_path / "y").exists()
+
+
+def test_what_is_not_cached_is_not_read_without_a_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
+    with pytest.raises(ValueError, match=r"does not give it: .* nor is it in the Hub's cache$"):
+        hub.fetch("nobody/other")
+    (tmp_path / "empty").mkdir()
+    stand_in_hub.cached(tmp_path / "cache", "nobody/other", tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"in part only.* nobody/other holds no checkpoint"):
+        hub.fetch("nobody/other")
+
+
+def test_what_was_fetched_once_is_read_without_a_network(server, tmp_path):
+    sources.write(server.root, "official-safetensors")
+    for name, variables in (("x", {}), ("y", OFFLINE[0])):
+        done = convert(server, tmp_path, "nobody/tiny", str(tmp_path / name), **variables)
+        assert done.returncode == 0, done.stderr
+    assert manifest.read(tmp_path / "x") == manifest.read(tmp_path / "y")
 
 
 def test_a_repository_without_a_checkpoint(server, tmp_path):

@@ -1,8 +1,10 @@
 import json
+import os
 import re
 
 import pytest
 import sources
+from bounds import bounded
 from mistral_jax.convert import source
 
 
@@ -44,6 +46,19 @@ def test_other_safetensors_files_are_left_alone(tmp_path):
     sources.write(tmp_path, "hf-safetensors")
     (tmp_path / "adapter.safetensors").write_bytes(b"not one")
     assert len(source.find(tmp_path).weight_files) == 1
+
+
+@pytest.mark.parametrize("format", sources.FORMATS)
+def test_what_systems_leave_is_left_alone(tmp_path, format):
+    sources.write(tmp_path, format, sources.tensors(vocab_size=52), parts=2, vocab_size=52)
+    before = source.find(tmp_path)
+    for file in list(tmp_path.iterdir()):
+        (tmp_path / f"._{file.name}").write_bytes(b"x")
+    for name in (".DS_Store", "desktop.ini", "Thumbs.db", ".nfs0000000000001", "@eaDir"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / ".cache" / "huggingface").mkdir(parents=True)
+    assert source.find(tmp_path) == before
+    assert len(before.tensors()) == len(sources.tensors())
 
 
 @pytest.mark.parametrize(
@@ -110,7 +125,27 @@ def test_a_missing_part(tmp_path):
 def test_an_index_that_is_none(tmp_path, content):
     sources.write(tmp_path, "hf-safetensors", parts=2)
     (tmp_path / "model.safetensors.index.json").write_text(content)
-    refused(tmp_path, r"index\.json (has no weight_map|is not valid JSON|holds a JSON list)")
+    refused(tmp_path, r"index\.json (has (no )?weight_map|is not valid JSON|holds a JSON list)")
+
+
+@pytest.mark.parametrize(
+    "places", ["[]", '"x"', "3", '{"x": 3}', '{"x": null}', '{"x": ["model.safetensors"]}', "true"]
+)
+def test_what_an_index_says_is_checked(tmp_path, places):
+    sources.write(tmp_path, "hf-torch", parts=2)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(f'{{"weight_map": {places}}}')
+    refused(tmp_path, r"index\.json has weight_map .*; expected an object, each value a string")
+
+
+def test_a_large_index_is_not_read(tmp_path):
+    sources.write(tmp_path, "hf-torch", parts=2)
+    os.truncate(tmp_path / "pytorch_model.bin.index.json", 1 << 30)
+    with bounded(5, 1 << 27):
+        refused(tmp_path, r"has 1\.1 GB; expected at most 8\.4 MB")
+    (tmp_path / "pytorch_model.bin.index.json").unlink()
+    os.mkfifo(tmp_path / "pytorch_model.bin.index.json")
+    with bounded(5, 1 << 27):
+        refused(tmp_path, "is a pipe; expected a regular file")
 
 
 def test_an_index_does_not_lead_out_of_its_folder(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import sources
 import tiny
 from mistral_jax.convert.progress import Progress
+from mistral_jax.convert.source import find
 from mistral_jax.convert.to_orbax import to_orbax
 
 from mistral_jax import arrays, checkpoint, manifest
@@ -99,6 +100,7 @@ def test_provenance(tmp_path):
     to_orbax(source, tmp_path / "x")
     found = manifest.read(tmp_path / "x")[1]
     assert found.pop("program").startswith("mistral_jax ")
+    assert found.pop("source_stamps") == find(source).stamps()
     names = [
         "config.json",
         "tokenizer.model",

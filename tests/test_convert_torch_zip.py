@@ -1,11 +1,13 @@
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 import sources
+from bounds import bounded
 from mistral_jax.convert import torch_zip
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -92,15 +94,144 @@ def test_a_pickle_of_python_s_own_making_is_not_run(tmp_path):
 
 
 def test_what_is_allowed_cannot_be_altered(tmp_path):
-    """BUILD sets attributes: on none of the objects that a pickle can name may it change ours."""
-    before = torch_zip._rebuild.__defaults__, vars(torch_zip._rebuild).copy()
-    state = b"}" + sources.text("__defaults__") + b"(" + sources.integer(1) + b"ts"
-    for name in (("torch", "FloatStorage"), ("collections", "OrderedDict")):
-        build = sources.name_of(*name) + b"N" + state + b"\x86b."
-        sources.save_zip(tmp_path / "evil.pth", b"\x80\x02" + build, [])
-        with pytest.raises(ValueError, match=r"pickle in .*evil\.pth is damaged"):
-            torch_zip.read(tmp_path / "evil.pth")
-    assert (torch_zip._rebuild.__defaults__, vars(torch_zip._rebuild)) == before
+    """BUILD sets attributes, and its second dict any of them: only a state dict takes one."""
+    attribute = b"}" + sources.text("__defaults__") + b"(" + sources.integer(1) + b"ts"
+    for state in (attribute, b"N" + attribute + b"\x86"):
+        for name in (
+            ("torch", "FloatStorage"),
+            ("torch._utils", "_rebuild_tensor_v2"),
+            ("collections", "OrderedDict"),
+        ):
+            build = sources.name_of(*name) + state + b"b."
+            sources.save_zip(tmp_path / "evil.pth", b"\x80\x02" + build, [])
+            with pytest.raises(ValueError, match=r"pickle in .*evil\.pth is damaged"):
+                torch_zip.read(tmp_path / "evil.pth")
+        made = sources.name_of("collections", "OrderedDict") + b")R" + state + b"b."
+        sources.save_zip(tmp_path / "evil.pth", b"\x80\x02" + made, [])
+        assert torch_zip.read(tmp_path / "evil.pth") == {}
+
+
+def nested(depth):
+    """Returns the opcodes of a tuple that holds the one before twice: 2**depth leaves."""
+    return b")" + b"2\x86" * depth
+
+
+@pytest.mark.parametrize(
+    "opcodes",
+    {
+        "a place of the memo that would take 64 GB": b"Nr\xff\xff\xff\xff.",
+        "a bytearray of 2**40 bytes": b"\x96" + (1 << 40).to_bytes(8, "little") + b".",
+        "a deep key": b"}" + b")" + b"\x85" * 400_000 + b"Ns.",
+        "a key whose hash takes for ever": b"}" + nested(60) + b"Ns.",
+        "a key of a storage whose text takes for ever": b"(" + nested(60) * 5 + b"tQ.",
+        "a name whose text takes for ever": nested(60) + nested(60) + b"\x93.",
+        "a shape whose text takes for ever": sources.name_of("torch._utils", "_rebuild_tensor_v2")
+        + b"("
+        + nested(60) * 4
+        + b"tR.",
+        "a list in itself": b"]q\x00h\x00a.",
+        "marks without end": b"(" * 400_000 + b".",
+        "copies of the stack": b"N" * 400_000 + b"\x85" * 400_000 + b".",
+        "no end": b"N" * 1000,
+        "an integer of 100,000 digits": b"L" + b"9" * 100_000 + b"L\n.",
+        "an integer of 1,000,000 bits": b"\x8b"
+        + (125_000).to_bytes(4, "little")
+        + b"\x7f" * 125_000,
+        "a pickle of 5 MB": b"N0" * 2_500_000 + b"}.",
+        "a persistent name in text": b"Pname\n.",
+        "an extension": b"\x82\x01.",
+    }.items(),
+    ids=lambda pair: pair[0],
+)
+def test_a_hostile_pickle_ends_soon_in_a_sentence(tmp_path, opcodes):
+    sources.save_zip(tmp_path / "evil.pth", b"\x80\x02" + opcodes[1], [])
+    with bounded(20, 1 << 29), pytest.raises(ValueError, match=r"evil\.pth"):
+        torch_zip.read(tmp_path / "evil.pth")
+
+
+def test_parameters_are_tensors_with_or_without_attributes():
+    """As `state_dict(keep_vars=True)` and `named_parameters` give them."""
+    found = torch_zip.read(GOLDEN / "torch_parameters.bin")
+    assert list(found) == ["plain", "with attributes", "tensor with attributes"]
+    for i, array in enumerate(found.values()):
+        np.testing.assert_array_equal(array, np.arange(3, dtype=np.float32) + i)
+
+
+def test_sums_may_be_left_out_but_not_wrong(tmp_path):
+    """`torch.serialization.set_crc32_options(False)` writes 0 for them."""
+    assert list(torch_zip.read(GOLDEN / "torch_no_sums.bin")) == ["a"]
+    file, whole = tmp_path / "a.bin", (GOLDEN / "torch_module.bin").read_bytes()
+    file.write_bytes(whole.replace(b"weight", b"height"))
+    with pytest.raises(ValueError, match=r"a\.bin is damaged: its member \S+data\.pkl has another"):
+        torch_zip.read(file)
+
+
+def wrapped(*items):
+    """Returns the opcodes of a dict."""
+    return b"\x80\x02}" + b"".join(sources.text(key) + value + b"s" for key, value in items) + b"."
+
+
+def test_a_state_dict_within_a_dict_is_taken_if_it_is_the_only_one(tmp_path):
+    file, said = tmp_path / "a.pth", []
+    tensor = sources.rebuilt("0", "float32", (4,), (1,))
+    inner = b"}" + sources.text("x") + tensor + b"s"
+    for key in ("state_dict", "model"):
+        rest = [("step", sources.integer(3)), ("optimizer", b"}" + sources.text("lr") + b"Ns")]
+        sources.save_zip(file, wrapped((key, inner), *rest), [bytes(16)])
+        assert torch_zip.read(file, said.append)["x"].shape == (4,)
+        assert said.pop() == f"{file} holds a dict; its tensors are those under {key!r}"
+    for items in (
+        [("model", inner), ("x", tensor)],
+        [("model", b"}" + sources.text("a") + inner + b"s")],
+    ):
+        sources.save_zip(file, wrapped(*items), [bytes(16)])
+        with pytest.raises(ValueError, match="holds a dict under 'model'; expected a tensor"):
+            torch_zip.read(file, said.append)
+    sources.save_zip(file, wrapped(("model", inner), ("ema", inner)), [bytes(16)])
+    with pytest.raises(
+        ValueError, match="several state dicts, under 'model' and 'ema'; expected o"
+    ):
+        torch_zip.read(file, said.append)
+    assert not said
+
+
+def test_what_is_no_weights_is_called_what_it_is(tmp_path):
+    file = tmp_path / "a.bin"
+    for content, message in (
+        (b"", "is empty; expected the weights"),
+        (sources.POINTER, r"is a Git LFS pointer, not the weights: run `git lfs pull` in "),
+        (
+            b"<!DOCTYPE html>\n<html>",
+            r"is not a zip, as torch\.save writes it; it begins with b'<!D",
+        ),
+        (pickle.dumps({"a": 1}), r"is not a zip, as torch\.save writes it"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"a\.bin {message}") as error:
+            torch_zip.read(file)
+        assert "1.6" not in str(error.value)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_nothing_is_unpacked(tmp_path, method):
+    with zipfile.ZipFile(tmp_path / "a.pth", "w", method) as archive:
+        archive.writestr("archive/data.pkl", bytes(1 << 26))
+    with bounded(20, 1 << 26), pytest.raises(ValueError, match=r"data\.pkl of .* is compressed"):
+        torch_zip.read(tmp_path / "a.pth")
+
+
+def test_a_zip_s_table_is_bounded(tmp_path):
+    file = tmp_path / "a.pth"
+    sources.save_zip(file, b"\x80\x02}.", [])
+    data = file.read_bytes()
+    table, end = data.index(b"PK\x01\x02"), data.rindex(b"PK\x05\x06")
+    with open(file, "wb") as stream:  # A hole of 3 GB, all of it the table.
+        stream.write(data[:table])
+        stream.seek(3 << 30)
+        size = stream.tell() - table
+        stream.write(data[end : end + 12] + size.to_bytes(4, "little") + data[end + 16 :])
+    with bounded(20, 1 << 29), pytest.raises(ValueError, match=r"has a table of more than"):
+        torch_zip.read(file)
 
 
 def one_tensor(tmp_path, *arguments, storage=bytes(16), **named):
@@ -133,7 +264,7 @@ def test_damaged_files(tmp_path):
     file = tmp_path / "cut.pth"
     for size in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"cut\.pth is (cut short|not a zip)"):
+        with pytest.raises(ValueError, match=r"cut\.pth is (empty|cut short|not a zip)"):
             torch_zip.read(file)
     for spoiled in (b"", b"\x80\x02", b"\x80\x02}(", b"\x80\x02K\x01K\x02R.", b"\xff\xff"):
         sources.save_zip(file, spoiled, [])

@@ -5,6 +5,7 @@ import os
 import re
 
 import pytest
+import sources
 
 from mistral_jax import files
 
@@ -88,3 +89,19 @@ def test_toml_is_not_nested_deeply(tmp_path, content):
     (tmp_path / "r.toml").write_text(content)
     with pytest.raises(ValueError, match="is nested too deeply"):
         files.read_toml(tmp_path / "r.toml")
+
+
+def test_what_git_leaves_in_place_of_a_file_is_called_so(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(sources.POINTER)
+    for read in (files.read_bytes, files.read_text, files.read_json, files.read_toml):
+        with pytest.raises(
+            ValueError, match=r"x is a Git LFS pointer, not the .* `git lfs pull` in"
+        ):
+            read(path)
+    with pytest.raises(ValueError, match="x is a Git LFS pointer, not the weights: run `git lfs"):
+        files.check_content(path, "the weights")
+    for content in (b"", b" \n"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="x is empty; expected a JSON object"):
+            files.read_json(path)

@@ -14,7 +14,16 @@ import pytest
 from mistral_jax.config import CHECKOUT
 
 FLOORS = [  # from the ground up; modules of one floor do not know each other
-    {"fields", "files", "machine", "model.axes", "model.einsum", "model.pieces"},
+    {
+        "fields",
+        "files",
+        "machine",
+        "model.axes",
+        "model.einsum",
+        "model.pieces",
+        "origin",
+        "patterns",
+    },
     {"model.kernels", "model.split"},
     {"model.cudnn", "model.quantized", "model.splash"},
     {"model.scores"},
@@ -39,6 +48,7 @@ FLOORS = [  # from the ground up; modules of one floor do not know each other
         "command",
         "manifest",
         "rules",
+        "safetensors_file",
         "model.cache",
         "model.products",
         "tokenizer",

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from mistral_jax import adapters, checkpoint, manifest
+from mistral_jax import adapters, checkpoint, manifest, origin
 from mistral_jax.model.quantized import QuantizedKernel
 from mistral_jax.model.transformer import Transformer, stack_layers, unstack_layers
 from mistral_jax.quantization import quantize
@@ -79,8 +79,8 @@ def make_job(
         options = ["--checkpoint", recipe.checkpoint] if recipe.checkpoint else []
         if recipe.lora:
             target, own = path / "adapter", loose(state.trainable)
-            source = provenance.get("source", "").partition("@")[0] or None
-            adapters.save(target, config, recipe.lora, own, base=source, overwrite=True)
+            name = origin.base_name(provenance.get("source"))
+            adapters.save(target, config, recipe.lora, own, base=name, overwrite=True)
             options += ["--lora", str(target)]
         else:
             target = path / "checkpoint"

@@ -1,4 +1,4 @@
-"""Writes golden/torch_*.pth: small files by `torch.save`, for the reader that needs no torch.
+"""Writes golden/torch_*: small files by `torch.save`, for the reader that needs no torch.
 
 Needs torch (`pip install '.[parity]'`). The numbers are those of `test_convert_torch_zip.py`.
 """
@@ -31,6 +31,17 @@ def main() -> None:
     torch.save(linear.state_dict(), GOLDEN / "torch_module.bin")
     torch.save(state, GOLDEN / "torch_before_1_6.pth", _use_new_zipfile_serialization=False)
     torch.save(linear, GOLDEN / "torch_whole_module.pth")
+    tensors = [torch.arange(3, dtype=torch.float32) + i for i in range(3)]
+    parameters = {
+        "plain": torch.nn.Parameter(tensors[0]),
+        "with attributes": torch.nn.Parameter(tensors[1]),
+        "tensor with attributes": tensors[2],
+    }
+    for name in list(parameters)[1:]:
+        parameters[name].is_shared_by = "two"
+    torch.save(parameters, GOLDEN / "torch_parameters.bin")
+    torch.serialization.set_crc32_options(False)
+    torch.save({"a": torch.ones(3)}, GOLDEN / "torch_no_sums.bin")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,15 @@ KINDS = {
         "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.down_proj": 7},
         "alpha_pattern": {"v_proj": 11, "layers.2.self_attn.q_proj": 1},
     },
+    # PEFT sorts its keys when it saves them.
+    "patterns of many kinds": {
+        "target_modules": "all-linear",
+        "rank_pattern": {
+            r"^model\.layers\.[02]\..*(gate|up)_proj": 2,
+            "mlp.down_proj$": 3,
+        },
+        "alpha_pattern": {r"layers\.\d+\.self_attn\.[qk]_proj": 3, "lm_head|o_proj": 1, "m.*": 5},
+    },
     "some layers": {"target_modules": ["k_proj", "up_proj"], "layers_to_transform": [0, 2]},
     "gaussian": {"target_modules": r".*\.1\..*(q|o)_proj", "init_lora_weights": "gaussian"},
 }

@@ -1,11 +1,14 @@
 import json
+import os
 
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 import sources
-from mistral_jax.convert import safetensors_file
+from bounds import bounded
+
+from mistral_jax import safetensors_file
 
 
 def arrays():
@@ -65,7 +68,9 @@ def test_a_file_that_is_cut_short(tmp_path, size):
     file = tmp_path / "a.safetensors"
     sources.save_safetensors(file, arrays())
     file.write_bytes(file.read_bytes()[:size])
-    with pytest.raises(ValueError, match=r"a\.safetensors is cut short or no safetensors file"):
+    with pytest.raises(
+        ValueError, match=r"a\.safetensors is (empty|cut short or no safetensors file)"
+    ):
         safetensors_file.read(file)
 
 
@@ -75,4 +80,36 @@ def test_a_dtype_that_numpy_does_not_have(tmp_path):
     text = json.dumps(header).encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text + b"\0")
     with pytest.raises(ValueError, match=r"tensor x in .* is F4; expected BF16, F16 or F32"):
+        safetensors_file.read(file)
+
+
+def test_what_is_no_weights_is_called_what_it_is(tmp_path):
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(sources.POINTER)
+    with pytest.raises(ValueError, match="is a Git LFS pointer, not the weights: run `git lfs pul"):
+        safetensors_file.read(file)
+    os.mkfifo(tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match=r"b\.safetensors is a pipe; expected a regular file"):
+        safetensors_file.read(tmp_path / "b.safetensors")
+
+
+def test_a_header_is_bounded(tmp_path):
+    """The library would take a hundred million bytes, and a hundred times that of memory."""
+    file = tmp_path / "a.safetensors"
+    size = 90_000_000
+    with open(file, "wb") as stream:
+        stream.write(size.to_bytes(8, "little") + b'{"a":{"x":' + b"[" * 1000)
+        stream.truncate(size + 1000)
+    with bounded(20, 1 << 28), pytest.raises(ValueError, match=r"header would have 90\.0 MB; expe"):
+        safetensors_file.read(file)
+
+
+@pytest.mark.parametrize("shape", [[1] * 9, [1] * 1000, [2**60, 0], [0, 2**62, 2**62], [2**64, 0]])
+def test_shapes_that_numpy_cannot_have_are_refused_by_name(tmp_path, shape):
+    file = tmp_path / "a.safetensors"
+    size = 0 if 0 in shape else 4
+    header = {"x": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+    with pytest.raises(ValueError, match=r"a\.safetensors (has the shape|is cut short or no safe)"):
         safetensors_file.read(file)

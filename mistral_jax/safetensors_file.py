@@ -8,9 +8,15 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from rich.filesize import decimal
 from safetensors import SafetensorError, safe_open
 
+from mistral_jax.fields import show
+from mistral_jax.files import check_content
 from mistral_jax.folder import write_array
+
+_MOST_HEADER = 8 << 20  # Bytes; a model of 1,000 tensors has some 100,000.
+_MOST_AXES = 8
 
 _DTYPES = {
     "BF16": ml_dtypes.bfloat16,
@@ -36,8 +42,18 @@ def read(file: Path) -> dict[str, np.ndarray]:
       Views of the mapped file by name; nothing is read before it is used.
 
     Raises:
-      ValueError: the file is damaged, or has a tensor of a dtype that NumPy cannot have.
+      ValueError: the file is damaged or no such file, or has a tensor of a dtype that NumPy cannot
+        have.
+      OSError: it cannot be read.
     """
+    check_content(file, "the weights")
+    with open(file, "rb") as stream:
+        header = int.from_bytes(stream.read(8), "little")
+    if header > _MOST_HEADER:
+        raise ValueError(
+            f"{file} is cut short or no safetensors file: its header would have "
+            f"{decimal(header)}; expected at most {decimal(_MOST_HEADER)}"
+        )
     try:
         with safe_open(file, framework="np") as handle:
             slices = {name: handle.get_slice(name) for name in handle.offset_keys()}
@@ -45,12 +61,16 @@ def read(file: Path) -> dict[str, np.ndarray]:
     except SafetensorError as error:
         raise ValueError(f"{file} is cut short or no safetensors file: {error}") from None
     with open(file, "rb") as stream:
-        offset = 8 + int.from_bytes(stream.read(8), "little")
         mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    arrays = {}
+    arrays, offset = {}, 8 + header
     for name, (kind, shape) in heads.items():
         if kind not in _DTYPES:
             raise ValueError(f"tensor {name} in {file} is {kind}; expected BF16, F16 or F32")
+        if len(shape) > _MOST_AXES or any(size >= 1 << 60 for size in shape):
+            raise ValueError(
+                f"tensor {name} in {file} has the shape {show(shape)}; expected at most "
+                f"{_MOST_AXES} axes, each below 2**60"
+            )
         flat = np.frombuffer(mapped, _DTYPES[kind], math.prod(shape), offset)
         arrays[name] = flat.reshape(shape)
         offset += flat.nbytes  # The library has made sure that tensors follow without holes.
