@@ -64,6 +64,7 @@ def recipe_file(tmp_path_factory):
     (folder / "models").mkdir()
     (folder / "models" / "tiny.toml").write_text(MODEL)
     (folder / "tiny.toml").write_text(RECIPE)
+    shutil.copytree(config.CONFIG_DIR / "sharding", folder / "sharding")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(config, "CONFIG_DIR", folder)
         patch.setattr(corpus, "gather", lambda roots: [SOURCE])
@@ -246,8 +247,15 @@ def test_a_finished_run_trained_longer_goes_on(finished, recipe_file, tmp_path):
 
 
 def test_losses_that_are_no_numbers_end_the_run(recipe_file, tmp_path):
-    recipe = dataclasses.replace(Recipe.from_file(recipe_file), learning_rate=1e30)
-    with pytest.raises(ValueError, match=r"of 10 steps in a row.* not finite .* below 1e\+30"):
+    wild = {"learning_rate": 1e3, "weight_decay": 1e3}
+    recipe = dataclasses.replace(Recipe.from_file(recipe_file), **wild)
+    with pytest.raises(ValueError, match=r"of 10 steps in a row.* not finite .* below 1000"):
+        run.train(recipe, tmp_path / "run", lambda entry: None)
+
+
+def test_rows_beyond_the_memory_are_refused_before_anything_is_trained(recipe_file, tmp_path):
+    recipe = dataclasses.replace(Recipe.from_file(recipe_file), rows=1 << 20, context=1 << 20)
+    with pytest.raises(ValueError, match=r"1048576 rows .* need more than .* of this machine"):
         run.train(recipe, tmp_path / "run", lambda entry: None)
 
 
@@ -338,13 +346,28 @@ def test_the_command_puts_runs_under_runs(recipe_file, tmp_path, monkeypatch):
     assert paths == [Path("runs/tiny")]
 
 
+def test_the_command_finds_a_recipe_by_its_name(recipe_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").write_text("not the recipe")
+    named = recipe_file.parent / "training" / "tiny.toml"
+    named.parent.mkdir()
+    shutil.copy(recipe_file, named)
+    found = []
+    stopped = run.Outcome(signal.SIGTERM)
+    monkeypatch.setattr(run, "train", lambda *given, tell: found.append(given[:2]) or stopped)
+    assert command("tiny") == 0
+    assert command(recipe_file) == 0
+    assert found == [(Recipe.from_file(recipe_file), Path("runs/tiny"))] * 2
+
+
 def test_errors_are_one_line(recipe_file, tmp_path, capsys, monkeypatch):
     assert command(tmp_path / "absent.toml") == 2
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert command(recipe_file, "--run", tmp_path / "run", "--plot") == 2
     assert not (tmp_path / "run").exists()
     first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("error: there is no file ")
+    assert first.startswith("error: no recipe named ")
+    assert "expected one of" in first
     assert second.startswith("error: no plot without matplotlib")
 
 
@@ -352,7 +375,7 @@ def test_help_names_every_option(capsys):
     with pytest.raises(SystemExit, match="0"):
         command("--help")
     text = capsys.readouterr().out
-    assert all(option in text for option in ("--run", "--plot", "configs/training/nano.toml"))
+    assert all(option in text for option in ("--run", "--plot", "train nano"))
 
 
 def test_an_epoch_reads_a_source_as_often_as_the_recipe_says(finished):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mistral_jax import checkpoint, folder, manifest
+from mistral_jax.config import ModelConfig
 from mistral_jax.files import read_json
 from mistral_jax.tokenizer import Tokenizer
 from mistral_jax.training import packing, records
@@ -25,6 +26,8 @@ SPLITS = ("train", "validation")
 
 def prepare(recipe: Recipe, path: Path) -> None:
     """Encodes and packs the examples of a run as `<path>/data`."""
+    for name in SPLITS:
+        records.check_paths(getattr(recipe.data, name))
     tokenizer = read_tokenizer(recipe)
     with folder.whole(path / "data") as part:
         notes: dict[str, Any] = {"files": _digests(recipe)}
@@ -91,7 +94,11 @@ def prompts(recipe: Recipe, path: Path, tokenizer: Tokenizer) -> tuple[list[Prom
             return tokenizer.encode_chat([{"role": "user", "content": text}])
         return tokenizer.encode(text, bos=True)
 
-    return [Prompt(text, encode(text)) for text in recipe.sample_prompts], chat
+    found = [Prompt(text, encode(text)) for text in recipe.sample_prompts]
+    most = read_base(recipe)[0].max_positions - 1
+    if (longest := max(len(prompt.tokens) for prompt in found)) > most:
+        raise ValueError(f"sample_prompts has a text of {longest} tokens; expected at most {most}")
+    return found, chat
 
 
 def read(recipe: Recipe, files, tokenizer: Tokenizer, tally: records.Tally | None = None):
@@ -110,10 +117,26 @@ def base_folder(recipe: Recipe) -> Path:
     return Path(recipe.checkpoint or checkpoint.BUNDLED)
 
 
+def read_base(recipe: Recipe) -> tuple[ModelConfig, dict[str, Any]]:
+    """Reads the architecture of the model that a recipe trains further, and where it comes from.
+
+    Raises:
+      ValueError: there is no such model, or its positions are fewer than a row has.
+    """
+    base = base_folder(recipe)
+    config, provenance = manifest.read(base)
+    if recipe.context > config.max_positions:
+        raise ValueError(
+            f"context is {recipe.context}; expected at most {config.max_positions}, the positions "
+            f"of {base}"
+        )
+    return config, provenance
+
+
 def read_tokenizer(recipe: Recipe) -> Tokenizer:
     """Reads the tokenizer of the model to train; a ValueError says that there is none."""
     base = base_folder(recipe)
-    config, _ = manifest.read(base)
+    config, _ = read_base(recipe)
     if not (base / "tokenizer.model").is_file():
         raise ValueError(f"{base} has no tokenizer.model, to encode examples with: put it there")
     return checkpoint.read_tokenizer(base / "tokenizer.model", config)
