@@ -133,7 +133,7 @@ def _run(arguments: argparse.Namespace) -> int:
             log(entry)
 
         layout = arguments.sharding, arguments.mesh
-        outcome = run.train(recipe, path, report, *layout, tell=print)
+        outcome = run.train(recipe, path, report, *layout, tell=_tell)
     if outcome.stopped is not None:
         again = shlex.join(sys.orig_argv)
         print(f"stopped and saved; the same command goes on: {again}", file=sys.stderr)
@@ -142,6 +142,11 @@ def _run(arguments: argparse.Namespace) -> int:
     if distributed.is_first():
         print(summary.write(path, recipe.to_dict(), outcome.result, outcome.step, outcome.command))
     return 0
+
+
+def _tell(line: str) -> None:
+    if sys.stderr is not None:
+        print(line, file=sys.stderr, flush=True)
 
 
 def _override(table: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:

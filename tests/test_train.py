@@ -278,12 +278,13 @@ def test_the_command_says_where_the_model_is_and_draws_the_curve(printed):
     assert output.splitlines()[-1].startswith("to use it: python -m mistral_jax.sample ")
     lines = errors.splitlines()
     assert [line.split("  ")[:2][0] for line in lines] == [
+        "compiling the program of a step, which the first one waits for",
         "step 10",
         "step 10",
         "step 20",
         "step 20",
     ]
-    assert lines[1].startswith("step 10  validation loss ")
+    assert lines[2].startswith("step 10  validation loss ")
     assert (path / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert "![loss](curve.png)" in (path / "report.md").read_text()
 

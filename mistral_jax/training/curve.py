@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,10 +15,27 @@ from typing import Any
 import jax
 import numpy as np
 
+from mistral_jax.fields import Rule, check_table, integer, list_of, number, optional
+from mistral_jax.files import parse_record, read_lines
 from mistral_jax.training.utilisation import peak_memory
 
 _RATED = 10  # steps, the last ones, that the tokens a second are of
 _SMOOTHED = 0.05  # part of the training's lines that a point of the smoothed loss is the mean of
+
+_FINITE = number(-sys.float_info.max, sys.float_info.max)
+_MEASURED = optional(_FINITE)
+_TEXT = Rule(
+    "a sample",
+    lambda x: isinstance(x, dict) and all(isinstance(x.get(k), str) for k in ("prompt", "text")),
+)
+_RULES = {
+    "step": integer(0),
+    "steps": integer(0),
+    "skipped": integer(0),
+    "tokens": integer(0, 1 << 62),
+    "seconds": _FINITE,
+    "samples": list_of(_TEXT),
+}
 
 Entry = dict[str, Any]
 
@@ -121,10 +139,24 @@ class Curve:
 
 
 def read(path: Path | str) -> list[Entry]:
-    """Reads the entries of a curve; a last line that a crash cut off is left out."""
-    path = Path(path)
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """Reads the entries of a curve; a last line that a crash cut off is left out.
+
+    Raises:
+      ValueError: a line is no entry; it is named.
+    """
+    if not Path(path).is_file():
+        return []
+    found = []
+    for where, line in read_lines(path):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            entry = {"step": None} | parse_record(line)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        check_table(entry, dict.fromkeys(entry, _MEASURED) | _RULES, where)
+        found.append(entry)
+    return found
 
 
 def points(entries: Iterable[Entry], name: str) -> list[tuple[int, float]]:

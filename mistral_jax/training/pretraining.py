@@ -13,7 +13,7 @@ from mistral_jax import folder
 from mistral_jax.model.transformer import Transformer, stack_layers, unstack_layers
 from mistral_jax.sharding import Layout, abstract_params, read_layout
 from mistral_jax.tokenizer import Tokenizer
-from mistral_jax.training import corpus, data
+from mistral_jax.training import corpus, data, sums
 from mistral_jax.training.job import Job, check_memory, optimizer_of, save_model, trained_model
 from mistral_jax.training.objective import make_loss_fn
 from mistral_jax.training.recipe import Recipe
@@ -26,6 +26,7 @@ def prepare(recipe: Recipe, path: Path) -> None:
     """Makes the vocabulary and the tokens of a run, as `<path>/data`."""
     with folder.whole(path / "data") as part:
         _write_data(recipe, part)
+        sums.write(part)
 
 
 def make_job(recipe: Recipe, path: Path, sharding=None, mesh=None) -> Job:

@@ -97,7 +97,7 @@ def read(
     Raises:
       ValueError: a file or a record cannot be read, with its file and line number (from 1 on).
     """
-    tally = Tally() if tally is None else tally
+    tally, paths = Tally() if tally is None else tally, list(paths)
     encode = _encode_pair if pairs else _encode_example
     for path in map(Path, paths):
         for where, raw in _rows(path) if path.is_dir() else read_lines(path):
@@ -116,6 +116,9 @@ def read(
                 yield example
     if tally.bad and not tally.good:
         raise ValueError(f"all records are bad, {tally.bad} of them, such as {tally.reasons[0]}")
+    if not tally.good:
+        names = ", ".join(map(str, paths))
+        raise ValueError(f"there are no examples in {names}; expected at least one record")
 
 
 def check_paths(paths: Iterable[Path | str]) -> None:
