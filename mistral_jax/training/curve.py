@@ -144,7 +144,7 @@ def read(path: Path | str) -> list[Entry]:
     Raises:
       ValueError: a line is no entry; it is named.
     """
-    if not Path(path).is_file():
+    if not Path(path).exists():
         return []
     found = []
     for where, line in read_lines(path):

@@ -238,7 +238,10 @@ def _lesson(messages: Any, tokenizer: Tokenizer) -> Example:
 
 
 def _example(ids: Sequence[int], weights: Sequence[float]) -> Example:
-    return Example(np.array(ids, np.int32), np.array(weights, np.float32))
+    example = Example(np.array(ids, np.int32), np.array(weights, np.float32))
+    if not example.weights.any():
+        raise ValueError("its weights are too small for float32; expected one above 1e-38")
+    return example
 
 
 def _string(record: Mapping[str, Any], key: str) -> str:

@@ -4,6 +4,8 @@ On any layout they are the same; of several processes, all must call what saves 
 """
 
 import contextlib
+import itertools
+import math
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,9 +17,26 @@ import jax.numpy as jnp
 import optax
 
 from mistral_jax import arrays, distributed, folder
+from mistral_jax.fields import Rule, check_table, integer, list_of, show, string
+from mistral_jax.files import read_json
 from mistral_jax.sharding import Layout
 from mistral_jax.training import sums
 from mistral_jax.training.step import Params, TrainState
+
+# The metadata of an array, as Orbax writes it.
+_AXES = list_of(integer(1, 1 << 40), 8)
+_NULL = Rule("null", lambda x: x is None)
+_ARRAY_RULES = {
+    "chunks": _AXES,
+    "compressor": _NULL,
+    "dimension_separator": string("."),
+    "dtype": string(),
+    "fill_value": _NULL,
+    "filters": _NULL,
+    "order": string("C"),
+    "shape": _AXES,
+    "zarr_format": integer(2, 2),
+}
 
 
 def create_state(
@@ -171,7 +190,12 @@ def restore_state(
 
 def _read(place: Path, abstract: dict[str, Any], step: int) -> dict[str, Any]:
     """Reads a saved state; a ValueError says that it is damaged."""
-    distributed.from_first(lambda: sums.check(place, "the state is damaged"))
+
+    def check():
+        sums.check(place, "the state is damaged")
+        _check_arrays(place / "state" / "state", abstract)
+
+    distributed.from_first(check)
     try:
         read = arrays.read(place / "state", abstract)
     except MemoryError:
@@ -183,6 +207,36 @@ def _read(place: Path, abstract: dict[str, Any], step: int) -> dict[str, Any]:
     if int(read["step"]) != step:
         raise ValueError(f"{place} is of step {int(read['step'])}, which is not its name")
     return read
+
+
+def _check_arrays(place: Path, abstract: dict[str, Any]) -> None:
+    """Makes sure that all files of a state's arrays are there, before Orbax reads one.
+
+    Orbax answers what is missing with errors of many threads, and may crash. States from before
+    there were sums are looked at in no other way.
+    """
+    if any(place.glob("*/zarr.json")):  # Of Zarr 3, as Orbax once wrote them.
+        return
+    read_json(place / "_METADATA")
+    for keys, array in jax.tree.leaves_with_path(abstract):
+        part = place / jax.tree_util.keystr(keys, simple=True, separator=".")
+        about = dict.fromkeys(_ARRAY_RULES) | read_json(part / ".zarray")
+        check_table(about, _ARRAY_RULES, str(part / ".zarray"))
+        dtype = array.dtype.name if array.dtype.kind == "V" else array.dtype.str
+        shape, chunk = about["shape"], about["chunks"]
+        if shape != list(array.shape) or about["dtype"] != dtype or len(chunk) != len(shape):
+            raise ValueError(
+                f"{part / '.zarray'} has shape {show(shape)}, chunks {show(chunk)} and dtype "
+                f"{show(about['dtype'])}; expected {list(array.shape)} and {dtype!r}"
+            )
+        counts = [math.ceil(n / c) for n, c in zip(shape, chunk, strict=True)]
+        size = math.prod(chunk) * array.dtype.itemsize
+        for number in itertools.product(*map(range, counts or [1])):
+            file = part / ".".join(map(str, number))
+            if not file.is_file():
+                raise ValueError(f"{file} is missing")
+            if file.stat().st_size != size:
+                raise ValueError(f"{file} has {file.stat().st_size} bytes; expected {size}")
 
 
 def saved_steps(path: Path) -> list[int]:

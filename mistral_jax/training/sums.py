@@ -4,11 +4,13 @@ import json
 import zlib
 from pathlib import Path
 
-from mistral_jax.fields import check_table, integer, list_of, table_of
+from mistral_jax.fields import Rule, check_table, integer, list_of, table_of
 from mistral_jax.files import read_json
 
 _NAME = "sums.json"
-_RULES = {"files": table_of(list_of(integer(0, 1 << 62), 2))}
+_NUMBERS = list_of(integer(0, 1 << 62))
+_SUM = Rule("a size and a CRC-32", lambda x: _NUMBERS.accepts(x) and len(x) == 2)
+_RULES = {"files": table_of(_SUM)}
 _BLOCK = 1 << 20
 
 
@@ -25,7 +27,7 @@ def check(folder: Path, remedy: str) -> None:
       ValueError: a file is missing or another; it is named, with the remedy.
     """
     sums = folder / _NAME
-    if not sums.is_file():
+    if not sums.exists():
         return
     table = {"files": None} | read_json(sums)
     check_table(table, _RULES, str(sums))
