@@ -188,6 +188,9 @@ def test_a_curve_is_drawn_with_its_best_validation_marked():
     assert abs(smoothed[-1][1] - 8.5) < 0.25
     assert validation == [[200, 3], [400, 2], [600, 4]]
     assert best == [[400, 2]]
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert texts[0] == "training, 9 (step 600) at the end"
+    assert texts[-1] == "validation, 2 (step 400) at best"
 
 
 def test_a_plot_is_an_image_even_of_nothing(path, tmp_path):

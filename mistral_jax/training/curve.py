@@ -164,6 +164,11 @@ def points(entries: Iterable[Entry], name: str) -> list[tuple[int, float]]:
     return [(entry["step"], entry[name]) for entry in entries if entry.get(name) is not None]
 
 
+def say(step: int, value: float) -> str:
+    """Writes a value of the curve as the plot and the report do."""
+    return f"{value:.4g} (step {step})"
+
+
 def check_plot() -> None:
     """Raises a ValueError if `plot` would, before hours of training rather than after."""
     if importlib.util.find_spec("matplotlib") is None:
@@ -191,13 +196,15 @@ def draw(entries: Iterable[Entry]) -> Any:
     axes.spines[["top", "right"]].set_visible(False)
     if training := points(entries, "loss"):
         steps, losses = zip(*training, strict=True)
-        smoothed = _smooth(losses)
-        axes.plot(steps, losses, color="C0", alpha=0.3, linewidth=1)
-        axes.plot(steps, smoothed, color="C0", label=f"training, {smoothed[-1]:.3f} at the end")
+        label = f"training, {say(*training[-1])} at the end"
+        axes.plot(steps, losses, color="C0", alpha=0.3, linewidth=1, label=label)
+        axes.plot(
+            steps, _smooth(losses), color="C0", label="its mean over a twentieth of the steps"
+        )
     if validation := points(entries, "validation_loss"):
         axes.plot(*zip(*validation, strict=True), "o-", color="C1", markersize=4, linewidth=1)
         step, loss = min(validation, key=lambda point: point[1])
-        label = f"validation, {loss:.3f} at best, step {step}"
+        label = f"validation, {say(step, loss)} at best"
         axes.plot(step, loss, "*", color="C1", markersize=14, markeredgecolor="white", label=label)
     if training or validation:
         axes.legend(frameon=False)

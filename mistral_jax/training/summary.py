@@ -135,7 +135,7 @@ def _losses(entries: Sequence[Entry]):
             best = (min if name.endswith("loss") else max)(found, key=lambda point: point[1])
             title = name if name.startswith("validation") else f"training {name}"
             chosen = found[0], found[-1], best
-            yield title.replace("_", " "), *(f"{y:.4g} (step {x})" for x, y in chosen)
+            yield title.replace("_", " "), *(curve.say(*point) for point in chosen)
 
 
 def _samples(entries: Sequence[Entry]):
