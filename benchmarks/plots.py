@@ -18,6 +18,7 @@ _BARS = (
     ("prefill", 1, 2048, "reading 2048 tokens"),
 )
 _WIDTH = 0.26
+_LABEL = 0.06  # height of a bar's label, as a share of the axis
 
 
 def draw(results: Results, file: Path) -> None:
@@ -45,21 +46,40 @@ def draw(results: Results, file: Path) -> None:
 
 def _bars(axes, results: Results, **case) -> None:
     """Draws a group of bars for each precision; of decoding one row, the limit above it."""
+    labels = []
     for at, dtype in enumerate(engines.PRECISIONS):
         for line in results.find(model=_MODEL, dtype=dtype, greedy=False, **case):
-            for offset, (name, (colour, label)) in enumerate(_LOOK.items()):
-                rate, x = line["values"].get(name, 0), at + (offset - 1) * _WIDTH
-                axes.bar(x, rate, _WIDTH * 0.92, color=colour, label=label if at == 0 else None)
-                text = f"{rate:.0f}" if rate else "-"
-                axes.annotate(text, (x, rate), ha="center", va="bottom", fontsize=7)
+            limit = None
             if case["work"] == "decode" and case["batch"] == 1:
                 limit = line["values"][engines.OURS] / line["shares"][engines.OURS]
                 label = "what the memory bandwidth allows"
                 ends = at - 1.5 * _WIDTH, at + 1.5 * _WIDTH
                 axes.hlines(limit, *ends, "black", label=label if at == 0 else None)
+            for offset, (name, (colour, label)) in enumerate(_LOOK.items()):
+                rate, x = line["values"].get(name, 0), at + (offset - 1) * _WIDTH
+                axes.bar(x, rate, _WIDTH * 0.92, color=colour, label=label if at == 0 else None)
+                labels.append((x, rate, limit, name))
     axes.set_xticks(range(len(engines.PRECISIONS)), engines.PRECISIONS)
     axes.set_xlim(-0.55, len(engines.PRECISIONS) - 0.45)
     axes.margins(y=0.12)
+    for label in labels:
+        _label(axes, *label)
+
+
+def _label(axes, x: float, rate: float, limit: float | None, name: str) -> None:
+    """Writes a rate above its bar; or inside, where the line of the limit would cross it."""
+    height = _LABEL * axes.get_ylim()[1]
+    inside = limit is not None and rate - height < limit < rate + height and rate > height
+    axes.annotate(
+        f"{rate:.0f}" if rate else "-",
+        (x, min(rate, limit) if inside else rate),
+        (0, -2 if inside else 1),
+        textcoords="offset points",
+        ha="center",
+        va="top" if inside else "bottom",
+        fontsize=7,
+        color="white" if inside and name == engines.OURS else "black",
+    )
 
 
 def _curves(axes, results: Results, work: str, scale: float) -> None:

@@ -184,6 +184,25 @@ class ModelConfig:
         return cls.from_dict(read_toml(known[name]), str(known[name]))
 
 
+def find(kind: str, name: str | Path, what: str) -> Path:
+    """Returns the TOML file that a name stands for: `configs/<kind>/<name>.toml`, or else its path.
+
+    Args:
+      kind: a folder of `configs/`.
+      name: of a file in it, without its ending; or a path to another file.
+      what: what messages call it.
+
+    Raises:
+      ValueError: there is no such file; the known names are listed.
+    """
+    folder = CONFIG_DIR / kind
+    for path in (folder / f"{name}.toml", Path(name)):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.stem for path in folder.glob("*.toml")))
+    raise ValueError(f"no {what} named {str(name)!r}; expected one of {known}, or a .toml file")
+
+
 def _above_zero(most: int) -> Rule:
     return integer(1, most)._replace(expected=f"an integer above 0 and at most {most}")
 

@@ -133,9 +133,9 @@ def build(cls: type[T], fields: Mapping[str, Any], source: str, prefix: str = ""
     hints = typing.get_type_hints(cls)
     for name in fields:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0)[0]
+            near = difflib.get_close_matches(str(name)[:_SHOWN], known, 1, 0)[0]
             raise ValueError(
-                f"{source}: unknown key {prefix + name!r}; the nearest known one is "
+                f"{source}: unknown key {prefix + str(name)!r}; the nearest known one is "
                 f"{prefix + near!r}"
             )
     missing = [

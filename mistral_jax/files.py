@@ -29,7 +29,7 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 MOST_NESTED = 64
 
 
-def check_regular(path: Path | str, limit: int, pipe: bool = False) -> None:
+def check_regular(path: Path | str, limit: int = 1 << 62, pipe: bool = False) -> None:
     """Refuses what cannot be read, before it is opened.
 
     Args:
@@ -50,7 +50,8 @@ def check_regular(path: Path | str, limit: int, pipe: bool = False) -> None:
     if not stat.S_ISREG(status.st_mode):
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device"}
         kind = kinds.get(stat.S_IFMT(status.st_mode), "no regular file")
-        raise ValueError(f"{path} is {kind}; expected a regular file")
+        remedy = ": save its output in one first" if stat.S_ISFIFO(status.st_mode) else ""
+        raise ValueError(f"{path} is {kind}; expected a regular file{remedy}")
     if status.st_size > limit:
         raise ValueError(_too_large(path, status.st_size, limit))
 
@@ -186,7 +187,7 @@ def read_lines(path: Path | str) -> Iterator[tuple[str, bytes]]:
         is longer than `MOST_LINE`.
       OSError: it cannot be read.
     """
-    check_regular(path, 1 << 62)
+    check_regular(path)
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
             number = 0

@@ -22,7 +22,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from mistral_jax import distributed
-from mistral_jax.config import CONFIG_DIR, ModelConfig
+from mistral_jax.config import ModelConfig, find
 from mistral_jax.fields import integer
 from mistral_jax.files import read_toml
 from mistral_jax.model.axes import Rules, mesh_axes
@@ -83,12 +83,7 @@ def read_layout(
                 "over their devices; name one, such as 'tensor'"
             )
         return None
-    path = Path(name) if str(name).endswith(".toml") else CONFIG_DIR / "sharding" / f"{name}.toml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in (CONFIG_DIR / "sharding").glob("*.toml")))
-        raise ValueError(
-            f"no sharding named {str(name)!r}; expected one of {known}, or a .toml file"
-        )
+    path = find("sharding", name, "sharding")
     table = read_toml(path)
     if set(table) != {"mesh", "rules"}:
         raise ValueError(f"{path} has the tables {sorted(table)}; expected [mesh] and [rules]")

@@ -19,10 +19,10 @@ again.
 """
 EPILOG = """\
 for instance:
-  python -m mistral_jax.train configs/training/lora.toml --data train.jsonl --preview 3
-  python -m mistral_jax.train configs/training/lora.toml --checkpoint mistral-7b-v0.3 \\
-      --data train.jsonl --validation valid.jsonl --set learning_rate=1e-4 --set lora.rank=32
-  python -m mistral_jax.train configs/training/nano.toml
+  python -m mistral_jax.train lora --data train.jsonl --preview 3
+  python -m mistral_jax.train lora --checkpoint mistral-7b-v0.3 --data train.jsonl \\
+      --validation valid.jsonl --set learning_rate=1e-4 --set lora.rank=32
+  python -m mistral_jax.train nano
 """
 
 
@@ -41,7 +41,7 @@ def _parser() -> command.Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("recipe", type=Path, help="TOML file, such as configs/training/lora.toml")
+    add("recipe", help="name of a file in configs/training, such as lora, or a path to a TOML file")
     add(
         "--run",
         type=Path,
@@ -94,17 +94,19 @@ def _setting(text: str) -> tuple[list[str], Any]:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, such as epochs=2")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except RecursionError:
+        raise argparse.ArgumentTypeError(f"{name} is nested too deeply") from None
+    except ValueError:
         parsed = value  # a string without its quotes
     return name.split("."), parsed
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from mistral_jax.training.recipe import Recipe, read_table
+    from mistral_jax.training.recipe import Recipe, find_recipe, read_table
 
-    table = _override(read_table(arguments.recipe), arguments)
-    recipe = Recipe.from_dict(table, str(arguments.recipe))
-    path = arguments.run or Path("runs") / arguments.recipe.stem
+    file = find_recipe(arguments.recipe)
+    recipe = Recipe.from_dict(_override(read_table(file), arguments), str(file))
+    path = arguments.run or Path("runs") / file.stem
     if arguments.preview is not None:
         _preview(recipe, arguments.preview)
         return 0
@@ -131,7 +133,7 @@ def _run(arguments: argparse.Namespace) -> int:
             log(entry)
 
         layout = arguments.sharding, arguments.mesh
-        outcome = run.train(recipe, path, report, *layout, tell=print)
+        outcome = run.train(recipe, path, report, *layout, tell=_tell)
     if outcome.stopped is not None:
         again = shlex.join(sys.orig_argv)
         print(f"stopped and saved; the same command goes on: {again}", file=sys.stderr)
@@ -140,6 +142,11 @@ def _run(arguments: argparse.Namespace) -> int:
     if distributed.is_first():
         print(summary.write(path, recipe.to_dict(), outcome.result, outcome.step, outcome.command))
     return 0
+
+
+def _tell(line: str) -> None:
+    if sys.stderr is not None:
+        print(line, file=sys.stderr, flush=True)
 
 
 def _override(table: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:

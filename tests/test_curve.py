@@ -188,8 +188,39 @@ def test_a_curve_is_drawn_with_its_best_validation_marked():
     assert abs(smoothed[-1][1] - 8.5) < 0.25
     assert validation == [[200, 3], [400, 2], [600, 4]]
     assert best == [[400, 2]]
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert texts[0] == "training, 9 (step 600) at the end"
+    assert texts[-1] == "validation, 2 (step 400) at best"
 
 
 def test_a_plot_is_an_image_even_of_nothing(path, tmp_path):
     curve.plot(path, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(
+            "[]",
+            "3",
+            "{",
+            "\xff",
+            '{"loss": 1}',
+            '{"step": null}',
+            '{"step": true}',
+            '{"step": -1}',
+        ),
+        *('{"step": 1, "loss": "x"}', '{"step": 1, "loss": NaN}', '{"step": 1, "loss": 1e400}'),
+        *(
+            '{"step": 1, "samples": [1]}',
+            '{"step": 1, "tokens": 0.5}',
+            '{"step": 1, "seconds": null}',
+        ),
+        '{"step": 1, "samples": [{"prompt": "x"}]}',
+    ],
+)
+def test_a_damaged_line_is_named(path, line):
+    path.write_bytes(b'{"step": 1, "loss": null}\n' + line.encode("latin-1") + b"\n")
+    with pytest.raises(ValueError, match=r"curve\.jsonl, line 2(:| has) .*; expected"):
+        curve.read(path)

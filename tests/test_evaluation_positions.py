@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import mistral_jax as mj
+from mistral_jax.evaluation import choices, perplexity, positions, report
 from mistral_jax.evaluation.perplexity import loss, row_losses, token_losses
 from mistral_jax.evaluation.positions import by_position, plot, turns
 
@@ -122,3 +123,22 @@ def test_a_plot_has_the_buckets_and_marks_the_windows(losses, tmp_path, monkeypa
         "window of 8",
         "window of 32",
     ]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_losses_that_are_not_finite_are_refused(value):
+    rows = [np.float32([1.0]), np.float32([2.0, value])]
+    question = choices.Question("x", ("a", "b"), 0)
+    for judge in (
+        lambda: positions.by_position(rows),
+        lambda: perplexity.loss(["a", "b"], rows),
+        lambda: choices.accuracy([question] * 2, rows),
+    ):
+        with pytest.raises(ValueError, match="text 2 has a token whose probability is not finite"):
+            judge()
+
+
+def test_a_report_is_valid_json_whatever_was_measured(capsys):
+    loss = perplexity.Loss(documents=1, tokens=1, bytes=1, nats=1e6)
+    report.show([{"perplexity": loss.perplexity, "stderr": math.nan, "loss": 1.5}], as_json=True)
+    assert capsys.readouterr().out == '{"perplexity": null, "stderr": null, "loss": 1.5}\n'

@@ -42,6 +42,7 @@ FLOORS = [  # from the ground up; modules of one floor do not know each other
         "terminal",
         "training.loss",
         "training.optimizers",
+        "training.sums",
     },
     {
         "arrays",

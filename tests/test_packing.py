@@ -1,6 +1,7 @@
 """Laws of rows: every target once an epoch, with its weight; one order, however it is read."""
 
 import collections
+import os
 import subprocess
 import sys
 
@@ -295,3 +296,32 @@ def test_without_grain_a_sentence_says_how_to_install_it(tmp_path, examples, mon
     monkeypatch.setitem(sys.modules, "grain", None)
     with pytest.raises(ValueError, match=r"pip install 'mistral-jax-flax\[train\]'"):
         packing.write_rows(tmp_path / "rows", examples, CONTEXT)
+
+
+def test_no_process_is_forked(examples, tmp_path, monkeypatch):
+    """A program with threads, as JAX has, does not survive that."""
+
+    def refuse(*_):
+        raise AssertionError("a process was forked")
+
+    monkeypatch.setattr(os, "fork", refuse)
+    packing.write_rows(tmp_path / "rows", examples, CONTEXT)
+    found = rows.Rows(tmp_path / "rows")
+    assert len(list(rows.feed(found, batch_rows=2, seed=0, steps=range(3)))) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "contents"),
+    [
+        ("rows.bin", b""),
+        ("rows.bin", b"x" * 1000),
+        ("rows.json", b"{}"),
+        ("rows.json", b"[]"),
+        ("rows.json", b'{"context": 4, "pairs": false, "rows": 1e9}'),
+    ],
+)
+def test_damaged_rows_are_named(examples, tmp_path, name, contents):
+    packing.write_rows(tmp_path / "rows", examples, CONTEXT)
+    (tmp_path / "rows" / name).write_bytes(contents)
+    with pytest.raises(ValueError, match=name):
+        rows.Rows(tmp_path / "rows")

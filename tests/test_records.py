@@ -2,13 +2,16 @@
 
 import gzip
 import json
+import os
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
 import tokenizer_samples as samples
 
 from mistral_jax.config import CHECKOUT
+from mistral_jax.evaluation import choices, documents
 from mistral_jax.tokenizer import Tokenizer
 from mistral_jax.training import records
 
@@ -341,3 +344,90 @@ def test_conversations_are_known_by_the_first_good_record(tmp_path, record, expe
     for _ in records.read([path], TOKENIZERS["v3"], pairs=pairs, skip_bad=True, tally=tally):
         assert tally.chat is expected
     assert (tally.good, tally.bad) == (2, 1)
+
+
+HOSTILE = [
+    *(
+        "NaN",
+        "1e400",
+        "-1",
+        "true",
+        "null",
+        "[]",
+        "{}",
+        "[[]]",
+        '"\\ud800"',
+        '"\\u0000"',
+        "1" * 5000,
+    ),
+    *("[" * 70 + "]" * 70, "[" * 100_000 + "]" * 100_000, '"' + "x" * 50_000 + '"'),
+    '[{"role": ["user"], "content": "x"}]',
+    '[{"role": "user", "content": [{"type": "text", "text": 1}]}]',
+    *(
+        json.dumps([user("x"), answer("y", weight="@")]).replace('"@"', weight)
+        for weight in ("NaN", "1e400", "1e-300", "true", "[]")
+    ),
+]
+FORMS = [
+    {"text": "x"},
+    {"prompt": "x", "completion": "y"},
+    {"messages": [user("x"), answer("y", weight=0.5)]},
+    {"prompt": "x", "chosen": "y", "rejected": "z"},
+    {"input": {"messages": [user("x")]}, "preferred_output": [], "non_preferred_output": [1]},
+    {"question": "1 + 1 =", "choices": ["2", "3"], "answer": 0},
+]
+
+
+def mutated(rng):
+    """A line of a file: a record with a hostile value, or with bytes that are others."""
+    record = dict(rng.choice(FORMS))
+    if rng.random() < 0.6:
+        record[rng.choice([*record, "tools", "x"])] = "@"
+        return json.dumps(record).replace('"@"', rng.choice(HOSTILE)).encode()
+    line = bytearray(json.dumps(record).encode())
+    for _ in range(3):
+        place = rng.randrange(len(line))
+        line[place : place + rng.randrange(3)] = rng.randbytes(rng.randrange(3))
+    return bytes(line)
+
+
+def test_any_file_is_read_or_refused_in_one_sentence(tmp_path):
+    """Of training and of evaluation, packed or not."""
+    rng = random.Random(0)
+    plain, packed = tmp_path / "a.jsonl", tmp_path / "a.jsonl.gz"
+    for _ in range(150):
+        data = b"\n".join(mutated(rng) for _ in range(rng.randint(1, 2)))
+        plain.write_bytes(data)
+        whole = gzip.compress(data, mtime=0)
+        packed.write_bytes(whole[: rng.randrange(2 * len(whole))])
+        options = {"pairs": rng.random() < 0.5, "skip_bad": rng.random() < 0.5}
+        for task in (
+            lambda: [*records.read([plain], TOKENIZERS["nano"], **options)],  # noqa: B023
+            lambda: [*records.read([packed], TOKENIZERS["nano"], **options)],  # noqa: B023
+            lambda: choices.read(plain),
+            lambda: documents.texts(packed),
+        ):
+            try:
+                task()
+            except ValueError as error:
+                assert str(error).startswith(("all records are bad", "there are no", str(tmp_path)))  # noqa: PT017
+                assert "\n" not in str(error)  # noqa: PT017
+
+
+def test_a_pipe_is_refused_for_it_is_read_more_than_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"is a pipe; expected .*: save its output in one first"):
+        list(records.read([tmp_path / "pipe"], TOKENIZERS["nano"]))
+
+
+def test_a_long_line_is_refused_in_bounded_memory(tmp_path):
+    """Also where a few bytes unpack to it."""
+    with gzip.open(tmp_path / "a.jsonl.gz", "wb", compresslevel=1) as file:
+        file.write(b'{"text": "')
+        for _ in range(20):
+            file.write(b"x" * (1 << 20))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"a\.jsonl\.gz, line 1 has more than 16\.8 MB"):
+        list(records.read([tmp_path / "a.jsonl.gz"], TOKENIZERS["nano"]))
+    assert tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.stop()

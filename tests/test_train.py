@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import chex
@@ -64,6 +65,7 @@ def recipe_file(tmp_path_factory):
     (folder / "models").mkdir()
     (folder / "models" / "tiny.toml").write_text(MODEL)
     (folder / "tiny.toml").write_text(RECIPE)
+    shutil.copytree(config.CONFIG_DIR / "sharding", folder / "sharding")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(config, "CONFIG_DIR", folder)
         patch.setattr(corpus, "gather", lambda roots: [SOURCE])
@@ -146,6 +148,101 @@ def test_a_killed_run_goes_on_from_its_last_state(finished, recipe_file, tmp_pat
     assert run.train(recipe, killed, lambda entry: None).stopped is None
     chex.assert_trees_all_equal(final_state(killed, recipe), final_state(finished, recipe))
     assert losses(killed) == losses(finished)
+
+
+def damage(kind, folder):
+    """Cuts, removes or changes the largest file in a folder."""
+    file = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(file.read_bytes())
+    if kind == "missing":
+        file.unlink()
+    elif kind == "cut":
+        file.write_bytes(data[:-1])
+    else:
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sums", "message"),
+    [
+        ("cut", True, "bytes; expected"),
+        ("cut", False, "bytes; expected"),
+        ("missing", True, "is missing: "),
+        ("missing", False, "is missing"),
+        ("changed", True, "is damaged, not what was written"),
+    ],
+)
+def test_a_damaged_state_gives_way_to_the_one_before(
+    finished, recipe_file, tmp_path, kind, sums, message
+):
+    """States from before there were sums are told by the sizes of their files."""
+    recipe, path, told = Recipe.from_file(recipe_file), tmp_path / "run", []
+    shutil.copytree(finished, path)
+    if not sums:
+        [file.unlink() for file in path.rglob("sums.json")]
+    damage(kind, path / "states/00000020/state")
+    state = restore_state(path, pretraining.make_job(recipe, path).state, tell=told.append)
+    assert state.step == 10
+    (warning,) = told
+    assert warning.startswith(f"warning: {path / 'states/00000020'}")
+    assert message in warning
+
+
+def test_a_run_goes_on_from_the_last_whole_state(finished, recipe_file, tmp_path):
+    recipe, told = Recipe.from_file(recipe_file), []
+    path = shutil.copytree(finished, tmp_path / "run")
+    damage("cut", path / "states/00000020/state")
+    assert run.train(recipe, path, lambda entry: None, tell=told.append).stopped is None
+    assert "going on at step 10 of 20" in told
+    chex.assert_trees_all_equal(final_state(path, recipe), final_state(finished, recipe))
+    assert losses(path) == losses(finished)
+
+
+def test_a_run_without_a_whole_state_says_how_to_go_on(finished, recipe_file, tmp_path):
+    path = shutil.copytree(finished, tmp_path / "run")
+    for state in (path / "states").iterdir():
+        damage("cut", state / "state")
+    with pytest.raises(ValueError, match=r"the state is damaged; to go on .* remove .*/00000010$"):
+        run.train(Recipe.from_file(recipe_file), path, lambda entry: None)
+
+
+@pytest.mark.parametrize("kind", ["cut", "missing", "changed"])
+def test_damaged_data_are_named_and_made_again(finished, recipe_file, tmp_path, kind):
+    path = shutil.copytree(finished, tmp_path / "run")
+    recipe = Recipe.from_file(recipe_file)
+    damage(kind, path / "data")
+    with pytest.raises(
+        ValueError, match=r"data/train\.npy .*remove .*/data, and it is made again$"
+    ):
+        run.train(recipe, path, lambda entry: None)
+    shutil.rmtree(path / "data")
+    assert run.train(recipe, path, lambda entry: None).stopped is None
+    assert (path / "data/train.npy").read_bytes() == (finished / "data/train.npy").read_bytes()
+
+
+def test_a_run_that_was_killed_before_its_data_were_made_goes_on(recipe_file, tmp_path):
+    recipe, path = Recipe.from_file(recipe_file), tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretraining, "prepare", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run.train(recipe, path, lambda entry: None)
+    stop = stop_at(1, signal.SIGTERM)
+    assert run.train(recipe, path, stop).stopped == signal.SIGTERM
+
+
+def test_a_run_can_be_in_any_thread(finished, recipe_file, tmp_path):
+    path = shutil.copytree(finished, tmp_path / "run")
+    with ThreadPoolExecutor(1) as pool:
+        outcome = pool.submit(run.train, Recipe.from_file(recipe_file), path, print).result()
+    assert outcome.result == path / "checkpoint"
+
+
+def test_the_command_works_without_standard_streams(finished, recipe_file, tmp_path, monkeypatch):
+    path = shutil.copytree(finished, tmp_path / "run")
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert train._run(train._parser().parse_args([str(recipe_file), "--run", str(path)])) == 0
 
 
 def test_a_run_goes_on_under_another_layout(finished, recipe_file, tmp_path):
@@ -246,8 +343,15 @@ def test_a_finished_run_trained_longer_goes_on(finished, recipe_file, tmp_path):
 
 
 def test_losses_that_are_no_numbers_end_the_run(recipe_file, tmp_path):
-    recipe = dataclasses.replace(Recipe.from_file(recipe_file), learning_rate=1e30)
-    with pytest.raises(ValueError, match=r"of 10 steps in a row.* not finite .* below 1e\+30"):
+    wild = {"learning_rate": 1e3, "weight_decay": 1e3}
+    recipe = dataclasses.replace(Recipe.from_file(recipe_file), **wild)
+    with pytest.raises(ValueError, match=r"of 10 steps in a row.* not finite .* below 1000"):
+        run.train(recipe, tmp_path / "run", lambda entry: None)
+
+
+def test_rows_beyond_the_memory_are_refused_before_anything_is_trained(recipe_file, tmp_path):
+    recipe = dataclasses.replace(Recipe.from_file(recipe_file), rows=1 << 20, context=1 << 20)
+    with pytest.raises(ValueError, match=r"1048576 rows .* need more than .* of this machine"):
         run.train(recipe, tmp_path / "run", lambda entry: None)
 
 
@@ -270,12 +374,13 @@ def test_the_command_says_where_the_model_is_and_draws_the_curve(printed):
     assert output.splitlines()[-1].startswith("to use it: python -m mistral_jax.sample ")
     lines = errors.splitlines()
     assert [line.split("  ")[:2][0] for line in lines] == [
+        "compiling the program of a step, which the first one waits for",
         "step 10",
         "step 10",
         "step 20",
         "step 20",
     ]
-    assert lines[1].startswith("step 10  validation loss ")
+    assert lines[2].startswith("step 10  validation loss ")
     assert (path / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert "![loss](curve.png)" in (path / "report.md").read_text()
 
@@ -338,13 +443,28 @@ def test_the_command_puts_runs_under_runs(recipe_file, tmp_path, monkeypatch):
     assert paths == [Path("runs/tiny")]
 
 
+def test_the_command_finds_a_recipe_by_its_name(recipe_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").write_text("not the recipe")
+    named = recipe_file.parent / "training" / "tiny.toml"
+    named.parent.mkdir()
+    shutil.copy(recipe_file, named)
+    found = []
+    stopped = run.Outcome(signal.SIGTERM)
+    monkeypatch.setattr(run, "train", lambda *given, tell: found.append(given[:2]) or stopped)
+    assert command("tiny") == 0
+    assert command(recipe_file) == 0
+    assert found == [(Recipe.from_file(recipe_file), Path("runs/tiny"))] * 2
+
+
 def test_errors_are_one_line(recipe_file, tmp_path, capsys, monkeypatch):
     assert command(tmp_path / "absent.toml") == 2
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert command(recipe_file, "--run", tmp_path / "run", "--plot") == 2
     assert not (tmp_path / "run").exists()
     first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("error: there is no file ")
+    assert first.startswith("error: no recipe named ")
+    assert "expected one of" in first
     assert second.startswith("error: no plot without matplotlib")
 
 
@@ -352,7 +472,7 @@ def test_help_names_every_option(capsys):
     with pytest.raises(SystemExit, match="0"):
         command("--help")
     text = capsys.readouterr().out
-    assert all(option in text for option in ("--run", "--plot", "configs/training/nano.toml"))
+    assert all(option in text for option in ("--run", "--plot", "train nano"))
 
 
 def test_an_epoch_reads_a_source_as_often_as_the_recipe_says(finished):
@@ -388,6 +508,29 @@ def test_the_command_line_overrides_the_recipe(trained, tmp_path):
     assert recipe.lora == Lora(rank=9, targets=("q_proj",))
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (".".join("abc" * 2000) + "=1", "unknown key 'a'"),
+        ("lora=3", "lora is 3; expected a table"),
+        ("data.train=[1]", "data.train is (1,); expected a list of strings"),
+        ("rows=" + "9" * 6000, "rows is '999"),
+        ("context=1e999", "context is inf; expected an integer"),
+        ("=3", "'=3' is not KEY=VALUE"),
+        ("steps=" + "[" * 50_000, "steps is nested too deeply"),
+        ("optimizer_options.eps=2020-01-01", "optimizer_options.eps is datetime.date"),
+    ],
+)
+def test_a_hostile_setting_is_refused_before_anything_is_done(
+    recipe_file, tmp_path, capsys, setting, message
+):
+    options = "--run", tmp_path / "run", "--set", setting
+    with contextlib.suppress(SystemExit):
+        assert command(recipe_file, *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_setting_that_is_none_is_refused(recipe_file, capsys):
     with pytest.raises(SystemExit, match="2"):
         command(recipe_file, "--set", "steps")
@@ -406,5 +549,9 @@ def test_a_preview_shows_what_is_learnt_and_trains_nothing(trained, tmp_path, ca
     assert shown.count("def f(") == 2
     assert "⟦x):" in shown
     assert not trained
+    for text, message in (("", "there are no examples in"), ("[]\n", "all records are bad, 1")):
+        (tmp_path / "b.jsonl").write_text(text)
+        assert command(file, "--data", tmp_path / "b.jsonl", "--skip-bad", "--preview", "1") == 2
+        assert message in capsys.readouterr().err
     assert command(config.CHECKOUT / "configs/training/nano.toml", "--preview", "1") == 2
     assert "trains on a corpus" in capsys.readouterr().err

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from mistral_jax.evaluation.documents import records
+from mistral_jax.evaluation.positions import check_finite
+from mistral_jax.fields import show
 from mistral_jax.generation.prefill import Params
 from mistral_jax.generation.score import likelihoods
 from mistral_jax.model.transformer import Transformer
@@ -106,7 +108,12 @@ def logprobs(
 
 
 def accuracy(questions: Sequence[Question], found: Sequence[Sequence[float]]) -> Accuracy:
-    """Judges the log-probabilities that `logprobs` returned for these questions."""
+    """Judges the log-probabilities that `logprobs` returned for these questions.
+
+    Raises:
+      ValueError: one is not finite.
+    """
+    check_finite(found)
 
     def judge(length):
         right = [
@@ -143,9 +150,9 @@ def _question(record: dict[str, Any], where: str) -> Question:
     """Checks a record."""
     context, choices = _one_of(record, _QUESTION, where), record.get("choices")
     if not isinstance(context, str):
-        raise ValueError(f"{where}: the question is {context!r}; expected a string")
+        raise ValueError(f"{where}: the question is {show(context)}; expected a string")
     if not isinstance(choices, list) or not all(isinstance(text, str) and text for text in choices):
-        raise ValueError(f'{where}: "choices" is {choices!r}; expected a list of strings')
+        raise ValueError(f'{where}: "choices" is {show(choices)}; expected a list of strings')
     if len(choices) < 2:
         raise ValueError(f'{where}: "choices" has {len(choices)} entries; expected at least 2')
     answer = given = _one_of(record, _ANSWER, where)
@@ -154,8 +161,8 @@ def _question(record: dict[str, Any], where: str) -> Question:
         answer = ord(answer.upper()) - ord("A") if len(answer) == 1 else -1
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise ValueError(
-            f"{where}: the answer is {given!r}; expected an index from 0 to {len(choices) - 1}, or "
-            f"a letter from A to {last}"
+            f"{where}: the answer is {show(given)}; expected an index from 0 to "
+            f"{len(choices) - 1}, or a letter from A to {last}"
         )
     return Question(context, tuple(choices), answer)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from mistral_jax.evaluation.positions import check_finite
 from mistral_jax.generation.prefill import Params
 from mistral_jax.generation.score import likelihoods
 from mistral_jax.model.transformer import Transformer
@@ -41,7 +42,10 @@ class Loss:
     @property
     def perplexity(self) -> float:
         """Between how many equally likely tokens the model wavers, in the geometric mean."""
-        return math.exp(self.per_token)
+        try:
+            return math.exp(self.per_token)
+        except OverflowError:
+            return math.inf
 
     @property
     def bits_per_byte(self) -> float:
@@ -86,7 +90,12 @@ def row_losses(
 
 
 def loss(texts: Sequence[str], losses: Sequence[np.ndarray]) -> Loss:
-    """Adds up the losses that `token_losses` returned for these texts."""
+    """Adds up the losses that `token_losses` returned for these texts.
+
+    Raises:
+      ValueError: one is not finite.
+    """
+    check_finite(losses)
     return Loss(
         documents=len(texts),
         tokens=sum(map(len, losses)),

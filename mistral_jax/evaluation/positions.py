@@ -5,7 +5,7 @@ It takes losses that are known; it runs no model.
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,8 +43,9 @@ def by_position(losses: Sequence[np.ndarray], count: int | None = None) -> list[
       The buckets, in order, without empty ones.
 
     Raises:
-      ValueError: `count` is not above 0.
+      ValueError: `count` is not above 0, or a loss is not finite.
     """
+    check_finite(losses)
     if count is not None and count < 1:
         raise ValueError(f"there are to be {count} buckets of positions; expected at least 1")
     longest = max(map(len, losses))
@@ -59,6 +60,16 @@ def by_position(losses: Sequence[np.ndarray], count: int | None = None) -> list[
         error = None if error is None else float(error)
         buckets.append(Bucket(first, end - 1, len(found), float(found.mean()), error))
     return buckets
+
+
+def check_finite(losses: Iterable[Sequence[float]]) -> None:
+    """Raises a ValueError if a loss or a log-probability is no finite number."""
+    for number, row in enumerate(losses):
+        if not np.isfinite(row).all():
+            raise ValueError(
+                f"text {number + 1} has a token whose probability is not finite: the model's "
+                "weights are damaged, or its dtype overflows (use bfloat16 or float32)"
+            )
 
 
 def turns(ids: Sequence[int], length: int, count: int) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -14,7 +15,8 @@ def show(results: Sequence[Mapping[str, Value]], as_json: bool) -> None:
     """Prints results of one kind: as a table, or as a JSON object each."""
     if as_json:
         for result in results:
-            print(json.dumps(result), flush=True)
+            fields = {name: _number(value) for name, value in result.items()}
+            print(json.dumps(fields, allow_nan=False), flush=True)
         return
     from rich.console import Console
     from rich.table import Table
@@ -26,13 +28,14 @@ def show(results: Sequence[Mapping[str, Value]], as_json: bool) -> None:
     for result in results:
         table.add_row(*map(_cell, result.values()))
     # Only a terminal has an edge at which names are to be folded.
-    Console(width=None if sys.stdout.isatty() else _UNFOLDED).print(table)
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    Console(width=None if is_terminal else _UNFOLDED).print(table)
 
 
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """Yields what shows how many tokens are done: a bar on a terminal, nothing elsewhere."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         yield lambda done, total: None
         return
     from rich.console import Console
@@ -42,6 +45,11 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _number(value: Value) -> Value:
+    """Returns a value as JSON has it, which knows neither NaN nor an infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cell(value: Value) -> str:

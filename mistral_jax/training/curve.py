@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,10 +15,27 @@ from typing import Any
 import jax
 import numpy as np
 
+from mistral_jax.fields import Rule, check_table, integer, list_of, number, optional
+from mistral_jax.files import parse_record, read_lines
 from mistral_jax.training.utilisation import peak_memory
 
 _RATED = 10  # steps, the last ones, that the tokens a second are of
 _SMOOTHED = 0.05  # part of the training's lines that a point of the smoothed loss is the mean of
+
+_FINITE = number(-sys.float_info.max, sys.float_info.max)
+_MEASURED = optional(_FINITE)
+_TEXT = Rule(
+    "a sample",
+    lambda x: isinstance(x, dict) and all(isinstance(x.get(k), str) for k in ("prompt", "text")),
+)
+_RULES = {
+    "step": integer(0),
+    "steps": integer(0),
+    "skipped": integer(0),
+    "tokens": integer(0, 1 << 62),
+    "seconds": _FINITE,
+    "samples": list_of(_TEXT),
+}
 
 Entry = dict[str, Any]
 
@@ -121,15 +139,34 @@ class Curve:
 
 
 def read(path: Path | str) -> list[Entry]:
-    """Reads the entries of a curve; a last line that a crash cut off is left out."""
-    path = Path(path)
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """Reads the entries of a curve; a last line that a crash cut off is left out.
+
+    Raises:
+      ValueError: a line is no entry; it is named.
+    """
+    if not Path(path).exists():
+        return []
+    found = []
+    for where, line in read_lines(path):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            entry = {"step": None} | parse_record(line)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        check_table(entry, dict.fromkeys(entry, _MEASURED) | _RULES, where)
+        found.append(entry)
+    return found
 
 
 def points(entries: Iterable[Entry], name: str) -> list[tuple[int, float]]:
     """Returns (step, value) of the entries that have a value of that name."""
     return [(entry["step"], entry[name]) for entry in entries if entry.get(name) is not None]
+
+
+def say(step: int, value: float) -> str:
+    """Writes a value of the curve as the plot and the report do."""
+    return f"{value:.4g} (step {step})"
 
 
 def check_plot() -> None:
@@ -159,13 +196,15 @@ def draw(entries: Iterable[Entry]) -> Any:
     axes.spines[["top", "right"]].set_visible(False)
     if training := points(entries, "loss"):
         steps, losses = zip(*training, strict=True)
-        smoothed = _smooth(losses)
-        axes.plot(steps, losses, color="C0", alpha=0.3, linewidth=1)
-        axes.plot(steps, smoothed, color="C0", label=f"training, {smoothed[-1]:.3f} at the end")
+        label = f"training, {say(*training[-1])} at the end"
+        axes.plot(steps, losses, color="C0", alpha=0.3, linewidth=1, label=label)
+        axes.plot(
+            steps, _smooth(losses), color="C0", label="its mean over a twentieth of the steps"
+        )
     if validation := points(entries, "validation_loss"):
         axes.plot(*zip(*validation, strict=True), "o-", color="C1", markersize=4, linewidth=1)
         step, loss = min(validation, key=lambda point: point[1])
-        label = f"validation, {loss:.3f} at best, step {step}"
+        label = f"validation, {say(step, loss)} at best"
         axes.plot(step, loss, "*", color="C1", markersize=14, markeredgecolor="white", label=label)
     if training or validation:
         axes.legend(frameon=False)

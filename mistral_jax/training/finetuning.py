@@ -13,17 +13,24 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from mistral_jax import adapters, checkpoint, manifest, origin
+from mistral_jax import adapters, checkpoint, origin
 from mistral_jax.model.quantized import QuantizedKernel
 from mistral_jax.model.transformer import Transformer, stack_layers, unstack_layers
 from mistral_jax.quantization import quantize
 from mistral_jax.sharding import mesh_of, read_layout
 from mistral_jax.training import examples
 from mistral_jax.training.batches import own_rows
-from mistral_jax.training.job import Job, compute_dtype, optimizer_of, save_model, trained_model
+from mistral_jax.training.job import (
+    Job,
+    check_memory,
+    compute_dtype,
+    optimizer_of,
+    save_model,
+    trained_model,
+)
 from mistral_jax.training.lora import adapter_shardings, attach, init_adapters
 from mistral_jax.training.objective import everything, make_loss_fn, make_preference_loss_fn
-from mistral_jax.training.recipe import Recipe
+from mistral_jax.training.recipe import MOST_STEPS, Recipe
 from mistral_jax.training.rows import Rows, feed, in_order
 from mistral_jax.training.states import create_state
 from mistral_jax.training.step import LossFn, Params, TrainState
@@ -40,19 +47,20 @@ def make_job(
     Args and errors are those of `run.train`.
     """
     base = examples.base_folder(recipe)
-    config, provenance = manifest.read(base)
-    if recipe.context > config.max_positions:
-        raise ValueError(
-            f"context is {recipe.context}; expected at most {config.max_positions}, the positions "
-            f"of {base}"
-        )
+    config, provenance = examples.read_base(recipe)
     layout = read_layout(sharding, config, mesh=mesh)
+    check_memory(recipe, config, layout)
     rows = {
         name: Rows(path / "data" / name)
         for name in examples.SPLITS
         if (path / "data" / name).is_dir()
     }
     steps = recipe.steps or math.ceil(recipe.epochs * len(rows["train"]) / recipe.rows)
+    if steps > MOST_STEPS:
+        raise ValueError(
+            f"epochs is {recipe.epochs:g}, which is {steps:,} steps of {len(rows['train']):,} "
+            f"rows; expected at most {MOST_STEPS:,} steps"
+        )
     _, optimizer = optimizer_of(recipe, steps)
     tokenizer = examples.read_tokenizer(recipe)
     prompts, chat = examples.prompts(recipe, path, tokenizer)

@@ -7,8 +7,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import SingleDeviceSharding
+from rich.filesize import decimal
 
-from mistral_jax import checkpoint
+from mistral_jax import checkpoint, memory
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.sharding import Layout
@@ -96,6 +98,33 @@ def save_model(
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
     provenance = {"recipe": recipe.to_dict(), "step": int(state.step)}
     checkpoint.save(target, config, params, tokenizer_file, provenance, overwrite=True)
+
+
+def check_memory(recipe: Recipe, config: ModelConfig, layout: Layout | None) -> None:
+    """Refuses rows that cannot fit into memory, whatever else is there: before anything is loaded.
+
+    It counts the batch on the host, and the logits of the rows that are computed at a time, in two
+    bytes each: a step needs more.
+
+    Raises:
+      ValueError: the memory that is free is less.
+    """
+    places = recipe.context * (2 if recipe.dpo else 1)
+    devices = layout.mesh.local_devices if layout else [jax.devices()[0]]
+    count = layout.mesh.size if layout else 1
+    logits = 2 * recipe.rows // recipe.microbatches * places * config.vocab_size // count
+    arrays = [
+        jax.ShapeDtypeStruct((logits,), jnp.uint8, sharding=SingleDeviceSharding(device))
+        for device in devices
+    ]
+    batch = memory.Demand("this machine", 16 * recipe.rows * places, memory.host_free())
+    for demand in (batch, *memory.demands(arrays)):
+        if demand.free is not None and demand.needed > demand.free:
+            raise ValueError(
+                f"{recipe.rows} rows of {recipe.context} tokens need more than "
+                f"{decimal(demand.needed)} of {demand.place}, which has {decimal(demand.free)} "
+                "free: make rows or context smaller, or microbatches larger"
+            )
 
 
 def compute_dtype(recipe: Recipe) -> jnp.dtype:

@@ -10,7 +10,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mistral_jax.fields import Rule, boolean, integer, number, optional, show, string
+
 SCHEDULES = ("cosine", "linear", "constant")
+# Means of what came before: with a share of 1 they never begin.
+SHARE = Rule(
+    "a finite number of at least 0 and below 1",
+    lambda x: number(0, 1).accepts(x) and x < 1,
+)
+_SHARES = ("b1", "b2", "b3", "decay", "momentum", "rho")
 
 
 def make_schedule(
@@ -76,11 +84,39 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
 
 
-def check_optimizer(name: str, arguments: Mapping[str, Any]) -> None:
-    """Raises a ValueError if no optimizer can be made of these arguments, or no update by it.
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raises a ValueError if an option of an optimizer has another type, or is out of range.
 
-    An option of a wrong type may fail as late as that.
+    Optax itself takes any, and may fail in an update, or compute something else.
     """
+    known = parameters_of(name)
+    for option, value in options.items():
+        if option in known and not (rule := _rule(known[option])).accepts(value):
+            raise ValueError(
+                f"optimizer_options.{option} is {show(value)}; expected {rule.expected}"
+            )
+
+
+def _rule(parameter: inspect.Parameter) -> Rule:
+    """Returns what a recipe may say for a parameter of an optimizer, by its name and default."""
+    name, default = parameter.name, parameter.default
+    if name.endswith("mask"):
+        return Rule("none of it in a recipe, for it is a function", lambda x: False)
+    if name.endswith("dtype") or name.startswith("dtype"):
+        rule = string("float32", "bfloat16", "float16")
+    elif isinstance(default, bool):
+        rule = boolean()
+    elif parameter.annotation is int:
+        rule = integer(0)
+    elif name in _SHARES:
+        rule = SHARE
+    else:
+        rule = number(0, 1e3 if name.startswith("weight_decay") else 1e9)
+    return optional(rule) if default is None else rule
+
+
+def check_optimizer(name: str, arguments: Mapping[str, Any]) -> None:
+    """Raises a ValueError if no optimizer can be made of these arguments, or no update by it."""
 
     def update(params):
         return optimizer.update(params, optimizer.init(params), params)
@@ -91,8 +127,8 @@ def check_optimizer(name: str, arguments: Mapping[str, Any]) -> None:
         optimizer = make_optimizer(name, optax.linear_schedule(1.0, 0.0, 2), **arguments)
         with jax.numpy_dtype_promotion("standard"):
             jax.eval_shape(update, params)
-    except TypeError as error:
-        reason = str(error).splitlines()[0]
+    except (TypeError, OverflowError) as error:
+        reason = str(error).partition("\n")[0]
         raise ValueError(f"optimizer_options are not such as {name} takes: {reason}") from None
 
 

@@ -8,12 +8,13 @@ import json
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mistral_jax import folder
 from mistral_jax.files import read_json
-from mistral_jax.training import examples, pretraining
+from mistral_jax.training import examples, pretraining, sums
 from mistral_jax.training.recipe import Recipe
 from mistral_jax.training.states import saved_steps
 
@@ -29,31 +30,37 @@ def prepared(recipe: Recipe, path: Path) -> Iterator[None]:
         path.mkdir(parents=True, exist_ok=True)
     busy = f"another process trains in {path}: wait for it, or name another folder with --run"
     with folder.locked(path, busy):
-        _make_data(recipe, path, notes)
-        text = json.dumps(recipe.to_dict(), indent=2) + "\n"
-        if not notes.is_file() or notes.read_text() != text:
+        earlier = None
+        if notes.is_file():
+            earlier = Recipe.from_dict(read_json(notes), str(notes))
+        _check_data(recipe, path, earlier)
+        if recipe != earlier:
             part = path / ".recipe.json.partial"
-            part.write_text(text)
+            part.write_text(json.dumps(recipe.to_dict(), indent=2) + "\n", encoding="utf-8")
             part.replace(notes)
+        if not (path / "data").is_dir():
+            (examples if recipe.data else pretraining).prepare(recipe, path)
         yield
 
 
-def _make_data(recipe: Recipe, path: Path, notes: Path) -> None:
-    """Makes the data of a run where they are not there, or may be replaced: nothing is trained."""
-    if notes.is_file() and (path / "data").is_dir():
-        earlier = Recipe.from_dict(read_json(notes), str(notes))
+def _check_data(recipe: Recipe, path: Path, earlier: Recipe | None) -> None:
+    """Refuses data that are damaged or of other files; removes what may be made again.
+
+    They may be as long as no state is saved: nothing was learnt from them.
+    """
+    data, begun = path / "data", saved_steps(path)
+    if earlier and begun:
+        recipe.check_continues(earlier, str(path))
+    if data.is_dir() and earlier:
+        sums.check(data, f"remove {data}, and it is made again")
         other = examples.changed(recipe, path) if recipe.data and earlier.data else None
-        if saved_steps(path):
-            recipe.check_continues(earlier, str(path))
-            if other:
-                raise ValueError(
-                    f"{other} is another file now than when the run in {path} began: restore it, "
-                    "or name another folder with --run"
-                )
-        elif other or any(getattr(recipe, x) != getattr(earlier, x) for x in _DECIDE_DATA):
-            shutil.rmtree(path / "data")
-    if not (path / "data").is_dir():
-        (examples if recipe.data else pretraining).prepare(recipe, path)
+        if other and begun:
+            raise ValueError(
+                f"{other} is another file now than when the run in {path} began: restore it, or "
+                "name another folder with --run"
+            )
+        if other or any(getattr(recipe, x) != getattr(earlier, x) for x in _DECIDE_DATA):
+            shutil.rmtree(data)
 
 
 @contextlib.contextmanager
@@ -64,10 +71,14 @@ def signals() -> Iterator[Callable[[], int]]:
 
     def note(number, frame):
         if number == signal.SIGINT:
-            print("stopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                print("stopping after this step; Ctrl-C again stops at once", file=sys.stderr)
         received.append(number)
         signal.signal(number, earlier[number] or signal.SIG_DFL)
 
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0  # Python gives no signals to other threads.
+        return
     for number in (signal.SIGINT, signal.SIGTERM):
         earlier[number] = signal.signal(number, note)
     try:

@@ -13,8 +13,8 @@ from mistral_jax import folder
 from mistral_jax.model.transformer import Transformer, stack_layers, unstack_layers
 from mistral_jax.sharding import Layout, abstract_params, read_layout
 from mistral_jax.tokenizer import Tokenizer
-from mistral_jax.training import corpus, data
-from mistral_jax.training.job import Job, optimizer_of, save_model, trained_model
+from mistral_jax.training import corpus, data, sums
+from mistral_jax.training.job import Job, check_memory, optimizer_of, save_model, trained_model
 from mistral_jax.training.objective import make_loss_fn
 from mistral_jax.training.recipe import Recipe
 from mistral_jax.training.states import create_state
@@ -26,6 +26,7 @@ def prepare(recipe: Recipe, path: Path) -> None:
     """Makes the vocabulary and the tokens of a run, as `<path>/data`."""
     with folder.whole(path / "data") as part:
         _write_data(recipe, part)
+        sums.write(part)
 
 
 def make_job(recipe: Recipe, path: Path, sharding=None, mesh=None) -> Job:
@@ -35,6 +36,7 @@ def make_job(recipe: Recipe, path: Path, sharding=None, mesh=None) -> Job:
     """
     config = recipe.model_config
     layout = read_layout(sharding, config, mesh=mesh)
+    check_memory(recipe, config, layout)
     model = Transformer(config, rules=layout.rules if layout else ())
     _, optimizer = optimizer_of(recipe, recipe.steps)
     params = initial_params(model, recipe.seed, layout, recipe.scan)

@@ -24,6 +24,9 @@ def show(steps: int | None = None) -> Iterator[Callable[[Entry], None]]:
       steps: of the whole run, until an entry tells; None = not known yet.
     """
     time_left = _TimeLeft()
+    if sys.stderr is None:  # As pythonw has it.
+        yield lambda entry: None
+        return
     if not sys.stderr.isatty():
 
         def print_entry(entry: Entry) -> None:

@@ -5,23 +5,33 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mistral_jax.config import ModelConfig
-from mistral_jax.fields import build, check, integer, number, string
+from mistral_jax.config import ModelConfig, find
+from mistral_jax.fields import build, check, integer, number, show, string, table_of
 from mistral_jax.files import read_toml
 from mistral_jax.training.lora import Lora
-from mistral_jax.training.optimizers import SCHEDULES, check_optimizer, parameters_of
+from mistral_jax.training.optimizers import (
+    SCHEDULES,
+    SHARE,
+    check_optimizer,
+    check_options,
+    parameters_of,
+)
 
 # What a stopped run may change when it goes on: its length, its memory, and how often it looks up.
 CHANGEABLE = (
     *("steps", "epochs", "remat", "microbatches", "most_skipped"),
     *("validate_every", "save_every", "sample_every", "sample_prompts", "keep", "export_best"),
 )
+MOST_STEPS = 1 << 30
 _DOTS = ("dots_saveable", "dots_with_no_batch_dims_saveable")
 # Beyond these, float32 overflows or a run would outlast its machine.
+_CORPUS = table_of(integer(1, 1000))
+_MOST_PROMPTS = 64
+_SMALLEST_SHARE = 1e-30  # of the last learning rate, that the first may be
 _RULES = {
     "context": integer(1, 1 << 20),
     "rows": integer(1, 1 << 20),
-    "steps": integer(1, 1 << 30),
+    "steps": integer(1, MOST_STEPS),
     "epochs": number(0, 1e6),
     "warmup_steps": integer(0),
     "sample_every": integer(0),
@@ -29,8 +39,8 @@ _RULES = {
     "learning_rate": number(0, 1e3),
     "final_learning_rate": number(0, 1e3),
     "weight_decay": number(0, 1e3),
-    "beta1": number(0, 1),
-    "beta2": number(0, 1),
+    "beta1": SHARE,
+    "beta2": SHARE,
     "clip_norm": number(0, 1e9),
     "schedule": string(*SCHEDULES),
     "dtype": string("auto", "float32", "bfloat16"),
@@ -178,6 +188,17 @@ class Recipe:
             raise ValueError(
                 f"warmup_steps is {self.warmup_steps}; expected less than steps ({self.steps})"
             )
+        if self.learning_rate < _SMALLEST_SHARE * self.final_learning_rate:
+            raise ValueError(
+                f"learning_rate is {self.learning_rate}, too small beside final_learning_rate "
+                f"({self.final_learning_rate}); expected one of the same order"
+            )
+        if len(self.sample_prompts) > _MOST_PROMPTS:
+            raise ValueError(
+                f"sample_prompts has {len(self.sample_prompts)} texts; expected at most "
+                f"{_MOST_PROMPTS}"
+            )
+        check_options(self.optimizer, self.optimizer_options)
         check_optimizer(self.optimizer, self.optimizer_arguments)
 
     def _check_kind(self) -> None:
@@ -187,12 +208,10 @@ class Recipe:
                     "a recipe trains a new model on a corpus (model, corpus), or a checkpoint on "
                     "files of examples ([data] or --data FILE); expected one of the two"
                 )
-            if not self.corpus or not all(
-                type(times) is int and times > 0 for times in self.corpus.values()
-            ):
+            if not self.corpus or not _CORPUS.accepts(self.corpus):
                 raise ValueError(
-                    f"corpus is {self.corpus!r}; expected a table of distributions and whole "
-                    "numbers, such as { python = 1 }"
+                    f"corpus is {show(self.corpus)}; expected a table of distributions and whole "
+                    "numbers from 1 to 1000, such as { python = 1 }"
                 )
         of_data = ("checkpoint", "lora", "dpo", "epochs")
         of_corpus = ("model", "corpus")
@@ -225,7 +244,7 @@ class Recipe:
 
     @classmethod
     def from_file(cls, path: Path | str) -> "Recipe":
-        """Reads a TOML file, such as configs/training/nano.toml.
+        """Reads a TOML file, or one of configs/training by its name, such as "nano".
 
         Raises:
           ValueError: there is no such file, or a key is unknown, missing or invalid.
@@ -255,8 +274,15 @@ class Recipe:
                 )
 
 
-def read_table(path: Path | str) -> dict[str, Any]:
-    """Reads the fields of a recipe; raises a ValueError if there is no such file."""
-    if not Path(path).exists():
-        raise ValueError(f"there is no file {path}; expected one like configs/training/nano.toml")
-    return read_toml(path)
+def find_recipe(name: Path | str) -> Path:
+    """Returns the file of a recipe: a path, or the name of a file in configs/training, as "lora".
+
+    Raises:
+      ValueError: there is none; the known names are listed.
+    """
+    return find("training", name, "recipe")
+
+
+def read_table(name: Path | str) -> dict[str, Any]:
+    """Reads the fields of a recipe; arguments and errors are those of `find_recipe`."""
+    return read_toml(find_recipe(name))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mistral_jax.files import parse_record, read_lines
+from mistral_jax.files import check_regular, parse_record, read_lines
 from mistral_jax.tokenizer import Tokenizer
 
 _FORMS = (("text",), ("prompt", "completion"), ("messages",))
@@ -97,7 +97,7 @@ def read(
     Raises:
       ValueError: a file or a record cannot be read, with its file and line number (from 1 on).
     """
-    tally = Tally() if tally is None else tally
+    tally, paths = Tally() if tally is None else tally, list(paths)
     encode = _encode_pair if pairs else _encode_example
     for path in map(Path, paths):
         for where, raw in _rows(path) if path.is_dir() else read_lines(path):
@@ -116,6 +116,18 @@ def read(
                 yield example
     if tally.bad and not tally.good:
         raise ValueError(f"all records are bad, {tally.bad} of them, such as {tally.reasons[0]}")
+    if not tally.good:
+        names = ", ".join(map(str, paths))
+        raise ValueError(f"there are no examples in {names}; expected at least one record")
+
+
+def check_paths(paths: Iterable[Path | str]) -> None:
+    """Raises what `read` would of files and folders that are not such as it reads."""
+    for path in map(Path, paths):
+        if path.is_dir():
+            _check_folder(path)
+        else:
+            check_regular(path)
 
 
 def _encode_example(record: Any, tokenizer: Tokenizer) -> Example:
@@ -226,7 +238,10 @@ def _lesson(messages: Any, tokenizer: Tokenizer) -> Example:
 
 
 def _example(ids: Sequence[int], weights: Sequence[float]) -> Example:
-    return Example(np.array(ids, np.int32), np.array(weights, np.float32))
+    example = Example(np.array(ids, np.int32), np.array(weights, np.float32))
+    if not example.weights.any():
+        raise ValueError("its weights are too small for float32; expected one above 1e-38")
+    return example
 
 
 def _string(record: Mapping[str, Any], key: str) -> str:
@@ -237,8 +252,7 @@ def _string(record: Mapping[str, Any], key: str) -> str:
     return record[key]
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yields the rows of a folder that `datasets` saved, and the place of each."""
+def _check_folder(path: Path) -> None:
     if (path / "dataset_dict.json").is_file():
         splits = sorted(split.name for split in path.iterdir() if split.is_dir())
         raise ValueError(f"{path} has the parts {', '.join(splits)}; name one of these folders")
@@ -247,11 +261,23 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             f"{path} is a folder, but none that `datasets` saved; name its files, or save it with "
             "save_to_disk"
         )
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yields the rows of a folder that `datasets` saved, and the place of each."""
+    _check_folder(path)
     try:
         import datasets
     except ImportError:
         raise ValueError(
             f"{path} is read by `datasets`: pip install 'mistral-jax-flax[datasets]'"
         ) from None
-    for number, row in enumerate(datasets.load_from_disk(str(path)), start=1):
-        yield f"{path}, row {number}", row
+    try:
+        rows = datasets.load_from_disk(str(path))
+        for number, row in enumerate(rows, start=1):
+            yield f"{path}, row {number}", row
+    except GeneratorExit:
+        raise
+    except Exception as error:  # Whatever its libraries raise of damaged files.
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} cannot be read by `datasets`: {reason}") from None

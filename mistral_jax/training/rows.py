@@ -12,10 +12,22 @@ from types import ModuleType
 
 import numpy as np
 
-from mistral_jax.files import read_json
+from mistral_jax.fields import boolean, build, check_table, integer
+from mistral_jax.files import check_regular, read_json
 from mistral_jax.training.step import Batch
 
 _THREADS, _BATCHES_AHEAD = 2, 4
+_COUNT = integer(0, 1 << 40)
+SUMMARY_RULES = {
+    "context": integer(1, 1 << 20),
+    "pairs": boolean(),
+    "examples": _COUNT,
+    "too_long": _COUNT,
+    "left_out": _COUNT,
+    "rows": integer(1, 1 << 40),
+    "tokens": _COUNT,
+    "learnt": _COUNT,
+}
 
 
 @dataclasses.dataclass
@@ -59,10 +71,17 @@ class Rows(Sequence[np.ndarray]):
     """
 
     def __init__(self, folder: Path | str):
-        """Opens the folder that `write_rows` made."""
-        self.summary = Summary(**read_json(Path(folder) / "rows.json"))
+        """Opens the folder that `write_rows` made; a ValueError names the file that is damaged."""
+        notes, file = Path(folder) / "rows.json", Path(folder) / "rows.bin"
+        table = dict.fromkeys(SUMMARY_RULES) | read_json(notes)
+        check_table(table, SUMMARY_RULES, str(notes))
+        self.summary = build(Summary, table, str(notes))
         dtype = row_type(self.summary.context, self.summary.pairs)
-        self._rows = np.memmap(Path(folder) / "rows.bin", dtype, mode="r")
+        size = self.summary.rows * dtype.itemsize
+        check_regular(file, size)
+        if file.stat().st_size != size:
+            raise ValueError(f"{file} has {file.stat().st_size} bytes; expected {size}")
+        self._rows = np.memmap(file, dtype, mode="r")
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -68,7 +68,7 @@ def train(
       report: is given every entry of the curve that `<path>/curve.jsonl` gets.
       sharding: how to spread the work over devices, and `mesh`: see `read_layout`. A run may go on
         under another layout than it began with.
-      tell: is given lines about the data.
+      tell: is given lines about the data, the state that it goes on from, and what takes time.
 
     Raises:
       ValueError: the recipe does not fit the run in the folder, the data or the model; steps in a
@@ -83,7 +83,7 @@ def train(
                 tell(line)
         kind = finetuning if recipe.data else pretraining
         job = kind.make_job(recipe, path, sharding, mesh)
-        training = _Run(recipe, path, job, report)
+        training = _Run(recipe, path, job, report, tell)
         if number := distributed.largest(stopped()) or training.go_on(stopped):
             return Outcome(signal.Signals(number))
         state = training.result()
@@ -95,12 +95,21 @@ def train(
 class _Run:
     """The loop of a run, and what it looks at."""
 
-    def __init__(self, recipe: Recipe, path: Path, job: Job, report: Callable[[Entry], None]):
-        self._recipe, self._path, self._job = recipe, path, job
+    def __init__(
+        self,
+        recipe: Recipe,
+        path: Path,
+        job: Job,
+        report: Callable[[Entry], None],
+        tell: Callable[[str], None],
+    ):
+        self._recipe, self._path, self._job, self._tell = recipe, path, job, tell
         self._schedule, optimizer = optimizer_of(recipe, job.steps)
         # Committed to their devices, as what a step returns is: else it would be compiled twice.
         places = jax.tree.map(lambda x: x.sharding, job.state)
-        self._state = restore_state(path, jax.device_put(job.state, places))
+        self._state = restore_state(path, jax.device_put(job.state, places), tell=tell)
+        if step := int(self._state.step):
+            tell(f"going on at step {step:,} of {job.steps:,}")
         self._train_step = make_train_step(
             job.loss_fn, optimizer, recipe.microbatches, places if job.layout else None, recipe.seed
         )
@@ -134,6 +143,8 @@ class _Run:
             # Also where a run was stopped before it could.
             if (first or job.before) and first not in self._looked:
                 self._look(first)
+            if first < job.steps:
+                self._tell("compiling the program of a step, which the first one waits for")
             for step, batch in enumerate(batches, first + 1):
                 rate = float(self._schedule(step - 1 - self._skipped))
                 batch = self._spread(batch, recipe.microbatches)

@@ -4,6 +4,8 @@ On any layout they are the same; of several processes, all must call what saves 
 """
 
 import contextlib
+import itertools
+import math
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,8 +17,26 @@ import jax.numpy as jnp
 import optax
 
 from mistral_jax import arrays, distributed, folder
+from mistral_jax.fields import Rule, check_table, integer, list_of, show, string
+from mistral_jax.files import read_json
 from mistral_jax.sharding import Layout
+from mistral_jax.training import sums
 from mistral_jax.training.step import Params, TrainState
+
+# The metadata of an array, as Orbax writes it.
+_AXES = list_of(integer(1, 1 << 40), 8)
+_NULL = Rule("null", lambda x: x is None)
+_ARRAY_RULES = {
+    "chunks": _AXES,
+    "compressor": _NULL,
+    "dimension_separator": string("."),
+    "dtype": string(),
+    "fill_value": _NULL,
+    "filters": _NULL,
+    "order": string("C"),
+    "shape": _AXES,
+    "zarr_format": integer(2, 2),
+}
 
 
 def create_state(
@@ -90,7 +110,7 @@ class Saver:
           best: the step whose state is the best so far, and stays; None = there is none yet.
         """
         self.wait()
-        target = self._path / "states" / f"{int(state.step):08d}"
+        target = _place(self._path, int(state.step))
         saved = _saved_part(state)
         if next(iter(state.step.devices())).platform == "cpu":
             # Elsewhere arrays are copied to the host before this returns; there, they are shared.
@@ -100,7 +120,7 @@ class Saver:
             lambda: stack.enter_context(folder.whole(target, lambda old: True))
         )
         finish = arrays.save_in_background(part / "state", saved)
-        self._pending = self._pool.submit(self._finish, finish, stack, target, best)
+        self._pending = self._pool.submit(self._finish, finish, stack, part, target, best)
 
     def check(self) -> None:
         """Raises what went wrong, if something has by now."""
@@ -114,10 +134,14 @@ class Saver:
             pending.result()
             distributed.sync()
 
-    def _finish(self, finish: Callable[[], None], stack, target: Path, best: int | None) -> None:
+    def _finish(
+        self, finish: Callable[[], None], stack, part: Path, target: Path, best: int | None
+    ) -> None:
         try:
             with stack:
                 finish()
+                if distributed.is_first():
+                    sums.write(part)
         except Exception as error:
             raise OSError(f"{target} could not be saved: {_reason(error)}") from error
         if distributed.is_first():
@@ -127,14 +151,23 @@ class Saver:
                     shutil.rmtree(old)
 
 
-def restore_state(path: Path, state: TrainState, step: int | None = None) -> TrainState:
+def restore_state(
+    path: Path,
+    state: TrainState,
+    step: int | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> TrainState:
     """Returns a state that a run saved.
 
     Args:
       path: folder of the run.
       state: one like it, of which it takes over the frozen part and the places. The rest of it is
         freed, for the memory of one state; or it is returned, if there is none to restore.
-      step: which; None = the latest.
+      step: which; None = the latest that is whole.
+      tell: is given a line about each damaged one.
+
+    Raises:
+      ValueError: the state of that step, or every state, is damaged.
     """
     found = distributed.from_first(lambda: saved_steps(path)) if step is None else [step]
     if not found:
@@ -144,7 +177,66 @@ def restore_state(path: Path, state: TrainState, step: int | None = None) -> Tra
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), old
     )
     jax.tree.map(lambda x: x.delete(), old)
-    return state.replace(**arrays.read(path / "states" / f"{found[-1]:08d}" / "state", abstract))
+    for number in reversed(found):
+        place = _place(path, number)
+        try:
+            return state.replace(**_read(place, abstract, number))
+        except ValueError as error:
+            if number == found[0]:
+                raise ValueError(f"{error}; to go on without this state, remove {place}") from error
+            tell(f"warning: {error}; the run goes on from an earlier state")
+    raise AssertionError("no state was tried")
+
+
+def _read(place: Path, abstract: dict[str, Any], step: int) -> dict[str, Any]:
+    """Reads a saved state; a ValueError says that it is damaged."""
+
+    def check():
+        sums.check(place, "the state is damaged")
+        _check_arrays(place / "state" / "state", abstract)
+
+    distributed.from_first(check)
+    try:
+        read = arrays.read(place / "state", abstract)
+    except MemoryError:
+        raise
+    except Exception as error:  # Whatever Orbax raises.
+        if distributed.count() > 1:  # The others may have read their parts.
+            raise
+        raise ValueError(f"{place} cannot be read ({_reason(error)})") from error
+    if int(read["step"]) != step:
+        raise ValueError(f"{place} is of step {int(read['step'])}, which is not its name")
+    return read
+
+
+def _check_arrays(place: Path, abstract: dict[str, Any]) -> None:
+    """Makes sure that all files of a state's arrays are there, before Orbax reads one.
+
+    Orbax answers what is missing with errors of many threads, and may crash. States from before
+    there were sums are looked at in no other way.
+    """
+    if any(place.glob("*/zarr.json")):  # Of Zarr 3, as Orbax once wrote them.
+        return
+    read_json(place / "_METADATA")
+    for keys, array in jax.tree.leaves_with_path(abstract):
+        part = place / jax.tree_util.keystr(keys, simple=True, separator=".")
+        about = dict.fromkeys(_ARRAY_RULES) | read_json(part / ".zarray")
+        check_table(about, _ARRAY_RULES, str(part / ".zarray"))
+        dtype = array.dtype.name if array.dtype.kind == "V" else array.dtype.str
+        shape, chunk = about["shape"], about["chunks"]
+        if shape != list(array.shape) or about["dtype"] != dtype or len(chunk) != len(shape):
+            raise ValueError(
+                f"{part / '.zarray'} has shape {show(shape)}, chunks {show(chunk)} and dtype "
+                f"{show(about['dtype'])}; expected {list(array.shape)} and {dtype!r}"
+            )
+        counts = [math.ceil(n / c) for n, c in zip(shape, chunk, strict=True)]
+        size = math.prod(chunk) * array.dtype.itemsize
+        for number in itertools.product(*map(range, counts or [1])):
+            file = part / ".".join(map(str, number))
+            if not file.is_file():
+                raise ValueError(f"{file} is missing")
+            if file.stat().st_size != size:
+                raise ValueError(f"{file} has {file.stat().st_size} bytes; expected {size}")
 
 
 def saved_steps(path: Path) -> list[int]:
@@ -156,8 +248,14 @@ def _saved_part(state: TrainState) -> dict[str, Any]:
     return {"trainable": state.trainable, "opt_state": state.opt_state, "step": state.step}
 
 
+def _place(path: Path, step: int) -> Path:
+    return path / "states" / f"{step:08d}"
+
+
 def _saved(path: Path) -> list[Path]:
-    return sorted(p for p in (path / "states").glob("[0-9]*") if p.is_dir())
+    places = (path / "states").glob("[0-9]*")
+    found = {int(p.name): p for p in places if p.name.isdecimal() and p.is_dir()}
+    return [p for step, p in sorted(found.items()) if p == _place(path, step)]
 
 
 def _reason(error: BaseException) -> str:

@@ -4,16 +4,25 @@
 """
 
 import importlib.util
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mistral_jax.fields import Rule, check_table, list_of
+from mistral_jax.files import parse_json, read_json, read_text
 from mistral_jax.training import curve
 from mistral_jax.training.curve import Entry, points
 from mistral_jax.training.progress import amount, duration
 
+_SOURCE_TYPES = {"name": str, "version": str, "files": int, "bytes": int | float}
+_SOURCE = Rule(
+    "a source of the corpus",
+    lambda x: (
+        isinstance(x, dict)
+        and all(isinstance(x.get(name), kind) for name, kind in _SOURCE_TYPES.items())
+    ),
+)
 _CURVES = tuple(
     f"{of}{name}" for of in ("", "validation_") for name in ("loss", "accuracy", "margin")
 )
@@ -95,12 +104,14 @@ def _trained(recipe: Mapping[str, Any]) -> str:
 def _data(folder: Path):
     """Yields rows on data, from the notes that preparing it has left."""
     if (folder / "corpus.json").is_file():
-        sources = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+        file = folder / "corpus.json"
+        sources = parse_json(read_text(file), str(file))
+        check_table({"corpus": sources}, {"corpus": list_of(_SOURCE)}, str(file))
         files, size = (sum(source[name] for source in sources) for name in ("files", "bytes"))
         names = ", ".join(f"{source['name']} {source['version']}" for source in sources)
         yield "data", f"{files:,} files of Python, {size / 1e6:.3g} MB, of {names}"
     if (folder / "data.json").is_file():
-        notes = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+        notes = read_json(folder / "data.json")
         for name in ("train", "validation"):
             if name in notes:
                 yield f"{name} data", _split(notes[name])
@@ -124,7 +135,7 @@ def _losses(entries: Sequence[Entry]):
             best = (min if name.endswith("loss") else max)(found, key=lambda point: point[1])
             title = name if name.startswith("validation") else f"training {name}"
             chosen = found[0], found[-1], best
-            yield title.replace("_", " "), *(f"{y:.4g} (step {x})" for x, y in chosen)
+            yield title.replace("_", " "), *(curve.say(*point) for point in chosen)
 
 
 def _samples(entries: Sequence[Entry]):
@@ -133,13 +144,19 @@ def _samples(entries: Sequence[Entry]):
     if len(rounds) < 2:
         return
     yield "## Samples"
-    before, after = rounds[0], rounds[-1]
-    for old, new in zip(before["samples"], after["samples"], strict=True):
+    for after in rounds[-1]["samples"]:
         yield "Prompt:"
-        yield _block(new["prompt"])
-        for entry, sample in ((before, old), (after, new)):
-            yield f"Step {entry['step']}:"
-            yield _block(sample["text"]) if sample["text"] else "(nothing)"
+        yield _block(after["prompt"])
+        # A run that goes on may be given other prompts.
+        told = [
+            (entry["step"], sample["text"])
+            for entry in rounds
+            for sample in entry["samples"]
+            if sample["prompt"] == after["prompt"]
+        ]
+        for step, text in dict((told[0], told[-1])).items():
+            yield f"Step {step}:"
+            yield _block(text) if text else "(nothing)"
 
 
 def _in_short(entries: Sequence[Entry]):

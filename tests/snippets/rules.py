@@ -43,9 +43,10 @@ _FEW = (
     "--set sample_every=0"
 )
 _FEW_ON_EIGHT = _FEW.replace("rows=2", "rows=8")
+_RECIPE = r"-m mistral_jax\.train (configs/training/\w+\.toml|\w+(?![\w./]))"
 SHORTENED = (
-    (r"-m mistral_jax\.train configs/training/\w+\.toml(?!.*--(preview|sharding))", _FEW),
-    (r"-m mistral_jax\.train configs/training/\w+\.toml(?=.*--sharding)", _FEW_ON_EIGHT),
+    (rf"{_RECIPE}(?!.*--(preview|sharding))", _FEW),
+    (rf"{_RECIPE}(?=.*--sharding)", _FEW_ON_EIGHT),
     (r"-m mistral_jax\.train examples/finetune/signatures\.toml(?!.*--preview)", _FEW),
     (r"signatures\.py make (\S+)", r"&& sed -i '9,$ d' \1/test.jsonl"),
 )
@@ -60,7 +61,7 @@ UNCOMPARED = (
 # What is run on one of the pages that show it: a stand-in is there for what others need of it.
 ONCE = (
     r"python -m mistral_jax\.(plan mistral-7b|convert to-orbax mistralai/"
-    r"|train configs/training/lora\.toml)"
+    r"|train (configs/training/lora\.toml|lora\b))"
 )
 
 
