@@ -14,7 +14,7 @@ import pytest
 from mistral_jax.config import CHECKOUT
 
 FLOORS = [  # from the ground up; modules of one floor do not know each other
-    {"fields", "files", "machine", "model.axes", "model.einsum", "model.pieces"},
+    {"fields", "files", "machine", "model.axes", "model.einsum", "model.pieces", "spm"},
     {"model.kernels", "model.split"},
     {"model.cudnn", "model.quantized", "model.splash"},
     {"model.scores"},
