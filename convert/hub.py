@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from .source import FORMATS, TOKENIZERS, Source, find
+from .source import DETAILS, FORMATS, TOKENIZERS, Source, find
 
 
 def is_repository(name: Path | str) -> bool:
@@ -44,7 +44,7 @@ def fetch(repository: str, format: str | None = None) -> Source:
     small = [name for kind in FORMATS.values() for name in (kind.config, kind.index) if name]
     with _explained(repository):
         about = huggingface_hub.HfApi().model_info(repository)
-        folder = download([*small, *TOKENIZERS])
+        folder = download([*small, *TOKENIZERS, *DETAILS])
     try:
         source = find(folder, format, {file.rfilename for file in about.siblings})
     except ValueError as error:

@@ -36,6 +36,8 @@ FORMATS = {  # In order of preference: safetensors first, and of these the fulle
 
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1")
+# Beside a config of Hugging Face's format: they too may name the tokens that end an answer.
+DETAILS = ("generation_config.json", "tokenizer_config.json", "added_tokens.json")
 
 
 class Tensor(NamedTuple):
@@ -54,6 +56,7 @@ class Source:
       format: key of `FORMATS`.
       weight_files: those that hold its tensors, all there.
       tokenizer_file: SentencePiece model, or None.
+      detail_files: those of `DETAILS` that belong to the format.
       other_formats: what else the folder could be read as.
     """
 
@@ -61,6 +64,7 @@ class Source:
     format: str
     weight_files: tuple[Path, ...]
     tokenizer_file: Path | None
+    detail_files: tuple[Path, ...]
     other_formats: tuple[str, ...]
 
     @property
@@ -72,7 +76,7 @@ class Source:
     def files(self) -> tuple[Path, ...]:
         """All files that a conversion reads."""
         named = (self.config_file, self.tokenizer_file)
-        return (*(file for file in named if file), *self.weight_files)
+        return (*(file for file in named if file), *self.detail_files, *self.weight_files)
 
     @property
     def official(self) -> bool:
@@ -135,7 +139,8 @@ def find(
             raise ValueError(f"{folder} has no {missing[0]}, which its index names{hint}")
         tokenizer = next((folder / file for file in TOKENIZERS if file in names), None)
         files = tuple(folder / file for file in weights[name])
-        return Source(folder, name, files, tokenizer, others)
+        details = [folder / file for file in DETAILS if file in names and name.startswith("hf")]
+        return Source(folder, name, files, tokenizer, tuple(details), others)
     if wanted:
         file, config = weights[wanted[0]][0], FORMATS[wanted[0]].config
         raise ValueError(f"{folder} has {file} but no {config}; expected both")
