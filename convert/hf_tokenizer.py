@@ -158,13 +158,23 @@ def tokenizer_config(data: bytes, tokenizer: Tokenizer, config: ModelConfig) -> 
         "clean_up_tokenization_spaces": False,
         "model_max_length": config.max_positions,
     }
-    if tokenizer.version in _FORMS:
+    if tokenizer.version in _FORMS and _has_template(data, tokenizer):
         template = _TEMPLATE
         names = ("PLACE", "USER", "ANSWER")
         for name, value in zip(names, _FORMS[tokenizer.version], strict=True):
             template = template.replace(name, value)
         contents["chat_template"] = template
     return contents
+
+
+def _has_template(data: bytes, tokenizer: Tokenizer) -> bool:
+    """Tells whether a conversation written as one text has the ids of its parts.
+
+    In v1 no control token divides a question from its answer, but the space in front of the answer
+    does, unless a piece has both sides.
+    """
+    divided = not any(f"]{_SPACE}" in piece.text for piece in spm.pieces(data))
+    return tokenizer.version != "v1" or (spm.normalizer(data).prefix and divided)
 
 
 def _merges(pieces: Sequence[Piece]) -> Iterator[tuple[str, str]]:
