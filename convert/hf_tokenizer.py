@@ -71,23 +71,60 @@ _FORMS["v3"] = _FORMS["v2"]
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
 
 
-def problem(data: bytes) -> str | None:
-    """Says why `tokenizer.json` cannot give the ids of a SentencePiece file; None = it can."""
-    pieces = spm.pieces(data)
-    if not spm.normalizer(data).is_identity:
-        return "the tokenizer changes characters before it divides a text"
-    if any(piece.kind == Kind.UNUSED for piece in pieces):
-        return "the tokenizer has pieces that are not to be used"
-    if _own(pieces) and any(piece.text.startswith("<0") for piece in _plain(pieces)):
-        return (
-            "the tokenizer has user-defined pieces, and one that begins as the spelling of a byte"
-        )
-    return None
+def files(
+    data: bytes, tokenizer: Tokenizer, config: ModelConfig
+) -> tuple[dict[str, Any], str | None]:
+    """Returns what Transformers reads in place of a SentencePiece file.
+
+    Args:
+      data: the contents of that file.
+      tokenizer: what was read from it.
+      config: the model's.
+
+    Returns:
+      JSON values by the names of their files, and why `tokenizer.json` is not among them, which
+      can hold most vocabularies but not all; None = it is.
+    """
+    try:
+        pieces, rules = spm.pieces(data), spm.normalizer(data)
+    except ValueError:
+        pieces, rules = [], spm.Normalizer(is_identity=False, prefix=False)
+    problem = None
+    if [piece.text for piece in pieces] != [*map(tokenizer.piece, range(tokenizer.vocab_size))]:
+        pieces, problem = [], "the tokenizer has fields of an unknown form"
+    elif not rules.is_identity:
+        problem = "the tokenizer changes characters before it divides a text"
+    elif any(piece.kind == Kind.UNUSED for piece in pieces):
+        problem = "the tokenizer has pieces that are not to be used"
+    contents = {
+        # Any other class divides texts by rules of its own, beside those of tokenizer.json.
+        "tokenizer_class": "LlamaTokenizer" if problem else "PreTrainedTokenizerFast",
+        "bos_token": tokenizer.piece(tokenizer.bos_id),
+        "eos_token": tokenizer.piece(tokenizer.eos_id),
+        "unk_token": tokenizer.piece(tokenizer.unk_id),
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "legacy": True,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": config.max_positions,
+    }
+    # In v1 no control token divides a question from its answer, but the space in front of the
+    # answer does, unless a piece has both sides.
+    divided = rules.prefix and not any(f"]{_SPACE}" in piece.text for piece in pieces)
+    if tokenizer.version in _FORMS and pieces and (divided or tokenizer.version != "v1"):
+        contents["chat_template"] = _template(*_FORMS[tokenizer.version])
+    found = {"tokenizer_config.json": contents}
+    if not problem:
+        found["tokenizer.json"] = _tokenizer_json(pieces, rules.prefix, tokenizer)
+    return found, problem
 
 
-def tokenizer_json(data: bytes, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Returns the contents of `tokenizer.json`, of a file that has no `problem`."""
-    pieces, prefix = spm.pieces(data), spm.normalizer(data).prefix
+def _template(place: str, user: str, answer: str) -> str:
+    names = {"PLACE": place, "USER": user, "ANSWER": answer}
+    return re.sub("|".join(names), lambda match: names[match[0]], _TEMPLATE)
+
+
+def _tokenizer_json(pieces: Sequence[Piece], prefix: bool, tokenizer: Tokenizer) -> dict[str, Any]:
     special = [i for i, piece in enumerate(pieces) if piece.kind in (Kind.CONTROL, Kind.UNKNOWN)]
     bos = tokenizer.piece(tokenizer.bos_id)
     begin = {"SpecialToken": {"id": bos, "type_id": 0}}
@@ -113,7 +150,7 @@ def tokenizer_json(data: bytes, tokenizer: Tokenizer) -> dict[str, Any]:
             "type": "Sequence",
             "normalizers": [{"type": "Prepend", "prepend": _SPACE}] * prefix + [spaces],
         },
-        "pre_tokenizer": _pre_tokenizer(_own(pieces)),
+        "pre_tokenizer": _pre_tokenizer(pieces, tokenizer),
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [begin, first],
@@ -132,7 +169,7 @@ def tokenizer_json(data: bytes, tokenizer: Tokenizer) -> dict[str, Any]:
         "model": {
             "type": "BPE",
             "dropout": None,
-            "unk_token": _unknown(pieces),
+            "unk_token": tokenizer.piece(tokenizer.unk_id),
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
             "fuse_unk": True,
@@ -144,54 +181,18 @@ def tokenizer_json(data: bytes, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def tokenizer_config(data: bytes, tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
-    """Returns the contents of `tokenizer_config.json`."""
-    contents = {
-        # Any other class divides texts by rules of its own, beside those of tokenizer.json.
-        "tokenizer_class": "LlamaTokenizer" if problem(data) else "PreTrainedTokenizerFast",
-        "bos_token": tokenizer.piece(tokenizer.bos_id),
-        "eos_token": tokenizer.piece(tokenizer.eos_id),
-        "unk_token": _unknown(spm.pieces(data)),
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "legacy": True,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": config.max_positions,
-    }
-    if tokenizer.version in _FORMS and _has_template(data, tokenizer):
-        template = _TEMPLATE
-        names = ("PLACE", "USER", "ANSWER")
-        for name, value in zip(names, _FORMS[tokenizer.version], strict=True):
-            template = template.replace(name, value)
-        contents["chat_template"] = template
-    return contents
-
-
-def _has_template(data: bytes, tokenizer: Tokenizer) -> bool:
-    """Tells whether a conversation written as one text has the ids of its parts.
-
-    In v1 no control token divides a question from its answer, but the space in front of the answer
-    does, unless a piece has both sides.
-    """
-    divided = not any(f"]{_SPACE}" in piece.text for piece in spm.pieces(data))
-    return tokenizer.version != "v1" or (spm.normalizer(data).prefix and divided)
-
-
 def _merges(pieces: Sequence[Piece]) -> Iterator[tuple[str, str]]:
     """Yields the pairs that make a piece, in the order in which SentencePiece merges them."""
-    plain = {piece.text: piece.score for piece in _plain(pieces)}
+    # A piece with a plain space is never found: all spaces of a text are U+2581 by then.
+    plain = {
+        piece.text: piece.score
+        for piece in pieces
+        if piece.kind == Kind.NORMAL and " " not in piece.text
+    }
     for text in sorted(plain, key=plain.__getitem__, reverse=True):
         for cut in range(len(text) - 1, 0, -1):
             if text[:cut] in plain and text[cut:] in plain:
                 yield text[:cut], text[cut:]
-
-
-def _plain(pieces: Sequence[Piece]) -> Iterator[Piece]:
-    return (piece for piece in pieces if piece.kind == Kind.NORMAL)
-
-
-def _unknown(pieces: Sequence[Piece]) -> str:
-    return next(piece.text for piece in pieces if piece.kind == Kind.UNKNOWN)
 
 
 def _own(pieces: Sequence[Piece]) -> list[str]:
@@ -199,12 +200,23 @@ def _own(pieces: Sequence[Piece]) -> list[str]:
     return [piece.text for piece in pieces if piece.kind == Kind.USER_DEFINED]
 
 
-def _pre_tokenizer(own: Sequence[str]) -> dict[str, Any] | None:
+def _pre_tokenizer(pieces: Sequence[Piece], tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """Returns what finds user-defined pieces: the longest at each place, as SentencePiece does.
+
+    A part that is in the vocabulary is then taken whole. One that only spells a control token or a
+    byte is text: it is divided again, where SentencePiece divides it.
+    """
+    own = _own(pieces)
     if not own:
         return None
-    # SentencePiece takes the longest at each place. A part that is a piece is taken whole; but
-    # what spells a byte is text, so it is divided where no piece begins with both sides.
-    longest_first = "|".join(map(re.escape, sorted(own, key=len, reverse=True)))
+    spelled: dict[str, list[str]] = {}
+    for text, _, kind in pieces:
+        if kind in (Kind.CONTROL, Kind.UNKNOWN, Kind.BYTE):
+            first = tokenizer.piece(tokenizer.encode(text, continues=True)[0])
+            cut = len(first) if text.startswith(first) else 1  # 1: a character without a piece
+            spelled.setdefault(text[:cut], []).append(text[cut:])
+    divided = (rf"{re.escape(first)}(?={_any(rests)}\z)" for first, rests in spelled.items())
+    patterns = _any(sorted(own, key=len, reverse=True)), rf"\A(?:{'|'.join(divided)})"
     return {
         "type": "Sequence",
         "pretokenizers": [
@@ -214,6 +226,10 @@ def _pre_tokenizer(own: Sequence[str]) -> dict[str, Any] | None:
                 "behavior": "Isolated",
                 "invert": False,
             }
-            for pattern in (longest_first, r"\A<(?=0x[0-9A-F]{2}>\z)")
+            for pattern in patterns
         ],
     }
+
+
+def _any(texts: Sequence[str]) -> str:
+    return f"(?:{'|'.join(map(re.escape, texts))})"

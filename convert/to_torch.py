@@ -126,15 +126,14 @@ def _write_tokenizer(
     part: Path, data: bytes, tokenizer: Tokenizer, config: ModelConfig, progress: Progress
 ) -> None:
     """Writes what Transformers reads in place of `tokenizer.model`."""
-    if problem := hf_tokenizer.problem(data):
+    files, problem = hf_tokenizer.files(data, tokenizer, config)
+    if problem:
         progress.say(
             f"tokenizer.json is not written, for {problem}: Transformers needs sentencepiece and "
             "protobuf to read tokenizer.model"
         )
-    else:
-        _write_json(part / "tokenizer.json", hf_tokenizer.tokenizer_json(data, tokenizer))
-    contents = hf_tokenizer.tokenizer_config(data, tokenizer, config)
-    _write_json(part / "tokenizer_config.json", contents)
+    for name, contents in files.items():
+        _write_json(part / name, contents)
 
 
 def _shards(rows: list[Row], sizes: list[int], limit: int) -> dict[str, list[Row]]:

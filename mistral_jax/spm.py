@@ -7,9 +7,16 @@ The file is a protocol buffer; its messages are described in SentencePiece's own
 import enum
 import struct
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-_PIECE, _TRAINER, _NORMALIZER = 1, 2, 3
+# Forms of fields, and fields by their number and form: one of another form is not that field.
+_INTEGER, _DOUBLE, _BYTES, _FLOAT = 0, 1, 2, 5
+_PIECE, _TRAINER, _NORMALIZER = (1, _BYTES), (2, _BYTES), (3, _BYTES)
+_TEXT, _SCORE, _KIND = (1, _BYTES), (2, _FLOAT), (3, _INTEGER)  # of a piece
+_MODEL_TYPE, _SUFFIX = (3, _INTEGER), (24, _INTEGER)  # of the trainer
+_CHARSMAP, _PREFIX = (2, _BYTES), (3, _INTEGER)  # of the normalizer
+_STRIPS, _ESCAPES = (4, _INTEGER), (5, _INTEGER)
+
 _MOST_FIELDS = 1 << 20
 _ALGORITHMS = {1: "unigram", 2: "BPE", 3: "word", 4: "character"}
 
@@ -57,57 +64,67 @@ def algorithm(data: bytes) -> str:
     Raises:
       ValueError: `data` is no protocol buffer, or has more pieces than any vocabulary.
     """
-    kind = 1
-    for count, (number, value) in enumerate(_fields(data)):
-        if count == _MOST_FIELDS:
-            raise ValueError(f"it has more than {_MOST_FIELDS} pieces")
-        if number == _TRAINER and isinstance(value, bytes):
-            kind = dict(_fields(value)).get(3, kind)
-    return _ALGORITHMS.get(kind, f"unknown ({kind})")
+    return _ALGORITHMS.get(_merged(data, _TRAINER).get(_MODEL_TYPE), "unigram")
 
 
 def pieces(data: bytes) -> list[Piece]:
-    """Returns the pieces of a file that SentencePiece has read."""
+    """Returns the pieces of a file.
+
+    Raises:
+      ValueError: `data` is no protocol buffer of pieces.
+    """
     found = []
-    for number, value in _fields(data):
-        if number == _PIECE:
+    for field, value in _fields(data):
+        if field == _PIECE:
             piece = dict(_fields(value))
-            (score,) = struct.unpack("<f", piece.get(2, bytes(4)))
-            found.append(Piece(piece[1].decode(), score, Kind(piece.get(3, Kind.NORMAL))))
+            (score,) = struct.unpack("<f", piece.get(_SCORE, bytes(4)))
+            kind = piece.get(_KIND, Kind.NORMAL)
+            kind = Kind(kind) if kind in set(Kind) else Kind.NORMAL
+            found.append(Piece(piece.get(_TEXT, b"").decode(), score, kind))
     return found
 
 
 def normalizer(data: bytes) -> Normalizer:
-    """Returns what a file that SentencePiece has read says of a text's characters and spaces."""
-    fields, suffix = {}, 0
-    for number, value in _fields(data):
-        if number == _NORMALIZER:
-            fields |= dict(_fields(value))
-        if number == _TRAINER:
-            suffix = dict(_fields(value)).get(24, suffix)
-    charsmap, prefix, strips, escapes = (
-        fields.get(key, default) for key, default in ((2, b""), (3, 1), (4, 1), (5, 1))
+    """Returns what a file says of a text's characters and spaces; errors as `pieces`."""
+    says = _merged(data, _NORMALIZER)
+    is_identity = (
+        not says.get(_CHARSMAP)
+        and not says.get(_STRIPS, True)
+        and says.get(_ESCAPES, True)
+        and not _merged(data, _TRAINER).get(_SUFFIX, False)
     )
-    return Normalizer(not charsmap and not strips and bool(escapes) and not suffix, bool(prefix))
+    return Normalizer(bool(is_identity), bool(says.get(_PREFIX, True)))
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Yields the number and the value of each field of a message."""
-    at = 0
+def _merged(data: bytes, message: tuple[int, int]) -> dict[tuple[int, int], Any]:
+    """Returns the fields of a message within the file; where it is repeated, the last count."""
+    fields = {}
+    for field, value in _fields(data):
+        if field == message:
+            fields |= dict(_fields(value))
+    return fields
+
+
+def _fields(data: bytes) -> Iterator[tuple[tuple[int, int], Any]]:
+    """Yields each field of a message, by its number and its form, and its value."""
+    at, left = 0, _MOST_FIELDS
     while at < len(data):
+        if not left:
+            raise ValueError(f"a message has more than {_MOST_FIELDS} fields")
+        left -= 1
         tag, at = _varint(data, at)
-        number, wire = tag >> 3, tag & 7
-        if wire == 0:
+        field = tag >> 3, tag & 7
+        if field[1] == _INTEGER:
             value, at = _varint(data, at)
-            yield number, value
+            yield field, value
             continue
-        if wire == 2:
+        if field[1] == _BYTES:
             size, at = _varint(data, at)
         else:
-            size = {1: 8, 5: 4}.get(wire, -1)
+            size = {_FLOAT: 4, _DOUBLE: 8}.get(field[1], -1)
         if size < 0 or at + size > len(data):
             raise ValueError("a field is cut short or of an unknown kind")
-        yield number, data[at : at + size]
+        yield field, data[at : at + size]
         at += size
 
 

@@ -38,6 +38,7 @@ class Tokenizer:
       vocab_size: number of pieces.
       bos_id: token that begins a text.
       eos_id: token that ends an answer.
+      unk_id: token of what the vocabulary cannot spell.
       version: what Mistral calls the file's set of control tokens, recognised by these tokens
         alone: "v1" (no [INST]), "v2" ([INST] and [/INST]), "v3" (also [PREFIX]) or "v7" (also
         [SYSTEM_PROMPT]; its chat is not supported). The `tokenizer.model.v3` of 7B v0.3 on the
@@ -50,6 +51,7 @@ class Tokenizer:
         self._ids = max(ids, self.vocab_size)
         self.bos_id: int = model.bos_id()
         self.eos_id: int = model.eos_id()
+        self.unk_id: int = model.unk_id()
         self.version = "v1"
         for version, piece in (("v2", "[INST]"), ("v3", "[PREFIX]"), ("v7", "[SYSTEM_PROMPT]")):
             if not model.is_control(model.piece_to_id(piece)):

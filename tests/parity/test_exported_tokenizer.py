@@ -105,6 +105,18 @@ def test_texts_have_the_same_ids_and_ids_the_same_text(pair, seed):
             return
 
 
+def test_what_is_typed_is_text_where_transformers_is_told_so(pairs, seed):
+    rng = random.Random(seed)
+    for name in NAMES:
+        ours, theirs = pairs[name]
+        folder = theirs.name_or_path
+        theirs = transformers.AutoTokenizer.from_pretrained(folder, split_special_tokens=True)
+        control = [ours.piece(i) for i in range(ours.vocab_size) if ours.is_control(i)]
+        for _ in range(100):
+            text = "".join(rng.choices([*control, "<unk>", "<0x41>", "\n", "ab", " "], k=6))
+            assert theirs(text).input_ids == ours.encode(text, bos=True), text
+
+
 def test_conversations_have_the_same_ids(pair, seed):
     ours, theirs = pair
     if theirs.chat_template is None:
