@@ -49,8 +49,9 @@ _IDS = list_of(integer(0), 1 << 10)
 # What the values must be that are read, before anything is computed of them.
 _RULES = {theirs: RULES[ours] for ours, *names in FIELDS for theirs in names if ours in RULES} | {
     "bos_token_id": integer(0),
-    "eos_token_id": either(
-        integer(0), Rule("a list of some", lambda x: x != [] and _IDS.accepts(x))
+    "eos_token_id": Rule(
+        "a token id, or a list of some",
+        lambda x: integer(0).accepts(x) or (x != [] and _IDS.accepts(x)),
     ),
     "model_type": string(),
     "sliding_window": either(_WINDOW, string()),
@@ -107,11 +108,13 @@ class Architecture:
     Attributes:
       config: the architecture.
       theta_origin: where the base of the rotary embedding is from.
+      eos_ids: the tokens that end an answer by the file; none if it does not say.
       notes: sentences on what the file did not say outright.
     """
 
     config: ModelConfig
     theta_origin: str
+    eos_ids: tuple[int, ...]
     notes: tuple[str, ...]
 
 
@@ -138,9 +141,10 @@ def read(file: Path, rope_theta: float | None = None) -> Architecture:
     if "head_dim" not in found:
         found["head_dim"] = _head_dim(found, file)
         notes.append(f"{file.name} has no head_dim: {found['head_dim']}, the width / heads")
-    if isinstance(found.get("eos_id"), list):
-        found["eos_id"], *rest = found["eos_id"]
-        notes.append(f"{file.name} has several eos_token_id: {found['eos_id']} is kept of {rest}")
+    ends = found.pop("eos_id", [])
+    ends = ends if isinstance(ends, list) else [ends]
+    if ends:
+        found |= {"eos_id": ends[0], "other_eos_ids": tuple(ends[1:])}
     found["sliding_window"] = _windows(raw, official, found["num_layers"], file)
     if rope_theta is not None:
         found["rope_theta"], origin = rope_theta, "--rope-theta"
@@ -148,7 +152,8 @@ def read(file: Path, rope_theta: float | None = None) -> Architecture:
         found["rope_theta"], origin = _theta(raw, found, official, file)
     if origin != file.name:
         notes.append(f"rope_theta is {found['rope_theta']:g} ({origin})")
-    return Architecture(ModelConfig.from_dict(found, str(file)), origin, tuple(notes))
+    config = ModelConfig.from_dict(found, str(file))
+    return Architecture(config, origin, config.eos_ids if ends else (), tuple(notes))
 
 
 def _check(values: Mapping[str, Any], rules: Mapping[str, Rule], source: str) -> None:
@@ -238,13 +243,17 @@ def to_official(config: ModelConfig) -> dict[str, Any]:
       ValueError: a window is dilated.
     """
     _refuse_dilation(config)
-    fields = {theirs: getattr(config, ours) for ours, theirs, _ in FIELDS[:-2]}
+    fields = {theirs: getattr(config, ours) for ours, theirs, _ in FIELDS}
+    fields["eos_token_id"] = _ends(config)
     if isinstance(config.sliding_window, tuple):
         fields["sliding_window"] = list(config.sliding_window)
     unset = {
         "sliding_window": None,
         "tied_embeddings": False,
         "max_position_embeddings": DEFAULT_MAX_POSITIONS,
+        # The official format leaves them to the tokenizer.
+        "bos_token_id": 1,
+        "eos_token_id": 2,
     }
     return {key: value for key, value in fields.items() if unset.get(key, ...) != value}
 
@@ -258,6 +267,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     """
     _refuse_dilation(config)
     fields = {theirs: getattr(config, ours) for ours, _, theirs in FIELDS}
+    fields["eos_token_id"] = _ends(config)
     kind = "mistral"
     if isinstance(config.sliding_window, tuple):
         # Transformers calls a Mistral of which some layers have a window a Ministral.
@@ -275,6 +285,10 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         ]
     head = {"architectures": [f"{kind.capitalize()}ForCausalLM"], "model_type": kind}
     return head | fields | {"hidden_act": "silu", "attention_dropout": 0.0}
+
+
+def _ends(config: ModelConfig) -> int | list[int]:
+    return list(config.eos_ids) if config.other_eos_ids else config.eos_id
 
 
 def _refuse_dilation(config: ModelConfig) -> None:

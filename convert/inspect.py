@@ -18,10 +18,13 @@ from mistral_jax.config import CONFIG_DIR, ModelConfig
 from mistral_jax.model.cache import init_cache
 from mistral_jax.tokenizer import Tokenizer
 
-from . import architecture
+from . import architecture, tokens
 from .checks import DTYPES, match
 from .names import rows
 from .source import find
+
+# What fine-tunes of a released model change and still have its shape.
+_FREE = ("max_positions", "bos_id", "eos_id", "other_eos_ids", "unnamed_tokens")
 
 Lines = Iterator[tuple[str, str]]
 
@@ -75,6 +78,11 @@ def _source(
     yield from _tokenizer(source.tokenizer_file)
     for note in described.notes:
         yield "note", note
+    try:
+        for note in tokens.read(source, described).notes:
+            yield "note", note
+    except ValueError as error:
+        yield "problem", str(error)
     try:
         tensors = source.tensors()
         yield from _stored(place.array for places in tensors.values() for place in places)
@@ -147,7 +155,7 @@ def _name(config: ModelConfig) -> str | None:
     """Returns the name of the released model of the same shape and constants."""
     for file in sorted((CONFIG_DIR / "models").glob("*.toml")):
         known = ModelConfig.from_name(file.stem)
-        same = {name: getattr(config, name) for name in ("max_positions", "bos_id", "eos_id")}
+        same = {name: getattr(config, name) for name in _FREE}
         if dataclasses.replace(known, **same) == config:
             return file.stem
     return None

@@ -42,6 +42,8 @@ _MOST_INDEX = 8 << 20
 _INDEX_RULES = {"weight_map": table_of(string())}
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1")
+# Beside a config of Hugging Face's format: they too may name the tokens that end an answer.
+DETAILS = ("generation_config.json", "tokenizer_config.json", "added_tokens.json")
 
 
 class Tensor(NamedTuple):
@@ -60,6 +62,7 @@ class Source:
       format: key of `FORMATS`.
       weight_files: those that hold its tensors, all there.
       tokenizer_file: SentencePiece model, or None.
+      detail_files: those of `DETAILS` that belong to the format.
       other_formats: what else the folder could be read as.
     """
 
@@ -67,6 +70,7 @@ class Source:
     format: str
     weight_files: tuple[Path, ...]
     tokenizer_file: Path | None
+    detail_files: tuple[Path, ...]
     other_formats: tuple[str, ...]
 
     @property
@@ -78,7 +82,7 @@ class Source:
     def files(self) -> tuple[Path, ...]:
         """All files that a conversion reads."""
         named = (self.config_file, self.tokenizer_file)
-        return (*(file for file in named if file), *self.weight_files)
+        return (*(file for file in named if file), *self.detail_files, *self.weight_files)
 
     def stamps(self) -> dict[str, str]:
         """Returns what changes with each of the files, without reading them, by their names.
@@ -158,7 +162,8 @@ def find(
             raise ValueError(f"{folder} has no {missing[0]}, which its index names{hint}")
         tokenizer = next((folder / file for file in TOKENIZERS if file in names), None)
         files = tuple(folder / file for file in weights[name])
-        return Source(folder, name, files, tokenizer, others)
+        details = [folder / file for file in DETAILS if file in names and name.startswith("hf")]
+        return Source(folder, name, files, tokenizer, tuple(details), others)
     if wanted:
         file, config = weights[wanted[0]][0], FORMATS[wanted[0]].config
         raise ValueError(f"{folder} has {file} but no {config}; expected both")

@@ -17,7 +17,7 @@ from mistral_jax import checkpoint, folder, manifest, origin, quantization
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.quantized import QuantizedKernel, to_int8
 
-from . import architecture, hub
+from . import architecture, hub, tokens
 from .checks import check_finite, match
 from .names import Row
 from .progress import Progress
@@ -63,9 +63,9 @@ def to_orbax(
         others = " and ".join(found.other_formats)
         progress.say(f"{source} is read as {found.format}; it also holds {others} (see --format)")
     described = architecture.read(found.config_file, rope_theta)
-    for note in described.notes:
+    tokenizer, config, notes = tokens.read(found, described)
+    for note in (*described.notes, *notes):
         progress.say(note)
-    config = described.config
     matched = match(found, found.tensors(progress.say), config)
     tree = unflatten_dict(
         {row.path: jax.ShapeDtypeStruct(row.shape(config), np.float32) for row in matched}, sep="/"
@@ -85,16 +85,16 @@ def to_orbax(
         "rope_theta_from": described.theta_origin,
         "program": f"mistral_jax {mistral_jax.__version__}",
     }
-    tokenizer = found.tokenizer_file
     if tokenizer is not None:
-        checkpoint.read_tokenizer(tokenizer, config)
-        provenance["tokenizer"] = tokenizer.name
+        provenance["tokenizer"] = found.tokenizer_file.name
     if quantize:
         provenance["quantized"] = quantize
     shapes = {path: array.shape for path, array in laid.items()}
     with (
         _hashing(found.files) as hashes,
-        checkpoint.create(target, config, shapes, tokenizer, provenance, overwrite) as write,
+        checkpoint.create(
+            target, config, shapes, found.tokenizer_file, provenance, overwrite
+        ) as write,
         progress.task(sum(sizes.values())) as advance,
     ):
         for row, places in matched.items():

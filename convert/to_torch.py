@@ -12,12 +12,15 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mistral_jax import arrays, folder, manifest, safetensors_file
+from mistral_jax.checkpoint import read_tokenizer
 from mistral_jax.config import ModelConfig
+from mistral_jax.tokenizer import Tokenizer
 
-from . import architecture
+from . import architecture, hf_tokenizer
 from .checks import check_finite
 from .names import Row, groups, rows
 from .progress import Advance, Progress
+from .source import TOKENIZERS
 
 
 def to_torch(
@@ -35,8 +38,8 @@ def to_torch(
     Args:
       checkpoint: the folder to read.
       target: the folder to make.
-      format: "hf" (config.json with model*.safetensors) or "official" (params.json with
-        consolidated.safetensors).
+      format: "hf" (config.json with model*.safetensors, and what Transformers needs to encode
+        texts and conversations) or "official" (params.json with consolidated.safetensors).
       dtype: of the tensors; None = each as in the checkpoint.
       shard_bytes: size above which the "hf" format begins another file.
       overwrite: whether a PyTorch checkpoint at `target` may be replaced.
@@ -50,6 +53,10 @@ def to_torch(
     replaceable = _is_torch_folder if overwrite else None
     folder.check_target(target, replaceable)
     config, provenance = manifest.read(checkpoint)
+    vocabulary = checkpoint / "tokenizer.model"
+    tokenizer = read_tokenizer(vocabulary, config) if vocabulary.is_file() else None
+    if tokenizer is not None:
+        config = config.taught_to_end_with(tokenizer.eos_id)
     described = (architecture.to_official if official else architecture.to_hf)(config)
     stored = flatten_dict(arrays.stored(checkpoint / "params"), sep="/")
     if any(path.endswith("/values") for path in stored):
@@ -79,12 +86,16 @@ def to_torch(
             _write_json(part / "model.safetensors.index.json", index)
         if not official:
             described["torch_dtype"] = dtypes[table[0].path].name
+            ends = {name: described[name] for name in ("bos_token_id", "eos_token_id")}
+            _write_json(part / "generation_config.json", ends)
         _write_json(part / ("params.json" if official else "config.json"), described)
-        tokenizer = checkpoint / "tokenizer.model"
-        if tokenizer.is_file():
+        if tokenizer is not None:
             # The official program tells a tokenizer's version by the end of its file's name.
-            name = provenance.get("tokenizer", tokenizer.name) if official else tokenizer.name
-            shutil.copyfile(tokenizer, part / Path(name).name)
+            name = provenance.get("tokenizer")
+            name = name if official and name in TOKENIZERS else vocabulary.name
+            shutil.copyfile(vocabulary, part / name)
+            if not official:
+                _write_tokenizer(part, vocabulary.read_bytes(), tokenizer, config, progress)
 
 
 def _tensors(
@@ -111,6 +122,20 @@ def _tensors(
             yield row.to_file(array, config, official)
 
 
+def _write_tokenizer(
+    part: Path, data: bytes, tokenizer: Tokenizer, config: ModelConfig, progress: Progress
+) -> None:
+    """Writes what Transformers reads in place of `tokenizer.model`."""
+    files, problem = hf_tokenizer.files(data, tokenizer, config)
+    if problem:
+        progress.say(
+            f"tokenizer.json is not written, for {problem}: Transformers needs sentencepiece and "
+            "protobuf to read tokenizer.model"
+        )
+    for name, contents in files.items():
+        _write_json(part / name, contents)
+
+
 def _shards(rows: list[Row], sizes: list[int], limit: int) -> dict[str, list[Row]]:
     """Divides rows among files of at most `limit` bytes, but for a row that is larger alone."""
     shards, size = [[]], 0
@@ -133,4 +158,5 @@ def _is_torch_folder(path: Path) -> bool:
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    file.write_text(text + "\n", encoding="utf-8")

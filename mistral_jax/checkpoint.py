@@ -33,7 +33,7 @@ from mistral_jax.training.lora import apply
 
 BUNDLED = Path(__file__).resolve().parent / "assets" / "nano"
 # Fine-tuning adds tokens that a SentencePiece file lacks, and tables are padded to even sizes.
-_MOST_UNNAMED_TOKENS = 255
+MOST_UNNAMED = 255
 
 Params = Mapping[str, Any]
 
@@ -79,6 +79,8 @@ def load(
     stored = arrays.stored(path / "params")
     file = path / "tokenizer.model"
     tokenizer = read_tokenizer(file, config) if file.is_file() else None
+    if tokenizer is not None:  # Earlier versions did not compare their ends.
+        config = config.taught_to_end_with(tokenizer.eos_id)
     layout = read_layout(sharding, config, mesh=mesh)
     model = Transformer(config, rules=layout.rules if layout else ())
     abstract = abstract_params(model, layout)
@@ -192,13 +194,19 @@ def read_tokenizer(file: Path, config: ModelConfig) -> Tokenizer:
     Raises:
       ValueError: it is not one, or another model's.
     """
-    tokenizer = Tokenizer.from_file(file)
-    if not 0 <= config.vocab_size - tokenizer.vocab_size <= _MOST_UNNAMED_TOKENS:
+    tokenizer = Tokenizer.from_file(file, config.vocab_size)
+    check_tokenizer(tokenizer, config, file)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, file: Path) -> None:
+    """Raises what `read_tokenizer` raises of a tokenizer that was read from `file`."""
+    unnamed = config.vocab_size - tokenizer.vocab_size
+    if unnamed != config.unnamed_tokens and not 0 <= unnamed <= MOST_UNNAMED:
         raise ValueError(
             f"{file} has {tokenizer.vocab_size} tokens; expected {config.vocab_size}, as the model "
             "has: put the model's own file there"
         )
-    return tokenizer
 
 
 def _shapes(params: Params) -> dict[str, tuple[int, ...]]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mistral_jax.fields import LARGEST_INT, Rule, boolean, integer, number, show
+from mistral_jax.fields import LARGEST_INT, Rule, boolean, integer, list_of, number, show
 from mistral_jax.files import read_toml
 
 _HERE = Path(__file__).resolve().parent
@@ -17,6 +17,7 @@ CHECKOUT = _HERE.parent if (_HERE.parent / "pyproject.toml").is_file() else None
 CONFIG_DIR = CHECKOUT / "configs" if CHECKOUT else _HERE / "configs"
 
 DEFAULT_MAX_POSITIONS = 32768
+_MOST_ENDS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,10 @@ class ModelConfig:
       tie_embeddings: whether the output projection is the embedding table.
       max_positions: tokens a sequence may have (prompt and continuation).
       bos_id: token that begins a text.
-      eos_id: token that ends an answer.
+      eos_id: token that ends an answer, and that training teaches to end with.
+      other_eos_ids: more tokens that end an answer; a list is stored as a tuple, without `eos_id`.
+      unnamed_tokens: tokens, the last ones, that the tokenizer is known to have no piece for: they
+        were added to the model, or pad its tables.
 
     Raises:
       ValueError: a value is missing, of the wrong type, or does not fit the others.
@@ -63,6 +67,8 @@ class ModelConfig:
     bos_id: int = 1
     eos_id: int = 2
     dilation: int | tuple[int, ...] = 1
+    other_eos_ids: tuple[int, ...] = ()
+    unnamed_tokens: int = 0
 
     def __post_init__(self):
         for name, rule in RULES.items():
@@ -70,6 +76,13 @@ class ModelConfig:
         for name in ("bos_id", "eos_id"):
             good = integer(0, self.vocab_size - 1).accepts(getattr(self, name))
             _check(good, self, name, f"a token id below vocab_size ({self.vocab_size})")
+        others = self.other_eos_ids
+        others = list(others) if isinstance(others, tuple) else others
+        good = list_of(integer(0, self.vocab_size - 1), _MOST_ENDS).accepts(others)
+        expected = f"at most {_MOST_ENDS} token ids below vocab_size ({self.vocab_size})"
+        _check(good, self, "other_eos_ids", expected)
+        others = dict.fromkeys(token for token in others if token != self.eos_id)
+        object.__setattr__(self, "other_eos_ids", tuple(others))
         for name in ("rope_theta", "norm_eps"):
             object.__setattr__(self, name, float(getattr(self, name)))
         _check(self.head_dim % 2 == 0, self, "head_dim", "an even number (rotary pairs)")
@@ -109,6 +122,18 @@ class ModelConfig:
             value = getattr(self, name)
             if isinstance(value, tuple) and len(set(value)) == 1:
                 object.__setattr__(self, name, value[0])
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer, `eos_id` first: generation stops at each of them."""
+        return (self.eos_id, *self.other_eos_ids)
+
+    def taught_to_end_with(self, token: int) -> "ModelConfig":
+        """Returns the config of a model that training teaches to end with `token`.
+
+        The tokens that ended an answer before still do.
+        """
+        return dataclasses.replace(self, eos_id=token, other_eos_ids=self.eos_ids)
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -221,6 +246,7 @@ RULES = {
     "rope_theta": number(0, 1e15, above=True),
     "norm_eps": number(0, 1, above=True),
     "tie_embeddings": boolean(),
+    "unnamed_tokens": integer(0),
 }
 _WINDOW = integer(1)
 _BY_LAYER = ("sliding_window", "dilation")

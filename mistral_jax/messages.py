@@ -6,9 +6,10 @@ text is never searched for control tokens, so nobody can forge the end of a turn
 
 import enum
 import itertools
-import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from mistral_jax.fields import show
 
 SAFE_PROMPT = (
     "Always assist with care, respect, and truth. Respond with utmost utility yet securely. "
@@ -139,6 +140,8 @@ def _join(texts: Iterable[str]) -> str:
 
 
 def _check_messages(messages: Sequence[Mapping[str, Any]], finished: bool) -> None:
+    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
+        raise ValueError(f"the conversation is {show(messages)}; expected a list of messages")
     if not messages:
         raise ValueError("the conversation is empty; expected at least a user message")
     previous = "system"
@@ -155,13 +158,15 @@ def _check_messages(messages: Sequence[Mapping[str, Any]], finished: bool) -> No
 def _problem(message: Any, previous: str, is_last: bool) -> str | None:
     """Says what is wrong with a message that follows one of the role `previous`."""
     if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-        return f'is {reprlib.repr(message)}; expected a dict with "role" and "content"'
+        return f'is {show(message)}; expected a dict with "role" and "content"'
     role, content, prefix = message["role"], message["content"], message.get("prefix", False)
-    if role not in _ROLES:
-        return f"has role {role!r}; expected one of {', '.join(_ROLES)}"
+    if not isinstance(role, str) or role not in _ROLES:
+        return f"has role {show(role)}; expected one of {', '.join(_ROLES)}"
     given = {key for key, value in message.items() if value is not None}
     if unknown := given - {"role", "content", "prefix", "weight"}:
-        return f"has {min(unknown, key=str)!r}, which is not supported"
+        return f"has {show(min(unknown, key=str))}, which is not supported"
+    if not isinstance(prefix, bool | None):
+        return f"has prefix {show(prefix)}; expected true or false"
     if not _is_content(content):
         return f"has content of type {type(content).__name__}; expected a string or text parts"
     if role == "system" and previous != "system":
@@ -193,7 +198,7 @@ def _weight_problem(role: str, weight: Any) -> str | None:
         return f"has a weight and role {role!r}; expected a weight of answers alone"
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
     if not (is_number and 0 <= weight <= LARGEST_WEIGHT):
-        return f"has weight {reprlib.repr(weight)}; expected a number from 0 to {LARGEST_WEIGHT}"
+        return f"has weight {show(weight)}; expected a number from 0 to {LARGEST_WEIGHT}"
     return None
 
 

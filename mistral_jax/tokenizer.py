@@ -11,7 +11,13 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
+from mistral_jax import spm
+from mistral_jax.fields import show
+from mistral_jax.files import read_bytes
 from mistral_jax.messages import Control, chat_parts, lesson_parts
+
+# Bytes that a file may have: a vocabulary of 262,144 pieces has less than 5 MB.
+MOST_BYTES = 16 << 20
 
 # SentencePiece decodes every byte that belongs to no character as a U+FFFD of its own; Python's
 # "replace" has one for several.
@@ -25,21 +31,27 @@ _ANCHOR = "\U0010ffff".encode()
 class Tokenizer:
     """A vocabulary of pieces and the way from text to their ids.
 
+    A model may have more tokens than its tokenizer has pieces: added ones, and rows that pad a
+    table. Such tokens have no text, as control tokens have none.
+
     Attributes:
-      vocab_size: number of pieces (V); ids are below it.
+      vocab_size: number of pieces.
       bos_id: token that begins a text.
       eos_id: token that ends an answer.
+      unk_id: token of what the vocabulary cannot spell.
       version: what Mistral calls the file's set of control tokens, recognised by these tokens
         alone: "v1" (no [INST]), "v2" ([INST] and [/INST]), "v3" (also [PREFIX]) or "v7" (also
         [SYSTEM_PROMPT]; its chat is not supported). The `tokenizer.model.v3` of 7B v0.3 on the
         Hugging Face Hub is a v2 file; chat without tools is the same in both.
     """
 
-    def __init__(self, model: SentencePieceProcessor):
+    def __init__(self, model: SentencePieceProcessor, ids: int = 0):
         self._model = model
         self.vocab_size: int = model.vocab_size()
+        self._ids = max(ids, self.vocab_size)
         self.bos_id: int = model.bos_id()
         self.eos_id: int = model.eos_id()
+        self.unk_id: int = model.unk_id()
         self.version = "v1"
         for version, piece in (("v2", "[INST]"), ("v3", "[PREFIX]"), ("v7", "[SYSTEM_PROMPT]")):
             if not model.is_control(model.piece_to_id(piece)):
@@ -54,25 +66,41 @@ class Tokenizer:
         self._anchor_length = len(model.encode(_ANCHOR))
 
     @classmethod
-    def from_file(cls, path: str | Path) -> "Tokenizer":
+    def from_file(cls, path: str | Path, ids: int = 0) -> "Tokenizer":
         """Reads a SentencePiece file, such as a checkpoint's `tokenizer.model`.
 
+        Args:
+          path: the file.
+          ids: number of tokens of the model (V), where it has more than the file.
+
         Raises:
-          ValueError: there is no such file, it is no SentencePiece model, or it has no tokens for
-            the beginning and the end of a text.
+          ValueError: there is no such file, it is no SentencePiece model that merges pairs (BPE),
+            or it has no tokens for the beginning and the end of a text.
+          OSError: it cannot be read.
         """
-        if not Path(path).is_file():
+        if not Path(path).exists():
             raise ValueError(f"there is no tokenizer file {path}; expected a SentencePiece model")
+        data = read_bytes(path, MOST_BYTES)
         try:
-            model = SentencePieceProcessor(model_file=str(path))
-        except RuntimeError:
-            raise ValueError(f"{path} is not a SentencePiece model") from None
+            algorithm = spm.algorithm(data)
+            model = SentencePieceProcessor(model_proto=data) if data else None
+            if model is None or not all(map(model.id_to_piece, range(model.vocab_size()))):
+                raise ValueError("it has a piece without a spelling")
+        except (RuntimeError, ValueError):  # Pieces that are not UTF-8 among them.
+            raise ValueError(
+                f"{path} is not a SentencePiece model, or is damaged; expected a tokenizer.model"
+            ) from None
+        if algorithm != "BPE":
+            raise ValueError(
+                f"{path} is a SentencePiece model of kind {algorithm}; expected BPE, which "
+                "Mistral's tokenizers are"
+            )
         if model.bos_id() < 0 or model.eos_id() < 0:
             raise ValueError(
                 f"{path} has bos id {model.bos_id()} and eos id {model.eos_id()}; expected a "
                 "tokenizer with both tokens"
             )
-        return cls(model)
+        return cls(model, ids)
 
     def encode(
         self, text: str, bos: bool = False, eos: bool = False, continues: bool = False
@@ -90,8 +118,10 @@ class Tokenizer:
           Token ids.
 
         Raises:
-          ValueError: the text has a lone surrogate, which is half a character.
+          ValueError: the text is no string, or has a lone surrogate, which is half a character.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"the text is {show(text)}; expected a string")
         try:
             data = text.encode()
         except UnicodeEncodeError as error:
@@ -150,17 +180,24 @@ class Tokenizer:
         """Decodes token ids: control tokens have no text, bytes of no character become U+FFFD.
 
         Raises:
-          ValueError: an id is outside the vocabulary.
+          ValueError: an id is outside the vocabulary, or is none.
         """
-        return self._model.decode([self._checked(token) for token in ids])
+        if isinstance(ids, str) or not isinstance(ids, Iterable):
+            raise ValueError(f"the ids are {show(ids)}; expected a list of token ids")
+        checked = map(self._checked, ids)
+        # A control token ends a character that is not whole, and so does a token without a piece.
+        return self._model.decode([i if i < self.vocab_size else self.eos_id for i in checked])
 
     def piece(self, token: int) -> str:
         """Returns a token as the vocabulary spells it, for instance "▁the", "<0xE4>" or "[INST]".
 
+        A token of the model that has no piece is spelt by its id, as "<8193>".
+
         Raises:
           ValueError: the id is outside the vocabulary.
         """
-        return self._model.id_to_piece(self._checked(token))
+        token = self._checked(token)
+        return self._model.id_to_piece(token) if token < self.vocab_size else f"<{token}>"
 
     def is_control(self, token: int) -> bool:
         """Tells whether a token has no text, as BOS, EOS and [INST] have none.
@@ -168,7 +205,8 @@ class Tokenizer:
         Raises:
           ValueError: the id is outside the vocabulary.
         """
-        return self._model.is_control(self._checked(token))
+        token = self._checked(token)
+        return token >= self.vocab_size or self._model.is_control(token)
 
     def stream(self, prompt: Sequence[int] = ()) -> "StreamDecoder":
         """Returns a decoder for tokens that arrive one by one.
@@ -181,11 +219,14 @@ class Tokenizer:
         return StreamDecoder(self, prompt)
 
     def _checked(self, token: int) -> int:
-        token = operator.index(token)
-        if not 0 <= token < self.vocab_size:
+        try:
+            token = operator.index(token)
+        except TypeError:
+            raise ValueError(f"a token id is {show(token)}; expected an integer") from None
+        if not 0 <= token < self._ids:
             raise ValueError(
                 f"token id {token} is outside the tokenizer's vocabulary; expected 0 to "
-                f"{self.vocab_size - 1}: does this tokenizer belong to the model?"
+                f"{self._ids - 1}: does this tokenizer belong to the model?"
             )
         return token
 
@@ -218,10 +259,10 @@ class StreamDecoder:
         Raises:
           ValueError: the id is outside the vocabulary.
         """
-        piece, model = self._tokenizer.piece(token), self._tokenizer._model
-        if model.is_control(token):
+        if self._tokenizer.is_control(token):
             return self.flush()
-        if model.is_byte(token):
+        piece = self._tokenizer.piece(token)
+        if self._tokenizer._model.is_byte(token):
             text = self._utf8.decode(bytes.fromhex(piece[3:5]))
         else:
             decoded = self._tokenizer.decode([*self._context, token])

@@ -61,7 +61,13 @@ def test_the_official_format(converted, tmp_path):
 
 def test_the_hugging_face_format(converted, tmp_path):
     to_torch(converted[0], tmp_path / "y")
-    assert names(tmp_path / "y") == ["config.json", "model.safetensors", "tokenizer.model"]
+    assert names(tmp_path / "y") == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    ]
     fields = json.loads((tmp_path / "y" / "config.json").read_text())
     expected = sources.HF_CONFIG | {"max_position_embeddings": 32768, "torch_dtype": "bfloat16"}
     assert fields == expected | {"attention_dropout": 0.0}

@@ -23,6 +23,7 @@ FLOORS = [  # from the ground up; modules of one floor do not know each other
         "model.pieces",
         "origin",
         "patterns",
+        "spm",
     },
     {"model.kernels", "model.split"},
     {"model.cudnn", "model.quantized", "model.splash"},

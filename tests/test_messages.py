@@ -292,8 +292,16 @@ SYSTEM = _message("system", "c")
         ([{"content": "a"}], "messages[0] is {'content': 'a'}"),
         (["Hello"], "messages[0] is 'Hello'; expected a dict"),
         ([None], "messages[0] is None; expected a dict"),
-        ("Hello", "messages[0] is 'H'"),
-        (USER, "messages[0] is 'role'"),
+        ([_message(7, "a")], "messages[0] has role 7"),
+        ([USER, ANSWER | {"prefix": "yes"}], "messages[1] has prefix 'yes'; expected true or f"),
+        ([USER | {7: 1}], "messages[0] has 7, which is not supported"),
+        ([USER, ANSWER | {"weight": "1"}, USER], "messages[1] has weight '1'; expected a number"),
+        ("Hello", "the conversation is 'Hello'; expected a list of messages"),
+        (b"Hello", "the conversation is b'Hello'; expected a list"),
+        (USER, "the conversation is {"),
+        (None, "the conversation is None; expected a list"),
+        (7, "the conversation is 7; expected a list"),
+        (iter([USER]), "the conversation is <list_iterator"),
     ],
 )
 def test_a_bad_conversation_is_refused_in_one_sentence(pair, messages, problem):
@@ -302,6 +310,9 @@ def test_a_bad_conversation_is_refused_in_one_sentence(pair, messages, problem):
     assert str(error.value).startswith(problem)
     assert len(str(error.value)) < 120
     assert "\n" not in str(error.value)
+    if not isinstance(messages, list):
+        with pytest.raises(ValueError, match=r"^the conversation is"):
+            pair[0].encode_lesson(messages)
 
 
 def test_text_that_is_not_unicode_is_refused(pair):

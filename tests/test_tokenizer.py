@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import os
 import random
 import shutil
 
@@ -278,6 +279,33 @@ def test_prompt_and_continuation_read_as_one_text(tokenizers):
     assert cut.push(771 + "日".encode()[2]) == "日"
 
 
+# Tokens of the model without a piece
+
+
+def test_tokens_without_a_piece_have_no_text(files, tokenizers):
+    """They are as control tokens: in whole texts, and in streams after any prompt."""
+    rng = random.Random(8)
+    for name, path in files.items():
+        plain = tokenizers[name]
+        size = plain.vocab_size
+        tokenizer = Tokenizer.from_file(path, ids=size + 1000)
+        assert tokenizer.vocab_size == size
+        for _ in range(100):
+            ids = _random_ids(rng, plain, rng.randrange(1, 20))
+            for _ in range(rng.randrange(1, 4)):
+                ids.insert(rng.randrange(len(ids) + 1), size + rng.randrange(1000))
+            text = plain.decode([i if i < size else plain.bos_id for i in ids])
+            assert tokenizer.decode(ids) == text
+            cut = rng.randrange(len(ids))
+            before, after = tokenizer.stream(), tokenizer.stream(ids[:cut])
+            streamed = "".join(map(before.push, ids[:cut])) + "".join(map(after.push, ids[cut:]))
+            assert streamed + after.flush() == text
+        assert tokenizer.is_control(size + 999)
+        assert tokenizer.piece(size) == f"<{size}>"
+        with pytest.raises(ValueError, match=f"token id {size + 1000} is outside"):
+            tokenizer.decode([size + 1000])
+
+
 # Mistakes
 
 
@@ -289,6 +317,22 @@ def test_ids_outside_the_vocabulary_are_refused(tokenizers, token):
             use(token)
 
 
+@pytest.mark.parametrize("token", [None, "a", 1.0, [1]])
+def test_what_is_no_id_is_refused(tokenizer, token):
+    for use in (tokenizer.piece, tokenizer.is_control, lambda t: tokenizer.decode([5, t])):
+        with pytest.raises(ValueError, match=r"^a token id is .*; expected an integer$"):
+            use(token)
+    for ids in (None, 5, "5"):
+        with pytest.raises(ValueError, match=r"^the ids are .*; expected a list of token ids$"):
+            tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("text", [None, 5, b"text", ["text"]])
+def test_what_is_no_text_is_refused(tokenizer, text):
+    with pytest.raises(ValueError, match=r"^the text is .*; expected a string$"):
+        tokenizer.encode(text)
+
+
 @pytest.mark.parametrize("text", ["\ud800", "abc\udcff", "😀\udc00\ud800"])
 def test_lone_surrogates_are_refused(tokenizer, text):
     with pytest.raises(ValueError, match=r"^the text has a lone surrogate \(U\+D\w{3}\) at char"):
@@ -298,11 +342,12 @@ def test_lone_surrogates_are_refused(tokenizer, text):
 def test_files_that_are_no_tokenizer_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"there is no tokenizer file .*missing\.model"):
         Tokenizer.from_file(tmp_path / "missing.model")
-    with pytest.raises(ValueError, match="there is no tokenizer file"):
+    with pytest.raises(ValueError, match="is a folder; expected a regular file"):
         Tokenizer.from_file(tmp_path)
     bad = tmp_path / "bad.model"
     whole = samples.FILES["v1"].read_bytes()
-    for content in (b"", b"hello", b'{"version": "1.0"}', whole[:1000], whole[:-5]):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+    for content in (b"", b"hello", b'{"version": "1.0"}', pointer, whole[:1000], whole[:-5]):
         bad.write_bytes(content)
         with pytest.raises(ValueError, match=r"bad\.model is not a SentencePiece model"):
             Tokenizer.from_file(str(bad))
@@ -313,3 +358,55 @@ def test_a_file_without_bos_or_eos_is_refused(tmp_path):
     assert sentencepiece.SentencePieceProcessor(model_file=str(path)).eos_id() == 2
     with pytest.raises(ValueError, match=r"no_bos\.model has bos id -1 and eos id 2"):
         Tokenizer.from_file(path)
+
+
+@pytest.mark.parametrize("kind", ["unigram", "char", "word"])
+def test_a_vocabulary_of_another_kind_is_refused(tmp_path, kind):
+    path = samples.train(tmp_path / "other.model", model_type=kind)
+    name = {"char": "character"}.get(kind, kind)
+    with pytest.raises(ValueError, match=rf"other\.model is a SentencePiece model of kind {name};"):
+        Tokenizer.from_file(path)
+
+
+def test_what_is_no_file_or_too_large_is_refused_unread(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(1 << 30)
+    for path, problem in (
+        (tmp_path / "fifo", "is a pipe; expected a regular file"),
+        ("/dev/zero", "is a device; expected a regular file"),
+        (tmp_path / "large", r"has 1\.1 GB; expected at most 16\.8 MB"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            Tokenizer.from_file(path)
+
+
+def test_a_file_of_more_pieces_than_any_vocabulary_is_refused(tmp_path):
+    path = tmp_path / "pieces.model"
+    path.write_bytes(b"\x0a\x00" * (1 << 21))
+    with pytest.raises(ValueError, match="is not a SentencePiece model"):
+        Tokenizer.from_file(path)
+
+
+@pytest.mark.parametrize("name", ["small", "plain"])
+def test_mutated_files_work_or_are_refused_in_a_sentence(files, tmp_path, name):
+    path, whole, rng = tmp_path / "mutated.model", files[name].read_bytes(), random.Random(9)
+    refused = 0
+    for _ in range(300):
+        data = bytearray(whole)
+        for _ in range(rng.choice((1, 1, 3, 20))):
+            # The settings are at the end.
+            at = rng.randrange(len(data) * rng.choice((0, 0, 3)) // 4, len(data))
+            cut = at + rng.choice((0, 1, 2, 1000))
+            data[at:cut] = rng.choice((b"", rng.randbytes(1), rng.randbytes(4), data[:50]))
+        path.write_bytes(data)
+        try:
+            tokenizer = Tokenizer.from_file(path, ids=1000)
+            tokenizer.decode(tokenizer.encode("Hello, \n  日本 <s> \U0010ffff"))
+            decoder = tokenizer.stream()
+            for token in range(1000):
+                decoder.push(token)
+        except ValueError as error:
+            refused += 1
+            assert str(path) in str(error)  # noqa: PT017 (it need not be raised)
+    assert 100 < refused < 300

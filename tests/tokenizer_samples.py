@@ -49,10 +49,9 @@ def train(path: Path, **options) -> Path:
             sentence_iterator=iter(Path(__file__).read_text(encoding="utf-8").splitlines()),
             model_writer=file,
             vocab_size=400,
-            model_type="bpe",
             hard_vocab_limit=False,
             minloglevel=2,
-            **options,
+            **{"model_type": "bpe"} | options,
         )
     return path
 

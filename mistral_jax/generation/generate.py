@@ -108,7 +108,7 @@ def generate(
       max_new_tokens: most tokens to add to a row.
       sampling: how to choose tokens. One for all rows: then row i draws from (seed, i), and equal
         prompts get different answers. Or one a row: then each row draws as it would alone.
-      stop_ids: tokens that end a row; None = the model's EOS, () = none.
+      stop_ids: tokens that end a row; None = the config's `eos_ids`, () = none.
       top_logprobs: number of likeliest tokens whose log-probabilities are wanted at each place.
       until: called with the row and the token for each token in turn; True ends the row after it.
 
@@ -161,7 +161,7 @@ def _begin(
 ) -> tuple[State, jax.Array]:
     """Checks a request, reads its prompts; returns the state and the logits of the first tokens."""
     config = model.config
-    stop_ids = (config.eos_id,) if stop_ids is None else tuple(stop_ids)
+    stop_ids = config.eos_ids if stop_ids is None else tuple(stop_ids)
     _check_request(config, prompts, max_new_tokens, stop_ids, top_logprobs)
     if isinstance(sampling, Sampling):
         samplings, draws = [sampling] * len(prompts), range(len(prompts))

@@ -110,7 +110,7 @@ def _lower(program, model, held, layout, of):
     sampling = RowSampling.stack(
         [Sampling()] * of.batch, [0] * of.batch, [[1]] * of.batch, vocab_size
     )
-    stop_ids = (model.config.eos_id,)
+    stop_ids = model.config.eos_ids
     state = decode.start((), [1] * of.batch, 1, sampling, stop_ids, 0, vocab_size)
     state = jax.tree.map(lambda x: _array(layout, x.shape, x.dtype, ()), state)
     limit, ended = np.int32(decode.MOST_STEPS), np.zeros(of.batch, bool)

@@ -66,6 +66,7 @@ def make_job(
     prompts, chat = examples.prompts(recipe, path, tokenizer)
     load = functools.partial(checkpoint.load, base, sharding=sharding, mesh=mesh)
     model, trainable, frozen = _parameters(recipe, load)
+    config = model.config
     trained = trained_model(recipe, model)
     scale = recipe.lora.scale if recipe.lora else None
     assemble = everything if scale is None else functools.partial(_beside, scale)

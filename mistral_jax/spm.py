@@ -1,0 +1,142 @@
+"""Reads the fields of a SentencePiece file that its own library does not tell. It encodes nothing.
+
+The file is a protocol buffer; its messages are described in SentencePiece's own
+`sentencepiece_model.proto`. Reading them takes no library for protocol buffers.
+"""
+
+import enum
+import struct
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+# Forms of fields, and fields by their number and form: one of another form is not that field.
+_INTEGER, _DOUBLE, _BYTES, _FLOAT = 0, 1, 2, 5
+_PIECE, _TRAINER, _NORMALIZER = (1, _BYTES), (2, _BYTES), (3, _BYTES)
+_TEXT, _SCORE, _KIND = (1, _BYTES), (2, _FLOAT), (3, _INTEGER)  # of a piece
+_MODEL_TYPE, _SUFFIX = (3, _INTEGER), (24, _INTEGER)  # of the trainer
+_CHARSMAP, _PREFIX = (2, _BYTES), (3, _INTEGER)  # of the normalizer
+_STRIPS, _ESCAPES = (4, _INTEGER), (5, _INTEGER)
+
+_MOST_FIELDS = 1 << 20
+_ALGORITHMS = {1: "unigram", 2: "BPE", 3: "word", 4: "character"}
+
+
+class Kind(enum.IntEnum):
+    """What a piece stands for."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+class Piece(NamedTuple):
+    """A piece of the vocabulary; its id is its place.
+
+    Attributes:
+      text: its spelling.
+      score: the higher, the earlier it is merged.
+      kind: what it stands for.
+    """
+
+    text: str
+    score: float
+    kind: Kind
+
+
+class Normalizer(NamedTuple):
+    """What is done to a text before it is divided.
+
+    Attributes:
+      is_identity: whether characters stay as they are, but for spaces, which become U+2581.
+      prefix: whether a space is put in front.
+    """
+
+    is_identity: bool
+    prefix: bool
+
+
+def algorithm(data: bytes) -> str:
+    """Returns how a vocabulary divides a text: "unigram", "BPE", "word" or "character".
+
+    Raises:
+      ValueError: `data` is no protocol buffer, or has more pieces than any vocabulary.
+    """
+    return _ALGORITHMS.get(_merged(data, _TRAINER).get(_MODEL_TYPE), "unigram")
+
+
+def pieces(data: bytes) -> list[Piece]:
+    """Returns the pieces of a file.
+
+    Raises:
+      ValueError: `data` is no protocol buffer of pieces.
+    """
+    found = []
+    for field, value in _fields(data):
+        if field == _PIECE:
+            piece = dict(_fields(value))
+            (score,) = struct.unpack("<f", piece.get(_SCORE, bytes(4)))
+            kind = piece.get(_KIND, Kind.NORMAL)
+            kind = Kind(kind) if kind in set(Kind) else Kind.NORMAL
+            found.append(Piece(piece.get(_TEXT, b"").decode(), score, kind))
+    return found
+
+
+def normalizer(data: bytes) -> Normalizer:
+    """Returns what a file says of a text's characters and spaces; errors as `pieces`."""
+    says = _merged(data, _NORMALIZER)
+    is_identity = (
+        not says.get(_CHARSMAP)
+        and not says.get(_STRIPS, True)
+        and says.get(_ESCAPES, True)
+        and not _merged(data, _TRAINER).get(_SUFFIX, False)
+    )
+    return Normalizer(bool(is_identity), bool(says.get(_PREFIX, True)))
+
+
+def _merged(data: bytes, message: tuple[int, int]) -> dict[tuple[int, int], Any]:
+    """Returns the fields of a message within the file; where it is repeated, the last count."""
+    fields = {}
+    for field, value in _fields(data):
+        if field == message:
+            fields |= dict(_fields(value))
+    return fields
+
+
+def _fields(data: bytes) -> Iterator[tuple[tuple[int, int], Any]]:
+    """Yields each field of a message, by its number and its form, and its value."""
+    at, left = 0, _MOST_FIELDS
+    while at < len(data):
+        if not left:
+            raise ValueError(f"a message has more than {_MOST_FIELDS} fields")
+        left -= 1
+        tag, at = _varint(data, at)
+        field = tag >> 3, tag & 7
+        if field[1] == _INTEGER:
+            value, at = _varint(data, at)
+            yield field, value
+            continue
+        if field[1] == _BYTES:
+            size, at = _varint(data, at)
+        else:
+            size = {_FLOAT: 4, _DOUBLE: 8}.get(field[1], -1)
+        if size < 0 or at + size > len(data):
+            raise ValueError("a field is cut short or of an unknown kind")
+        yield field, data[at : at + size]
+        at += size
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """Reads an integer of seven bits a byte; returns it and the place behind it."""
+    value = 0
+    for shift in range(0, 64, 7):
+        if at == len(data):
+            break
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise ValueError("an integer is cut short or too long")
