@@ -32,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _to_orbax(arguments: argparse.Namespace) -> None:
-    from .progress import Screen
+    from mistral_jax.progress import Screen
+
     from .to_orbax import to_orbax
 
     to_orbax(
@@ -48,7 +49,8 @@ def _to_orbax(arguments: argparse.Namespace) -> None:
 
 
 def _to_torch(arguments: argparse.Namespace) -> None:
-    from .progress import Screen
+    from mistral_jax.progress import Screen
+
     from .to_torch import to_torch
 
     to_torch(
@@ -64,9 +66,8 @@ def _to_torch(arguments: argparse.Namespace) -> None:
 def _inspect(arguments: argparse.Namespace) -> None:
     from .inspect import inspect
 
-    lines = list(
-        inspect(arguments.folder, arguments.format, arguments.lengths, arguments.rope_theta)
-    )
+    options = arguments.format, arguments.lengths, arguments.rope_theta, arguments.verify
+    lines = list(inspect(arguments.folder, *options))
     print("\n".join(f"{label:<16}{value}" for label, value in lines))
 
 
@@ -127,6 +128,11 @@ def _parser() -> Parser:
         metavar="TOKENS",
         help="lengths of text, to tell what their caches take (default: 4096 32768)",
     )
+    command.add_argument(
+        "--verify",
+        action="store_true",
+        help="read all files of a checkpoint, and compare them with their checksums",
+    )
     return parser
 
 
@@ -154,7 +160,9 @@ def _add_output(command: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, help="of the arrays written (default: as they are)"
     )
     command.add_argument(
-        "--overwrite", action="store_true", help="replace TARGET, once its successor is whole"
+        "--overwrite",
+        action="store_true",
+        help="replace a TARGET that this program wrote, once its successor is whole",
     )
 
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from mistral_jax import manifest
+from mistral_jax.progress import Screen
 
-from .progress import Screen
 from .to_orbax import to_orbax
 
 

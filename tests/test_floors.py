@@ -15,15 +15,14 @@ from mistral_jax.config import CHECKOUT
 
 FLOORS = [  # from the ground up; modules of one floor do not know each other
     {"fields", "files", "machine", "model.axes", "model.einsum", "model.pieces"},
-    {"model.kernels", "model.split"},
-    {"model.cudnn", "model.quantized", "model.splash"},
+    {"locks", "model.kernels", "model.split", "progress"},
+    {"folder", "model.cudnn", "model.quantized", "model.splash"},
     {"model.scores"},
     {
         "config",
         "distributed",
         "evaluation.documents",
         "evaluation.report",
-        "folder",
         "memory",
         "pages",
         "messages",
@@ -33,6 +32,7 @@ FLOORS = [  # from the ground up; modules of one floor do not know each other
         "terminal",
         "training.loss",
         "training.optimizers",
+        "zarr",
     },
     {
         "arrays",

@@ -4,6 +4,7 @@ On any layout they are the same; of several processes, all must call what saves 
 """
 
 import contextlib
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,9 @@ import optax
 from mistral_jax import arrays, distributed, folder
 from mistral_jax.sharding import Layout
 from mistral_jax.training.step import Params, TrainState
+
+# What a saved state consists of.
+_FILES = re.compile(r"state/.*")
 
 
 def create_state(
@@ -96,9 +100,7 @@ class Saver:
             # Elsewhere arrays are copied to the host before this returns; there, they are shared.
             saved = jax.tree.map(jnp.copy, saved)
         stack = contextlib.ExitStack()
-        part = distributed.from_first(
-            lambda: stack.enter_context(folder.whole(target, lambda old: True))
-        )
+        part = distributed.from_first(lambda: stack.enter_context(folder.whole(target, _kept)))
         finish = arrays.save_in_background(part / "state", saved)
         self._pending = self._pool.submit(self._finish, finish, stack, target, best)
 
@@ -154,6 +156,10 @@ def saved_steps(path: Path) -> list[int]:
 
 def _saved_part(state: TrainState) -> dict[str, Any]:
     return {"trainable": state.trainable, "opt_state": state.opt_state, "step": state.step}
+
+
+def _kept(path: Path) -> str | None:
+    return folder.foreign(path, _FILES)
 
 
 def _saved(path: Path) -> list[Path]:
