@@ -36,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _to_orbax(arguments: argparse.Namespace) -> Callable[[], None]:
-    from .progress import Screen
+    from mistral_jax.progress import Screen
+
     from .to_orbax import to_orbax
 
     return lambda: to_orbax(
@@ -52,7 +53,8 @@ def _to_orbax(arguments: argparse.Namespace) -> Callable[[], None]:
 
 
 def _to_torch(arguments: argparse.Namespace) -> Callable[[], None]:
-    from .progress import Screen
+    from mistral_jax.progress import Screen
+
     from .to_torch import to_torch
 
     return lambda: to_torch(
@@ -68,10 +70,10 @@ def _to_torch(arguments: argparse.Namespace) -> Callable[[], None]:
 def _inspect(arguments: argparse.Namespace) -> Callable[[], None]:
     from .inspect import inspect
 
+    options = arguments.format, arguments.lengths, arguments.rope_theta, arguments.verify
+
     def show():
-        lines = list(
-            inspect(arguments.folder, arguments.format, arguments.lengths, arguments.rope_theta)
-        )
+        lines = list(inspect(arguments.folder, *options))
         print("\n".join(f"{label:<16}{one_line(value)}" for label, value in lines))
 
     return show
@@ -134,6 +136,11 @@ def _parser() -> Parser:
         metavar="TOKENS",
         help="lengths of text, to tell what their caches take (default: 4096 32768)",
     )
+    command.add_argument(
+        "--verify",
+        action="store_true",
+        help="read all files of a checkpoint, and compare them with their checksums",
+    )
     return parser
 
 
@@ -161,7 +168,9 @@ def _add_output(command: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, help="of the arrays written (default: as they are)"
     )
     command.add_argument(
-        "--overwrite", action="store_true", help="replace TARGET, once its successor is whole"
+        "--overwrite",
+        action="store_true",
+        help="replace a TARGET that this program wrote, once its successor is whole",
     )
 
 

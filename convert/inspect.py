@@ -1,9 +1,9 @@
-"""What a source or a checkpoint folder holds, in a screenful. It reads no tensor's numbers."""
+"""What a source or a checkpoint folder holds, in a screenful. It computes with no numbers."""
 
 import collections
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from rich.filesize import decimal
 
-from mistral_jax import arrays, manifest, memory
+from mistral_jax import arrays, checkpoint, manifest, memory, zarr
 from mistral_jax.config import CONFIG_DIR, ModelConfig
 from mistral_jax.model.cache import init_cache
 from mistral_jax.tokenizer import Tokenizer
@@ -34,6 +34,7 @@ def inspect(
     format: str | None = None,
     lengths: Sequence[int] = (4096, 32768),
     rope_theta: float | None = None,
+    verify: bool = False,
 ) -> Lines:
     """Describes a folder, in labels and what there is to say under each.
 
@@ -42,6 +43,7 @@ def inspect(
       format: what to look at in a source that holds several checkpoints (see `source.find`).
       lengths: tokens of a text, to tell what its cache takes.
       rope_theta: base of the rotary embedding, for sources that do not say.
+      verify: whether to read all files of a checkpoint and compare their checksums.
 
     Raises:
       ValueError: the folder is neither, or its config is not one that this program understands.
@@ -49,22 +51,43 @@ def inspect(
     folder = Path(folder)
     yield "folder", str(folder)
     if manifest.is_checkpoint(folder):
-        yield from _checkpoint(folder, lengths)
+        yield from _checkpoint(folder, lengths, verify)
     else:
+        if verify:
+            raise ValueError(f"{folder} is no checkpoint, which alone has checksums to verify")
         yield from _source(folder, format, lengths, rope_theta)
 
 
-def _checkpoint(folder: Path, lengths: Sequence[int]) -> Lines:
-    config, provenance = manifest.read(folder)
+def _checkpoint(folder: Path, lengths: Sequence[int], verify: bool) -> Lines:
+    config, provenance, described = manifest.examine(folder)
     yield "format", "checkpoint of mistral_jax (Orbax)"
     for key, value in provenance.items():
         if isinstance(value, str) and key != "rope_theta_from":
             yield key.replace("_", " "), value
-    stored = flatten_dict(arrays.stored(folder / "params"))
+    tree = arrays.stored(folder / "params", described)
+    checkpoint.check_layers(config, tree, folder / "params")
+    stored = flatten_dict(tree)
     quantized = [x for path, x in stored.items() if (*path[:-1], "values") in stored]
-    yield from _model(config, provenance.get("rope_theta_from"), lengths, quantized)
+    yield from _model(config, _text(provenance, "rope_theta_from"), lengths, quantized)
     yield from _tokenizer(folder / "tokenizer.model")
     yield from _stored(stored.values())
+    if verify:
+        yield "verified", _verified(folder, described)
+
+
+def _text(provenance: Mapping[str, Any], key: str) -> str | None:
+    return provenance[key] if isinstance(provenance.get(key), str) else None
+
+
+def _verified(folder: Path, described: Mapping[str, zarr.Array] | None) -> str:
+    """Reads all files of a checkpoint, and says what was compared."""
+    sums = manifest.checksums(folder)
+    if described is None:
+        return "the sizes of all files; the first versions of this program wrote no more"
+    zarr.verify(folder / "params", sums, described)
+    if not sums:
+        return f"{len(described)} arrays have finite numbers; it was written without checksums"
+    return f"{len(described)} arrays in {len(sums)} files are as they were written"
 
 
 def _source(

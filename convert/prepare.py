@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mistral_jax import manifest, origin
+from mistral_jax.progress import Screen
 
 from . import hub
-from .progress import Screen
 from .source import Source, find
 from .to_orbax import to_orbax
 

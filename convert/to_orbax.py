@@ -16,11 +16,11 @@ import mistral_jax
 from mistral_jax import checkpoint, folder, manifest, origin, quantization
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.quantized import QuantizedKernel, to_int8
+from mistral_jax.progress import Progress
 
 from . import architecture, hub, tokens
 from .checks import check_finite, match
 from .names import Row
-from .progress import Progress
 from .source import Tensor, find
 
 
@@ -45,7 +45,8 @@ def to_orbax(
       rope_theta: base of the rotary embedding, for sources that do not say.
       quantize: "int8" rounds the kernels of projections and of the output to 8 bits, with a scale
         for each output; None = they stay as they are.
-      overwrite: whether a checkpoint at `target` may be replaced.
+      overwrite: whether a checkpoint at `target` may be replaced, if nothing else is in its
+        folder.
       progress: what to tell of the work's course; None = nothing.
 
     Raises:
@@ -54,8 +55,7 @@ def to_orbax(
     """
     quantization.check(quantize)
     progress = progress or Progress()
-    replaceable = manifest.is_checkpoint if overwrite else None
-    folder.check_target(target, replaceable)
+    folder.check_target(target, manifest.kept if overwrite else None)
     remote = hub.is_repository(source)
     found = hub.fetch(str(source), format, progress.say) if remote else find(source, format)
     stamps = found.stamps()

@@ -2,8 +2,9 @@
 
 import json
 import math
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,23 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mistral_jax import arrays, folder, manifest, safetensors_file
-from mistral_jax.checkpoint import read_tokenizer
+from mistral_jax import arrays, folder, manifest, safetensors_file, zarr
+from mistral_jax.checkpoint import check_shapes, read_tokenizer
 from mistral_jax.config import ModelConfig
+from mistral_jax.progress import Advance, Progress
 from mistral_jax.tokenizer import Tokenizer
 
 from . import architecture, hf_tokenizer
 from .checks import check_finite
 from .names import Row, groups, rows
-from .progress import Advance, Progress
 from .source import TOKENIZERS
+
+# What is written, of either format; tokenizers keep the names that they had.
+_FILES = re.compile(
+    r"(config|params|generation_config|tokenizer|tokenizer_config|special_tokens_map|tekken)\.json"
+    r"|[\w.-]+\.model(\.v\d+\w*)?|chat_template\.jinja"
+    r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|consolidated\.safetensors"
+)
 
 
 def to_torch(
@@ -42,35 +50,43 @@ def to_torch(
         texts and conversations) or "official" (params.json with consolidated.safetensors).
       dtype: of the tensors; None = each as in the checkpoint.
       shard_bytes: size above which the "hf" format begins another file.
-      overwrite: whether a PyTorch checkpoint at `target` may be replaced.
+      overwrite: whether a PyTorch checkpoint at `target` may be replaced that this function made,
+        if nothing else is in its folder.
       progress: what to tell of the work's course; None = nothing.
 
     Raises:
-      ValueError: the checkpoint is not whole, the format or the dtype cannot hold it, `target` is
-        taken, or its disk is too full.
+      ValueError: the checkpoint is not whole, or not as it was written, the format or the dtype
+        cannot hold it, `target` is taken, or its disk is too full.
     """
     progress, checkpoint, official = progress or Progress(), Path(checkpoint), format == "official"
-    replaceable = _is_torch_folder if overwrite else None
-    folder.check_target(target, replaceable)
-    config, provenance = manifest.read(checkpoint)
+    kept = _kept if overwrite else None
+    folder.check_target(target, kept)
+    config, provenance, arrays_on_disk = manifest.examine(checkpoint)
     vocabulary = checkpoint / "tokenizer.model"
     tokenizer = read_tokenizer(vocabulary, config) if vocabulary.is_file() else None
     if tokenizer is not None:
         config = config.taught_to_end_with(tokenizer.eos_id)
     described = (architecture.to_official if official else architecture.to_hf)(config)
-    stored = flatten_dict(arrays.stored(checkpoint / "params"), sep="/")
+    stored = flatten_dict(arrays.stored(checkpoint / "params", arrays_on_disk), sep="/")
     if any(path.endswith("/values") for path in stored):
         raise ValueError(
             f"{checkpoint} is rounded to 8 bits, which PyTorch's formats do not hold; export the "
             "checkpoint that was not"
         )
     dtypes = {path: np.dtype(dtype or array.dtype) for path, array in stored.items()}
-    table = rows(config)
+    table, found = rows(config), {path: array.shape for path, array in stored.items()}
+    check_shapes({row.path: row.shape(config) for row in table}, found, checkpoint)
+    sums = manifest.checksums(checkpoint)
+
+    def verify(paths: set[str]) -> None:
+        own = {path: array for path, array in (arrays_on_disk or {}).items() if path in paths}
+        zarr.verify(checkpoint / "params", sums, own)
+
     sizes = [math.prod(row.shape(config)) * dtypes[row.path].itemsize for row in table]
     folder.check_space(target, sum(sizes))
 
-    with folder.whole(target, replaceable) as part, progress.task(sum(sizes)) as advance:
-        tensors = _tensors(checkpoint, config, dtypes, official, advance)
+    with folder.whole(target, kept) as part, progress.task(sum(sizes)) as advance:
+        tensors = _tensors(checkpoint, config, dtypes, official, verify, advance)
         if official:
             shards = {"consolidated.safetensors": table}
         else:
@@ -103,6 +119,7 @@ def _tensors(
     config: ModelConfig,
     dtypes: dict[str, np.dtype],
     official: bool,
+    verify: Callable[[set[str]], None],
     advance: Advance,
 ) -> Iterator[np.ndarray]:
     """Yields the tensors of a file in the order of the forward pass, read a layer at a time."""
@@ -112,6 +129,7 @@ def _tensors(
             row.path: jax.ShapeDtypeStruct(row.shape(config), dtypes[row.path], sharding=host)
             for row in group
         }
+        verify(set(abstract))
         layer = flatten_dict(
             arrays.read(checkpoint / "params", unflatten_dict(abstract, sep="/")), sep="/"
         )
@@ -151,10 +169,15 @@ def _shards(rows: list[Row], sizes: list[int], limit: int) -> dict[str, list[Row
     return {f"model-{i:05}-of-{count:05}.safetensors": s for i, s in enumerate(shards, 1)}
 
 
-def _is_torch_folder(path: Path) -> bool:
-    """Tells whether a folder has what `to_torch` makes."""
-    described = (path / "config.json").is_file() or (path / "params.json").is_file()
-    return described and any(path.glob("*.safetensors"))
+def _kept(path: Path) -> str | None:
+    """Returns what keeps a folder from being replaced by what `to_torch` makes."""
+    if reason := folder.foreign(path, _FILES):
+        return reason
+    files = [file for file in sorted(path.glob("*.safetensors")) if not folder.is_stray(file.name)]
+    for file in files:
+        if not safetensors_file.is_ours(file):
+            return f"has {file.name}, which this program did not write"
+    return None if files else "has no tensors that this program wrote"
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:

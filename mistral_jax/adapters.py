@@ -5,6 +5,7 @@ what that differs by goes into `lora_b` when it is read.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from mistral_jax.files import read_json
 from mistral_jax.training.lora import HEAD, Lora
 
 PEFT, PEFT_CONFIG, OFFICIAL = "adapter_model.safetensors", "adapter_config.json", "lora.safetensors"
+
+# What `save` makes.
+_FILES = re.compile(r"adapter_model\.safetensors|adapter_config\.json|lora\.safetensors")
 
 # What mistral-inference multiplies products by, unless it is told another number.
 _OFFICIAL_SCALE = 2.0
@@ -99,7 +103,8 @@ def save(
         of every layer, and gets zeros where there is none; its default scale, 2, is right.
       dtype: of the tensors; None = float32, but bfloat16 for mistral-inference, which wants that of
         its model.
-      overwrite: whether adapters at `path` may be replaced.
+      overwrite: whether adapters at `path` may be replaced that this function made, if nothing
+        else is in their folder.
 
     Raises:
       ValueError: something else is at `path`, the format cannot hold them, or they are not those of
@@ -131,7 +136,7 @@ def save(
                 tensors[name] = np.ascontiguousarray(array.astype(dtype))
 
     def write():
-        with folder.whole(path, _is_adapter if overwrite else None) as part:
+        with folder.whole(path, kept if overwrite else None) as part:
             data = safetensors.numpy.save(tensors, {"format": "pt"})
             (part / (OFFICIAL if official else PEFT)).write_bytes(data)
             if not official:
@@ -200,6 +205,21 @@ def _scaled(b: np.ndarray, factor: float, where: str) -> np.ndarray:
     return scaled
 
 
-def _is_adapter(path: Path) -> bool:
-    """Tells whether a folder has what `save` makes."""
-    return any((path / name).is_file() for name in (PEFT, OFFICIAL))
+def kept(path: Path) -> str | None:
+    """Returns what keeps a folder from being replaced by what `save` makes.
+
+    PEFT itself describes more than `save` does; Mistral's program writes no metadata.
+    """
+    if reason := folder.foreign(path, _FILES):
+        return reason
+    for file in (path / name for name in (PEFT, OFFICIAL) if (path / name).is_file()):
+        try:
+            with safetensors.safe_open(file, framework="np") as handle:
+                found = handle.metadata()
+            described = None if file.name == OFFICIAL else read_json(path / PEFT_CONFIG)
+        except (safetensors.SafetensorError, ValueError, OSError):
+            return f"has {file.name}, which this program did not write"
+        if found != {"format": "pt"} or not set(described or ()) <= set(peft.FIELDS):
+            return f"has {file.name}, which this program did not write"
+        return None
+    return "has no adapters that this program wrote"

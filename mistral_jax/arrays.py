@@ -1,12 +1,10 @@
-"""A tree of arrays on disk, as Orbax keeps it: written one by one, read straight onto devices.
+"""A tree of arrays on disk, as Orbax keeps it: read straight onto devices, saved in the background.
 
 All of Orbax is behind this file. It knows no models.
 """
 
 import contextlib
 import ctypes
-import itertools
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -14,16 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
-from mistral_jax import distributed, folder
+from mistral_jax import distributed, memory, zarr
 
 Tree = Mapping[str, Any]
-
-# Of a file, at most: of a larger one a host reads more than its part, smaller ones read slower.
-_CHUNK_BYTES = 2 << 20
 
 
 def save_in_background(path: Path, tree: Any) -> Callable[[], None]:
@@ -53,93 +47,24 @@ def save_in_background(path: Path, tree: Any) -> Callable[[], None]:
     return finish
 
 
-def lay_out(path: Path, tree: Tree) -> None:
-    """Prepares a folder for the arrays of a tree, each of which `write` then writes.
+def stored(path: Path, found: Mapping[str, zarr.Array] | None = None) -> Tree:
+    """Returns the tree at `path` with the shape and the dtype of each array, unread.
 
     Args:
-      path: the folder to make.
-      tree: a nested dict with the keys of the tree; its leaves do not matter.
+      path: where a tree was written.
+      found: what `zarr.stored` says of it, if it was asked already.
+
+    Raises:
+      ValueError: a file is missing or damaged; see `zarr.stored`.
     """
-    about = {"value_type": "np.ndarray", "skip_deserialize": False}
-    described = {
-        str(keys): {
-            "key_metadata": [{"key": key, "key_type": 2} for key in keys],
-            "value_metadata": about,
-        }
-        for keys in sorted(flatten_dict(tree))
-    }
-    metadata = {
-        "tree_metadata": described,
-        "use_ocdbt": False,
-        "use_zarr3": False,
-        "store_array_data_equal_to_fill_value": True,
-        "custom_metadata": None,
-    }
-    handler = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"
-    (path / "state").mkdir(parents=True)
-    (path / "orbax.checkpoint").touch()
-    for name, contents in (
-        ("_CHECKPOINT_METADATA", {"item_handlers": {"state": handler}}),
-        ("state/_METADATA", metadata),
-    ):
-        (path / name).write_text(json.dumps(contents), encoding="utf-8")
-
-
-def write(path: Path, name: str, array: np.ndarray) -> None:
-    """Writes an array in its place: the same files, of Zarr 2, that Orbax makes of a tree.
-
-    Orbax itself would need the whole tree in memory, or half as long again for writing it in parts.
-
-    Args:
-      path: a folder that was laid out for a tree.
-      name: the keys on the way to the leaf, with slashes between.
-      array: what to write; it has at least one axis.
-    """
-    chunk = _chunk_shape(array.shape, array.itemsize)
-    about = {
-        "chunks": chunk,
-        "compressor": None,
-        "dimension_separator": ".",
-        "dtype": array.dtype.name if array.dtype.kind == "V" else array.dtype.str,
-        "fill_value": None,
-        "filters": None,
-        "order": "C",
-        "shape": array.shape,
-        "zarr_format": 2,
-    }
-    place = path / "state" / name.replace("/", ".")
-    place.mkdir()
-    (place / ".zarray").write_text(json.dumps(about, separators=(",", ":")), encoding="utf-8")
-    counts = (math.ceil(size / part) for size, part in zip(array.shape, chunk, strict=True))
-    for number in itertools.product(*map(range, counts)):
-        block = array[tuple(slice(n * c, (n + 1) * c) for n, c in zip(number, chunk, strict=True))]
-        # The last chunk along an axis is as long as the others.
-        missing = [(0, c - size) for c, size in zip(chunk, block.shape, strict=True)]
-        with open(place / ".".join(map(str, number)), "wb") as file:
-            folder.write_array(file, np.pad(block, missing) if np.any(missing) else block)
-
-
-def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
-    """Halves the axes of a large array in turn, the longest first, until a chunk is small enough.
-
-    Each axis at least once: whatever is split over hosts, each reads little but its own part.
-    """
-    parts, chunk = [1] * len(shape), list(shape)
-    axes = [axis for axis, size in enumerate(shape) if size > 1]
-    if math.prod(shape) * itemsize <= _CHUNK_BYTES:
-        return chunk
-    while any(parts[axis] == 1 for axis in axes) or math.prod(chunk) * itemsize > _CHUNK_BYTES:
-        axis = min(axes, key=lambda axis: (chunk[axis] == 1, parts[axis], -shape[axis]))
-        if chunk[axis] == 1:
-            break
-        parts[axis] *= 2
-        chunk[axis] = math.ceil(shape[axis] / parts[axis])
-    return chunk
-
-
-def stored(path: Path) -> Tree:
-    """Returns the tree at `path` with the shape and the dtype of each array, unread."""
-    return _run(_alone(), lambda: ocp.metadata(path.absolute()).metadata)
+    if zarr.is_other(path):
+        return _run(path, _alone(), lambda: ocp.metadata(path.absolute()).metadata)
+    found = zarr.stored(path) if found is None else found
+    paths = {tuple(name.split("/")) for name in found}
+    if inner := next((p for p in paths for n in range(1, len(p)) if p[:n] in paths), None):
+        raise ValueError(f"{path} has {'/'.join(inner)} in another array; copy it again")
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in found.items()}
+    return unflatten_dict(shapes, sep="/")
 
 
 def read(path: Path, abstract: Tree) -> Tree:
@@ -148,21 +73,43 @@ def read(path: Path, abstract: Tree) -> Tree:
     Args:
       path: where a tree was written; whole, for over what is missing Orbax leaks coroutines.
       abstract: the tree or a part of it, with the shapes, dtypes and shardings to read it as.
+
+    Raises:
+      ValueError: it cannot be read.
     """
     own = all(array.sharding.is_fully_addressable for array in jax.tree.leaves(abstract))
     context = _alone() if own else ocp.Context()
     context.pytree.loading.partial_load = True
     context.memory.read_concurrent_bytes = bytes_in_flight(abstract)
     with _frugal_allocator():
-        return _run(context, lambda: ocp.load(path.absolute(), abstract))
+        return _run(path, context, lambda: ocp.load(path.absolute(), abstract))
 
 
 def bytes_in_flight(abstract: Tree) -> int:
-    """Returns how much `read` has on its way at a time: twice the largest array in float32.
+    """Returns how much of the host's memory `read` uses for what is on its way to the devices.
+
+    Two of the largest array keep the disk busy; one is enough where there is no room for more.
+    """
+    least = least_in_flight(abstract)
+    arrays = jax.tree.leaves(abstract)
+    needed = {demand.place: demand for demand in memory.demands(arrays, least)}
+    host = needed[memory.HOST]
+    room = math.inf if host.free is None else host.free - host.needed
+    return least + max(0, min(least, room))
+
+
+def least_in_flight(abstract: Tree) -> int:
+    """Returns the least of the host's memory that `read` can do with: its largest array in float32.
 
     Orbax refuses to read an array that is larger than this, with its last chunk filled up.
     """
-    return 1 + 2 * max(4 * math.prod(array.shape) for array in jax.tree.leaves(abstract))
+    return 1 + max(4 * _padded(array.shape) for array in jax.tree.leaves(abstract))
+
+
+def _padded(shape: tuple[int, ...]) -> int:
+    """Returns how many numbers an array has in its files."""
+    counts = (c * math.ceil(n / c) for n, c in zip(shape, zarr.chunk_shape(shape, 4), strict=True))
+    return math.prod(counts)
 
 
 def _alone() -> ocp.Context:
@@ -190,9 +137,15 @@ def _frugal_allocator() -> Iterator[None]:
         mallopt(trim_threshold, 64 << 20)
 
 
-def _run(context: ocp.Context, task: Callable[[], Any]) -> Any:
+def _run(path: Path, context: ocp.Context, task: Callable[[], Any]) -> Any:
     with _quiet(), context:
-        return task()
+        try:
+            return task()
+        except MemoryError:
+            raise
+        except Exception as error:  # Orbax raises what its parts do, of any type.
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"{path} cannot be read: {said[:300]}") from error
 
 
 @contextlib.contextmanager

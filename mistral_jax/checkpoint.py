@@ -4,6 +4,7 @@ Arrays go straight from disk to their devices, in the dtype asked for.
 """
 
 import contextlib
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from mistral_jax import (
     adapters,
@@ -23,10 +24,12 @@ from mistral_jax import (
     pages,
     precision,
     quantization,
+    zarr,
 )
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.quantized import QuantizedKernel
 from mistral_jax.model.transformer import Transformer
+from mistral_jax.progress import Progress
 from mistral_jax.sharding import abstract_params, read_layout
 from mistral_jax.tokenizer import Tokenizer
 from mistral_jax.training.lora import apply
@@ -34,6 +37,8 @@ from mistral_jax.training.lora import apply
 BUNDLED = Path(__file__).resolve().parent / "assets" / "nano"
 # Fine-tuning adds tokens that a SentencePiece file lacks, and tables are padded to even sizes.
 MOST_UNNAMED = 255
+# What is read at once: large enough to keep the disk busy, small enough to show how it goes on.
+_PART_BYTES = 1 << 30
 
 Params = Mapping[str, Any]
 
@@ -47,11 +52,13 @@ def load(
     lora: Path | str | None = None,
     merge: bool = False,
     quantize: str | None = None,
+    verify: bool = False,
+    progress: Progress | None = None,
 ) -> tuple[Transformer, Params, Tokenizer | None]:
     """Loads a model; of several processes, each reads its own part.
 
     Args:
-      path: a checkpoint folder; None = the small model that comes with this package.
+      path: a checkpoint folder; None or "nano" = the small model that comes with this package.
       sharding: how to spread the arrays over all devices: a name from `configs/sharding/`, or a
         file like those; None = one device holds everything.
       mesh: sizes of that file's mesh axes, in place of its own: `{"tensor": 4}`.
@@ -62,6 +69,10 @@ def load(
         to be saved; else they stay matrices of their own, beside the kernels.
       quantize: "int8" rounds the kernels of all projections and of the output to 8 bits, with a
         scale for each output, a layer at a time; None = they stay as they are.
+      verify: whether to read all files for their checksums first, and look for numbers that are
+        not finite; else sizes and descriptions alone are compared.
+      progress: what to tell of the work's course; None = nothing. It is told which dtype was
+        chosen where that is not the usual one, and of more than 1 GB how much is read.
 
     Returns:
       The model, its parameters, and its tokenizer (None if the folder has none).
@@ -71,12 +82,13 @@ def load(
         do not fit each other, it does not fit in memory, or the adapters are not the model's.
     """
     quantization.check(quantize)
-    path = Path(BUNDLED if path is None else path)
-    config, _ = manifest.read(path)
+    path, progress = find(path), progress or Progress()
+    config, _, described = manifest.examine(path)
     if merge and lora is None:
         raise ValueError("merge is True, but lora names no adapters to merge; name their folder")
     adapted = None if lora is None else adapters.read(lora, config)
-    stored = arrays.stored(path / "params")
+    stored = arrays.stored(path / "params", described)
+    check_layers(config, stored, path / "params")
     file = path / "tokenizer.model"
     tokenizer = read_tokenizer(file, config) if file.is_file() else None
     if tokenizer is not None:  # Earlier versions did not compare their ends.
@@ -91,16 +103,22 @@ def load(
     held = {place: small[place] for place in small if (*place, "values") in flat}
     rest = {place: small[place] for place in small if quantize and place not in held}
     abstract = quantization.abstract(abstract, held)
-    _check_shapes(_shapes(quantization.split(abstract)), _shapes(stored), str(path / "params"))
+    check_shapes(shapes_of(quantization.split(abstract)), shapes_of(stored), path / "params")
     kept = quantization.abstract(abstract, rest)
-    dtype = precision.choose(path, kept, stored, precision.check(dtype))
+    dtype = precision.choose(path, kept, stored, precision.check(dtype), progress.say)
     abstract = precision.typed(abstract, dtype)
-    params = {}
-    # What is to be quantised is read in parts, for the whole may not fit.
-    for names in ([name] for name in abstract) if rest else [abstract]:
-        part = quantization.split({name: abstract[name] for name in names})
-        read = quantization.join(arrays.read(path / "params", part))
-        params |= quantization.quantize(read, "int8", rest)
+    sums = manifest.checksums(path) if verify else {}
+    params, size = {}, _bytes(abstract)
+    with (progress if size > _PART_BYTES else Progress()).task(size) as advance:
+        # What is to be quantised is read a layer at a time, for the whole may not fit.
+        for names in _parts(abstract, 1 if rest else _PART_BYTES):
+            part = quantization.split({name: abstract[name] for name in names})
+            if verify and described is not None:
+                own = {x: array for x, array in described.items() if x.split("/")[0] in part}
+                zarr.verify(path / "params", sums, own)
+            read = quantization.join(arrays.read(path / "params", part))
+            params |= quantization.quantize(read, "int8", rest)
+            advance(_bytes(part))
     if adapted is not None:
         params = apply(params, *adapted, merge)
     return model.clone(dtype=dtype), pages.move(params), tokenizer
@@ -124,7 +142,7 @@ def save(
       params: the parameters, of any dtype, on any devices.
       tokenizer_file: SentencePiece model to copy into the folder.
       provenance: where the model is from, as JSON values.
-      overwrite: whether a checkpoint at `path` may be replaced.
+      overwrite: whether a checkpoint at `path` may be replaced, if nothing else is in its folder.
 
     Raises:
       ValueError: something else is at `path`, or `params` are not those of `config`, or have
@@ -141,9 +159,9 @@ def save(
     abstract, flat = abstract_params(Transformer(config)), flatten_dict(params)
     small = quantization.kernels(abstract, output=True)
     held = {place: n for place, n in small.items() if isinstance(flat.get(place), QuantizedKernel)}
-    shapes = _shapes(quantization.split(quantization.abstract(abstract, held)))
+    shapes = shapes_of(quantization.split(quantization.abstract(abstract, held)))
     params = quantization.split(params)
-    _check_shapes(shapes, _shapes(params), "params")
+    check_shapes(shapes, shapes_of(params), "params")
     writers = []
     with contextlib.ExitStack() as stack:
 
@@ -173,19 +191,19 @@ def create(
     So a model can be saved that does not fit in memory. `shapes` are those of all its parameters,
     by path; the other arguments are those of `save`, and `provenance` is written last.
     """
-    with folder.whole(path, manifest.is_checkpoint if overwrite else None) as part:
-        arrays.lay_out(part / "params", unflatten_dict(dict.fromkeys(shapes), sep="/"))
+    with folder.whole(path, manifest.kept if overwrite else None) as part:
+        sums = zarr.lay_out(part / "params", [tuple(name.split("/")) for name in shapes])
         written = {}
 
         def write(name, array):
             written[name] = array.shape
-            arrays.write(part / "params", name, array)
+            sums.update(zarr.write(part / "params", name, array))
 
         yield write
-        _check_shapes(shapes, written, str(path))
+        check_shapes(shapes, written, path)
         if tokenizer_file is not None:
             shutil.copyfile(tokenizer_file, part / "tokenizer.model")
-        manifest.write(part, config, provenance or {})
+        manifest.write(part, config, provenance or {}, sums)
 
 
 def read_tokenizer(file: Path, config: ModelConfig) -> Tokenizer:
@@ -209,15 +227,48 @@ def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, file: Path) -> No
         )
 
 
-def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
+def find(path: Path | str | None) -> Path:
+    """Returns the folder that `load` means: of the bundled model, by its name too, or as it is."""
+    if path is None or (str(path) == BUNDLED.name and not Path(path).exists()):
+        return BUNDLED
+    return Path(path)
+
+
+def shapes_of(params: Params) -> dict[str, tuple[int, ...]]:
     """Returns the shape of each parameter by its path."""
     return {path: tuple(array.shape) for path, array in flatten_dict(params, sep="/").items()}
 
 
-def _check_shapes(expected: Mapping, found: Mapping, where: str) -> None:
+def check_layers(config: ModelConfig, stored: Params, where: Path) -> None:
+    """Raises a ValueError if a config has another number of layers than there are arrays of."""
+    found = sum(name.startswith("layers_") for name in stored)
+    if found != config.num_layers:
+        raise ValueError(
+            f"{where} has {found} layers; expected {config.num_layers}, as config.json says"
+        )
+
+
+def check_shapes(expected: Mapping, found: Mapping, where: Path | str) -> None:
+    """Raises a ValueError that names the first parameter whose shape is not what is expected."""
     for name in {**expected, **found}:
         if expected.get(name) != found.get(name):
             raise ValueError(
                 f"{where} has {found.get(name, 'nothing')} as {name}; expected "
                 f"{expected.get(name, 'nothing')}"
             )
+
+
+def _parts(abstract: Params, size: int) -> Iterator[list[str]]:
+    """Divides the entries of a tree into parts of at least `size` bytes."""
+    part: list[str] = []
+    for name in abstract:
+        part.append(name)
+        if _bytes({name: abstract[name] for name in part}) >= size:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))

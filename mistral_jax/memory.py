@@ -27,19 +27,26 @@ class Demand(NamedTuple):
     free: int | None
 
 
-def demands(arrays: Iterable[jax.ShapeDtypeStruct]) -> list[Demand]:
+HOST = "this machine"
+
+
+def demands(arrays: Iterable[jax.ShapeDtypeStruct], staging: int = 0) -> list[Demand]:
     """Returns what arrays with shardings ask of each memory of this process.
 
     CPU devices share one: the host's.
+
+    Args:
+      arrays: what there will be.
+      staging: bytes that the host needs besides, for what is on its way to the devices.
     """
-    needed: dict[jax.Device | None, int] = {}
+    needed: dict[jax.Device | None, int] = {None: staging} if staging else {}
     for array in arrays:
         shard = math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
         for device in array.sharding.addressable_devices:
             memory = None if device.platform == "cpu" else device
             needed[memory] = needed.get(memory, 0) + shard
     return [
-        Demand("this machine", size, host_free())
+        Demand(HOST, size, host_free())
         if device is None
         else Demand(str(device), size, _device_free(device))
         for device, size in needed.items()

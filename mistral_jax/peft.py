@@ -165,5 +165,13 @@ def write(
     file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
+# What `write` describes adapters by.
+FIELDS = [
+    *("peft_type", "task_type", "base_model_name_or_path", "inference_mode", "r", "lora_alpha"),
+    *("lora_dropout", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern", "bias"),
+    *("fan_in_fan_out", "init_lora_weights", "modules_to_save"),
+]
+
+
 def _kind(module: str) -> str:
     return module.rpartition(".")[2]

@@ -4,7 +4,7 @@ It reads no arrays.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,13 @@ def check(dtype: jnp.dtype | str | None) -> str | None:
     return name
 
 
-def choose(path: Path, kept: Params, stored: Params, dtype: str | None) -> jnp.dtype:
+def choose(
+    path: Path,
+    kept: Params,
+    stored: Params,
+    dtype: str | None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> jnp.dtype:
     """Chooses the dtype to load a model in.
 
     Args:
@@ -42,6 +48,7 @@ def choose(path: Path, kept: Params, stored: Params, dtype: str | None) -> jnp.d
       kept: the shapes and shardings of what stays in memory; quantised kernels have their dtypes.
       stored: the shapes and dtypes on disk.
       dtype: the one that is asked for; None = on a CPU float32 if it fits, else as stored.
+      tell: is given a sentence where that is not the first choice, for want of memory.
 
     Raises:
       ValueError: there is no memory for it.
@@ -51,22 +58,30 @@ def choose(path: Path, kept: Params, stored: Params, dtype: str | None) -> jnp.d
     floats = [x for x in jax.tree.leaves(stored) if jnp.issubdtype(x.dtype, jnp.floating)]
     largest = max(floats, key=lambda array: math.prod(array.shape))
     default = ["float32", largest.dtype] if on_cpu else [largest.dtype]
-    spare = 2 * arrays.bytes_in_flight(kept)
+    staging, lacked = arrays.least_in_flight(kept), ""
     for choice in [dtype] if dtype is not None else default:
         short = [
             demand
-            for demand in memory.demands(jax.tree.leaves(typed(kept, choice)))
-            if demand.free is not None and demand.needed + spare > demand.free
+            for demand in memory.demands(jax.tree.leaves(typed(kept, choice)), staging)
+            if demand.free is not None and demand.needed > demand.free
         ]
         # Of several processes all must choose the same.
         if not distributed.any_of(bool(short)):
+            if lacked:
+                tell(
+                    f"{path} is loaded in {jnp.dtype(choice)}, as it is stored: {lacked} for "
+                    "float32, in which a CPU is exact; name a dtype to have the same everywhere"
+                )
             return jnp.dtype(choice)
+        lacked = "another process has no memory"
+        if short:
+            place, needed, free = short[0]
+            lacked = f"{place} has {decimal(free)} free, of {decimal(needed)}"
     if not short:
         raise ValueError(f"{path} needs more memory than another process has free")
-    place, needed, free = short[0]
     raise ValueError(
-        f"{path} needs {decimal(needed + spare)} of memory on {place}, which has {decimal(free)} "
-        "free: load it in a smaller dtype, or spread it over more devices"
+        f"{path} needs {decimal(needed)} of memory on {place}, which has {decimal(free)} free: "
+        "load it in a smaller dtype, or spread it over more devices"
     )
 
 

@@ -32,6 +32,9 @@ _DTYPES = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
 }
+# Names who wrote a file; "format" is what Transformers asks for.
+_METADATA = {"format": "pt", "writer": "mistral_jax"}
+
 _KINDS = {np.dtype(dtype): kind for kind, dtype in _DTYPES.items()}
 
 
@@ -77,6 +80,25 @@ def read(file: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
+def is_ours(file: Path) -> bool:
+    """Tells whether `write` has written a file, or an earlier version of it, which left no mark.
+
+    Then it tells by the order of the tensors, which is that of the forward pass: other programs
+    sort those of a dtype by name.
+    """
+    try:
+        with safe_open(file, framework="np") as handle:
+            if (handle.metadata() or {}) != {"format": "pt"}:
+                return handle.metadata() == _METADATA
+            kinds = [(handle.get_slice(name).get_dtype(), name) for name in handle.offset_keys()]
+    except (SafetensorError, OSError):
+        return False
+    return kinds != sorted(kinds) and any(
+        (own := [name for kind, name in kinds if kind == which]) != sorted(own)
+        for which, _ in kinds
+    )
+
+
 def write(
     file: Path,
     heads: Mapping[str, tuple[tuple[int, ...], np.dtype]],
@@ -89,7 +111,7 @@ def write(
       heads: shape and dtype of each tensor, by name.
       tensors: what they hold, in the order of `heads`; what follows is left there.
     """
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header, offset = {"__metadata__": _METADATA}, 0
     for name, (shape, dtype) in heads.items():
         end = offset + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": _KINDS[dtype], "shape": shape, "data_offsets": [offset, end]}

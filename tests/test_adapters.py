@@ -20,7 +20,7 @@ from bounds import bounded
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import mistral_jax
-from mistral_jax import adapters, checkpoint
+from mistral_jax import adapters, checkpoint, peft
 from mistral_jax.generation.generate import generate
 from mistral_jax.generation.sampling import Sampling
 from mistral_jax.generation.text import chat, complete, stream
@@ -524,8 +524,31 @@ def test_overwriting_is_asked_for(tmp_path):
     adapters.save(tmp_path / "x", CONFIG, SOME, other, overwrite=True)
     equal(adapters.read(tmp_path / "x", CONFIG)[1], jax.tree.map(np.asarray, other))
     (tmp_path / "precious").write_text("data")
-    with pytest.raises(ValueError, match="left as it is"):
+    with pytest.raises(ValueError, match=r"has precious, .* left as it is"):
         adapters.save(tmp_path, CONFIG, SOME, other, overwrite=True)
+
+
+@pytest.mark.parametrize("format", ["peft", "official"])
+def test_only_adapters_that_save_has_made_are_overwritten(tmp_path, format):
+    lora, path = dataclasses.replace(SOME, targets=("k_proj", "o_proj")), tmp_path / "x"
+    made = random_adapters(lora)
+    adapters.save(path, CONFIG, lora, made, format=format)
+    (file,) = path.glob("*.safetensors")
+    tensors = safetensors.numpy.load_file(file)
+    (path / "notes.txt").touch()
+    with pytest.raises(ValueError, match=r"x has notes.txt, .* left as it is"):
+        adapters.save(path, CONFIG, lora, made, format=format, overwrite=True)
+    (path / "notes.txt").unlink()
+    adapters.save(path, CONFIG, lora, made, format=format, overwrite=True)
+    if format == "peft":  # as PEFT itself writes it
+        config = path / "adapter_config.json"
+        described = json.loads(config.read_text())
+        assert list(described) == peft.FIELDS
+        config.write_text(json.dumps(described | {"auto_mapping": None}))
+    for metadata in [{"format": "pt"}] if format == "peft" else [None, {"source": "another"}]:
+        safetensors.numpy.save_file(tensors, file, metadata)
+        with pytest.raises(ValueError, match=rf"x has {file.name}, which this program did not"):
+            adapters.save(path, CONFIG, lora, made, format=format, overwrite=True)
 
 
 def test_merge_without_adapters_is_refused(base):

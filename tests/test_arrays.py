@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from mistral_jax import arrays
+from mistral_jax import arrays, memory, zarr
 
 
 def tree():
@@ -32,9 +32,9 @@ def flat(tree):
 
 
 def write(path, tree):
-    arrays.lay_out(path, tree)
+    zarr.lay_out(path, [tuple(name.split("/")) for name in flat(tree)])
     for name, array in flat(tree).items():
-        arrays.write(path, name, array)
+        zarr.write(path, name, array)
     return path
 
 
@@ -91,7 +91,7 @@ def test_the_files_are_those_that_orbax_writes(written, tmp_path):
 @pytest.mark.parametrize("shape", [(10, 4), (7, 4), (1, 40), (11,), (3, 2, 4), (16, 1)])
 @pytest.mark.parametrize("chunk", [1, 16, 48, 1000])
 def test_chunks_of_any_size(tmp_path, monkeypatch, shape, chunk):
-    monkeypatch.setattr(arrays, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(zarr, "_CHUNK_BYTES", chunk)
     expected = {"x": np.arange(np.prod(shape), dtype=np.float32).reshape(shape)}
     path = write(tmp_path / "t", expected)
     equal(arrays.read(path, abstract(expected)), expected)
@@ -106,10 +106,10 @@ def test_chunks_of_any_size(tmp_path, monkeypatch, shape, chunk):
 )
 def test_chunks_of_a_large_array_halve_every_axis(shape):
     """A host that needs half of an array, along any axis, reads that half alone."""
-    chunk = arrays._chunk_shape(shape, 2)
+    chunk = zarr.chunk_shape(shape, 2)
     for size, part in zip(shape, chunk, strict=True):
         assert size == 1 or size % (2 * part) == 0
-    assert arrays._CHUNK_BYTES / 2 < 2 * math.prod(chunk) <= arrays._CHUNK_BYTES
+    assert zarr._CHUNK_BYTES / 2 < 2 * math.prod(chunk) <= zarr._CHUNK_BYTES
 
 
 def test_arrays_in_another_order(tmp_path):
@@ -154,3 +154,43 @@ def test_orbax_is_quiet_and_its_logger_is_left_as_it_was(written, capfd):
     arrays.stored(written)
     assert logging.getLogger("absl").level == level
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_orbax_cannot_read_is_one_sentence(written, monkeypatch):
+    def load(*arguments):
+        raise KeyError("no\nsuch", "array")
+
+    monkeypatch.setattr(ocp, "load", load)
+    with pytest.raises(ValueError, match=r"t cannot be read: [^\n]*array[^\n]*$"):
+        arrays.read(written, abstract(tree()))
+
+
+def test_trees_of_the_first_versions_are_described_and_read(tmp_path):
+    """Until it wrote arrays one by one, this program left their format to Orbax: Zarr 3."""
+    context = ocp.Context()
+    saving = context.array.saving
+    saving.use_ocdbt = saving.use_compression = False
+    with context:
+        ocp.save(tmp_path / "t", tree())
+    assert zarr.is_other(tmp_path / "t")
+    found = arrays.stored(tmp_path / "t")
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), tree()
+    )
+    equal(arrays.read(tmp_path / "t", abstract(tree())), tree())
+
+
+def test_what_is_on_its_way_takes_two_of_the_largest_array_or_one(monkeypatch):
+    one = abstract({"large": np.ones((300, 10), np.float32), "small": np.ones(3, np.float32)})
+    least, size = arrays.least_in_flight(one), 4 * 3003
+    assert least == 1 + 4 * 3000
+    for free, expected in (
+        (None, 2 * least),
+        (10**9, 2 * least),
+        (size + 2 * least, 2 * least),
+        (size + least + 7, least + 7),
+        (size + least, least),
+        (0, least),
+    ):
+        monkeypatch.setattr(memory, "host_free", lambda free=free: free)
+        assert arrays.bytes_in_flight(one) == expected

@@ -1,3 +1,7 @@
+import contextlib
+import json
+import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +17,7 @@ from flax.traverse_util import flatten_dict
 
 import mistral_jax
 from mistral_jax import checkpoint, manifest, memory, quantization
+from mistral_jax.progress import Progress
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +118,26 @@ def test_overwriting_is_asked_for(tmp_path):
 def test_no_other_folder_is_overwritten(tmp_path):
     model, params = tiny.build()
     (tmp_path / "precious").write_text("data")
-    with pytest.raises(ValueError, match="left as it is"):
+    with pytest.raises(ValueError, match=r"has precious, .* left as it is"):
         checkpoint.save(tmp_path, model.config, params, overwrite=True)
     assert (tmp_path / "precious").read_text() == "data"
+
+
+def test_a_checkpoint_with_the_user_s_files_is_not_overwritten(saved, tmp_path):
+    _, config, params = saved
+    path = tmp_path / "x"
+    checkpoint.save(path, config, params)
+    for name in ("notes.txt", "params/state/mine/notes.txt", "src/a.py"):
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).touch()
+        with pytest.raises(ValueError, match=rf"x has {name}, which .*; it is left as it is"):
+            checkpoint.save(path, config, params, overwrite=True)
+        (path / name).unlink()
+        if "/" in name:
+            (path / name).parent.rmdir()
+    for name in (".DS_Store", "params/._x"):
+        (path / name).touch()
+    checkpoint.save(path, config, params, overwrite=True)
 
 
 def test_parameters_of_another_model_are_not_saved(tmp_path):
@@ -144,7 +166,7 @@ def test_a_checkpoint_of_another_model(saved, tmp_path):
     checkpoint.save(tmp_path / "x", config, params)
     fields = config.to_dict() | {"num_layers": 3}
     manifest.write(tmp_path / "x", type(config).from_dict(fields), {})
-    with pytest.raises(ValueError, match=r"params has nothing as layers_2/\S+; expected \("):
+    with pytest.raises(ValueError, match=r"params has 2 layers; expected 3, as config\.json says"):
         checkpoint.load(tmp_path / "x")
 
 
@@ -161,10 +183,85 @@ def test_an_incomplete_checkpoint_is_refused_before_orbax_sees_it(saved, tmp_pat
     assert capfd.readouterr() == ("", "")
 
 
+def test_damage_is_found_where_files_are_verified(saved, tmp_path):
+    path = tmp_path / "x"
+    shutil.copytree(saved[0], path)
+    equal(checkpoint.load(path, verify=True, dtype="bfloat16")[1], saved[2])
+    equal(checkpoint.load(path, verify=True, quantize="int8")[1]["embed"], saved[2]["embed"])
+    file = path / "params" / "state" / "layers_1.attn.k_proj.kernel" / "0.0.0"
+    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    assert checkpoint.load(path)
+    with pytest.raises(ValueError, match=rf"array layers_1/attn/k_proj/kernel: {file} is not the"):
+        checkpoint.load(path, verify=True)
+
+
+def mutate(path, rng):
+    """Damages a checkpoint in one of many ways; returns which."""
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    described = [file for file in files if file.suffix in (".json", "") and file.stat().st_size]
+    kind = rng.choice(["flip", "cut", "remove", "swap", "copy", "folder", "value", "value", "drop"])
+    file, other = rng.choice(files), rng.choice(files)
+    data = bytearray(file.read_bytes())
+    if kind == "flip" and data:
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        file.write_bytes(data)
+    elif kind == "cut":
+        file.write_bytes(data[: rng.randrange(len(data) + 1)])
+    elif kind == "swap":
+        file.write_bytes(other.read_bytes())
+        other.write_bytes(data)
+    elif kind == "copy":
+        shutil.copyfile(file, file.with_name(file.name + "0"))
+    elif kind in ("remove", "folder"):
+        file.unlink()
+        if kind == "folder":
+            file.mkdir()
+    elif kind in ("value", "drop"):
+        named = (".json", ".zarray", "_METADATA", "_CHECKPOINT_METADATA")
+        file = rng.choice([file for file in described if file.name.endswith(named)])
+        table = inner = json.loads(file.read_text())
+        while isinstance(inner.get(key := rng.choice([*inner])), dict) and inner[key]:
+            inner = inner[key]
+        values = (None, True, -1, 1 << 40, 1 << 70, 1e300, "", "x\n", [], {}, [1 << 40] * 2, ["a"])
+        inner.pop(key) if kind == "drop" else inner.update({key: rng.choice(values)})
+        file.write_text(json.dumps(table))
+    return f"{kind} {file.relative_to(path)}"
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_any_damage_ends_in_one_sentence(saved, tmp_path, seed):
+    path = tmp_path / "x"
+    shutil.copytree(saved[0], path)
+    what = mutate(path, random.Random(seed))
+    for verify in (False, True):
+        try:
+            _, params, _ = checkpoint.load(path, verify=verify, dtype="bfloat16")
+        except (ValueError, OSError) as error:
+            said = str(error)
+        else:
+            said = f"{path} is whole"
+            # What is said to be whole is the model, but for what config.json alone tells.
+            assert not verify or jax.tree.all(jax.tree.map(jnp.array_equal, params, saved[2])), what
+        assert "\n" not in said, what
+        assert str(path) in said, what
+
+
 def test_a_source_is_refused_with_the_command_that_converts_it(tmp_path):
     (tmp_path / "params.json").write_text("{}")
     with pytest.raises(ValueError, match=r"python -m mistral_jax\.convert to-orbax"):
         checkpoint.load(tmp_path)
+
+
+def test_names_of_what_is_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.find(None) == checkpoint.find("nano") == checkpoint.BUNDLED
+    (tmp_path / "nano").mkdir()
+    assert checkpoint.find("nano") == Path("nano")
+    command = (
+        r"python -m mistral_jax\.convert to-orbax mistralai/Mistral-7B-v0\.3 Mistral-7B-v0\.3$"
+    )
+    with pytest.raises(ValueError, match=command):
+        checkpoint.load("mistralai/Mistral-7B-v0.3")
 
 
 @pytest.mark.parametrize("unnamed", [0, 2])
@@ -214,13 +311,59 @@ def test_memory_is_compared_before_anything_is_loaded(saved, monkeypatch):
         checkpoint.load(path, dtype="float32")
 
 
+class Heard(Progress):
+    """A listener that remembers."""
+
+    def __init__(self):
+        self.said, self.size, self.done = [], None, []
+
+    def say(self, sentence):
+        self.said.append(sentence)
+
+    @contextlib.contextmanager
+    def task(self, size):
+        self.size = size
+        yield self.done.append
+
+
+def test_a_dtype_that_memory_decides_is_told(saved, monkeypatch):
+    path, _, params = saved
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    for free, dtype, expected in (
+        (None, None, 0),
+        (4 * count, None, 1),
+        (4 * count, "bfloat16", 0),
+    ):
+        monkeypatch.setattr(memory, "host_free", lambda free=free: free)
+        heard = Heard()
+        checkpoint.load(path, dtype=dtype, progress=heard)
+        assert len(heard.said) == expected
+        assert heard.size is None, "small weights show no progress"
+    monkeypatch.setattr(memory, "host_free", lambda: 4 * count)
+    checkpoint.load(path, progress=(heard := Heard()))
+    assert f"{path} is loaded in bfloat16, as it is stored: this machine has" in heard.said[0]
+    assert "name a dtype" in heard.said[0]
+
+
+def test_large_weights_show_progress(saved, monkeypatch):
+    path, _, params = saved
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    monkeypatch.setattr(checkpoint, "_PART_BYTES", size // 3)
+    for quantize in (None, "int8"):
+        heard = Heard()
+        checkpoint.load(path, dtype="bfloat16", quantize=quantize, progress=heard)
+        assert heard.size == sum(heard.done) == size
+        assert 2 <= len(heard.done) <= len(params)
+    equal(checkpoint.load(path, dtype="bfloat16", progress=heard)[1], params)
+
+
 def test_what_is_quantised_needs_a_byte_a_number(saved, monkeypatch):
     path, _, params = saved
     small = quantization.kernels(params, output=True)
     few = sum(leaf.size for name, leaf in flatten_dict(params).items() if name in small)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     scales = sum(np.prod(flatten_dict(params)[name].shape[:n]) for name, n in small.items())
-    spare = 2 * checkpoint.arrays.bytes_in_flight(params)
+    spare = checkpoint.arrays.least_in_flight(params)
     for left, dtype in ((0, jnp.float32), (-1, jnp.bfloat16)):
         free = 4 * (count - few + scales) + few + spare + left
         monkeypatch.setattr(memory, "host_free", lambda free=free: free)

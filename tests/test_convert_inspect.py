@@ -71,6 +71,29 @@ def test_a_checkpoint(tmp_path):
     assert found["tokenizer"] == "v1, 53 tokens (tokenizer.model)"
 
 
+def test_verifying(tmp_path):
+    model, params = tiny.build()
+    mistral_jax.save(tmp_path / "x", model.config, params)
+    assert "verified" not in described(tmp_path / "x")
+    found = described(tmp_path / "x", verify=True)["verified"]
+    assert found == "21 arrays in 45 files are as they were written"
+    chunk = tmp_path / "x" / "params" / "state" / "final_norm.scale" / "0"
+    data = chunk.read_bytes()
+    chunk.write_bytes(data[::-1])
+    with pytest.raises(ValueError, match=rf"array final_norm/scale: {chunk} is not the file that"):
+        described(tmp_path / "x", verify=True)
+    chunk.write_bytes(data)
+    config = tmp_path / "x" / "config.json"
+    fields = json.loads(config.read_text())
+    del fields["checksums"]
+    config.write_text(json.dumps(fields))
+    (tmp_path / "x" / "checksums.json").unlink()
+    found = described(tmp_path / "x", verify=True)["verified"]
+    assert found == "21 arrays have finite numbers; it was written without checksums"
+    with pytest.raises(ValueError, match="s is no checkpoint, which alone has checksums to verify"):
+        described(sources.write(tmp_path / "s", "hf-safetensors"), verify=True)
+
+
 def test_a_checkpoint_in_int8_takes_what_it_is_loaded_as(tmp_path):
     model, params = tiny.build(dim=128, hidden_dim=96)
     mistral_jax.save(tmp_path / "float", model.config, params)

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import sources
 import tiny
-from mistral_jax.convert.progress import Progress
 from mistral_jax.convert.source import find
 from mistral_jax.convert.to_orbax import to_orbax
 
 from mistral_jax import arrays, checkpoint, manifest
+from mistral_jax.progress import Progress
 
 
 class Heard(Progress):

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import jax
 import ml_dtypes
@@ -142,6 +143,50 @@ def test_targets(converted, tmp_path):
         with pytest.raises(ValueError, match="left as it is"):
             to_torch(converted[0], target, overwrite=True)
     assert checkpoint.load(converted[0])
+
+
+@pytest.mark.parametrize("format", ["hf", "official"])
+def test_only_what_it_has_made_is_overwritten(converted, tmp_path, format):
+    path = tmp_path / "y"
+    to_torch(converted[0], path, format=format)
+    for name in ("notes.txt", "src/a.py", "optimizer.pt"):
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).touch()
+        with pytest.raises(ValueError, match=rf"y has {name}, .*; it is left as it is"):
+            to_torch(converted[0], path, overwrite=True)
+        (path / name).unlink()
+    (path / "src").rmdir()
+    (path / "._notes").touch()
+    (file,) = path.glob("*.safetensors")
+    # As earlier versions wrote it: without a mark, in the order of the forward pass.
+    data = file.read_bytes()
+    mark = b',"writer":"mistral_jax"'
+    size = int.from_bytes(data[:8], "little")
+    head = data[8 : 8 + size].replace(mark, b"") + b" " * len(mark)
+    file.write_bytes(data[:8] + head + data[8 + size :])
+    assert safetensors.safe_open(file, "np").metadata() == {"format": "pt"}
+    to_torch(converted[0], path, format=format, overwrite=True)
+    # As all others write it: sorted by name.
+    safetensors.numpy.save_file(safetensors.numpy.load_file(file), file, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"y has {file.name}, which this program did not write"):
+        to_torch(converted[0], path, overwrite=True)
+
+
+def test_damage_is_found(converted, tmp_path):
+    shutil.copytree(converted[0], tmp_path / "x")
+    chunk = tmp_path / "x" / "params" / "state" / "layers_1.mlp.up_proj.kernel" / "0.0"
+    chunk.write_bytes(chunk.read_bytes()[::-1])
+    with pytest.raises(ValueError, match=rf"array layers_1/mlp/up_proj/kernel: {chunk} is not the"):
+        to_torch(tmp_path / "x", tmp_path / "y")
+    assert names(tmp_path) == ["x"]
+
+
+def test_a_config_of_another_shape(converted, tmp_path):
+    shutil.copytree(converted[0], tmp_path / "x")
+    file = tmp_path / "x" / "config.json"
+    file.write_text(file.read_text().replace('"mlp_dim": 44', '"mlp_dim": 40'))
+    with pytest.raises(ValueError, match=r"has \(44, 32\) as \S+; expected \(40, 32\)"):
+        to_torch(tmp_path / "x", tmp_path / "y")
 
 
 def test_a_source_is_no_checkpoint(converted, tmp_path):

@@ -15,6 +15,7 @@ from mistral_jax.config import CHECKOUT
 
 FLOORS = [  # from the ground up; modules of one floor do not know each other
     {
+        "distributed",
         "fields",
         "files",
         "machine",
@@ -25,15 +26,13 @@ FLOORS = [  # from the ground up; modules of one floor do not know each other
         "patterns",
         "spm",
     },
-    {"model.kernels", "model.split"},
-    {"model.cudnn", "model.quantized", "model.splash"},
+    {"command", "locks", "model.kernels", "model.split"},
+    {"folder", "model.cudnn", "model.quantized", "model.splash", "progress"},
     {"model.scores"},
     {
         "config",
-        "distributed",
         "evaluation.documents",
         "evaluation.report",
-        "folder",
         "memory",
         "pages",
         "messages",
@@ -44,10 +43,10 @@ FLOORS = [  # from the ground up; modules of one floor do not know each other
         "training.loss",
         "training.optimizers",
         "training.sums",
+        "zarr",
     },
     {
         "arrays",
-        "command",
         "manifest",
         "rules",
         "safetensors_file",

@@ -83,6 +83,13 @@ class Everything:
         return shape
 
 
+def test_what_is_on_its_way_to_an_accelerator_is_in_the_host_s_memory(monkeypatch):
+    monkeypatch.setattr(memory, "host_free", lambda: 1000)
+    sharding = Everything(Accelerator({"bytes_limit": 100, "bytes_in_use": 60}))
+    array = SimpleNamespace(shape=(3,), dtype=jnp.dtype(jnp.float32), sharding=sharding)
+    assert sorted(memory.demands([array], 700)) == [("gpu:0", 12, 40), (memory.HOST, 700, 1000)]
+
+
 def test_each_accelerator_has_its_own():
     full, unknown = Accelerator({"bytes_limit": 100, "bytes_in_use": 60}), Accelerator(None)
     sharding = Everything(full, unknown)

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mistral_jax import folder
+from mistral_jax import adapters, folder, manifest
 from mistral_jax.files import read_json
 from mistral_jax.training import examples, pretraining, sums
 from mistral_jax.training.recipe import Recipe
@@ -26,9 +26,15 @@ def prepared(recipe: Recipe, path: Path) -> Iterator[None]:
     """Keeps the folder of a run for this process, with its recipe and data in it."""
     notes = path / "recipe.json"
     if not notes.is_file():
-        folder.check_target(path, remedy=" and is no run: name another folder with --run")
+        folder.check_free(path, remedy=" and is no run: name another folder with --run")
         path.mkdir(parents=True, exist_ok=True)
-    busy = f"another process trains in {path}: wait for it, or name another folder with --run"
+    busy = (
+        f"another process trains in {path}: wait for it ({{owner}}), or name another folder with "
+        "--run"
+    )
+    # A result is written last: what would keep it from that is found first.
+    for target, kept in (("checkpoint", manifest.kept), ("adapter", adapters.kept)):
+        folder.check_target(path / target, kept)
     with folder.locked(path, busy):
         earlier = None
         if notes.is_file():

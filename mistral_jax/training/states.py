@@ -4,8 +4,7 @@ On any layout they are the same; of several processes, all must call what saves 
 """
 
 import contextlib
-import itertools
-import math
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,29 +13,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from mistral_jax import arrays, distributed, folder
-from mistral_jax.fields import Rule, check_table, integer, list_of, show, string
+from mistral_jax import arrays, distributed, folder, zarr
 from mistral_jax.files import read_json
 from mistral_jax.sharding import Layout
 from mistral_jax.training import sums
 from mistral_jax.training.step import Params, TrainState
 
-# The metadata of an array, as Orbax writes it.
-_AXES = list_of(integer(1, 1 << 40), 8)
-_NULL = Rule("null", lambda x: x is None)
-_ARRAY_RULES = {
-    "chunks": _AXES,
-    "compressor": _NULL,
-    "dimension_separator": string("."),
-    "dtype": string(),
-    "fill_value": _NULL,
-    "filters": _NULL,
-    "order": string("C"),
-    "shape": _AXES,
-    "zarr_format": integer(2, 2),
-}
+# What a saved state consists of.
+_FILES = re.compile(r"sums\.json|state/.*")
 
 
 def create_state(
@@ -116,9 +103,7 @@ class Saver:
             # Elsewhere arrays are copied to the host before this returns; there, they are shared.
             saved = jax.tree.map(jnp.copy, saved)
         stack = contextlib.ExitStack()
-        part = distributed.from_first(
-            lambda: stack.enter_context(folder.whole(target, lambda old: True))
-        )
+        part = distributed.from_first(lambda: stack.enter_context(folder.whole(target, _kept)))
         finish = arrays.save_in_background(part / "state", saved)
         self._pending = self._pool.submit(self._finish, finish, stack, part, target, best)
 
@@ -220,23 +205,12 @@ def _check_arrays(place: Path, abstract: dict[str, Any]) -> None:
     read_json(place / "_METADATA")
     for keys, array in jax.tree.leaves_with_path(abstract):
         part = place / jax.tree_util.keystr(keys, simple=True, separator=".")
-        about = dict.fromkeys(_ARRAY_RULES) | read_json(part / ".zarray")
-        check_table(about, _ARRAY_RULES, str(part / ".zarray"))
-        dtype = array.dtype.name if array.dtype.kind == "V" else array.dtype.str
-        shape, chunk = about["shape"], about["chunks"]
-        if shape != list(array.shape) or about["dtype"] != dtype or len(chunk) != len(shape):
+        found = zarr.describe(part, zarr.DTYPES | {"<i4": np.dtype(np.int32)})  # Steps are counts.
+        if (found.shape, found.dtype) != (array.shape, array.dtype):
             raise ValueError(
-                f"{part / '.zarray'} has shape {show(shape)}, chunks {show(chunk)} and dtype "
-                f"{show(about['dtype'])}; expected {list(array.shape)} and {dtype!r}"
+                f"{found.place} has {found.shape} of {found.dtype}; expected {array.shape} of "
+                f"{array.dtype}"
             )
-        counts = [math.ceil(n / c) for n, c in zip(shape, chunk, strict=True)]
-        size = math.prod(chunk) * array.dtype.itemsize
-        for number in itertools.product(*map(range, counts or [1])):
-            file = part / ".".join(map(str, number))
-            if not file.is_file():
-                raise ValueError(f"{file} is missing")
-            if file.stat().st_size != size:
-                raise ValueError(f"{file} has {file.stat().st_size} bytes; expected {size}")
 
 
 def saved_steps(path: Path) -> list[int]:
@@ -250,6 +224,10 @@ def _saved_part(state: TrainState) -> dict[str, Any]:
 
 def _place(path: Path, step: int) -> Path:
     return path / "states" / f"{step:08d}"
+
+
+def _kept(path: Path) -> str | None:
+    return folder.foreign(path, _FILES)
 
 
 def _saved(path: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""What a conversion tells its user while it runs. It knows nothing of models."""
+"""What long work tells its user while it runs. It knows nothing of models."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ Advance = Callable[[int], None]
 
 
 class Progress:
-    """A listener that says nothing, for conversions that a program asks for."""
+    """A listener that says nothing, for work that a program asks for."""
 
     def say(self, sentence: str) -> None:
         """Takes a sentence that the user should know."""
