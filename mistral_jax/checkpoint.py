@@ -25,6 +25,7 @@ from mistral_jax import (
     quantization,
 )
 from mistral_jax.config import ModelConfig
+from mistral_jax.fields import show
 from mistral_jax.model.quantized import QuantizedKernel
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.sharding import abstract_params, read_layout
@@ -128,6 +129,11 @@ def save(
       ValueError: something else is at `path`, or `params` are not those of `config`, or have
         adapters beside them, or are quantised to less than 8 bits.
     """
+    if not isinstance(tokenizer_file, str | Path | None):
+        raise ValueError(
+            f"tokenizer_file is {show(tokenizer_file)}; expected the path of its file, such as "
+            "the tokenizer.model of the folder that the model was loaded from"
+        )
     for name, array in flatten_dict(params, sep="/").items():
         if "/lora_" in name:
             raise ValueError(

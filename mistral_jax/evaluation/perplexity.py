@@ -40,8 +40,14 @@ class Loss:
 
     @property
     def perplexity(self) -> float:
-        """Between how many equally likely tokens the model wavers, in the geometric mean."""
-        return math.exp(self.per_token)
+        """Between how many equally likely tokens the model wavers, in the geometric mean.
+
+        Infinity beyond what a float can hold.
+        """
+        try:
+            return math.exp(self.per_token)
+        except OverflowError:
+            return math.inf
 
     @property
     def bits_per_byte(self) -> float:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -14,7 +15,9 @@ def show(results: Sequence[Mapping[str, Value]], as_json: bool) -> None:
     """Prints results of one kind: as a table, or as a JSON object each."""
     if as_json:
         for result in results:
-            print(json.dumps(result), flush=True)
+            # JSON has no infinity, and a loss may be one.
+            known = {name: _finite(value) for name, value in result.items()}
+            print(json.dumps(known, allow_nan=False), flush=True)
         return
     from rich.console import Console
     from rich.table import Table
@@ -42,6 +45,10 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _finite(value: Value) -> Value:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cell(value: Value) -> str:
