@@ -66,9 +66,9 @@ class Completion:
       finish_reason: "stop" (a stop token or string, or `until` said so), "length", or "error".
       top_logprobs: of each token; see `Token`.
       text: the tokens as text, up to but without a stop string; None where only ids were asked for.
-      error: why the row could not go on, in a sentence; None if it could.
       first_seconds: time from the request to the first token, compilation included.
       seconds: time from the request to the last token.
+      error: why the row could not go on, in a sentence; None if it could.
     """
 
     tokens: list[int]
@@ -76,9 +76,9 @@ class Completion:
     finish_reason: str
     top_logprobs: list[dict[int, float | None]]
     text: str | None = None
-    error: str | None = None
     first_seconds: float = dataclasses.field(default=0.0, compare=False)
     seconds: float = dataclasses.field(default=0.0, compare=False)
+    error: str | None = None
 
     @classmethod
     def of(

@@ -23,7 +23,8 @@ Params = Mapping[str, Any]
 CHUNK = 512
 # Tokens of all rows that a GPU reads at a time, if chunks of one row have to be longer for it.
 GPU_TOKENS = 2048
-# Widths of the chunks that read what remains of a prompt, if they are less than C.
+# Widths of the chunks that read what remains of a prompt, if they are less than C: few are few
+# programs to compile, where a cache and a number of rows have programs of their own.
 _WIDTHS = (16, 64, 512)
 _SMALLEST_ROOM, _COARSE_ROOM = 256, 4096
 _COARSE_ROWS = 8
@@ -70,11 +71,14 @@ def chunk_size(rows: int) -> int:
     return max(CHUNK, GPU_TOKENS >> (rows - 1).bit_length())
 
 
-def chunks(rows: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def chunks(
+    rows: Sequence[Sequence[int]], widths: Sequence[int] = _WIDTHS
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Cuts rows into chunks of C tokens, and what remains into chunks of few smaller widths.
 
     Args:
       rows: token ids, B rows of any lengths.
+      widths: the smaller widths, rising.
 
     Yields:
       Tokens and positions of a chunk, [B, T] int32 both; -1 = padding, after a row's end.
@@ -82,7 +86,7 @@ def chunks(rows: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarr
     longest, start = max(map(len, rows)), 0
     size = chunk_size(len(rows))
     while start < longest:
-        width = _width(longest - start, size)
+        width = _width(longest - start, [*(width for width in widths if width < size), size])
         tokens = np.zeros((len(rows), width), np.int32)
         positions = np.full((len(rows), width), -1, np.int32)
         for i, row in enumerate(rows):
@@ -93,9 +97,8 @@ def chunks(rows: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarr
         start += width
 
 
-def _width(rest: int, size: int) -> int:
+def _width(rest: int, widths: Sequence[int]) -> int:
     """Returns the width of the next chunk: at most half of it is padding, but of the narrowest."""
-    widths = [*(width for width in _WIDTHS if width < size), size]
     least = next((i for i, width in enumerate(widths) if width >= rest), len(widths) - 1)
     return widths[least - 1 if least and widths[least] > 2 * rest else least]
 

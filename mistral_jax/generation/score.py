@@ -26,6 +26,9 @@ from mistral_jax.model.transformer import Transformer
 from mistral_jax.sharding import on_mesh
 from mistral_jax.tokenizer import Tokenizer
 
+# Widths of chunks: all batches have one number of rows, and most rows are one chunk.
+_WIDTHS = (16, 32, 64, 128, 256, 512, 1024)
+
 
 class Likelihoods(NamedTuple):
     """How likely a model finds each token of a row, given those before it.
@@ -139,7 +142,7 @@ def _batch(model, params, rows, count) -> list[tuple[np.ndarray, np.ndarray]]:
     longest = max(map(len, inputs))
     if not longest:
         return [(np.zeros(0, np.float32), np.zeros(0, bool))] * len(rows)
-    parts = list(zip(chunks(inputs), chunks(targets), strict=True))
+    parts = list(zip(chunks(inputs, _WIDTHS), chunks(targets, _WIDTHS), strict=True))
     cache, found, waiting = None, [], None
 
     def take():

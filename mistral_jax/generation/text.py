@@ -230,22 +230,24 @@ def _check_tokenizer(tokenizer):
         )
 
 
-def _conversations(messages) -> tuple[list[str | Messages], bool]:
+def _conversations(messages) -> tuple[list[Messages], bool]:
     """Returns conversations; and whether it was one, rather than a list of them."""
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    items = listed(messages)
-    if not items or not (
-        all(isinstance(item, Mapping) for item in items)
-        or all(isinstance(item, str | list | tuple) for item in items)
-    ):
+    items = None if isinstance(messages, str) else listed(messages)
+    alone = items is None or all(isinstance(item, Mapping) for item in items)
+    found = [messages] if alone else items
+    return [_conversation(one, messages) for one in found], alone
+
+
+def _conversation(one, messages) -> Messages:
+    if isinstance(one, str):
+        return [{"role": "user", "content": one}]
+    items = listed(one)
+    if not items or not all(isinstance(item, Mapping) for item in items):
         raise ValueError(
             f"messages is {show(messages)}; expected a text, a list of messages such as "
             '{"role": "user", "content": "Hello"}, or a list of such conversations'
         )
-    if isinstance(items[0], Mapping):
-        return [items], True
-    return [_conversations(item)[0][0] for item in items], False
+    return items
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str | Messages) -> tuple[list[int], bool]:
