@@ -27,6 +27,7 @@ from mistral_jax import (
     zarr,
 )
 from mistral_jax.config import ModelConfig
+from mistral_jax.fields import show
 from mistral_jax.model.quantized import QuantizedKernel
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.progress import Progress
@@ -148,6 +149,11 @@ def save(
       ValueError: something else is at `path`, or `params` are not those of `config`, or have
         adapters beside them, or are quantised to less than 8 bits.
     """
+    if not isinstance(tokenizer_file, str | Path | None):
+        raise ValueError(
+            f"tokenizer_file is {show(tokenizer_file)}; expected the path of its file, such as "
+            "the tokenizer.model of the folder that the model was loaded from"
+        )
     for name, array in flatten_dict(params, sep="/").items():
         if "/lora_" in name:
             raise ValueError(

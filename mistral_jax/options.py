@@ -106,7 +106,7 @@ def parser() -> Parser:
     add = made.add_argument_group("the output").add_argument
     add("--json", action="store_true", help="one JSON object a completion, each on a line")
     number = functools.partial(_number, add)
-    number("--top-logprobs", int, 0, "number of likeliest tokens to list at each place in --json")
+    number("--top-logprobs", int, 0, "likeliest tokens to list at each place in --json, up to 20")
     add("--stats", action="store_true", help="times and rates, on standard error")
     return made
 

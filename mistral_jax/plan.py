@@ -113,7 +113,7 @@ def _run(arguments: argparse.Namespace) -> None:
     layout = layout or Layout(jax.make_mesh((1,), ("device",), devices=devices[:1]), ())
     quantized = _quantized(arguments, config)
     sizes = arguments.batch, arguments.length, arguments.dtype
-    of = programs.shapes(layout, *sizes, quantized, arguments.kv_cache_dtype)
+    of = programs.shapes(layout, *sizes, quantized, arguments.kv_cache_dtype, arguments.train)
     found = []
     for program in ("train",) if arguments.train else ("prefill", "decode"):
         print(f"compiling {program} for {compiler} ...", file=sys.stderr, flush=True)

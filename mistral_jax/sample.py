@@ -97,7 +97,7 @@ class _Model:
 
     def answer(self, messages, show) -> None:
         """Answers a conversation; `show` is called with each piece of the answer."""
-        self._run([self._tokenizer.encode_chat(messages)], lambda _, piece: show(piece))
+        _check(self._run([self._tokenizer.encode_chat(messages)], lambda _, piece: show(piece)))
 
     def complete(self, texts: list[str]) -> None:
         """Continues or answers texts, and prints what comes of it."""
@@ -105,15 +105,18 @@ class _Model:
         prompts = [encode(text) for text in texts]
         shown = texts if sys.stdout.isatty() and not self._arguments.chat else [""] * len(texts)
         if self._arguments.json:
-            for text, completion in zip(texts, self._run(prompts), strict=True):
-                print(json.dumps(self._describe(text, completion)))
+            rows = self._run(prompts)
+            for text, completion in zip(texts, rows, strict=True):
+                print(json.dumps(self._describe(text, completion), allow_nan=False), flush=True)
         elif len(texts) == 1:
             print(shown[0], end="", flush=True)
-            self._run(prompts, lambda _, piece: print(piece, end="", flush=True))
+            rows = self._run(prompts, lambda _, piece: print(piece, end="", flush=True))
             print(flush=True)
         else:
-            answers = [completion.text for completion in self._run(prompts)]
+            rows = self._run(prompts)
+            answers = [completion.text for completion in rows]
             print(*map("".join, zip(shown, answers, strict=True)), sep="\n\n", flush=True)
+        _check(rows)
 
     def _encode_text(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, bos=True)
@@ -161,9 +164,19 @@ class _Model:
                 "total": round(completion.seconds, 4),
             },
         }
+        if completion.error is not None:
+            fields["error"] = completion.error
         if self._arguments.top_logprobs:
             fields["top_logprobs"] = completion.top_logprobs
         return fields
+
+
+def _check(completions) -> None:
+    """Raises a ValueError if one of them ended as "error"."""
+    for row, completion in enumerate(completions):
+        if completion.error is not None:
+            where = f"prompt {row}: " if len(completions) > 1 else ""
+            raise ValueError(f"{where}{completion.error}")
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str] | None:

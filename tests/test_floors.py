@@ -62,6 +62,7 @@ FLOORS = [  # from the ground up; modules of one floor do not know each other
     {
         "model.layers",
         "generation.logits",
+        "generation.request",
         "peft",
         "quantization",
         "training.corpus",

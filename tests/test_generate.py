@@ -1,5 +1,7 @@
 """Laws of generation: what a row gets depends on its prompt and its sampling alone."""
 
+import random
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -136,9 +138,30 @@ def test_a_request_gets_the_room_that_it_needs(mistral):
 
     a_slot = 2 * config.num_kv_heads * config.head_dim * 4
     assert cache_bytes(10) == a_slot * (5 + 256 + 5)  # the dilated window spans five, too
+    # At most doubled where it is small, and a quarter more where it is large.
     for length in (257, 1000, 1025, 4097, 30_000):
-        assert length <= prefill.room(length) <= max(1.25 * length, length + 255)
-    assert len({prefill.room(length) for length in range(1, 32_769)}) < 25
+        most = max(min(2 * length, 4096), 1.25 * length)
+        assert length <= prefill.room(length) <= most
+    assert len({prefill.room(length) for length in range(1, 32_769)}) < 18
+
+
+def test_rows_come_in_few_counts():
+    for rows in range(1, 200):
+        assert rows <= prefill.row_count(rows) < 2 * rows
+        assert rows <= 8 or prefill.row_count(rows) < 1.5 * rows
+    counts = {prefill.row_count(rows) for rows in range(1, 33)}
+    assert counts == {1, 2, 4, 8, 12, 16, 24, 32}
+
+
+def test_what_remains_of_a_prompt_is_at_most_half_padding():
+    widths = set()
+    for longest in range(1, 1100):
+        found = [tokens.shape[1] for tokens, _ in prefill.chunks([[7] * longest])]
+        widths |= set(found)
+        assert longest <= sum(found) <= max(16, 2 * longest)
+        assert sum(found) - longest <= found[-1] / 2 or found[-1] == 16
+        assert len(found) <= longest // 512 + 5
+    assert widths == {16, 64, 512}
 
 
 def test_stop_ids(mistral, warm):
@@ -211,7 +234,7 @@ def test_a_cache_that_lies_by_heads_makes_the_same_text(mistral, monkeypatch, ke
     numbers = {
         jax.tree.leaves(layer.k, is_leaf=lambda x: isinstance(x, tuple))[0] for layer in shapes
     }
-    assert numbers == {(3, 2, 5, 8), (1, 2, 5, 8)}
+    assert numbers == {(4, 2, 5, 8), (1, 2, 5, 8)}
 
 
 def test_penalties_see_the_prompt_and_the_answer(mistral):
@@ -234,8 +257,8 @@ def test_requests_reuse_the_compiled_programs(mistral, monkeypatch):
         monkeypatch.setattr(module, name, jax.jit(counted, **options))
 
     chex.clear_trace_counter()
-    limit_traces(prefill, "read_chunk", static_argnames=("model", "length"))
-    limit_traces(drivers, "first_step", static_argnames="model")
+    limit_traces(prefill, "read_chunk", static_argnames="model")
+    limit_traces(decode, "_first_step", static_argnames="model")
     limit_traces(drivers, "decode", static_argnames="model")
     assert drivers.decode is not decode.decode
     for length, new, sampling in (
@@ -243,9 +266,110 @@ def test_requests_reuse_the_compiled_programs(mistral, monkeypatch):
         (5, 200, WARM),
         (16, 7, Sampling(top_k=3, seed=9)),
         (9, 64, Sampling(0.2, top_p=1, min_p=0.1)),
+        (12, 9, Sampling(0.2, repetition_penalty=1.1, logit_bias={4: 2})),
     ):
-        generate(*mistral, [[1] * length], new, sampling=sampling, stop_ids=[3] * (length % 4))
+        options = {"sampling": sampling, "top_logprobs": length}
+        generate(*mistral, [[1] * length], new, stop_ids=[3] * (length % 4), **options)
         list(stream_tokens(*mistral, [1] * length, new, sampling=sampling))
+
+
+def test_few_programs_serve_requests_of_all_kinds(monkeypatch):
+    """One for each width of a chunk, and three more, for each count of rows."""
+    monkeypatch.setattr(prefill, "CHUNK", 32)
+    model, params = tiny.build(n_layers=1, vocab_size=59)
+    programs = prefill.read_chunk, prefill.start_reading, decode._first_step, decode.decode
+    before = [program._cache_size() for program in programs]
+    rng = random.Random(0)
+    for rows in [1, 2, 3, 4] * 5:
+        prompts = [[1] * rng.randint(1, 99) for _ in range(rows)]
+        sampling = Sampling(
+            temperature=rng.choice([0, 1]),
+            top_k=rng.choice([0, 9]),
+            repetition_penalty=rng.choice([1, 1.2]),
+            logit_bias=rng.choice([{}, {4: 2.5}]),
+            seed=rng.randrange(99),
+        )
+        top, stops = rng.randrange(6), rng.choice([None, (), (3, 4, 5)])
+        new = rng.randint(1, 9)
+        generate(model, params, prompts, new, sampling=sampling, stop_ids=stops, top_logprobs=top)
+    counts = [program._cache_size() for program in programs]
+    made = [after - first for after, first in zip(counts, before, strict=True)]
+    assert made == [2 * 3, 3, 3, 3]
+
+
+@pytest.fixture(scope="module")
+def broken():
+    """A model whose token 7 has an embedding of NaN, and its params."""
+    model, params = tiny.build(sliding_window=[5, None])
+    table = params["embed"]["embedding"].at[7].set(jnp.nan)
+    return model, params | {"embed": {"embedding": table}}
+
+
+def test_a_row_whose_logits_are_not_finite_ends_alone_as_an_error(mistral, broken):
+    model, params = broken
+    sound, bad = [1, 5, 9], [1, 7]
+    late = Sampling(0, logit_bias={7: 100})  # its first token is the one that breaks it
+    options = {"stop_ids": (0,), "top_logprobs": 2}
+    rows = generate(
+        model, params, [sound, bad, sound, sound], 20, sampling=[WARM, WARM, late, WARM], **options
+    )
+    (alone,) = generate(model, params, [sound] * 4, 20, sampling=[WARM] * 4, **options)[:1]
+    assert rows[0] == rows[3] == alone
+    assert alone.error is None
+    assert (rows[1].tokens, rows[1].logprobs, rows[1].finish_reason) == ([], [], "error")
+    assert (rows[2].tokens, rows[2].finish_reason) == ([7], "error")
+    for row in rows[1:3]:
+        assert "float16" in row.error
+        assert "--dtype bfloat16" in row.error
+        assert "\n" not in row.error
+    assert np.isfinite([*rows[2].logprobs, *rows[2].top_logprobs[0].values()]).all()
+    tokens = stream_tokens(model, params, sound, 20, sampling=late, **options)
+    assert next(tokens).id == 7
+    with pytest.raises(ValueError, match="not finite"):
+        next(tokens)
+
+
+def test_rows_without_a_distribution_fail_and_others_do_not(mistral):
+    inf, nan = np.inf, np.nan
+    logits = np.zeros((5, 53), np.float32)
+    logits[0, 3], logits[1, 52], logits[2], logits[3, 1:] = nan, inf, -inf, -inf
+    sampling = RowSampling.stack([WARM] * 5, range(5), [[1]] * 5, 53)
+    state = decode.start((), [1, 1, 1, 1, 0], 9, sampling, (), True, 53)
+    state = decode.first_step(mistral[0], state, logits)
+    assert np.asarray(state.failed).tolist() == [True, True, True, False, False]
+    assert np.asarray(state.made.tokens)[:, 0].tolist() == [-1, -1, -1, 0, -1]
+    assert float(state.made.logprobs[3, 0]) == 0
+    # What cannot be has no log-probability.
+    assert list(drivers.Token.of(state.made, 3, 0, 2).top_logprobs.values()) == [0, None]
+
+
+def test_fields_of_the_sampling_may_be_keywords(mistral):
+    expected = generate(*mistral, PROMPTS, 9, sampling=WARM, stop_ids=())
+    fields = {"temperature": 1, "top_p": 0.98, "seed": 5}
+    assert generate(*mistral, PROMPTS, 9, stop_ids=(), **fields) == expected
+    other = [Sampling(3, seed=5)] * 3
+    found = generate(*mistral, PROMPTS, 9, sampling=other, stop_ids=(), temperature=1, top_p=0.98)
+    assert [row.tokens for row in found] == [
+        row.tokens for row in generate(*mistral, PROMPTS, 9, sampling=[WARM] * 3, stop_ids=())
+    ]
+    (one,) = generate(*mistral, [[5]], 9, stop_ids=(), **fields)
+    tokens = stream_tokens(*mistral, [5], 9, stop_ids=(), **fields)
+    assert [token.id for token in tokens] == one.tokens
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        np.array([[1, 5, 9], [1, 7, 9]]),
+        jnp.array([[1, 5, 9], [1, 7, 9]]),
+        [np.array([1, 5, 9], np.int64), jnp.array([1, 7, 9], jnp.int8)],
+        ((1, np.int32(5), jnp.int32(9)), range(1, 10, 6)),
+    ],
+    ids=["numpy", "jax", "rows", "numbers"],
+)
+def test_arrays_of_ids_are_ids(mistral, prompts):
+    expected = generate(*mistral, [[1, 5, 9], [int(x) for x in prompts[1]]], 3, sampling=GREEDY)
+    assert generate(*mistral, prompts, 3, sampling=GREEDY) == expected
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -269,7 +393,7 @@ def test_decoding_reads_its_weights_and_copies_none(dtype, rows):
     )
     sampling = RowSampling.stack([WARM] * rows, range(rows), [[1]] * rows, config.vocab_size)
     cache = init_cache(config, rows, 8, dtype)
-    state = decode.start(cache, [1] * rows, 9, sampling, (), 0, config.vocab_size)
+    state = decode.start(cache, [1] * rows, 9, sampling, (), False, config.vocab_size)
     lowered = decode.decode.lower(model, params, state, np.int32(9), np.zeros(rows, bool))
     temporary = lowered.compile().memory_analysis().temp_size_in_bytes
     smallest = params["layers_0"]["attn"]["q_proj"]["kernel"]
@@ -287,9 +411,34 @@ def test_decoding_reads_its_weights_and_copies_none(dtype, rows):
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0; expected an integer above 0"),
         ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens is 2.5; expected an integer above 0"),
         ([[1]], {"stop_ids": [99]}, "stop_ids has 99; expected token ids from 0 to 52"),
-        ([[1]], {"top_logprobs": 54}, "top_logprobs is 54; expected an integer from 0 to 53"),
-        ([[1]], {"top_logprobs": -1}, "top_logprobs is -1; expected an integer from 0 to 53"),
+        ([[1]], {"top_logprobs": 54}, "top_logprobs is 54; expected an integer from 0 to 20"),
+        ([[1]], {"top_logprobs": -1}, "top_logprobs is -1; expected an integer from 0 to 20"),
+        ([[1]], {"top_logprobs": 21}, "top_logprobs is 21; expected an integer from 0 to 20"),
         ([[1]], {"sampling": [WARM] * 2}, "there are 2 samplings for 1 prompts"),
+        ([[1]], {"sampling": {"seed": 1}}, "sampling is {'seed': 1}; expected a Sampling, or a"),
+        ([[1]], {"sampling": [{"seed": 1}]}, "sampling is [{'seed': 1}]; expected a Sampling"),
+        ([[1]], {"temprature": 1}, "there is no keyword 'temprature'; the nearest field of"),
+        ([[1]], {"temperature": "1"}, "temperature is '1'; expected a number from 0 to 100"),
+        ([[1]], {"max_new_tokens": -1}, "max_new_tokens is -1; expected an integer above 0"),
+        ([[1]], {"max_new_tokens": True}, "max_new_tokens is True; expected an integer above 0"),
+        ([[1]], {"max_new_tokens": 2**70}, "prompt 0 has 1 tokens, which with 1180591620717411303"),
+        ([[1]], {"stop_ids": 2}, "stop_ids is 2; expected a sequence of token ids"),
+        ([[1]], {"stop_ids": "a"}, "stop_ids is 'a'; expected a sequence of token ids"),
+        (
+            [[1]],
+            {"logit_bias": dict.fromkeys(range(53), -np.inf)},
+            "logit_bias bans every token; leave at least one",
+        ),
+        ([1, 5, 6], {}, "prompts is [1, 5, 6], a flat sequence of ids; expected one sequence a"),
+        (np.array([1, 5]), {}, "prompts is [1, 5], a flat sequence of ids; expected one sequence"),
+        ("text", {}, "prompts is 'text'; expected token ids, one sequence a row, such as"),
+        (7, {}, "prompts is 7; expected token ids, one sequence a row"),
+        (None, {}, "prompts is None; expected token ids, one sequence a row"),
+        (["text"], {}, "prompt 0 is 'text'; expected a sequence of token ids"),
+        ([[1], 5], {}, "prompt 1 is 5; expected a sequence of token ids"),
+        ([[[1]]], {}, "prompt 0 has [1]; expected token ids from 0 to 52"),
+        (np.array([[1.0]]), {}, "prompt 0 has 1.0; expected token ids from 0 to 52"),
+        ([[True]], {}, "prompt 0 has True; expected token ids from 0 to 52"),
         (
             [[1], [1] * 32_768],
             {"max_new_tokens": 1},

@@ -14,7 +14,9 @@ from processes import together
 
 from mistral_jax import checkpoint, plan, quantization
 from mistral_jax.config import CHECKOUT, CONFIG_DIR, ModelConfig
+from mistral_jax.generation.decode import MOST_STEPS
 from mistral_jax.generation.prefill import empty_cache
+from mistral_jax.generation.sampling import MOST_TOP
 from mistral_jax.model.attention import visible
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.planning import arithmetic, forecast, hardware, programs, report
@@ -196,6 +198,11 @@ def test_what_stays_on_a_device_is_what_its_program_is_given(name, program, int8
     layout, model, of, compiled = compile_for(name, program, int8=int8)
     held = programs.arguments(program, model, layout, of)
     expected = sum(arithmetic.state_sizes(program, held).values())
+    if program == "decode":
+        # The likeliest tokens' ids and log-probabilities, for the host; and of each token its bias,
+        # its count, and whether it stands in the prompt.
+        expected += of.batch * MOST_STEPS * MOST_TOP * (4 + 4)
+        expected += of.batch * model.config.vocab_size * (4 + 4 + 1)
     given = compiled.memory_analysis().argument_size_in_bytes
     assert expected <= given < expected + 64 * of.batch * of.length + 4 * of.batch * 1000
 
@@ -374,7 +381,7 @@ def test_a_cache_in_int8_is_planned_as_it_is_made(capsys):
     for (prefill, decode), dtype in zip(found, (None, "int8"), strict=True):
         assert prefill["kv_cache_dtype"] == decode["kv_cache_dtype"] == dtype
         assert prefill["weights_bytes"] == found[0][0]["weights_bytes"]
-        made = empty_cache(model.clone(kv_cache_dtype=dtype), 3, 512)
+        made = empty_cache(model.clone(kv_cache_dtype=dtype), 4, 512)  # as 3 rows have
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(made))
         assert prefill["cache_bytes"] == decode["cache_bytes"] == size
     spared = found[0][1]["cache_bytes"] - found[1][1]["cache_bytes"]

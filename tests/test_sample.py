@@ -132,6 +132,25 @@ def test_json_tells_all(command, folder):
         assert 0 < line["seconds"]["first_token"] <= line["seconds"]["total"]
 
 
+def test_json_is_valid_where_logits_are_not_finite(command, folder, tmp_path):
+    model, params, tokenizer = checkpoint.load(folder)
+    table = params["embed"]["embedding"].at[tokenizer.encode("x")[-1]].set(jnp.nan)
+    params = params | {"embed": {"embedding": table}}
+    checkpoint.save(tmp_path / "nan", model.config, params, folder / "tokenizer.model")
+    flags = ["--checkpoint", str(tmp_path / "nan"), "--top-logprobs", "1", "--max-tokens", "3"]
+    code, out, err = command("x", "y", "--json", *flags)
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    failed, sound = (json.loads(line, parse_constant=refuse) for line in out.splitlines())
+    assert (failed["text"], failed["tokens"], failed["finish_reason"]) == ("", [], "error")
+    assert "float16" in failed["error"]
+    assert "error" not in sound
+    assert (code, err) == (2, f"error: prompt 0: {failed['error']}\n")
+    assert command("x", *flags[:2], *flags[4:]) == (2, "\n", f"error: {failed['error']}\n")
+
+
 def test_messages_are_answered_with_their_system_text(command, folder):
     flags = ["--chat", "--system", "Be brief."]
     system = [{"role": "system", "content": "Be brief."}]
@@ -215,6 +234,9 @@ def test_the_cache_may_be_in_8_bits(command, monkeypatch):
         (["x", "--seed", "-1"], "seed is -1; expected an integer from 0"),
         (["x", "--max-tokens", "0"], "max_new_tokens is 0; expected an integer above 0"),
         (["x", "--max-positions", "0"], "max_positions is 0; expected an integer above 0"),
+        (["x", "--max-tokens", "-1"], "max_new_tokens is -1; expected an integer above 0"),
+        (["x", "--max-positions", "-1"], "max_positions is -1; expected an integer above 0"),
+        (["x", "--json", "--top-logprobs", "21"], "top_logprobs is 21; expected an integer from 0 to 20"),
         (["x", "--top-logprobs", "-1"], "top_logprobs is -1; expected an integer from 0"),
         (["x", "--stop", ""], "stop has ''; expected strings that are not empty"),
         (["x", "--logit-bias", "3"], "argument --logit-bias: '3' is not a token id, =, and a"),

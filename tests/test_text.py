@@ -125,12 +125,104 @@ def test_any_tokens_and_stops_give_the_text_up_to_the_first_stop(tokenizer):
         assert "".join(pieces) == whole[: min(found, default=None)]
 
 
-@pytest.mark.parametrize("stop", ["", ["a", ""], [3]])
+@pytest.mark.parametrize("stop", ["", ["a", ""], [3], 3, None])
 def test_a_stop_that_is_no_string_is_refused(mistral, stop):
     with pytest.raises(ValueError, match="expected strings that are not empty"):
         complete(*mistral, "x", stop=stop)
     with pytest.raises(ValueError, match="expected strings that are not empty"):
         stream(*mistral, "x", stop=stop)
+
+
+def test_a_batch_of_chats_is_each_alone(mistral):
+    question = {"role": "user", "content": "Hello"}
+    half = {"role": "assistant", "content": "A", "prefix": True}
+    alone = [chat(*mistral, messages, 12, sampling=WARM) for messages in ("Hi", [question, half])]
+    assert all(isinstance(answer, str) and answer for answer in alone)
+    assert chat(*mistral, ["Hi", [question, half]], 12, sampling=[WARM] * 2) == alone
+    assert chat(*mistral, ["Hi"], 12, sampling=WARM) == alone[:1]
+
+
+def test_a_text_to_chat_is_one_message_of_the_users(mistral):
+    messages = [{"role": "user", "content": "Hello"}]
+    expected = chat(*mistral, messages, 12, sampling=WARM)
+    assert chat(*mistral, "Hello", 12, sampling=WARM) == expected
+    assert expected != complete(*mistral, "Hello", 12, sampling=WARM)
+
+
+def test_sampling_may_be_given_by_its_fields(mistral):
+    fields = {"temperature": 1, "top_p": 1, "seed": 1}
+    for ask in (complete, chat, lambda *given, **more: "".join(stream(*given, **more))):
+        assert ask(*mistral, "x", 12, **fields) == ask(*mistral, "x", 12, sampling=WARM)
+        with pytest.raises(ValueError, match="no keyword 'top'; the nearest field of Sampling"):
+            ask(*mistral, "x", 12, top=0.5)
+
+
+def test_a_model_of_nan_ends_in_a_sentence(mistral):
+    model, params, tokenizer = mistral
+    table = params["embed"]["embedding"].at[tokenizer.encode("x")[-1]].set(np.nan)
+    broken = model, params | {"embed": {"embedding": table}}, tokenizer
+    prompts = [tokenizer.encode(text, bos=True) for text in ("y", "x")]
+    sound, failed = completions(*broken, prompts, 5, sampling=[WARM] * 2)
+    assert (failed.text, failed.finish_reason) == ("", "error")
+    assert (sound.error, sound.text) == (None, complete(*broken, "y", 5, sampling=WARM))
+    with pytest.raises(ValueError, match=r"^prompt 1: the model's logits are not finite"):
+        complete(*broken, ["y", "x"], 5)
+    with pytest.raises(ValueError, match=r"^the model's logits are not finite"):
+        chat(*broken, "x", 5)
+    pieces = stream(*broken, "x", 5)
+    with pytest.raises(ValueError, match=r"^the model's logits are not finite"):
+        list(pieces)
+    with pytest.raises(ValueError, match="the model's logits are not finite"):
+        score(*broken, "xx")
+
+
+def test_banning_all_that_has_a_text_is_refused(mistral):
+    bias = dict.fromkeys(range(mistral[2].vocab_size), -np.inf)
+    with pytest.raises(ValueError, match="logit_bias bans every token"):
+        complete(*mistral, "x", logit_bias=bias)
+    with pytest.raises(ValueError, match="logit_bias bans every token"):
+        stream(*mistral, "x", logit_bias=bias)
+    letter = mistral[2].encode("a")[-1]
+    del bias[letter]
+    assert set(complete(*mistral, "x", 3, logit_bias=bias)) == {"a"}
+
+
+@pytest.mark.parametrize(
+    ("ask", "arguments", "message"),
+    [
+        (complete, ([1, 5, 6],), "prompt is [1, 5, 6]; expected a text, or a list of texts"),
+        (complete, (7,), "prompt is 7; expected a text"),
+        (complete, (None,), "prompt is None; expected a text"),
+        (complete, (b"x",), "prompt is b'x'; expected a text"),
+        (complete, ([{"role": "user", "content": "x"}],), "prompt is [{'content': 'x', 'role'"),
+        (complete, ({"role": "user"},), "prompt is {'role': 'user'}; expected a text"),
+        (complete, ([],), "there are no prompts; expected at least one"),
+        (complete, ("x", -1), "max_new_tokens is -1; expected an integer above 0"),
+        (complete, ("x", "y"), "max_new_tokens is 'y'; expected an integer above 0"),
+        (chat, ([],), "messages is []; expected a text, a list of messages such as"),
+        (chat, (None,), "messages is None; expected a text, a list of messages"),
+        (chat, ([1, 5],), "messages is [1, 5]; expected a text, a list of messages"),
+        (chat, ([[["x"]]],), "messages is [[['x']]]; expected a text, a list of messages"),
+        (chat, ([[], "x"],), "messages is [[], 'x']; expected a text, a list of messages"),
+        (chat, ({"role": "user", "content": "x"},), "messages is {'content': 'x', 'role': 'user'}"),
+        (chat, ([{"role": "user"}],), "messages[0] is {'role': 'user'}; expected a dict"),
+        (stream, (["x", "y"],), "prompt is a batch; expected one text or conversation"),
+        (stream, ([1, 5],), "messages is [1, 5]; expected a text"),
+        (stream, ("x", 0), "max_new_tokens is 0; expected an integer above 0"),
+    ],
+)
+def test_what_is_no_prompt_is_refused_in_a_sentence(mistral, ask, arguments, message):
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011
+        ask(*mistral, *arguments)
+    assert str(refusal.value).startswith(message)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("ask", [complete, chat, stream])
+def test_a_model_without_a_tokenizer_takes_no_texts(mistral, ask):
+    for tokenizer in (None, mistral[1]):
+        with pytest.raises(ValueError, match=r"^tokenizer is .*; expected a Tokenizer"):
+            ask(*mistral[:2], tokenizer, "x")
 
 
 def test_a_score_is_the_sum_of_the_full_pass(mistral, monkeypatch):

@@ -41,7 +41,10 @@ class Loss:
 
     @property
     def perplexity(self) -> float:
-        """Between how many equally likely tokens the model wavers, in the geometric mean."""
+        """Between how many equally likely tokens the model wavers, in the geometric mean.
+
+        Infinity beyond what a float can hold.
+        """
         try:
             return math.exp(self.per_token)
         except OverflowError:

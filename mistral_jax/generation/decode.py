@@ -14,7 +14,7 @@ import numpy as np
 
 from mistral_jax.generation.logits import choose
 from mistral_jax.generation.prefill import Params, replicate, whole_rows
-from mistral_jax.generation.sampling import RowSampling
+from mistral_jax.generation.sampling import MOST_TOP, RowSampling
 from mistral_jax.model.cache import Cache
 from mistral_jax.model.split import by_rows
 from mistral_jax.model.transformer import Transformer
@@ -30,7 +30,7 @@ class Made:
     Attributes:
       tokens: ids, [B, T] int32.
       logprobs: their log-probabilities, [B, T] float32.
-      top_tokens: the likeliest tokens' ids, [B, T, n] int32.
+      top_tokens: the `MOST_TOP` likeliest tokens' ids, [B, T, n] int32; 0 if not wanted.
       top_logprobs: their log-probabilities, [B, T, n] float32.
     """
 
@@ -49,8 +49,10 @@ class State:
       tokens: the last token of each row, [B] int32.
       positions: its place in the row's text, [B] int32.
       left: tokens that the row may still make, [B] int32; 0 = it has ended.
-      counts: how often each token stands in the answer, [B, V] int32; None without penalties.
+      failed: whether it ended since its logits were not finite, [B] bool.
+      counts: how often each token stands in the answer, [B, V] int32.
       sampling: how each row chooses.
+      wants_top: whether the likeliest tokens are wanted, too, [B] bool.
       stop_ids: tokens that end a row, [n] int32; -1 = none.
       made: what the host has not seen yet.
       steps: columns of `made` that are filled, int32.
@@ -60,8 +62,10 @@ class State:
     tokens: jax.Array
     positions: jax.Array
     left: jax.Array
-    counts: jax.Array | None
+    failed: jax.Array
+    counts: jax.Array
     sampling: RowSampling
+    wants_top: jax.Array
     stop_ids: jax.Array
     made: Made
     steps: jax.Array
@@ -73,7 +77,7 @@ def start(
     left: int,
     sampling: RowSampling,
     stop_ids: Sequence[int],
-    top_logprobs: int,
+    wants_top: bool,
     vocab_size: int,
 ) -> State:
     """Builds the state after `prefill`, in which no token is chosen yet.
@@ -84,13 +88,12 @@ def start(
       left: tokens that a row may make.
       sampling: how each row chooses.
       stop_ids: tokens that end a row.
-      top_logprobs: number of likeliest tokens whose log-probabilities are wanted (n).
+      wants_top: whether the likeliest tokens are wanted, too.
       vocab_size: V.
     """
     lengths = np.array(lengths, np.int32)
-    counts = None if sampling.penalties is None else np.zeros((len(lengths), vocab_size), np.int32)
     shape = (len(lengths), MOST_STEPS)
-    top = (*shape, top_logprobs)
+    top = (*shape, min(MOST_TOP, vocab_size))
     # A few more stop ids shall not change the shape.
     stops = np.full(-(-max(1, len(stop_ids)) // 8) * 8, -1, np.int32)
     stops[: len(stop_ids)] = stop_ids
@@ -99,8 +102,10 @@ def start(
         tokens=np.zeros_like(lengths),
         positions=lengths - 1,
         left=np.where(lengths > 0, np.int32(left), np.int32(0)),
-        counts=counts,
+        failed=np.zeros(lengths.shape, bool),
+        counts=np.zeros((len(lengths), vocab_size), np.int32),
         sampling=sampling,
+        wants_top=np.full(lengths.shape, wants_top),
         stop_ids=stops,
         made=Made(
             tokens=np.full(shape, -1, np.int32),
@@ -154,43 +159,58 @@ def decode_step(model: Transformer, params: Params, state: State) -> State:
     return _advance(model, state.replace(cache=cache), whole_rows(model, logits[:, 0]))
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
 def first_step(model: Transformer, state: State, logits: jax.Array) -> State:
     """Chooses each row's first token by the logits [B, V] of `prefill`."""
-    return _replicate(_advance(model, _replicate(state), logits))
+    # The cache stays out of it: the program is then one for caches of all sizes.
+    return _first_step(model, state.replace(cache=()), logits).replace(cache=state.cache)
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
+def _first_step(model, state, logits):
+    return replicate(_advance(model, replicate(state), logits))
 
 
 def _advance(model: Transformer, state: State, logits: jax.Array) -> State:
     """Appends a token, chosen by `logits` [B, V], to each row that has not ended."""
     positions = state.positions + 1
-    count = state.made.top_tokens.shape[-1]
     # Else devices would wait for each other at every try to draw any row's token.
-    weigh = by_rows(functools.partial(_choose, count), model.rules)
-    tokens, *odds = weigh(logits, state.sampling, positions, state.counts)
+    weigh = by_rows(_choose, model.rules)
+    tokens, *odds = weigh(logits, state.sampling, positions, state.counts, state.wants_top)
     stopped = jnp.any(tokens[:, None] == state.stop_ids[None], axis=1)
-    going = (state.left > 0) & ~stopped
+    # A NaN, an infinity, or nothing but its negative makes NaN of all log-probabilities.
+    failed = (state.left > 0) & jnp.isnan(odds[0])
+    going = (state.left > 0) & ~stopped & ~failed
     new = Made(jnp.where(going, tokens, -1), *odds)
     put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=state.steps, axis=1)
-    if state.counts is not None:
-        rows = jnp.arange(tokens.shape[0])
-        counts = state.counts.at[rows, tokens].add(going.astype(jnp.int32))
-        state = state.replace(counts=counts)
+    rows = jnp.arange(tokens.shape[0])
     return state.replace(
         tokens=tokens,
         positions=positions,
         left=jnp.where(going, state.left - 1, 0),
+        failed=state.failed | failed,
+        counts=state.counts.at[rows, tokens].add(going.astype(jnp.int32)),
         made=jax.tree.map(put, state.made, new),
         steps=state.steps + 1,
     )
 
 
-def _choose(count, logits, sampling, positions, counts):
-    """Chooses tokens; returns them, and the rest of `Made` for them and the `count` likeliest."""
+def _choose(logits, sampling, positions, counts, wants_top):
+    """Chooses tokens; returns them, and the rest of `Made` for them and the likeliest."""
     tokens = choose(logits, sampling, positions, counts)
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
-    top_logprobs, top_tokens = jax.lax.top_k(logprobs, count)
-    chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=1)[:, 0]
-    return tokens, chosen, top_tokens, top_logprobs
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    total = jnp.log(jnp.sum(jnp.exp(logits - largest), axis=-1, keepdims=True))
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1) - largest - total
+    shape = len(tokens), min(MOST_TOP, logits.shape[-1])
+
+    def find():
+        values, likeliest = jax.lax.top_k(logits, shape[1])
+        return values - largest - total, likeliest
+
+    def spare():
+        return jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32)
+
+    top_logprobs, top_tokens = jax.lax.cond(jnp.any(wants_top), find, spare)
+    return tokens, chosen[:, 0], top_tokens, top_logprobs
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")

@@ -4,6 +4,8 @@ It runs no model. The order is the usual one (Transformers' and vLLM's): logit b
 temperature, top-k, top-p, min-p. Tokens that tie for the last place all stay.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,13 +26,19 @@ def choose(
       logits: the model's, [B, V] float32.
       sampling: how to choose, one entry a row.
       positions: place in its text of the token to be chosen, [B] int32.
-      counts: how often each token stands in the row's answer, [B, V] int32; None without penalties.
+      counts: how often each token stands in the row's answer, [B, V] int32; None = leave biases and
+        penalties out.
 
     Returns:
       Token ids, [B] int32.
     """
-    if sampling.penalties is not None:
-        logits = penalize(logits, sampling.penalties, counts)
+    if counts is not None:
+        logits = jax.lax.cond(
+            jnp.any(sampling.penalties.apply),
+            penalize,
+            lambda logits, *_: logits,
+            *(logits, sampling.penalties, counts),
+        )
     # By argmax it would take a CPU five times as long.
     likeliest = _first(~(logits < jnp.max(logits, axis=-1, keepdims=True)))
 
@@ -93,17 +101,22 @@ def _draw(logits: jax.Array, sampling: RowSampling, keys: jax.Array) -> jax.Arra
     logits = _scale(logits, sampling)
     weights = jnp.exp(logits)
     keeps = _keeper(logits, weights, sampling)
+    uniform = functools.partial(jax.random.uniform, dtype=jnp.float32)
 
     def draw(state):
         tokens, refused, going, tries = state
-        numbers = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, tries)))(keys)
+        numbers = jax.vmap(lambda key: uniform(jax.random.fold_in(key, tries)))(keys)
         drawn = _find(jnp.where(logits > refused[:, None], weights, 0), numbers)
         level = jnp.take_along_axis(logits, drawn[:, None], axis=1)[:, 0]
         tokens = jnp.where(going, drawn, tokens)
         return tokens, level, going & ~keeps(level), tries + 1
 
     rows = logits.shape[:1]
-    start = (jnp.zeros(rows, jnp.int32), jnp.full(rows, -jnp.inf), jnp.ones(rows, bool))
+    start = (
+        jnp.zeros(rows, jnp.int32),
+        jnp.full(rows, -jnp.inf, jnp.float32),
+        jnp.ones(rows, bool),
+    )
     return jax.lax.while_loop(lambda state: jnp.any(state[2]), draw, (*start, np.uint32(0)))[0]
 
 

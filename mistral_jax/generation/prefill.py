@@ -23,14 +23,45 @@ Params = Mapping[str, Any]
 CHUNK = 512
 # Tokens of all rows that a GPU reads at a time, if chunks of one row have to be longer for it.
 GPU_TOKENS = 2048
-_SMALLEST_CHUNK = 16
-_SMALLEST_ROOM = 256
+# Widths of the chunks that read what remains of a prompt, if they are less than C: few are few
+# programs to compile, where a cache and a number of rows have programs of their own.
+_WIDTHS = (16, 64, 512)
+_SMALLEST_ROOM, _COARSE_ROOM = 256, 4096
+_COARSE_ROWS = 8
+
+# Why a row ends, or a text has no score.
+NOT_FINITE = (
+    "the model's logits are not finite (NaN or infinity), as overflow of float16 makes them: load "
+    "it with another type (--dtype bfloat16 or float32), or check its weights with "
+    "`python -m mistral_jax.convert inspect DIR --verify`"
+)
 
 
 def room(tokens: int) -> int:
-    """Rounds a number of tokens up to a bucket: four to each doubling, and none below 256."""
-    step = max(_SMALLEST_ROOM, 1 << max(0, (tokens - 1).bit_length() - 3))
-    return -(-tokens // step) * step
+    """Rounds a number of tokens up to a bucket: 256 to 4096 by powers of two, then in fourths.
+
+    Few rooms are few programs to compile. A power of two costs a row of Mistral 7B at most 256 MiB
+    of bfloat16 more than it needs, and a fourth of a power at most a quarter.
+    """
+    return _round_up(max(tokens, _SMALLEST_ROOM), _COARSE_ROOM, 8)
+
+
+def row_count(rows: int) -> int:
+    """Rounds a number of rows up to a bucket: 1, 2, 4, 8, then two to each doubling."""
+    return _round_up(rows, _COARSE_ROWS, 4)
+
+
+def _round_up(count: int, coarse: int, parts: int) -> int:
+    """Rounds up to a power of two; beyond `coarse` to one of `parts` equal parts of one."""
+    power = 1 << (count - 1).bit_length()
+    step = power if count <= coarse else power // parts
+    return -(-count // step) * step
+
+
+def slots(model: Transformer, tokens: int) -> int:
+    """Returns how many tokens a cache must hold: of few sizes, and one where all have windows."""
+    spans = model.config.spans
+    return room(tokens) if None in spans else min(room(tokens), max(spans))
 
 
 def chunk_size(rows: int) -> int:
@@ -40,20 +71,22 @@ def chunk_size(rows: int) -> int:
     return max(CHUNK, GPU_TOKENS >> (rows - 1).bit_length())
 
 
-def chunks(rows: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Cuts rows into chunks of C tokens; what remains fills the smallest power of two that it can.
+def chunks(
+    rows: Sequence[Sequence[int]], widths: Sequence[int] = _WIDTHS
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Cuts rows into chunks of C tokens, and what remains into chunks of few smaller widths.
 
     Args:
       rows: token ids, B rows of any lengths.
+      widths: the smaller widths, rising.
 
     Yields:
       Tokens and positions of a chunk, [B, T] int32 both; -1 = padding, after a row's end.
     """
-    longest = max(map(len, rows))
+    longest, start = max(map(len, rows)), 0
     size = chunk_size(len(rows))
-    for start in range(0, longest, size):
-        rest = min(size, longest - start)
-        width = max(_SMALLEST_CHUNK, 1 << (rest - 1).bit_length())
+    while start < longest:
+        width = _width(longest - start, [*(width for width in widths if width < size), size])
         tokens = np.zeros((len(rows), width), np.int32)
         positions = np.full((len(rows), width), -1, np.int32)
         for i, row in enumerate(rows):
@@ -61,6 +94,13 @@ def chunks(rows: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarr
             tokens[i, : len(part)] = part
             positions[i, : len(part)] = range(start, start + len(part))
         yield tokens, positions
+        start += width
+
+
+def _width(rest: int, widths: Sequence[int]) -> int:
+    """Returns the width of the next chunk: at most half of it is padding, but of the narrowest."""
+    least = next((i for i, width in enumerate(widths) if width >= rest), len(widths) - 1)
+    return widths[least - 1 if least and widths[least] > 2 * rest else least]
 
 
 def prefill(
@@ -78,29 +118,34 @@ def prefill(
       The cache, and the logits of the token after each prompt, [B, V] float32.
     """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    cache = logits = None
     with on_mesh(params):
+        cache, logits = start_reading(model, params, len(prompts), slots(model, length))
         for tokens, positions in chunks(prompts):
-            cache, logits = read_chunk(
-                model, params, tokens, positions, lengths, cache, logits, room(length)
-            )
+            cache, logits = read_chunk(model, params, tokens, positions, lengths, cache, logits)
     return cache, logits
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "length"), donate_argnames=("cache", "logits")
-)
-def read_chunk(model, params, tokens, positions, lengths, cache, logits, length):
+@functools.partial(jax.jit, static_argnames=("model", "rows", "length"), keep_unused=True)
+def start_reading(
+    model: Transformer, params: Params, rows: int, length: int
+) -> tuple[Cache, jax.Array]:
+    """Makes what `read_chunk` takes over: an empty cache, and logits that mean nothing.
+
+    It is a program of its own, so that a first chunk is read by the same one as later ones: JAX
+    commits both to the device of `params`, which are not used otherwise.
+    """
+    logits = jnp.zeros((rows, model.config.vocab_size), jnp.float32)
+    return empty_cache(model, rows, length), whole_rows(model, logits)
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames=("cache", "logits"))
+def read_chunk(model, params, tokens, positions, lengths, cache, logits):
     """Reads one chunk; takes over the logits of rows that end in it."""
-    if cache is None:
-        cache = empty_cache(model, tokens.shape[0], length)
     last = positions == lengths[:, None] - 1
     new, cache = model.apply(
         {"params": params}, tokens, positions, cache, logits_at=jnp.argmax(last, axis=1)
     )
     new = whole_rows(model, new[:, 0])
-    if logits is None:
-        return cache, new
     return cache, jnp.where(jnp.any(last, axis=1)[:, None], new, logits)
 
 

@@ -4,14 +4,22 @@ It chooses nothing: see `logits.py`.
 """
 
 import dataclasses
+import difflib
 import math
 import numbers
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.struct
 import jax
 import numpy as np
 
+from mistral_jax.fields import show
+
+# Most of the likeliest tokens whose log-probabilities are told, as with OpenAI's interface.
+MOST_TOP = 20
+
+ALL_BANNED = "logit_bias bans every token; leave at least one that the model may choose"
 # Least and greatest value, and whether only integers make sense.
 _RANGES = {
     "temperature": (0, 100, False),
@@ -64,16 +72,18 @@ class Sampling:
             if not _is(value, kind) or not least <= value <= greatest:
                 expected = "an integer" if integral else "a number"
                 raise ValueError(
-                    f"{name} is {value!r}; expected {expected} from {least} to {greatest}"
+                    f"{name} is {show(value)}; expected {expected} from {least} to {greatest}"
                 )
         if not isinstance(self.logit_bias, Mapping):
-            raise ValueError(f"logit_bias is {self.logit_bias!r}; expected a dict of id: number")
+            raise ValueError(
+                f"logit_bias is {show(self.logit_bias)}; expected a dict of id: number"
+            )
         for token, bias in self.logit_bias.items():
             number = _is(bias, numbers.Real) and (-100 <= bias <= 100 or bias == -math.inf)
             if not _is(token, numbers.Integral) or not number:
                 raise ValueError(
-                    f"logit_bias has {token!r}: {bias!r}; expected a token id and a number from"
-                    " -100 to 100, or -inf to ban the token"
+                    f"logit_bias has {show(token)}: {show(bias)}; expected a token id and a "
+                    "number from -100 to 100, or -inf to ban the token"
                 )
 
     @property
@@ -82,12 +92,42 @@ class Sampling:
         neutral = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
         return neutral != (1, 0, 0) or bool(self.logit_bias)
 
+    def bans_all(self, tokens: int) -> bool:
+        """Whether the bias bans all of the first `tokens` tokens."""
+        banned = {token for token, bias in self.logit_bias.items() if bias == -math.inf}
+        return len(banned) >= tokens and banned.issuperset(range(tokens))
+
 
 def _is(value, kind) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
 DEFAULT = Sampling()
+
+
+def settle(
+    sampling: Sampling | Sequence[Sampling], fields: Mapping[str, Any]
+) -> Sampling | list[Sampling]:
+    """Replaces fields of a `Sampling`, or of one a row, by those that a caller gave as keywords.
+
+    Raises:
+      ValueError: there is no such field, its value is invalid, or `sampling` is something else.
+    """
+    known = [field.name for field in dataclasses.fields(Sampling)]
+    for name in fields:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0)[0]
+            raise ValueError(
+                f"there is no keyword {name!r}; the nearest field of Sampling is {near!r}"
+            )
+    if isinstance(sampling, Sampling):
+        return dataclasses.replace(sampling, **fields)
+    if isinstance(sampling, list | tuple) and all(isinstance(x, Sampling) for x in sampling):
+        return [dataclasses.replace(one, **fields) for one in sampling]
+    raise ValueError(
+        f"sampling is {show(sampling)}; expected a Sampling, or a list with one for each prompt: "
+        "give its fields as keywords, such as temperature=0.2, or as Sampling(temperature=0.2)"
+    )
 
 
 @flax.struct.dataclass
@@ -100,6 +140,7 @@ class Penalties:
       repetition: see `Sampling.repetition_penalty`, [B] float32.
       presence: see `Sampling.presence_penalty`, [B] float32.
       frequency: see `Sampling.frequency_penalty`, [B] float32.
+      apply: whether the row has any of them, [B] bool; where none has, their work is spared.
     """
 
     bias: jax.Array
@@ -107,6 +148,7 @@ class Penalties:
     repetition: jax.Array
     presence: jax.Array
     frequency: jax.Array
+    apply: jax.Array
 
 
 @flax.struct.dataclass
@@ -120,7 +162,7 @@ class RowSampling:
       min_p: [B] float32.
       key: random key of each row: its number among the rows that share a seed, and the seed,
         [B, 2] uint32.
-      penalties: None where no row has any, which spares their work.
+      penalties: what changes the logits of some tokens.
     """
 
     temperature: jax.Array
@@ -128,7 +170,7 @@ class RowSampling:
     top_p: jax.Array
     min_p: jax.Array
     key: jax.Array
-    penalties: Penalties | None
+    penalties: Penalties
 
     @classmethod
     def stack(
@@ -147,31 +189,31 @@ class RowSampling:
           vocab_size: V.
 
         Raises:
-          ValueError: a logit bias names a token that the model does not have.
+          ValueError: a logit bias names a token that the model does not have, or bans all.
         """
 
         def column(name, dtype=np.float32):
             return np.array([getattr(sampling, name) for sampling in samplings], dtype)
 
-        penalties = None
-        if any(s.penalizes for s in samplings):
-            bias = np.zeros((len(samplings), vocab_size), np.float32)
-            in_prompt = np.zeros(bias.shape, bool)
-            for i, (sampling, prompt) in enumerate(zip(samplings, prompts, strict=True)):
-                in_prompt[i, list(prompt)] = True
-                for token, value in sampling.logit_bias.items():
-                    if not 0 <= token < vocab_size:
-                        raise ValueError(
-                            f"logit_bias names token {token}; expected 0 to {vocab_size - 1}"
-                        )
-                    bias[i, token] = value
-            names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-            penalties = Penalties(bias, in_prompt, *map(column, names))
+        bias = np.zeros((len(samplings), vocab_size), np.float32)
+        in_prompt = np.zeros(bias.shape, bool)
+        for i, (sampling, prompt) in enumerate(zip(samplings, prompts, strict=True)):
+            in_prompt[i, list(prompt)] = True
+            for token, value in sampling.logit_bias.items():
+                if not 0 <= token < vocab_size:
+                    raise ValueError(
+                        f"logit_bias names token {token}; expected 0 to {vocab_size - 1}"
+                    )
+                bias[i, token] = value
+            if sampling.bans_all(vocab_size):
+                raise ValueError(ALL_BANNED)
+        names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+        apply = np.array([sampling.penalizes for sampling in samplings])
         return cls(
             temperature=column("temperature"),
             top_k=column("top_k", np.int32),
             top_p=column("top_p"),
             min_p=column("min_p"),
             key=np.stack([np.array(draws, np.uint32), column("seed", np.uint32)], axis=1),
-            penalties=penalties,
+            penalties=Penalties(bias, in_prompt, *map(column, names), apply),
         )

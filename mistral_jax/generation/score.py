@@ -13,10 +13,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mistral_jax.generation.prefill import Params, chunks, empty_cache, pad_rows, replicate, room
+from mistral_jax.generation.prefill import (
+    NOT_FINITE,
+    Params,
+    chunks,
+    pad_rows,
+    replicate,
+    slots,
+    start_reading,
+)
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.sharding import on_mesh
 from mistral_jax.tokenizer import Tokenizer
+
+# Widths of chunks: all batches have one number of rows, and most rows are one chunk.
+_WIDTHS = (16, 32, 64, 128, 256, 512, 1024)
 
 
 class Likelihoods(NamedTuple):
@@ -60,7 +71,7 @@ def score(model: Transformer, params: Params, tokenizer: Tokenizer, text: str) -
       text: what to score.
 
     Raises:
-      ValueError: the text is empty.
+      ValueError: the text is empty, or the model's logits are not finite.
     """
     if not text:
         raise ValueError("the text is empty; expected at least one character to score")
@@ -93,7 +104,7 @@ def likelihoods(
       One entry a row, in order.
 
     Raises:
-      ValueError: `batch` is not above 0, or a row is empty.
+      ValueError: `batch` is not above 0, a row is empty, or a log-probability is not finite.
     """
     if batch < 1:
         raise ValueError(f"batch is {batch}; expected at least 1")
@@ -115,6 +126,12 @@ def likelihoods(
         scored = _batch(model, params, pad_rows(model, params, together, ()), count)
         for i, (logprobs, greedy) in zip(indices, scored, strict=False):
             length = len(rows[i]) - 1
+            finite = np.isfinite(logprobs[:length])
+            if not finite.all():
+                raise ValueError(
+                    f"token {np.argmin(finite) + 1} of row {i} has a log-probability of "
+                    f"{logprobs[np.argmin(finite)]}: {NOT_FINITE}"
+                )
             found[i] = Likelihoods(logprobs[:length], greedy[:length])
     return found
 
@@ -125,9 +142,7 @@ def _batch(model, params, rows, count) -> list[tuple[np.ndarray, np.ndarray]]:
     longest = max(map(len, inputs))
     if not longest:
         return [(np.zeros(0, np.float32), np.zeros(0, bool))] * len(rows)
-    parts = list(zip(chunks(inputs), chunks(targets), strict=True))
-    # What fits in one chunk is not remembered.
-    length = None if len(parts) == 1 else _slots(model, longest)
+    parts = list(zip(chunks(inputs, _WIDTHS), chunks(targets, _WIDTHS), strict=True))
     cache, found, waiting = None, [], None
 
     def take():
@@ -136,8 +151,10 @@ def _batch(model, params, rows, count) -> list[tuple[np.ndarray, np.ndarray]]:
         count(int(np.count_nonzero(positions >= 0)))
 
     with on_mesh(params):
+        if len(parts) > 1:  # What fits in one chunk is not remembered.
+            cache, _ = start_reading(model, params, len(rows), slots(model, longest))
         for (tokens, positions), (following, _) in parts:
-            cache, made = _score_chunk(model, params, tokens, positions, following, cache, length)
+            cache, made = _score_chunk(model, params, tokens, positions, following, cache)
             # The device works on a chunk while the host waits for the one before, never longer.
             if waiting is not None:
                 take()
@@ -147,17 +164,9 @@ def _batch(model, params, rows, count) -> list[tuple[np.ndarray, np.ndarray]]:
     return list(zip(logprobs, greedy, strict=True))
 
 
-def _slots(model: Transformer, tokens: int) -> int:
-    """Returns how many tokens a cache must hold: of few sizes, and one where all have windows."""
-    spans = model.config.spans
-    return room(tokens) if None in spans else min(room(tokens), room(max(spans)))
-
-
-@functools.partial(jax.jit, static_argnames=("model", "length"), donate_argnames="cache")
-def _score_chunk(model, params, tokens, positions, targets, cache, length):
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
+def _score_chunk(model, params, tokens, positions, targets, cache):
     """Reads one chunk; returns each target's log-probability and whether it is the likeliest."""
-    if cache is None and length is not None:
-        cache = empty_cache(model, tokens.shape[0], length)
     logits, cache = model.apply({"params": params}, tokens, positions, cache)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     logprobs = chosen - jax.nn.logsumexp(logits, axis=-1)

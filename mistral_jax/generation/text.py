@@ -7,9 +7,17 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from mistral_jax.generation.generate import Completion, Token, generate, stream_tokens
+from mistral_jax.fields import show
+from mistral_jax.generation.generate import (
+    NEW_TOKENS,
+    Completion,
+    Token,
+    generate,
+    stream_tokens,
+)
 from mistral_jax.generation.prefill import Params
-from mistral_jax.generation.sampling import DEFAULT, Sampling
+from mistral_jax.generation.request import listed
+from mistral_jax.generation.sampling import ALL_BANNED, DEFAULT, Sampling, settle
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.tokenizer import Tokenizer
 
@@ -21,10 +29,11 @@ def complete(
     params: Params,
     tokenizer: Tokenizer,
     prompt: str | Sequence[str],
-    max_new_tokens: int = 64,
+    max_new_tokens: int = NEW_TOKENS,
     *,
     sampling: Sampling | Sequence[Sampling] = DEFAULT,
     stop: str | Sequence[str] = (),
+    **fields: Any,
 ) -> str | list[str]:
     """Continues a text, or several as one batch.
 
@@ -36,55 +45,60 @@ def complete(
       max_new_tokens: most tokens to add.
       sampling: how to choose tokens, for all texts or for each; see `generate`.
       stop: strings that end a text; they do not become part of it. So does the model's EOS.
+      **fields: fields of `Sampling` by name, such as temperature=0.2; they replace those of
+        `sampling`.
 
     Returns:
       What follows the prompt, without the prompt; a list if `prompt` was one.
 
     Raises:
-      ValueError: an argument is out of range, or a text could outgrow the model's `max_positions`.
+      ValueError: an argument is of the wrong type or out of range, a text could outgrow the model's
+        `max_positions`, or the model's logits are not finite.
     """
-    texts = [prompt] if isinstance(prompt, str) else prompt
+    _check_tokenizer(tokenizer)
+    alone = isinstance(prompt, str)
+    texts = [prompt] if alone else listed(prompt)
+    if texts is None or not all(isinstance(text, str) for text in texts):
+        raise ValueError(
+            f"prompt is {show(prompt)}; expected a text, or a list of texts (`chat` takes "
+            "messages, `generate` token ids)"
+        )
     prompts = [tokenizer.encode(text, bos=True) for text in texts]
-    answers = completions(
-        model, params, tokenizer, prompts, max_new_tokens, sampling=sampling, stop=stop
-    )
-    answers = [answer.text for answer in answers]
-    return answers[0] if isinstance(prompt, str) else answers
+    options = {"sampling": sampling, "stop": stop, **fields}
+    answers = _texts(model, params, tokenizer, prompts, max_new_tokens, options)
+    return answers[0] if alone else answers
 
 
 def chat(
     model: Transformer,
     params: Params,
     tokenizer: Tokenizer,
-    messages: Messages,
-    max_new_tokens: int = 512,
+    messages: str | Messages | Sequence[str | Messages],
+    max_new_tokens: int = NEW_TOKENS,
     *,
-    sampling: Sampling = DEFAULT,
+    sampling: Sampling | Sequence[Sampling] = DEFAULT,
     stop: str | Sequence[str] = (),
-) -> str:
-    """Answers the last message of a conversation.
+    **fields: Any,
+) -> str | list[str]:
+    """Answers the last message of a conversation, or of several as one batch.
 
     Args:
       messages: dicts of "role" ("system", "user", "assistant") and "content", the last the user's;
-        or the assistant's with `"prefix": True`, to be continued.
+        or the assistant's with `"prefix": True`, to be continued. A text is one message of the
+        user's. Or a list of such conversations.
 
     The other arguments and errors are those of `complete`.
 
     Returns:
-      The answer, or what follows its prefix.
+      The answer, or what follows its prefix; a list for a list of conversations.
     """
-    prompt, is_new = encode_prompt(tokenizer, messages)
-    (answer,) = completions(
-        model,
-        params,
-        tokenizer,
-        [prompt],
-        max_new_tokens,
-        sampling=sampling,
-        stop=stop,
-        is_new=is_new,
-    )
-    return answer.text
+    _check_tokenizer(tokenizer)
+    conversations, alone = _conversations(messages)
+    prompts = [encode_prompt(tokenizer, conversation) for conversation in conversations]
+    options = {"sampling": sampling, "stop": stop, "is_new": [new for _, new in prompts], **fields}
+    prompts = [ids for ids, _ in prompts]
+    answers = _texts(model, params, tokenizer, prompts, max_new_tokens, options)
+    return answers[0] if alone else answers
 
 
 def stream(
@@ -92,10 +106,11 @@ def stream(
     params: Params,
     tokenizer: Tokenizer,
     prompt: str | Messages,
-    max_new_tokens: int = 512,
+    max_new_tokens: int = NEW_TOKENS,
     *,
     sampling: Sampling = DEFAULT,
     stop: str | Sequence[str] = (),
+    **fields: Any,
 ) -> Iterator[str]:
     """Continues a text, or answers a conversation, piece by piece.
 
@@ -110,8 +125,14 @@ def stream(
     Yields:
       Pieces of text as soon as they are certain.
     """
+    _check_tokenizer(tokenizer)
+    if not isinstance(prompt, str):
+        (prompt, *others), alone = _conversations(prompt)
+        if others or not alone:
+            raise ValueError("prompt is a batch; expected one text or conversation to stream")
     ids, is_new = encode_prompt(tokenizer, prompt)
     text = _Text(tokenizer, () if is_new else ids, stop)
+    sampling = _settle(tokenizer, sampling, fields)
     return _pieces(stream_tokens(model, params, ids, max_new_tokens, sampling=sampling), text)
 
 
@@ -120,13 +141,14 @@ def completions(
     params: Params,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    max_new_tokens: int = NEW_TOKENS,
     *,
     sampling: Sampling | Sequence[Sampling] = DEFAULT,
     stop: str | Sequence[str] = (),
     top_logprobs: int = 0,
-    is_new: bool = False,
+    is_new: bool | Sequence[bool] = False,
     on_text: Callable[[int, str], None] | None = None,
+    **fields: Any,
 ) -> list[Completion]:
     """Continues prompts of token ids, with their texts.
 
@@ -134,16 +156,22 @@ def completions(
       prompts: token ids, one sequence a row.
       top_logprobs: number of likeliest tokens whose log-probabilities are wanted at each place.
       is_new: whether a text begins with the first new token (an answer does), rather than follows
-        its prompt's; a word that begins a text has no space in front.
+        its prompt's, for all rows or for each; a word that begins a text has no space in front.
       on_text: called with the row and each piece of its text, as soon as it is certain.
 
     The other arguments and errors are those of `complete`.
 
     Returns:
       One completion a prompt. Where a stop string ended it, `tokens` has all that were made, up to
-      the one that completed the string.
+      the one that completed the string. Where the logits of one are not finite, it ends as "error".
     """
-    texts = [_Text(tokenizer, () if is_new else prompt, stop) for prompt in prompts]
+    _check_tokenizer(tokenizer)
+    sampling = _settle(tokenizer, sampling, fields)
+    news = [is_new] * len(prompts) if isinstance(is_new, bool) else is_new
+    texts = [
+        _Text(tokenizer, () if new else prompt, stop)
+        for prompt, new in zip(prompts, news, strict=True)
+    ]
     pieces = [[] for _ in prompts]
 
     def add(row, piece):
@@ -175,6 +203,53 @@ def completions(
     ]
 
 
+def _texts(model, params, tokenizer, prompts, max_new_tokens, options) -> list[str]:
+    """Returns the texts of `completions`; raises a ValueError if a row ended as "error"."""
+    found = completions(model, params, tokenizer, prompts, max_new_tokens, **options)
+    for row, completion in enumerate(found):
+        if completion.error is not None:
+            where = f"prompt {row}: " if len(found) > 1 else ""
+            raise ValueError(f"{where}{completion.error}")
+    return [completion.text for completion in found]
+
+
+def _settle(tokenizer, sampling, fields):
+    """Settles the sampling; a model's tokens without a text are none to choose from."""
+    sampling = settle(sampling, fields)
+    for one in [sampling] if isinstance(sampling, Sampling) else sampling:
+        if one.bans_all(tokenizer.vocab_size):
+            raise ValueError(ALL_BANNED)
+    return sampling
+
+
+def _check_tokenizer(tokenizer):
+    if not hasattr(tokenizer, "encode"):
+        raise ValueError(
+            f"tokenizer is {show(tokenizer)}; expected a Tokenizer, after the model and its params:"
+            " `load` returns the three, but no tokenizer of a checkpoint without tokenizer.model"
+        )
+
+
+def _conversations(messages) -> tuple[list[Messages], bool]:
+    """Returns conversations; and whether it was one, rather than a list of them."""
+    items = None if isinstance(messages, str) else listed(messages)
+    alone = items is None or all(isinstance(item, Mapping) for item in items)
+    found = [messages] if alone else items
+    return [_conversation(one, messages) for one in found], alone
+
+
+def _conversation(one, messages) -> Messages:
+    if isinstance(one, str):
+        return [{"role": "user", "content": one}]
+    items = listed(one)
+    if not items or not all(isinstance(item, Mapping) for item in items):
+        raise ValueError(
+            f"messages is {show(messages)}; expected a text, a list of messages such as "
+            '{"role": "user", "content": "Hello"}, or a list of such conversations'
+        )
+    return items
+
+
 def encode_prompt(tokenizer: Tokenizer, prompt: str | Messages) -> tuple[list[int], bool]:
     """Encodes a text or a conversation; also returns whether a new text begins after it."""
     if isinstance(prompt, str):
@@ -183,13 +258,19 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | Messages) -> tuple[list[in
 
 
 def _pieces(tokens: Iterator[Token], text: "_Text") -> Iterator[str]:
-    for token in tokens:
-        if piece := text.push(token.id):
-            yield piece
-        if text.ended:
-            return
+    failure = None
+    try:
+        for token in tokens:
+            if piece := text.push(token.id):
+                yield piece
+            if text.ended:
+                return
+    except ValueError as error:
+        failure = error
     if piece := text.flush():
         yield piece
+    if failure is not None:
+        raise failure
 
 
 class _Text:
@@ -203,11 +284,13 @@ class _Text:
         self.ended = False
         self._vocab_size = tokenizer.vocab_size
         self._decoder = tokenizer.stream(context)
-        self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
         self._held = ""
+        self._stop = [stop] if isinstance(stop, str) else listed(stop)
+        if self._stop is None:
+            raise ValueError(f"stop is {show(stop)}; expected strings that are not empty")
         for string in self._stop:
             if not isinstance(string, str) or not string:
-                raise ValueError(f"stop has {string!r}; expected strings that are not empty")
+                raise ValueError(f"stop has {show(string)}; expected strings that are not empty")
 
     def push(self, token: int) -> str:
         """Takes a token; returns the text that is certain by now."""

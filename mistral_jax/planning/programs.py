@@ -53,8 +53,10 @@ def shapes(
     dtype: str,
     quantized: Mapping[quantization.Path, int] | None = None,
     kv_cache_dtype: str | None = None,
+    train: bool = False,
 ) -> Shapes:
-    """Fills a batch and a length up, and fits the chunk, as `generate` and `train` do."""
+    """Fills a batch and a length up, and fits the chunk, as `generate` or `train` does."""
+    batch = batch if train else prefill.row_count(batch)
     rows, length = (
         size + -size % layout.parts(axis) for size, axis in ((batch, "batch"), (length, "length"))
     )
@@ -105,13 +107,12 @@ def _lower(program, model, held, layout, of):
         ids = np.zeros((of.batch, of.chunk), np.int32)
         logits = _array(layout, (of.batch, vocab_size), jnp.float32, ("batch", None))
         lengths = np.zeros(of.batch, np.int32)
-        length = prefill.room(of.length)
-        return prefill.read_chunk.lower(model, params, ids, ids, lengths, cache, logits, length)
+        return prefill.read_chunk.lower(model, params, ids, ids, lengths, cache, logits)
     sampling = RowSampling.stack(
         [Sampling()] * of.batch, [0] * of.batch, [[1]] * of.batch, vocab_size
     )
     stop_ids = model.config.eos_ids
-    state = decode.start((), [1] * of.batch, 1, sampling, stop_ids, 0, vocab_size)
+    state = decode.start((), [1] * of.batch, 1, sampling, stop_ids, False, vocab_size)
     state = jax.tree.map(lambda x: _array(layout, x.shape, x.dtype, ()), state)
     limit, ended = np.int32(decode.MOST_STEPS), np.zeros(of.batch, bool)
     return decode.decode.lower(model, params, state.replace(cache=cache), limit, ended)
@@ -119,7 +120,7 @@ def _lower(program, model, held, layout, of):
 
 def _cache(program: str, model: Transformer, layout: Layout, of: Shapes) -> Cache:
     def made():
-        cache = prefill.empty_cache(model, of.batch, prefill.room(of.length))
+        cache = prefill.empty_cache(model, of.batch, prefill.slots(model, of.length))
         return decode.turn(cache) if program == "decode" else cache
 
     axes = ("batch", None, "kv_heads", "head_dim")
