@@ -386,3 +386,10 @@ def test_the_bundled_model_loads_without_a_word():
     model, tokenizer = map(int, run.stdout.split())
     assert model == tokenizer
     assert run.stderr == ""
+
+
+def test_a_tokenizer_in_place_of_its_file_is_refused(tmp_path):
+    model, params, tokenizer = checkpoint.load()
+    with pytest.raises(ValueError, match=r"^tokenizer_file is <.*; expected the path of its file"):
+        checkpoint.save(tmp_path / "made", model.config, params, tokenizer)
+    assert not (tmp_path / "made").exists()

@@ -42,6 +42,17 @@ def naive_filter(logits, sampling):
     return np.where(kept, scaled - scaled.max(), -np.inf)
 
 
+def test_numbers_of_64_bits_do_not_change_what_a_seed_draws():
+    samplings = [Sampling(1, top_k=k, top_p=p, seed=s) for k, p, s in ((0, 1, 3), (5, 0.9, 4))] * 20
+    logits = RNG.normal(0, 2, (40, 31)).astype(np.float32)
+    rows, positions = rows_of(samplings), np.arange(40, dtype=np.int32)
+    drawn = np.asarray(choose(logits, rows, positions, None))
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        wide = np.asarray(choose(logits, rows, positions, None))
+    assert len(set(drawn.tolist())) > 9
+    np.testing.assert_array_equal(wide, drawn)
+
+
 def test_filters_agree_with_sorting():
     samplings = [
         Sampling(temperature=t, top_k=k, top_p=p, min_p=m)
