@@ -297,7 +297,8 @@ def test_the_result_may_be_the_best(folder, tmp_path):
 
 
 def test_steps_that_are_not_finite_are_skipped_and_too_many_end_the_run(folder, tmp_path):
-    wild = recipe(folder, learning_rate=1e30, warmup_steps=0, clip_norm=0, most_skipped=3)
+    growing = {"learning_rate": 1e3, "weight_decay": 1e3, "clip_norm": 0, "warmup_steps": 0}
+    wild = recipe(folder, most_skipped=3, **growing)
     with pytest.raises(ValueError, match=r"of 3 steps in a row, up to step \d+, are not finite"):
         train(wild, tmp_path / "run")
     job = finetuning.make_job(wild, tmp_path / "run")
