@@ -1,19 +1,17 @@
 """A `.pth` or `.bin` file: a zip of raw storages, and a pickle that shapes them into tensors.
 
-PyTorch isn't needed. Python's own unpickler may call any function of the machine, so it isn't used:
-`_load` knows the few opcodes of a state dict, and calls nothing that a file names. Old files that
-are no zip are not read.
+PyTorch isn't needed, and no function that a file names is called: see `state_pickle.py`. Old files
+that are no zip are not read.
 """
 
 import io
 import math
 import mmap
-import pickletools
 import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes  # noqa: F401 - NumPy then knows the name bfloat16.
 import numpy as np
@@ -22,18 +20,7 @@ from rich.filesize import decimal
 from mistral_jax.fields import show
 from mistral_jax.files import check_content
 
-_DTYPES = {
-    "BFloat16Storage": "bfloat16",
-    "HalfStorage": "float16",
-    "FloatStorage": "float32",
-    "DoubleStorage": "float64",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-}
+from . import state_pickle
 
 # Bytes of the zip's table and of its pickle; those of a model of 1,000 tensors have some 200,000.
 _MOST_TABLE, _MOST_PICKLE = 8 << 20, 2 << 20
@@ -45,31 +32,6 @@ _BEFORE_1_6 = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 class _Refused(ValueError):
     """What is wrong with a file, in a sentence that names it."""
-
-
-class _Global(NamedTuple):
-    """A name that a pickle may mention. It stands for a meaning in `_call`, and is no object."""
-
-    module: str
-    name: str
-
-
-_ORDERED_DICT = _Global("collections", "OrderedDict")
-_TENSOR = _Global("torch._utils", "_rebuild_tensor_v2")
-_PARAMETER = _Global("torch._utils", "_rebuild_parameter")
-_PARAMETER_WITH_STATE = _Global("torch._utils", "_rebuild_parameter_with_state")
-_TENSOR_WITH_STATE = _Global("torch._tensor", "_rebuild_from_type_v2")
-_TYPES = (_Global("torch", "Tensor"), _Global("torch.nn.parameter", "Parameter"))
-_STORAGES = {_Global("torch", name): dtype for name, dtype in _DTYPES.items()}
-_KNOWN = {
-    _ORDERED_DICT,
-    _TENSOR,
-    _PARAMETER,
-    _PARAMETER_WITH_STATE,
-    _TENSOR_WITH_STATE,
-    *_TYPES,
-    *_STORAGES,
-}
 
 
 def read(file: Path, say: Callable[[str], None] = lambda note: None) -> dict[str, np.ndarray]:
@@ -94,9 +56,15 @@ def read(file: Path, say: Callable[[str], None] = lambda note: None) -> dict[str
         order = root + "byteorder"
         if order in members and bytes(members.get(order, 16)) != b"little":
             raise _Refused(f"{file} is of a big-endian machine; only little-endian is read")
-        held = _load(bytes(members.get(root + "data.pkl", _MOST_PICKLE)), _Tensors(members, root))
+        tensors = _Tensors(members, root)
+        pickled = bytes(members.get(root + "data.pkl", _MOST_PICKLE))
+        held = state_pickle.load(pickled, tensors.storage, tensors.tensor)
     except (_Refused, MemoryError):
         raise
+    except state_pickle.Unknown as error:
+        raise ValueError(
+            f"the pickle in {file} names {error}, which is not run; expected a state dict"
+        ) from None
     except Exception as error:  # A damaged pickle can fail in any way.
         kind = type(error).__name__
         raise ValueError(f"the pickle in {file} is damaged ({kind}: {error})") from None
@@ -195,176 +163,39 @@ class _Tensors:
         self._members, self._root, self._count = members, root, 0
         self.file = members.file
 
-    def storage(self, pid: Any) -> np.ndarray:
-        """Returns the storage that the pickle calls `pid`."""
-        _, kind, key, _, count = pid
-        if not isinstance(kind, _Global) or not isinstance(key, str | int):
-            raise ValueError("a storage without a type and a name")
-        dtype, name = np.dtype(_STORAGES[kind]), f"{self._root}data/{key}"
+    def storage(self, kind: str, key: str, count: int) -> np.ndarray:
+        """Returns a storage by its key."""
+        dtype, name = np.dtype(state_pickle.STORAGES[kind]), f"{self._root}data/{key}"
         data = self._members.get(name)
-        if not _is_size(count) or count * dtype.itemsize > len(data):
+        if not 0 <= count * dtype.itemsize <= len(data):
             raise _Refused(
-                f"member {name} of {self.file} has {len(data)} bytes; expected {show(count)} x "
+                f"member {name} of {self.file} has {len(data)} bytes; expected {count} x "
                 f"{dtype.itemsize}"
             )
         return np.frombuffer(data, dtype, count)
 
-    def tensor(self, storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_: Any):
+    def tensor(
+        self, storage: np.ndarray, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]
+    ) -> np.ndarray:
         """Does what `torch._utils._rebuild_tensor_v2` does, within the storage's bounds."""
         self._count += 1
-        if not isinstance(storage, np.ndarray):
-            raise ValueError("a tensor without a storage")
-        if self._count > _MOST_TENSORS or len(size) > _MOST_AXES:
+        if self._count > _MOST_TENSORS or len(shape) > _MOST_AXES:
             raise _Refused(
                 f"{self.file} has more than {_MOST_TENSORS} tensors, or one of more than "
                 f"{_MOST_AXES} axes"
             )
-        inside = all(map(_is_size, (offset, *size, *stride)))
-        if inside and 0 not in size:
-            steps = zip(size, stride, strict=True)
-            inside = offset + sum((n - 1) * step for n, step in steps) < len(storage)
-        elif inside:
-            inside, stride, offset = len(size) == len(stride), (0,) * len(size), 0
-        if not inside or math.prod(size) >= 1 << 60:
+        steps = zip(shape, strides, strict=True)
+        last = offset + sum((n - 1) * step for n, step in steps)
+        outside = min(offset, 0, *shape, *strides) < 0 or (0 not in shape and last >= len(storage))
+        if outside or math.prod(shape) >= 1 << 60:
             raise _Refused(
-                f"a tensor of shape {show(size)}, strides {show(stride)} and offset {show(offset)} "
-                f"in {self.file} leaves its storage of {len(storage)}"
+                f"a tensor of shape {shape}, strides {strides} and offset {offset} in {self.file} "
+                f"leaves its storage of {len(storage)}"
             )
-        strides = [step * storage.itemsize for step in stride]
-        return np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False)
-
-    def call(self, function: Any, arguments: tuple) -> Any:
-        """Returns what a function of the pickle would."""
-        if function == _ORDERED_DICT and not arguments:
-            return {}
-        if function == _TENSOR:
-            return self.tensor(*arguments)
-        if function in (_PARAMETER, _PARAMETER_WITH_STATE) and isinstance(arguments[0], np.ndarray):
-            return arguments[0]
-        if function == _TENSOR_WITH_STATE and arguments[0] == _TENSOR and arguments[1] in _TYPES:
-            return self.tensor(*arguments[2])
-        raise ValueError(f"a call of {show(function)}")
-
-    def name(self, module: str, name: str) -> _Global:
-        """Returns what a name stands for."""
-        found = _Global(module, name)
-        if found not in _KNOWN:
-            raise _Refused(
-                f"the pickle in {self.file} names {module}.{name}, which is not run; expected a "
-                "state dict"
-            )
-        return found
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 60
-
-
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_EMPTY = {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_VALUES = {
-    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-    *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
-    *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
-}
-
-
-def _load(data: bytes, tensors: _Tensors) -> Any:
-    """Returns the object of a pickle: of numbers, texts, tuples, lists, dicts and tensors.
-
-    Time and memory are at most linear in the length of `data`.
-    """
-    stack: list[Any] = []
-    outer: list[list[Any]] = []  # The stacks below each mark.
-    memo: dict[int, Any] = {}
-    for opcode, argument, _ in pickletools.genops(data):
-        name = opcode.name
-        if name in _VALUES:
-            if isinstance(argument, int) and argument.bit_length() > 64:
-                raise ValueError("an integer of too many digits")
-            stack.append(argument)
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name])
-        elif name in _EMPTY:
-            stack.append(_EMPTY[name]())
-        elif name in _TUPLES:
-            items = _last(stack, _TUPLES[name])
-            del stack[-len(items) :]
-            stack.append(tuple(items))
-        elif name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
-            memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET", "GET"):
-            stack.append(memo[argument])
-        elif name == "MARK":
-            outer.append(stack)
-            stack = []
-        elif name in ("TUPLE", "LIST", "DICT", "POP_MARK"):
-            items, stack = stack, outer.pop()
-            if name == "DICT":
-                stack.append({})
-                _put(stack[-1], items)
-            elif name != "POP_MARK":
-                stack.append(tuple(items) if name == "TUPLE" else items)
-        elif name in ("SETITEMS", "APPENDS"):
-            items, stack = stack, outer.pop()
-            if name == "SETITEMS":
-                _put(stack[-1], items)
-            else:
-                _list(stack[-1]).extend(items)
-        elif name == "SETITEM":
-            value, key = stack.pop(), stack.pop()
-            _put(stack[-1], [key, value])
-        elif name == "APPEND":
-            value = stack.pop()
-            _list(stack[-1]).append(value)
-        elif name == "POP":
-            stack.pop()
-        elif name == "DUP":
-            stack.append(stack[-1])
-        elif name == "GLOBAL":
-            stack.append(tensors.name(*argument.split(" ", 1)))
-        elif name == "STACK_GLOBAL":
-            last, module = stack.pop(), stack.pop()
-            if not isinstance(last, str) or not isinstance(module, str):
-                raise ValueError("a name that is no text")
-            stack.append(tensors.name(module, last))
-        elif name == "BINPERSID":
-            stack.append(tensors.storage(stack.pop()))
-        elif name == "REDUCE":
-            arguments, function = stack.pop(), stack.pop()
-            stack.append(tensors.call(function, arguments))
-        elif name == "BUILD":
-            stack.pop()  # The metadata of a state dict.
-            if not isinstance(stack[-1], dict):
-                raise ValueError("a state for something that has none")
-        elif name == "STOP":
-            return stack.pop()
-        elif name not in ("PROTO", "FRAME"):
-            raise ValueError(f"the opcode {name}, which a state dict does not need")
-    raise ValueError("it does not end")
-
-
-def _last(stack: list[Any], count: int) -> list[Any]:
-    if len(stack) < count:
-        raise ValueError("a tuple of more than there is")
-    return stack[-count:]
-
-
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError("items for what is no list")
-    return value
-
-
-def _put(target: Any, items: list[Any]) -> None:
-    if not isinstance(target, dict) or len(items) % 2:
-        raise ValueError("items for what is no dict")
-    for key, value in zip(items[::2], items[1::2], strict=True):
-        # Numbers and texts alone: the hash of nested tuples has no bound of time.
-        if not isinstance(key, str | int | None):
-            raise ValueError(f"a {type(key).__name__} as a key")
-        target[key] = value
+        if 0 in shape:
+            return storage[:0].reshape(shape)
+        strides = [step * storage.itemsize for step in strides]
+        return np.lib.stride_tricks.as_strided(storage[offset:], shape, strides, writeable=False)
 
 
 def _why_no_zip(file: Path, start: bytes, error: Exception) -> str:

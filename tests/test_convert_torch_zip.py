@@ -111,6 +111,10 @@ def test_what_is_allowed_cannot_be_altered(tmp_path):
         assert torch_zip.read(tmp_path / "evil.pth") == {}
 
 
+TENSOR = sources.name_of("torch._utils", "_rebuild_tensor_v2")
+HUGE = sources.rebuilt("0", "float32", (1 << 30, 1 << 29), (0, 0), count=1)
+
+
 def nested(depth):
     """Returns the opcodes of a tuple that holds the one before twice: 2**depth leaves."""
     return b")" + b"2\x86" * depth
@@ -125,10 +129,15 @@ def nested(depth):
         "a key whose hash takes for ever": b"}" + nested(60) + b"Ns.",
         "a key of a storage whose text takes for ever": b"(" + nested(60) * 5 + b"tQ.",
         "a name whose text takes for ever": nested(60) + nested(60) + b"\x93.",
-        "a shape whose text takes for ever": sources.name_of("torch._utils", "_rebuild_tensor_v2")
+        "a shape whose text takes for ever": TENSOR + b"(" + nested(60) * 4 + b"tR.",
+        "a call of a tensor": HUGE + b")R.",
+        "a call with a tensor": TENSOR + HUGE + b"R.",
+        "a type that is a tensor": sources.name_of("torch._tensor", "_rebuild_from_type_v2")
         + b"("
-        + nested(60) * 4
+        + HUGE * 4
         + b"tR.",
+        "strides that are a tensor": TENSOR + b"(" + HUGE + b"K\x00)" + HUGE + b"tR.",
+        "a storage that is a tensor": HUGE + b"Q.",
         "a list in itself": b"]q\x00h\x00a.",
         "marks without end": b"(" * 400_000 + b".",
         "copies of the stack": b"N" * 400_000 + b"\x85" * 400_000 + b".",
@@ -144,7 +153,7 @@ def nested(depth):
     ids=lambda pair: pair[0],
 )
 def test_a_hostile_pickle_ends_soon_in_a_sentence(tmp_path, opcodes):
-    sources.save_zip(tmp_path / "evil.pth", b"\x80\x02" + opcodes[1], [])
+    sources.save_zip(tmp_path / "evil.pth", b"\x80\x02" + opcodes[1], [bytes(4)])
     with bounded(20, 1 << 29), pytest.raises(ValueError, match=r"evil\.pth"):
         torch_zip.read(tmp_path / "evil.pth")
 

@@ -29,7 +29,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finetuning")
     file = tokenizer_samples.train_small_mistral(folder / "tokenizer.model")
     model, params = tiny.build(vocab_size=400, n_heads=8, n_kv_heads=4, hidden_dim=48)
-    checkpoint.save(folder / "base", model.config, params, file)
+    source = {"source": f"acme/tiny@{'0' * 40}"}
+    checkpoint.save(folder / "base", model.config, params, file, source)
 
     def chat(i, answer):
         return [
@@ -103,6 +104,8 @@ def test_adapters_learn_and_the_base_stays(folder, adapted):
     assert not (path / "checkpoint").exists()
     size = sum(file.stat().st_size for file in (path / "adapter").iterdir())
     assert size < 30_000  # of a model of 200 kB
+    described = json.loads((path / "adapter" / "adapter_config.json").read_text())
+    assert described["base_model_name_or_path"] == "acme/tiny"
     lora, found = adapters.read(path / "adapter", mj.load(folder / "base")[0].config)
     assert lora.rank == 4
     assert set(lora.targets) == set(LORA["lora"]["targets"])
