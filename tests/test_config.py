@@ -37,6 +37,17 @@ def test_a_config_survives_json(window, dilation):
     assert hash(config) == hash(dataclasses.replace(config))
 
 
+def test_the_end_that_is_taught_is_the_first_of_those_that_end_an_answer():
+    assert make().eos_ids == (2,)
+    config = make(eos_id=7, other_eos_ids=[9, 7, 9, 2])
+    assert config.eos_ids == (7, 9, 2)
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config == make(eos_id=7, other_eos_ids=(9, 2))
+    assert config.taught_to_end_with(2).eos_ids == (2, 7, 9)
+    assert config.taught_to_end_with(7) == config
+    assert config.taught_to_end_with(5).eos_ids == (5, 7, 9, 2)
+
+
 def test_windows_has_one_entry_a_layer():
     assert make(sliding_window=None).windows == (None, None, None)
     assert make(sliding_window=4).windows == (4, 4, 4)
@@ -89,6 +100,13 @@ def test_whole_numbers_may_stand_for_floats():
         ({"tie_embeddings": 1}, "tie_embeddings is 1; expected true or false"),
         ({"eos_id": 53}, "eos_id is 53; expected a token id below vocab_size (53)"),
         ({"bos_id": -1}, "bos_id is -1; expected a token id"),
+        ({"other_eos_ids": [3, 53]}, "other_eos_ids is [3, 53]; expected at most 64 token ids"),
+        ({"other_eos_ids": 3}, "other_eos_ids is 3; expected"),
+        ({"other_eos_ids": None}, "other_eos_ids is None; expected"),
+        ({"other_eos_ids": [[3]]}, "other_eos_ids is [[3]]; expected"),
+        ({"other_eos_ids": [True]}, "other_eos_ids is [True]; expected"),
+        ({"other_eos_ids": [3] * 65}, "expected at most 64 token ids below vocab_size (53)"),
+        ({"unnamed_tokens": -1}, "unnamed_tokens is -1; expected an integer of at least 0"),
         ({"rope_tehta": 1e6}, "unknown key 'rope_tehta'; the nearest known is 'rope_theta'"),
     ],
 )
