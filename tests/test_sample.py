@@ -236,7 +236,10 @@ def test_the_cache_may_be_in_8_bits(command, monkeypatch):
         (["x", "--max-positions", "0"], "max_positions is 0; expected an integer above 0"),
         (["x", "--max-tokens", "-1"], "max_new_tokens is -1; expected an integer above 0"),
         (["x", "--max-positions", "-1"], "max_positions is -1; expected an integer above 0"),
-        (["x", "--json", "--top-logprobs", "21"], "top_logprobs is 21; expected an integer from 0 to 20"),
+        (
+            ["x", "--json", "--top-logprobs", "21"],
+            "top_logprobs is 21; expected an integer from 0 to 20",
+        ),
         (["x", "--top-logprobs", "-1"], "top_logprobs is -1; expected an integer from 0"),
         (["x", "--stop", ""], "stop has ''; expected strings that are not empty"),
         (["x", "--logit-bias", "3"], "argument --logit-bias: '3' is not a token id, =, and a"),
