@@ -73,7 +73,7 @@ def warn(path: Path, what: str) -> None:
     """Says once what the file system of `path` does not do, and what that means."""
     if what not in _said:
         _said.add(what)
-        _log.warning("warning: the file system of %s %s", path, what)
+        _log.warning("the file system of %s %s", path, what)
 
 
 _said: set[str] = set()

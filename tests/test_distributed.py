@@ -13,7 +13,7 @@ import tiny
 from processes import together
 
 import mistral_jax as mj
-from mistral_jax import arrays, checkpoint, config, distributed
+from mistral_jax import checkpoint, config, distributed, zarr
 from mistral_jax.training import curve
 
 MODEL = """
@@ -77,7 +77,7 @@ def test_two_processes_compute_what_one_does(saved, on_one_device, tmp_path, sha
 def test_each_process_reads_its_own_part(tmp_path, monkeypatch, sharding):
     """To within a chunk of an array for each device, and what Orbax reads about them."""
     chunk = 8 << 10
-    monkeypatch.setattr(arrays, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(zarr, "_CHUNK_BYTES", chunk)
     fields = {"dim": 512, "hidden_dim": 1024, "vocab_size": 4096, "n_heads": 16, "n_kv_heads": 8}
     model, params = tiny.build(**fields, head_dim=32)
     checkpoint.save(tmp_path / "x", model.config, params)

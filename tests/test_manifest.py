@@ -82,8 +82,7 @@ def test_checksums_are_of_all_files_and_of_each_other(checkpoint):
             manifest.checksums(checkpoint)
         file.write_text(text)
     change(checkpoint, checksums=...)
-    with pytest.raises(ValueError, match=r"json has no checksums, but there is .*sums\.json"):
-        manifest.checksums(checkpoint)
+    assert manifest.checksums(checkpoint) == sums, "they may be added to an earlier checkpoint"
     (checkpoint / "checksums.json").unlink()
     assert manifest.checksums(checkpoint) == {}
 
