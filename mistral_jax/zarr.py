@@ -24,7 +24,7 @@ from mistral_jax.files import read_bytes, read_json
 # Of a file, at most: of a larger one a host reads more than its part, smaller ones read slower.
 _CHUNK_BYTES = 2 << 20
 # What is verified at a time, in each of a few threads.
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 17
 _MOST_METADATA = 64 << 20
 
 _MARKER, _HANDLERS = "orbax.checkpoint", "_CHECKPOINT_METADATA"
