@@ -18,7 +18,8 @@ from mistral_jax.config import CHECKOUT
 COMMAND = [sys.executable, "-m", "mistral_jax.convert"]
 SIGNALLED = """
 import os, sys
-from mistral_jax.convert import __main__, progress
+from mistral_jax import progress
+from mistral_jax.convert import __main__
 
 number, *arguments = sys.argv[1:]
 said = []
@@ -99,7 +100,8 @@ def test_a_kill_leaves_what_was_there_and_its_own_leftovers_go_with_the_next_run
     assert run("to-orbax", source, tmp_path / "x").returncode == 0
     done = signalled(signal.SIGKILL, source, tmp_path, "--overwrite", "--rope-theta", "77")
     assert done.returncode == -signal.SIGKILL
-    left, x = names(tmp_path)
+    left, lock, x = names(tmp_path)
+    assert lock == f"{left}.lock"
     assert left.startswith(".x.partial-")
     assert manifest.read(tmp_path / x)[0].rope_theta == 1e4
     arguments = ("--overwrite", "--rope-theta", "77")
