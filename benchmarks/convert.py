@@ -35,7 +35,8 @@ CONFIG = ModelConfig(
 )
 IDLE = """
 import jax
-from mistral_jax.convert import progress, to_orbax, to_torch
+from mistral_jax import progress
+from mistral_jax.convert import to_orbax, to_torch
 jax.devices()
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("RssAnon")))
 """

@@ -267,10 +267,23 @@ def _is_ours(file: str) -> bool:
 
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Has warnings be shown in one line, without the place in the code."""
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *rest: tell(f"warning: {message}")
-        yield
+    """Has warnings be shown in one line, without the place in the code; those of loggers, too."""
+    import logging
+
+    class Line(logging.Handler):
+        def emit(self, record):
+            tell(f"warning: {record.getMessage()}")
+
+    logger, handler = logging.getLogger("mistral_jax"), Line(logging.WARNING)
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *rest: tell(f"warning: {message}")
+            yield
+    finally:
+        logger.propagate = True
+        logger.removeHandler(handler)
 
 
 @contextlib.contextmanager

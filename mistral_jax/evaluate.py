@@ -99,11 +99,12 @@ def _run(arguments: argparse.Namespace) -> None:
     suite = _suite(arguments) if arguments.tasks else None
 
     from mistral_jax import checkpoint, machine
+    from mistral_jax.progress import Screen
 
     if arguments.compilation_cache:
         machine.use_compilation_cache()
     if note := machine.unseen_accelerator():
-        print(note, file=sys.stderr)
+        command.tell(note)
     model, params, tokenizer = checkpoint.load(
         arguments.checkpoint,
         sharding=arguments.sharding,
@@ -111,6 +112,7 @@ def _run(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         lora=arguments.lora,
         quantize=arguments.quantize,
+        progress=Screen(),
     )
     if tokenizer is None:
         raise ValueError(f"{arguments.checkpoint} has no tokenizer.model; put the model's there")

@@ -63,6 +63,7 @@ class _Model:
 
     def __init__(self, arguments: argparse.Namespace, sampling):
         from mistral_jax.checkpoint import load
+        from mistral_jax.progress import Screen
         from mistral_jax.stats import CompileClock
 
         self._arguments = arguments
@@ -76,6 +77,7 @@ class _Model:
             lora=arguments.lora,
             quantize=arguments.quantize,
             merge=arguments.merge,
+            progress=Screen(),
         )
         if self._tokenizer is None:
             raise ValueError(

@@ -24,7 +24,7 @@ from mistral_jax.files import read_bytes, read_json
 # Of a file, at most: of a larger one a host reads more than its part, smaller ones read slower.
 _CHUNK_BYTES = 2 << 20
 # What is verified at a time, in each of a few threads.
-_BLOCK_BYTES = 1 << 17
+_BLOCK_BYTES = 128 << 10
 _MOST_METADATA = 64 << 20
 
 _MARKER, _HANDLERS = "orbax.checkpoint", "_CHECKPOINT_METADATA"
@@ -309,7 +309,7 @@ def verify(
             file = array.place / _ARRAY
             verify_file(file, sums, file.relative_to(path).as_posix(), f"array {name}: ")
     tasks = [(name, array, part) for name, array in names.items() for part in array.files]
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(4) as pool:
         futures = [pool.submit(look, task) for task in tasks]
         try:
             for future in futures:
