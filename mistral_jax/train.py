@@ -115,6 +115,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if arguments.compilation_cache:
         machine.use_compilation_cache()
+    if note := machine.unseen_accelerator():
+        print(note, file=sys.stderr)
     if arguments.plot:
         curve.check_plot()
     what = recipe.model or recipe.checkpoint or "the bundled model"
