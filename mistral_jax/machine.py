@@ -94,11 +94,13 @@ def _remove_oldest(folder: Path, most: int = 4 << 30) -> None:
 def open_devices(devices: Path = Path("/dev")) -> None:
     """Has JAX open the devices that it will use; without a TPU, libtpu is kept quiet.
 
-    Call it after `distributed.initialize`, before anything that uses a device.
+    Numbers of 64 bits, for which JAX_ENABLE_X64 asks, would serve no command. Call it after
+    `distributed.initialize`, before anything that uses a device.
 
     Raises:
       ValueError: a platform that JAX_PLATFORMS names is not there.
     """
+    jax.config.update("jax_enable_x64", False)
     # Where there is no TPU, libtpu prints errors about a pod's variables, and asks a server.
     absent = not any(any(devices.glob(pattern)) for pattern in ("accel*", "vfio/[0-9]*"))
     quiet = {} if any(name.startswith("TPU_") for name in os.environ) or not absent else _NO_TPU
@@ -111,8 +113,8 @@ def open_devices(devices: Path = Path("/dev")) -> None:
             raise
         reason = str(error).partition("\n")[0].partition(" (set JAX_PLATFORMS")[0]
         raise ValueError(
-            f"JAX finds no device of JAX_PLATFORMS={asked!r}{': ' * bool(reason)}{reason}; unset it "
-            'to use what is there, or install what it needs, such as pip install -U "jax[cuda13]"'
+            f"JAX finds no device of JAX_PLATFORMS={asked!r}{': ' * bool(reason)}{reason}; unset "
+            'it to use what is there, or install what it needs: pip install -U "jax[cuda13]"'
         ) from None
     finally:
         for name in quiet:

@@ -172,7 +172,7 @@ def _advance(model: Transformer, state: State, logits: jax.Array) -> State:
     new = Made(jnp.where(going, tokens, -1), *odds)
     put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=state.steps, axis=1)
     if state.counts is not None:
-        rows = jnp.arange(tokens.shape[0])
+        rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)
         counts = state.counts.at[rows, tokens].add(going.astype(jnp.int32))
         state = state.replace(counts=counts)
     return state.replace(

@@ -96,14 +96,20 @@ def _draw(logits: jax.Array, sampling: RowSampling, keys: jax.Array) -> jax.Arra
 
     def draw(state):
         tokens, refused, going, tries = state
-        numbers = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, tries)))(keys)
+        numbers = jax.vmap(
+            lambda key: jax.random.uniform(jax.random.fold_in(key, tries), dtype=jnp.float32)
+        )(keys)
         drawn = _find(jnp.where(logits > refused[:, None], weights, 0), numbers)
         level = jnp.take_along_axis(logits, drawn[:, None], axis=1)[:, 0]
         tokens = jnp.where(going, drawn, tokens)
         return tokens, level, going & ~keeps(level), tries + 1
 
     rows = logits.shape[:1]
-    start = (jnp.zeros(rows, jnp.int32), jnp.full(rows, -jnp.inf), jnp.ones(rows, bool))
+    start = (
+        jnp.zeros(rows, jnp.int32),
+        jnp.full(rows, -jnp.inf, jnp.float32),
+        jnp.ones(rows, bool),
+    )
     return jax.lax.while_loop(lambda state: jnp.any(state[2]), draw, (*start, np.uint32(0)))[0]
 
 
@@ -146,7 +152,7 @@ def _keep_top_k(logits, top_k):
     def halve(_, bounds):
         low, high = bounds
         middle = high - (high - low) // jnp.uint32(2)
-        enough = jnp.sum(ranks >= middle[:, None], axis=-1) >= top_k
+        enough = jnp.sum(ranks >= middle[:, None], axis=-1, dtype=jnp.int32) >= top_k
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle - jnp.uint32(1))
 
     low = jnp.zeros(top_k.shape, jnp.uint32)
@@ -172,7 +178,7 @@ def _find(weights: jax.Array, numbers: jax.Array) -> jax.Array:
 
 def _reach(weights, enough):
     """Finds where `weights` [B, n] add up to `enough` [B], or to all; and what is before."""
-    places = jnp.arange(weights.shape[-1])
+    places = jnp.arange(weights.shape[-1], dtype=jnp.int32)
     # Not by cumsum: each sum is of the same order, so it grows where there is a weight, and only
     # there.
     sums = jnp.sum(jnp.where(places[None] <= places[:, None], weights[:, None], 0), axis=-1)

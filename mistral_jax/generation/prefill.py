@@ -96,7 +96,7 @@ def read_chunk(model, params, tokens, positions, lengths, cache, logits, length)
         cache = empty_cache(model, tokens.shape[0], length)
     last = positions == lengths[:, None] - 1
     new, cache = model.apply(
-        {"params": params}, tokens, positions, cache, logits_at=jnp.argmax(last, axis=1)
+        {"params": params}, tokens, positions, cache, logits_at=jax.lax.argmax(last, 1, jnp.int32)
     )
     new = whole_rows(model, new[:, 0])
     if logits is None:
