@@ -4,7 +4,7 @@
 # make lint    check style and formatting
 # make docs    set up, run the notebooks, and build the documentation into build/site
 # make links   look whether the addresses that the documentation names are there (needs the network)
-# Each makes a virtual environment of its own for the Python that PYTHON= names (3.11 or 3.12).
+# Each makes a virtual environment of its own for the Python that PYTHON= names (3.11 to 3.14).
 
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -45,7 +45,7 @@ clean:
 
 # A stamp stands for a finished install; it is made anew when pyproject.toml changes.
 define install
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else "error: Python %d.%d; expected 3.11 or 3.12, for instance: make $(MAKECMDGOALS) PYTHON=python3.12" % v)'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 14) else "error: Python %d.%d; expected 3.11 to 3.14, for instance: make $(MAKECMDGOALS) PYTHON=python3.12" % v)'
 	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 	$(1)/bin/python -m pip install --quiet --editable '.$(2)'
 	touch $@

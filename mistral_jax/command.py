@@ -295,6 +295,8 @@ def announced() -> Iterator[Callable[[], None]]:
     """
     import jax
 
+    from mistral_jax.model import library
+
     asked = []
 
     def note(event: str, **_) -> None:
@@ -304,8 +306,10 @@ def announced() -> Iterator[Callable[[], None]]:
             asked.pop()
 
     def say() -> None:
-        if asked and jax.config.jax_compilation_cache_dir:
-            tell("compiling programs for this model and machine, once: later runs find them")
+        kernels = library.compiling.is_set()
+        if jax.config.jax_compilation_cache_dir and (kernels or asked):
+            what = "C++ kernels and programs" if kernels else "programs"
+            tell(f"compiling {what} for this model and machine, once: later runs find them")
 
     jax.monitoring.register_event_listener(note)
     timer = threading.Timer(_PATIENCE, say)

@@ -117,6 +117,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if arguments.compilation_cache:
         machine.use_compilation_cache()
+    if note := machine.unseen_accelerator():
+        command.tell(note)
     if arguments.plot:
         curve.check_plot()
     what = recipe.model or recipe.checkpoint or "the bundled model"
@@ -133,7 +135,7 @@ def _run(arguments: argparse.Namespace) -> int:
             log(entry)
 
         layout = arguments.sharding, arguments.mesh
-        outcome = run.train(recipe, path, report, *layout, tell=_tell)
+        outcome = run.train(recipe, path, report, *layout, tell=command.tell)
     if outcome.stopped is not None:
         again = shlex.join(sys.orig_argv)
         print(f"stopped and saved; the same command goes on: {again}", file=sys.stderr)
@@ -142,11 +144,6 @@ def _run(arguments: argparse.Namespace) -> int:
     if distributed.is_first():
         print(summary.write(path, recipe.to_dict(), outcome.result, outcome.step, outcome.command))
     return 0
-
-
-def _tell(line: str) -> None:
-    if sys.stderr is not None:
-        print(line, file=sys.stderr, flush=True)
 
 
 def _override(table: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:

@@ -4,9 +4,11 @@ A module may import, at its top or inside a function, what stands on a floor bel
 """
 
 import ast
-import glob
 import re
-import tomllib
+import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -26,8 +28,9 @@ FLOORS = [  # from the ground up; modules of one floor do not know each other
         "patterns",
         "spm",
     },
-    {"command", "locks", "model.kernels", "model.split"},
-    {"folder", "model.cudnn", "model.quantized", "model.splash", "progress"},
+    {"locks", "model.library", "model.split"},
+    {"command", "folder", "model.kernels"},
+    {"model.cudnn", "model.quantized", "model.splash", "progress"},
     {"model.scores"},
     {
         "config",
@@ -94,6 +97,12 @@ FLOORS = [  # from the ground up; modules of one floor do not know each other
     {"options"},
     {"evaluate", "plan", "sample", "train"},
 ]
+# Folders of a checkout, and where an installation has them.
+PLACES = {
+    "mistral_jax": "mistral_jax",
+    "convert": "mistral_jax/convert",
+    "configs": "mistral_jax/configs",
+}
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 FILES = {
     f"{top}.{'.'.join(path.relative_to(CHECKOUT / top).with_suffix('').parts)}": path
@@ -177,13 +186,24 @@ def test_no_file_is_long(name):
     assert lines <= 400, f"{MODULES[name]} has {lines} lines"
 
 
-def test_an_installation_has_all_of_the_bundled_model():
+def test_an_installation_has_all_data_and_is_built_without_a_warning(tmp_path):
     """A pattern of setuptools skips hidden files unless it names their dot."""
-    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))
-    package = CHECKOUT / "mistral_jax"
-    shipped = {
-        package / name
-        for pattern in project["tool"]["setuptools"]["package-data"]["mistral_jax"]
-        for name in glob.glob(pattern, root_dir=package, recursive=True)
-    }
-    assert {path for path in (package / "assets").rglob("*") if path.is_file()} <= shipped
+    source, built = tmp_path / "source", tmp_path / "built"
+    for name in PLACES:
+        skipped = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(CHECKOUT / name, source / name, ignore=skipped)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(CHECKOUT / name, source / name)
+    build = f"from setuptools.build_meta import build_wheel; build_wheel({str(built)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", build], cwd=source, capture_output=True, text=True, check=True
+    )
+    assert "Warning" not in done.stdout + done.stderr
+    (wheel,) = built.iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        shipped = {name: archive.read(name) for name in archive.namelist()}
+    for folder, inside in PLACES.items():
+        for path in (CHECKOUT / folder).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                name = f"{inside}/{path.relative_to(CHECKOUT / folder).as_posix()}"
+                assert shipped[name] == path.read_bytes(), name

@@ -15,14 +15,13 @@ import scipy.special
 import tiny
 
 from mistral_jax import machine, quantization
-from mistral_jax.generation.generate import generate
-from mistral_jax.model import kernels, products
+from mistral_jax.model import kernels, library, products
 from mistral_jax.model.attention import attend, visible
 from mistral_jax.model.quantized import QuantizedKernel, to_int8
 
 # Without one, what stands in is tested here, and runs in all other tests.
 COMPILER = pytest.mark.skipif(
-    kernels.find_compiler() is None, reason="there is no C++ compiler: XLA multiplies"
+    library.find_compiler() is None, reason="there is no C++ compiler: XLA multiplies"
 )
 
 
@@ -106,15 +105,15 @@ def test_another_processor_computes_the_same_by_other_instructions(flags, needed
     if needed and platform.machine() != "x86_64":
         pytest.skip("the flags are those of x86-64, this is another processor")
     if not set(needed) <= set(machine.processor().split()):
-        others = (flag for flag in kernels._FLAGS if flag != "-march=native")
-        monkeypatch.setattr(kernels, "_FLAGS", (*others, *flags))
-        assert kernels._compiled().exists()
+        others = (flag for flag in library._FLAGS if flag != "-march=native")
+        monkeypatch.setattr(library, "_FLAGS", (*others, *flags))
+        assert library._open()
         return
     code = f"""
 import test_kernels
-from mistral_jax.model import kernels
+from mistral_jax.model import kernels, library
 
-kernels._FLAGS = [flag for flag in kernels._FLAGS if flag != "-march=native"] + {list(flags)}
+library._FLAGS = [flag for flag in library._FLAGS if flag != "-march=native"] + {list(flags)}
 for dtype in kernels.DTYPES:
     for rows in (1, 2, 3, 5, 8):
         test_kernels.test_products_are_exact_to_the_rounding_of_float32(dtype, rows)
@@ -323,33 +322,6 @@ def test_the_model_computes_the_same_with_and_without(dtype, quantize, monkeypat
     # Roundings of activations to bfloat16 may fall the other way.
     bound = 1e-5 if dtype == "float32" else 2e-2
     assert jnp.max(jnp.abs(with_kernels - without)) < bound * jnp.max(jnp.abs(without))
-
-
-def test_without_a_compiler_xla_multiplies(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    kernels.available.cache_clear()
-    try:
-        assert not kernels.available()
-        x, matrix = case("float32", 1, 6, 20)
-        assert not kernels.suit(x, [matrix])
-        model, params = tiny.build()
-        assert len(generate(model, params, [[1, 5]], 3, stop_ids=())[0].tokens) == 3
-    finally:
-        kernels.available.cache_clear()
-
-
-@COMPILER
-def test_a_library_is_compiled_once_and_whole_or_not_at_all(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = kernels._compiled()
-    written = path.stat().st_mtime_ns
-    assert kernels._compiled() == path
-    assert path.stat().st_mtime_ns == written
-
-    monkeypatch.setattr(kernels, "_FLAGS", (*kernels._FLAGS, "--no-such-flag"))
-    with pytest.raises(subprocess.SubprocessError):
-        kernels._compiled()
-    assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("integers", ["int32", "uint8"])

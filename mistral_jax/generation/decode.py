@@ -182,7 +182,7 @@ def _advance(model: Transformer, state: State, logits: jax.Array) -> State:
     going = (state.left > 0) & ~stopped & ~failed
     new = Made(jnp.where(going, tokens, -1), *odds)
     put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=state.steps, axis=1)
-    rows = jnp.arange(tokens.shape[0])
+    rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)
     return state.replace(
         tokens=tokens,
         positions=positions,

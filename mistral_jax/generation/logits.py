@@ -159,7 +159,7 @@ def _keep_top_k(logits, top_k):
     def halve(_, bounds):
         low, high = bounds
         middle = high - (high - low) // jnp.uint32(2)
-        enough = jnp.sum(ranks >= middle[:, None], axis=-1) >= top_k
+        enough = jnp.sum(ranks >= middle[:, None], axis=-1, dtype=jnp.int32) >= top_k
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle - jnp.uint32(1))
 
     low = jnp.zeros(top_k.shape, jnp.uint32)
@@ -185,7 +185,7 @@ def _find(weights: jax.Array, numbers: jax.Array) -> jax.Array:
 
 def _reach(weights, enough):
     """Finds where `weights` [B, n] add up to `enough` [B], or to all; and what is before."""
-    places = jnp.arange(weights.shape[-1])
+    places = jnp.arange(weights.shape[-1], dtype=jnp.int32)
     # Not by cumsum: each sum is of the same order, so it grows where there is a weight, and only
     # there.
     sums = jnp.sum(jnp.where(places[None] <= places[:, None], weights[:, None], 0), axis=-1)

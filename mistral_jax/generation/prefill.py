@@ -143,7 +143,7 @@ def read_chunk(model, params, tokens, positions, lengths, cache, logits):
     """Reads one chunk; takes over the logits of rows that end in it."""
     last = positions == lengths[:, None] - 1
     new, cache = model.apply(
-        {"params": params}, tokens, positions, cache, logits_at=jnp.argmax(last, axis=1)
+        {"params": params}, tokens, positions, cache, logits_at=jax.lax.argmax(last, 1, jnp.int32)
     )
     new = whole_rows(model, new[:, 0])
     return cache, jnp.where(jnp.any(last, axis=1)[:, None], new, logits)

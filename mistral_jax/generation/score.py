@@ -170,5 +170,5 @@ def _score_chunk(model, params, tokens, positions, targets, cache):
     logits, cache = model.apply({"params": params}, tokens, positions, cache)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     logprobs = chosen - jax.nn.logsumexp(logits, axis=-1)
-    greedy = jnp.argmax(logits, axis=-1) == targets
+    greedy = jax.lax.argmax(logits, 2, jnp.int32) == targets
     return cache, replicate((logprobs, greedy))

@@ -111,7 +111,7 @@ def attend(
     pattern = window, dilation
     if aligned and length == keys:
         # A text is known by where its position 0 stands, or would stand.
-        texts = jnp.arange(length)[None] - q_positions
+        texts = jnp.arange(length, dtype=jnp.int32)[None] - q_positions
         q_places, kv_places = (q_positions, texts), (kv_positions, texts)
     offset = keys - length if aligned else None
     if sections > 1 and length % sections == 0:
@@ -201,7 +201,7 @@ def _attend_blocks(q, k, v, q_places, kv_places, pattern, before, offset, one, s
     reach = keys if offset is None else min(keys, before + size)
     padded_q = fill(q, size, 0)
     padded_places = jax.tree.map(lambda x: fill(x, size, -1), q_places)
-    blocks = jax.lax.map(attend_from, jnp.arange(0, length, size))
+    blocks = jax.lax.map(attend_from, jnp.arange(0, length, size, dtype=jnp.int32))
     return jnp.moveaxis(blocks, 0, 1).reshape(padded_q.shape)[:, :length]
 
 
@@ -222,7 +222,7 @@ def _attend_sections(q, k, v, q_places, kv_places, pattern, before, offset, sect
     def split(x):
         return x.reshape(x.shape[0], sections, size, *x.shape[2:])
 
-    starts = jnp.arange(0, length, size)
+    starts = jnp.arange(0, length, size, dtype=jnp.int32)
     mixed = jax.vmap(attend_from, in_axes=(0, 1, 1), out_axes=1)(
         starts, *jax.tree.map(split, (q, q_places))
     )

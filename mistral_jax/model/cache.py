@@ -131,9 +131,9 @@ def line_up(
       int32: entry i has place origin + i, or is empty.
     """
     slots = cache.positions.shape[1]
-    entries = jnp.arange(slots + k.shape[1])[None]
+    entries = jnp.arange(slots + k.shape[1], dtype=jnp.int32)[None]
     # The chunk's own begin after its padding; before them, all are the ring's.
-    column = jnp.argmax(positions >= 0, axis=1)[:, None]
+    column = jax.lax.argmax(positions >= 0, 1, jnp.int32)[:, None]
     origin = jnp.take_along_axis(positions, column, axis=1) - column - slots
     old, place = entries < slots + column, origin + entries
     index = jnp.where(old, place % slots, entries)

@@ -61,7 +61,7 @@ def _attend_rows(q, k, v, mask):
     k, v = fill(k, 8, 0), fill(v, 8, 0)
     mask = jnp.pad(mask, [(0, 0), (0, 0), (0, k.shape[1] - mask.shape[2])])
     # What lies behind the last key that a row's queries see is not even read.
-    seen, places = jnp.any(mask, axis=1), jnp.arange(1, k.shape[1] + 1)[None]
+    seen, places = jnp.any(mask, axis=1), jnp.arange(1, k.shape[1] + 1, dtype=jnp.int32)[None]
     lengths = jnp.max(jnp.where(seen, places, 1), axis=1)
     return jax.nn.dot_product_attention(
         q, k, v, mask=mask[:, None], key_value_seq_lengths=lengths, implementation=IMPLEMENTATION

@@ -1,40 +1,27 @@
-"""What is C++ on a CPU: products of few rows, wide matrices, a token's attention, rows of a table.
+"""C++ kernels used on a CPU: products of few rows, wide matrices, a token's attention, table rows.
 
-The sources, in `native`, are compiled at the first call. Where there is no compiler, `available`
-says so, and XLA's own operations do.
+`library` compiles them at the first call. Each is one JAX primitive with a plain form: on one CPU
+XLA calls the kernel; for any other platform, and in an exported program, which must run where this
+process's library is not, XLA compiles the plain form.
 """
 
 import ctypes
 import functools
-import hashlib
-import logging
 import math
-import os
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import jax
+import jax.extend
 import jax.numpy as jnp
+from jax.interpreters import batching, mlir
 
 from mistral_jax import machine
+from mistral_jax.model import library
 from mistral_jax.model.einsum import einsum
+from mistral_jax.model.library import DTYPES, MOST_ROWS
 
-_SOURCES = sorted((Path(__file__).parent / "native").iterdir())
-# Of matrices, keys and values.
-DTYPES = ("float32", "bfloat16", "int8")
-# Rows up to which products are faster here than XLA's; of int8, where the processor multiplies
-# bytes, any number.
-MOST_ROWS = 8
 # Rows from which on it pays to write a matrix of bfloat16 out in float32.
 _MANY = 64
-_FLAGS = (
-    *("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w"),
-    f"-DMOST_ROWS={MOST_ROWS}",
-)
-_SECONDS = 60
 
 
 def suit(rows: jax.Array, matrices: Sequence[jax.Array]) -> bool:
@@ -76,10 +63,9 @@ def products(rows: jax.Array, matrices: Sequence[jax.Array]) -> list[jax.Array]:
     """
     flat = rows.astype(jnp.float32).reshape(-1, rows.shape[-1])
     results = [jax.ShapeDtypeStruct((len(flat), len(matrix)), jnp.float32) for matrix in matrices]
-    call = jax.ffi.ffi_call(
-        f"mistral_jax_product_{matrices[0].dtype.name}", results, vmap_method="sequential"
-    )
-    return [sums.reshape(*rows.shape[:-1], -1) for sums in call(flat, *matrices)]
+    name = f"product_{matrices[0].dtype.name}"
+    called = _call(name, _plain_products, results, flat, *matrices)
+    return [sums.reshape(*rows.shape[:-1], -1) for sums in called]
 
 
 @products.defjvp
@@ -93,14 +79,21 @@ def _plain(rows, matrices):
     return [einsum("...X,YX->...Y", wide, matrix.astype(jnp.float32)) for matrix in matrices]
 
 
+def _plain_products(rows, *matrices):
+    return _plain(rows, matrices)
+
+
 def widen(matrix: jax.Array, after: jax.Array) -> jax.Array:
     """Returns `matrix` [Y, X], bfloat16 or int8, in float32, computed not before `after`.
 
     XLA would else widen all matrices first, and hold them. It is not differentiated.
     """
     result = jax.ShapeDtypeStruct(matrix.shape, jnp.float32)
-    name = f"mistral_jax_widen_{matrix.dtype.name}"
-    return jax.ffi.ffi_call(name, result, vmap_method="sequential")(matrix, after)
+    return _call(f"widen_{matrix.dtype.name}", _plain_widen, [result], matrix, after)[0]
+
+
+def _plain_widen(matrix, after):
+    return [matrix.astype(jnp.float32)]
 
 
 @jax.custom_jvp
@@ -115,14 +108,18 @@ def take(table: jax.Array, tokens: jax.Array) -> jax.Array:
       [B, T, D].
     """
     result = jax.ShapeDtypeStruct((tokens.size, table.shape[1]), table.dtype)
-    call = jax.ffi.ffi_call("mistral_jax_take", result, vmap_method="sequential")
-    return call(table, tokens.reshape(-1).astype(jnp.int32)).reshape(*tokens.shape, -1)
+    which = tokens.reshape(-1).astype(jnp.int32)
+    return _call("take", _plain_take, [result], table, which)[0].reshape(*tokens.shape, -1)
 
 
 @take.defjvp
 def _differentiate_take(primals, tangents):
     """Differentiates what XLA knows to be the same."""
     return take(*primals), jnp.take(tangents[0], primals[1], axis=0, mode="clip")
+
+
+def _plain_take(table, tokens):
+    return [jnp.take(table, tokens, axis=0, mode="clip")]
 
 
 def once(x: jax.Array) -> jax.Array:
@@ -149,22 +146,22 @@ def put(table: jax.Array, rows: jax.Array, places: jax.Array) -> jax.Array:
       The new table.
     """
     result = jax.ShapeDtypeStruct(table.shape, table.dtype)
-    call = jax.ffi.ffi_call(
-        "mistral_jax_put", result, vmap_method="sequential", input_output_aliases={0: 0}
-    )
-    return call(table, rows, places.reshape(-1).astype(jnp.int32))
+    where = places.reshape(-1).astype(jnp.int32)
+    return _call("put", _plain_put, [result], table, rows, where, in_place=True)[0]
 
 
 @put.defjvp
 def _differentiate_put(primals, tangents):
     """Differentiates what XLA knows to be the same."""
+    scatter = functools.partial(_plain_put, places=primals[2].reshape(-1))
+    return put(*primals), jax.jvp(scatter, primals[:2], tangents[:2])[1][0]
 
-    def scatter(table, rows):
-        return jax.vmap(lambda x, row, place: x.at[place].set(row, mode="drop"))(
-            table, rows, primals[2]
-        )
 
-    return put(*primals), jax.jvp(scatter, primals[:2], tangents[:2])[1]
+def _plain_put(table, rows, places):
+    def one(part, row, place):
+        return part.at[place].set(row[0], mode="drop", wrap_negative_indices=False)
+
+    return [jax.vmap(one)(table, rows, places)]
 
 
 def attend(
@@ -183,51 +180,106 @@ def attend(
       [B, N, H] float32; zeros for a row that sees nothing.
     """
     result = jax.ShapeDtypeStruct(q.shape, jnp.float32)
-    call = jax.ffi.ffi_call(f"mistral_jax_attend_{k.dtype.name}", result, vmap_method="sequential")
-    return call(q.astype(jnp.float32), k, v, mask, *scales)
+    operands = q.astype(jnp.float32), k, v, mask, *scales
+    return _call(f"attend_{k.dtype.name}", _plain_attend, [result], *operands)[0]
 
 
-@functools.cache
+def _plain_attend(q, k, v, mask, *scales):
+    k, v = (x.astype(jnp.float32) for x in (k, v))
+    if scales:
+        k, v = (x * scale[..., None] for x, scale in zip((k, v), scales, strict=True))
+    grouped = q.reshape(q.shape[0], k.shape[2], -1, q.shape[2])
+    scores = einsum("BKGH,BSKH->BKGS", grouped, k) * q.shape[2] ** -0.5
+    seen = mask[:, None, None]
+    scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
+    weights = jnp.where(seen, jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)), 0)
+    # Values that are not seen may be infinite, which a weight of 0 would make NaN.
+    mixed = einsum("BKGS,BSKH->BKGH", weights, jnp.where(mask[..., None, None], v, 0))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return [(mixed / jnp.where(total == 0, 1, total)).reshape(q.shape)]
+
+
 def available() -> bool:
-    """Compiles and registers the kernels, once; whether that worked."""
-    try:
-        library = ctypes.CDLL(str(_compiled()))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        logging.getLogger(__name__).debug("no kernels, XLA's operations instead: %s", error)
-        return False
-    typed = (f"{name}_{dtype}" for name in ("product", "attend") for dtype in DTYPES)
-    for name in (*typed, "widen_bfloat16", "widen_int8", "take", "put"):
-        handler = jax.ffi.pycapsule(getattr(library, name))
-        jax.ffi.register_ffi_target(f"mistral_jax_{name}", handler, platform="cpu")
-    return True
+    """Whether the kernels are compiled and registered; compiles them at the first call."""
+    return library.load() is not None
 
 
 @functools.cache
 def _constant(name: str) -> int:
     """Returns what is compiled for this processor under a name."""
-    return ctypes.c_int.in_dll(ctypes.CDLL(str(_compiled())), name).value
+    return ctypes.c_int.in_dll(library.load(), name).value
 
 
-def find_compiler() -> str | None:
-    """Returns the path of the C++ compiler that CXX names, or of the system's; None without one."""
-    return shutil.which(os.environ.get("CXX", "c++"))
+def _call(
+    name: str,
+    plain: Callable[..., list[jax.Array]],
+    results: Sequence[jax.ShapeDtypeStruct],
+    *operands: jax.Array,
+    in_place: bool = False,
+) -> list[jax.Array]:
+    """Calls a kernel by the name that it is registered under.
+
+    Args:
+      name: the kernel's, without the prefix that all have.
+      plain: a function at a module's top that computes the same by XLA's operations.
+      results: shapes and dtypes of what it returns.
+      operands: what it is given.
+      in_place: whether the first result may take the place of the first operand.
+    """
+    results = tuple((one.shape, jnp.dtype(one.dtype)) for one in results)
+    return _kernel.bind(*operands, name=name, plain=plain, results=results, in_place=in_place)
 
 
-def _compiled() -> Path:
-    """Returns the library, which is kept among the user's caches."""
-    if (compiler := find_compiler()) is None:
-        raise FileNotFoundError("there is no C++ compiler")
-    # What it depends on names it: another processor or JAX gets another.
-    about = [path.read_bytes() for path in _SOURCES], _FLAGS, jax.__version__, machine.processor()
-    name = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
-    path = machine.cache_folder("kernels") / f"{name}.so"
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=path.parent) as work:
-            made = Path(work) / path.name
-            sources = (str(path) for path in _SOURCES if path.suffix == ".cc")
-            command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", *sources]
-            subprocess.run(
-                [*command, "-o", str(made)], check=True, timeout=_SECONDS, capture_output=True
-            )
-            made.replace(path)  # Whole or not at all, whoever else compiles it now.
-    return path
+_kernel = jax.extend.core.Primitive("kernel_or_plain")
+_kernel.multiple_results = True
+
+
+@_kernel.def_impl
+def _run(*operands, **how):
+    return _jitted(operands, tuple(how.items()))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _jitted(operands, how):
+    return _kernel.bind(*operands, **dict(how))
+
+
+@_kernel.def_abstract_eval
+def _shape(*operands, results, **how):
+    return [jax.core.ShapedArray(*one) for one in results]
+
+
+def _batch(operands, axes, *, results, **how):
+    """Calls a kernel once for each member of a batch."""
+    moved = [
+        x if axis is None else jnp.moveaxis(x, axis, 0)
+        for x, axis in zip(operands, axes, strict=True)
+    ]
+
+    def one(mapped):
+        rest = iter(mapped)
+        given = [x if axis is None else next(rest) for x, axis in zip(moved, axes, strict=True)]
+        return _kernel.bind(*given, results=results, **how)
+
+    mapped = [x for x, axis in zip(moved, axes, strict=True) if axis is not None]
+    return jax.lax.map(one, mapped), [0] * len(results)
+
+
+def _lower_plain(context, *operands, plain, **how):
+    return mlir.lower_fun(plain)(context, *operands)
+
+
+def _lower_on_a_cpu(context, *operands, name, plain, results, in_place):
+    if context.module_context.lowering_parameters.for_export:
+        return _lower_plain(context, *operands, plain=plain)
+    call = jax.ffi.ffi_call(
+        f"mistral_jax_{name}",
+        [jax.ShapeDtypeStruct(*one) for one in results],
+        input_output_aliases={0: 0} if in_place else None,
+    )
+    return mlir.lower_fun(lambda *operands: call(*operands))(context, *operands)
+
+
+batching.primitive_batchers[_kernel] = _batch
+mlir.register_lowering(_kernel, _lower_plain)
+mlir.register_lowering(_kernel, _lower_on_a_cpu, platform="cpu")

@@ -57,7 +57,8 @@ class Projection(nn.Module):
         if self.has_variable("params", "lora_a"):
             a, b = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
             if self.dropout and self.has_rng("dropout"):
-                kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.dropout, x.shape)
+                share = jnp.float32(1 - self.dropout)
+                kept = jax.random.bernoulli(self.make_rng("dropout"), share, x.shape)
                 x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
             product += multiply(multiply(x, a, 1, self.dtype), b, self.outputs, self.dtype)
         return product.astype(self.out_dtype or self.dtype)

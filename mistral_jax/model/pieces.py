@@ -66,14 +66,14 @@ def attend_present(
             at = jnp.minimum(start, keys - count)
             near_k, near_v, near = _cut((k, v, kv_positions), row, at, count)
             # What the piece before has seen does not count twice.
-            near = jnp.where(at + jnp.arange(count)[None] < start, -1, near)
+            near = jnp.where(at + jnp.arange(count, dtype=jnp.int32)[None] < start, -1, near)
             return _join(found, weigh(queries, near_k, near_v, places, near))
 
         pieces = (stop - first + count - 1) // count
         _, total, mixed = jax.lax.fori_loop(0, pieces, add_piece, _nothing(*shape, head_dim))
         return jnp.moveaxis(mixed / total[..., None], 3, 1).astype(q.dtype)
 
-    mixed = jax.lax.map(attend_from, jnp.arange(rows * blocks))
+    mixed = jax.lax.map(attend_from, jnp.arange(rows * blocks, dtype=jnp.int32))
     return mixed.reshape(q.shape)[:, :length]
 
 
@@ -108,7 +108,7 @@ def weigh_pieces(weigh: Callable[..., Weighed], keys: Any, size: int) -> Weighed
 def _nothing(*shape: int) -> Weighed:
     """Returns what no key at all has for a result, where values weighted are of `shape`."""
     lowest = jnp.full(shape[:-1], jnp.finfo(jnp.float32).min)
-    return lowest, jnp.zeros(shape[:-1]), jnp.zeros(shape)
+    return lowest, jnp.zeros(shape[:-1], jnp.float32), jnp.zeros(shape, jnp.float32)
 
 
 def _join(one: Weighed, other: Weighed) -> Weighed:
@@ -127,7 +127,9 @@ def _cut(tree, row, first, count):
 
     def cut(x):
         rest = x.shape[2:]
-        return jax.lax.dynamic_slice(x, (row, first, *(0 for _ in rest)), (1, count, *rest))
+        return jax.lax.dynamic_slice(
+            x, (row, first, *[jnp.int32(0)] * len(rest)), (1, count, *rest)
+        )
 
     return jax.tree.map(cut, tree)
 

@@ -72,7 +72,7 @@ def attend(
 
 
 def _texts(positions: jax.Array, offset: int) -> jax.Array:
-    texts = jnp.arange(offset, offset + positions.shape[1])[None] - positions
+    texts = jnp.arange(offset, offset + positions.shape[1], dtype=jnp.int32)[None] - positions
     return jnp.where(positions >= 0, texts, NO_TEXT)
 
 

@@ -76,6 +76,7 @@ def train(
     """
     path = Path(path)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.enable_x64(False))  # The same numbers, whatever the program's are.
         stopped = stack.enter_context(signals())
         distributed.from_first(lambda: stack.enter_context(prepared(recipe, path)))
         if recipe.data and distributed.is_first():

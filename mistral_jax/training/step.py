@@ -117,7 +117,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "targets": count,
-            "tokens": jnp.sum(batch.positions >= 0),
+            "tokens": jnp.sum(batch.positions >= 0, dtype=jnp.int32),
             "grad_norm": grad_norm,
             "skipped": 1 - finite.astype(jnp.float32),
             **sums,
