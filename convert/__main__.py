@@ -27,8 +27,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
 
     def once():
-        from mistral_jax import distributed
+        from mistral_jax import distributed, machine
 
+        machine.open_devices()
         distributed.from_first(task)  # A launcher may have started it on every host.
 
     said = "interrupted: nothing was written"

@@ -23,7 +23,6 @@ _CACHE_WARNING = re.compile(
 # What a TPU's machine would say.
 _NO_TPU = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
-    "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
 
@@ -103,7 +102,8 @@ def open_devices(devices: Path = Path("/dev")) -> None:
     jax.config.update("jax_enable_x64", False)
     # Where there is no TPU, libtpu prints errors about a pod's variables, and asks a server.
     absent = not any(any(devices.glob(pattern)) for pattern in ("accel*", "vfio/[0-9]*"))
-    quiet = {} if any(name.startswith("TPU_") for name in os.environ) or not absent else _NO_TPU
+    told = any(name in os.environ for name in ("TPU_WORKER_ID", *_NO_TPU))
+    quiet = _NO_TPU if absent and not told else {}
     os.environ |= quiet
     try:
         jax.devices()
