@@ -31,7 +31,8 @@ def copy(tmp_path):
         ignored = shutil.ignore_patterns("assets", "__pycache__")
         shutil.copytree(CHECKOUT / name, tmp_path / name, ignore=ignored)
     (tmp_path / "mistral_jax" / "assets").symlink_to(CHECKOUT / "mistral_jax" / "assets")
-    shutil.copy(CHECKOUT / "pyproject.toml", tmp_path)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(CHECKOUT / name, tmp_path)
     return tmp_path
 
 

@@ -10,12 +10,12 @@ import pytest
 import sources
 import tokenizer_samples as samples
 from mistral_jax.convert.inspect import inspect
-from mistral_jax.convert.progress import Progress
 from mistral_jax.convert.to_orbax import to_orbax
 from mistral_jax.convert.to_torch import to_torch
 
 import mistral_jax
 from mistral_jax import checkpoint, manifest
+from mistral_jax.progress import Progress
 from mistral_jax.training.recipe import Recipe
 from mistral_jax.training.run import train
 

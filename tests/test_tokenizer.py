@@ -347,10 +347,13 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path):
     bad = tmp_path / "bad.model"
     whole = samples.FILES["v1"].read_bytes()
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
-    for content in (b"", b"hello", b'{"version": "1.0"}', pointer, whole[:1000], whole[:-5]):
+    for content in (b"", b"hello", b'{"version": "1.0"}', whole[:1000], whole[:-5]):
         bad.write_bytes(content)
         with pytest.raises(ValueError, match=r"bad\.model is not a SentencePiece model"):
             Tokenizer.from_file(str(bad))
+    bad.write_bytes(pointer)
+    with pytest.raises(ValueError, match=r"bad\.model is a Git LFS pointer"):
+        Tokenizer.from_file(str(bad))
 
 
 def test_a_file_without_bos_or_eos_is_refused(tmp_path):

@@ -169,7 +169,7 @@ def damage(kind, folder):
         ("cut", True, "bytes; expected"),
         ("cut", False, "bytes; expected"),
         ("missing", True, "is missing: "),
-        ("missing", False, "is missing"),
+        ("missing", False, "has no file"),
         ("changed", True, "is damaged, not what was written"),
     ],
 )

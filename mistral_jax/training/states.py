@@ -205,7 +205,10 @@ def _check_arrays(place: Path, abstract: dict[str, Any]) -> None:
     read_json(place / "_METADATA")
     for keys, array in jax.tree.leaves_with_path(abstract):
         part = place / jax.tree_util.keystr(keys, simple=True, separator=".")
-        found = zarr.describe(part, zarr.DTYPES | {"<i4": np.dtype(np.int32)})  # Steps are counts.
+        try:  # Steps are counts, which no model has.
+            found = zarr.describe(part, zarr.DTYPES | {"<i4": np.dtype(np.int32)})
+        except ValueError as error:
+            raise ValueError(f"{place.parent.parent} is damaged: {error}") from None
         if (found.shape, found.dtype) != (array.shape, array.dtype):
             raise ValueError(
                 f"{found.place} has {found.shape} of {found.dtype}; expected {array.shape} of "

@@ -13,10 +13,10 @@ import torch
 import transformers
 from test_messages import _lesson, _random_conversation
 
-from convert.progress import Progress
 from convert.to_orbax import to_orbax
 from convert.to_torch import to_torch
 from mistral_jax import checkpoint
+from mistral_jax.progress import Progress
 from mistral_jax.tokenizer import Tokenizer
 
 NAMES = ("v1", "v2", "v3", "v7", "nano", "small", "bare")
