@@ -95,7 +95,8 @@ class _Model:
             "is_new": arguments.chat,
         }
         if arguments.stats:
-            print(f"load         {time.perf_counter() - began:.2f} s", file=sys.stderr)
+            seconds = time.perf_counter() - began
+            print(f"load         {seconds:.2f} s, in {model.dtype.name}", file=sys.stderr)
 
     def answer(self, messages, show) -> None:
         """Answers a conversation; `show` is called with each piece of the answer."""
