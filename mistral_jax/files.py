@@ -7,6 +7,7 @@ that such a file can sensibly have, drops a byte order mark, and expects UTF-8. 
 import gzip
 import json
 import os
+import re
 import stat
 import tomllib
 import zlib
@@ -163,6 +164,11 @@ def read_toml(path: Path | str) -> dict[str, Any]:
       OSError: it cannot be read.
     """
     text = decode(read_bytes(path, MOST_TOML), str(path), "valid TOML")
+    # The parser's time grows with the square of a key's parts.
+    bare = re.sub(r"#[^\n]*", "", re.sub(r'"[^"\n]*"|\'[^\'\n]*\'', "", text))
+    keys = re.split(r"[,={}\[\]\n]", bare)
+    if any(key.count(".") >= MOST_NESTED for key in keys):
+        raise ValueError(f"{path} is nested too deeply: expected at most {MOST_NESTED} levels")
     try:
         table = tomllib.loads(text)
     except RecursionError:

@@ -83,7 +83,14 @@ def test_json_that_no_config_is(tmp_path, content, message):
 
 @pytest.mark.parametrize(
     "content",
-    ["a = " + "[" * 100_000, "[" + ".".join(["a"] * 2000) + "]", "a" + ".a" * 80 + " = 1"],
+    [
+        "a = " + "[" * 100_000,
+        "a = " + "{a = " * 100_000,
+        "[" + ".".join(f"a{i}" for i in range(100_000)) + "]",
+        "[" + ".".join(f'"a{i}"' for i in range(100_000)) + "]",
+        "a" + ".a" * 80 + " = 1",
+        "x = 1\ny = {a" + " . a" * 80 + " = 1}",
+    ],
 )
 def test_toml_is_not_nested_deeply(tmp_path, content):
     (tmp_path / "r.toml").write_text(content)
@@ -105,3 +112,9 @@ def test_what_git_leaves_in_place_of_a_file_is_called_so(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="x is empty; expected a JSON object"):
             files.read_json(path)
+
+
+def test_toml_may_have_many_dots_that_nest_nothing(tmp_path):
+    prompt, numbers = "wait" + "." * 100, [x / 2 for x in range(100)]
+    (tmp_path / "r.toml").write_text(f"a.b = {numbers}\nc = '{prompt}'  # {prompt}\n")
+    assert files.read_toml(tmp_path / "r.toml") == {"a": {"b": numbers}, "c": prompt}
