@@ -34,14 +34,11 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.merge and arguments.lora is None:
         raise ValueError("--merge is for --lora DIR; name the adapters to merge")
 
-    import logging
-
     from mistral_jax import machine
     from mistral_jax.generation.sampling import Sampling
 
     fields = {name: getattr(arguments, name) for name in _SAMPLING}
     sampling = Sampling(**fields, logit_bias=dict(arguments.logit_bias))
-    logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)  # It says the same, longer.
     if arguments.compilation_cache:
         machine.use_compilation_cache()
     if note := machine.unseen_accelerator():

@@ -16,6 +16,8 @@ from safetensors.numpy import save_file
 from sentencepiece import SentencePieceTrainer
 from tiny import OFFICIAL
 
+from mistral_jax.progress import Progress
+
 # What git leaves in place of a file that Git LFS keeps.
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%064d\nsize 9942981696\n" % 0
 
@@ -198,3 +200,13 @@ _HF_NAMES = {
     "feed_forward.w3": "mlp.up_proj",
     "output": "lm_head",
 }
+
+
+class Heard(Progress):
+    """A listener that remembers."""
+
+    def __init__(self):
+        self.said = []
+
+    def say(self, sentence):
+        self.said.append(sentence)

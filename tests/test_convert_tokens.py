@@ -12,24 +12,14 @@ import tokenizer_samples as samples
 from mistral_jax.convert.inspect import inspect
 from mistral_jax.convert.to_orbax import to_orbax
 from mistral_jax.convert.to_torch import to_torch
+from sources import Heard
 
 import mistral_jax
 from mistral_jax import checkpoint, manifest
-from mistral_jax.progress import Progress
 from mistral_jax.training.recipe import Recipe
 from mistral_jax.training.run import train
 
 HI = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
-
-
-class Heard(Progress):
-    """A listener that remembers."""
-
-    def __init__(self):
-        self.said = []
-
-    def say(self, sentence):
-        self.said.append(sentence)
 
 
 @pytest.fixture(scope="module")

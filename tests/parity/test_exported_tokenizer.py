@@ -11,25 +11,15 @@ import tiny
 import tokenizer_samples as samples
 import torch
 import transformers
+from sources import Heard
 from test_messages import _lesson, _random_conversation
 
 from convert.to_orbax import to_orbax
 from convert.to_torch import to_torch
 from mistral_jax import checkpoint
-from mistral_jax.progress import Progress
 from mistral_jax.tokenizer import Tokenizer
 
 NAMES = ("v1", "v2", "v3", "v7", "nano", "small", "bare")
-
-
-class Heard(Progress):
-    """A listener that remembers."""
-
-    def __init__(self):
-        self.said = []
-
-    def say(self, sentence):
-        self.said.append(sentence)
 
 
 @pytest.fixture(scope="module")
