@@ -32,7 +32,7 @@ import workloads
 from formats import Formats
 from results import Results
 
-from mistral_jax.generation.sampling import Sampling
+from mistral_jax.engine.sampling import Sampling
 
 WORKS = ("limits", *workloads.CASES, "table")
 FEW_TOKENS = 16  # of an answer whose memory is measured

@@ -19,7 +19,7 @@ import numpy as np
 import peaks
 from mistral_jax.convert import architecture, names
 
-from mistral_jax import safetensors_file
+from mistral_jax.checkpoint import safetensors_file
 from mistral_jax.config import ModelConfig
 
 CONFIG = ModelConfig(
@@ -35,7 +35,7 @@ CONFIG = ModelConfig(
 )
 IDLE = """
 import jax
-from mistral_jax import progress
+from mistral_jax.base import progress
 from mistral_jax.convert import to_orbax, to_torch
 jax.devices()
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("RssAnon")))

@@ -22,12 +22,13 @@ import jax.numpy as jnp
 import load
 import shapes
 
-from mistral_jax import checkpoint
+from mistral_jax.base.machine import read_bandwidth
+from mistral_jax.checkpoint import checkpoint
 from mistral_jax.config import ModelConfig
-from mistral_jax.generation.generate import generate
-from mistral_jax.machine import read_bandwidth
-from mistral_jax.planning import arithmetic, hardware, programs
-from mistral_jax.sharding import Layout
+from mistral_jax.engine.generate import generate
+from mistral_jax.parallel import hardware
+from mistral_jax.parallel.sharding import Layout
+from mistral_jax.planning import arithmetic, programs
 
 TOKENS = 128
 

@@ -17,9 +17,9 @@ import numpy as np
 from formats import Formats
 
 import mistral_jax
-from mistral_jax.generation import generate as generation
-from mistral_jax.generation.prefill import prefill
-from mistral_jax.generation.sampling import Sampling
+from mistral_jax.engine import generate as generation
+from mistral_jax.engine.prefill import prefill
+from mistral_jax.engine.sampling import Sampling
 
 Prompts = Sequence[Sequence[int]]
 

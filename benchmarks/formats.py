@@ -15,8 +15,8 @@ from mistral_jax.convert import architecture, names
 from mistral_jax.convert.to_orbax import to_orbax
 from mistral_jax.convert.to_torch import to_torch
 
-from mistral_jax import safetensors_file
-from mistral_jax.checkpoint import BUNDLED
+from mistral_jax.checkpoint import safetensors_file
+from mistral_jax.checkpoint.checkpoint import BUNDLED
 from mistral_jax.config import ModelConfig
 
 # What stands for a precision in GGUF, and for our own tensor names.

@@ -20,12 +20,12 @@ from collections.abc import Iterator
 
 import jax
 
-from mistral_jax import quantization
+from mistral_jax.checkpoint import quantization
 from mistral_jax.config import ModelConfig
-from mistral_jax.model import cudnn
 from mistral_jax.model.transformer import Transformer
+from mistral_jax.ops import cudnn
+from mistral_jax.parallel.sharding import Layout, abstract_params
 from mistral_jax.planning import programs
-from mistral_jax.sharding import Layout, abstract_params
 
 H100 = """
 platform_name: "CUDA"

@@ -12,7 +12,7 @@ import lzma
 
 import mistral_jax
 from mistral_jax.config import CONFIG_DIR
-from mistral_jax.training import corpus
+from mistral_jax.training.data import corpus
 from mistral_jax.training.recipe import Recipe
 
 CHARACTERS = 6000

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import peaks
 import shapes
 
-from mistral_jax.generation.prefill import prefill
+from mistral_jax.engine.prefill import prefill
 from mistral_jax.model.transformer import Transformer
 
 KINDS = {"window": 1024, "none": None}

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import llama_cpp as llama
 import numpy as np
 
-from mistral_jax.generation.sampling import Sampling
+from mistral_jax.engine.sampling import Sampling
 
 Prompts = Sequence[Sequence[int]]
 

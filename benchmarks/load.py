@@ -58,9 +58,9 @@ def make(path: Path, config: ModelConfig) -> None:
     """Writes a checkpoint of random bfloat16."""
     from flax.traverse_util import flatten_dict
 
-    from mistral_jax import checkpoint
+    from mistral_jax.checkpoint import checkpoint
     from mistral_jax.model.transformer import Transformer
-    from mistral_jax.sharding import abstract_params
+    from mistral_jax.parallel.sharding import abstract_params
 
     rng = np.random.default_rng(0)
     shapes = flatten_dict(abstract_params(Transformer(config)), sep="/")
@@ -95,7 +95,8 @@ def load(path: str, name: str) -> dict:
     """Loads a checkpoint; returns what that took."""
     import jax
 
-    from mistral_jax import arrays, checkpoint, distributed
+    from mistral_jax.checkpoint import arrays, checkpoint
+    from mistral_jax.parallel import distributed
 
     distributed.initialize()
     jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros(8))())

@@ -16,10 +16,10 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from mistral_jax import pages
-from mistral_jax.model import kernels
-from mistral_jax.model.products import multiply
-from mistral_jax.model.quantized import QuantizedKernel, to_int8
+from mistral_jax.base import pages
+from mistral_jax.ops import kernels
+from mistral_jax.ops.products import multiply
+from mistral_jax.ops.quantized import QuantizedKernel, to_int8
 
 SHAPE = (3584, 1024)
 MATRICES = 24

@@ -117,7 +117,7 @@ def jax_step(model, params, about: dict) -> Callable[[], dict]:
     import jax
     import jax.numpy as jnp
 
-    from mistral_jax.training.lora import Lora, attach, init_adapters
+    from mistral_jax.checkpoint.lora import Lora, attach, init_adapters
     from mistral_jax.training.objective import everything, make_loss_fn
     from mistral_jax.training.optimizers import make_optimizer
     from mistral_jax.training.states import create_state
@@ -222,7 +222,7 @@ def on_device(name: str, context: int, rows: int, rounds: int) -> dict:
     import jax.numpy as jnp
 
     from mistral_jax.model.transformer import Transformer
-    from mistral_jax.sharding import abstract_params
+    from mistral_jax.parallel.sharding import abstract_params
 
     config = ModelConfig.from_name(name)
     model = Transformer(config, jnp.bfloat16, remat="nothing_saveable")

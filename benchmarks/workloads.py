@@ -12,7 +12,7 @@ import engines
 import shares
 
 from mistral_jax.config import ModelConfig
-from mistral_jax.generation.sampling import Sampling
+from mistral_jax.engine.sampling import Sampling
 
 Programs = Mapping[str, engines.Program]
 Run = Callable[[], float]

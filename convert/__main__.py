@@ -5,8 +5,9 @@ import sys
 import warnings
 from collections.abc import Callable
 
-import mistral_jax
-from mistral_jax.command import Parser, count, interruptible, one_line, run
+from mistral_jax.base import VERSION
+from mistral_jax.base.output import one_line
+from mistral_jax.cli.command import Parser, count, interruptible, run
 
 DTYPES = ("bfloat16", "float16", "float32")
 FORMATS = ("hf", "official")
@@ -27,7 +28,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
 
     def once():
-        from mistral_jax import distributed, machine
+        from mistral_jax.base import machine
+        from mistral_jax.parallel import distributed
 
         machine.open_devices()
         distributed.from_first(task)  # A launcher may have started it on every host.
@@ -37,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _to_orbax(arguments: argparse.Namespace) -> Callable[[], None]:
-    from mistral_jax.progress import Screen
+    from mistral_jax.base.progress import Screen
 
     from .to_orbax import to_orbax
 
@@ -54,7 +56,7 @@ def _to_orbax(arguments: argparse.Namespace) -> Callable[[], None]:
 
 
 def _to_torch(arguments: argparse.Namespace) -> Callable[[], None]:
-    from mistral_jax.progress import Screen
+    from mistral_jax.base.progress import Screen
 
     from .to_torch import to_torch
 
@@ -85,9 +87,7 @@ def _parser() -> Parser:
         prog="python -m mistral_jax.convert",
         description="Converts checkpoints of Mistral between PyTorch and Orbax, without PyTorch.",
     )
-    parser.add_argument(
-        "--version", action="version", version=f"mistral_jax {mistral_jax.__version__}"
-    )
+    parser.add_argument("--version", action="version", version=f"mistral_jax {VERSION}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser(

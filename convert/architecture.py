@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mistral_jax.config import DEFAULT_MAX_POSITIONS, RULES, ModelConfig
-from mistral_jax.fields import (
+from mistral_jax.base.fields import (
     Rule,
     boolean,
     check_table,
@@ -19,7 +18,8 @@ from mistral_jax.fields import (
     string,
     table_of,
 )
-from mistral_jax.files import parse_json, read_json
+from mistral_jax.base.files import parse_json, read_json
+from mistral_jax.config import DEFAULT_MAX_POSITIONS, RULES, ModelConfig
 
 # Ours, the official name, Hugging Face's; those without a default are in every file, or refused.
 FIELDS = (

@@ -8,13 +8,14 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mistral_jax import spm
 from mistral_jax.config import ModelConfig
-from mistral_jax.spm import Kind, Piece
-from mistral_jax.tokenizer import Tokenizer
+from mistral_jax.tokens import spm
+from mistral_jax.tokens.spm import Kind, Piece
+from mistral_jax.tokens.tokenizer import Tokenizer
 
-# The form of `mistral_jax.messages`: what makes one message of several in a row, where the system
-# text goes, and what stands around a text. Each text between control tokens is encoded by itself.
+# The form of `mistral_jax.tokens.messages`: what makes one message of several in a row, where the
+# system text goes, and what stands around a text. Each text between control tokens is encoded by
+# itself.
 _TEMPLATE = """\
 {%- macro refuse(problem) -%}{{ raise_exception(problem) }}{%- endmacro -%}
 {%- if tools -%}{{ refuse('tools are not supported') }}{%- endif -%}

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from mistral_jax import origin
+from mistral_jax.checkpoint import origin
 
 from .source import DETAILS, FORMATS, TOKENIZERS, Source, find
 

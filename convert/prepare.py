@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mistral_jax import manifest, origin
-from mistral_jax.progress import Screen
+from mistral_jax.base.progress import Screen
+from mistral_jax.checkpoint import manifest, origin
 
 from . import hub
 from .source import Source, find

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mistral_jax import manifest, safetensors_file
-from mistral_jax.fields import check_table, show, string, table_of
-from mistral_jax.files import read_json
+from mistral_jax.base.fields import check_table, show, string, table_of
+from mistral_jax.base.files import read_json
+from mistral_jax.checkpoint import manifest, safetensors_file
 
 from . import torch_zip
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mistral_jax.fields import show
+from mistral_jax.base.fields import show
 
 MakeStorage = Callable[[str, str, int], np.ndarray]
 MakeTensor = Callable[[np.ndarray, int, tuple[int, ...], tuple[int, ...]], np.ndarray]

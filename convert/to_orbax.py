@@ -12,11 +12,11 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-import mistral_jax
-from mistral_jax import checkpoint, folder, manifest, origin, quantization
+from mistral_jax.base import VERSION
+from mistral_jax.base.progress import Progress
+from mistral_jax.checkpoint import checkpoint, folder, manifest, origin, quantization
 from mistral_jax.config import ModelConfig
-from mistral_jax.model.quantized import QuantizedKernel, to_int8
-from mistral_jax.progress import Progress
+from mistral_jax.ops.quantized import QuantizedKernel, to_int8
 
 from . import architecture, hub, tokens
 from .checks import check_finite, match
@@ -83,7 +83,7 @@ def to_orbax(
         "source": origin.hub_name(found.folder) or found.folder.resolve().name,
         "source_format": found.format,
         "rope_theta_from": described.theta_origin,
-        "program": f"mistral_jax {mistral_jax.__version__}",
+        "program": f"mistral_jax {VERSION}",
     }
     if tokenizer is not None:
         provenance["tokenizer"] = found.tokenizer_file.name

@@ -12,11 +12,11 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mistral_jax import arrays, folder, manifest, safetensors_file, zarr
-from mistral_jax.checkpoint import check_shapes, read_tokenizer
+from mistral_jax.base.progress import Advance, Progress
+from mistral_jax.checkpoint import arrays, folder, manifest, safetensors_file, zarr
+from mistral_jax.checkpoint.checkpoint import check_shapes, read_tokenizer
 from mistral_jax.config import ModelConfig
-from mistral_jax.progress import Advance, Progress
-from mistral_jax.tokenizer import Tokenizer
+from mistral_jax.tokens.tokenizer import Tokenizer
 
 from . import architecture, hf_tokenizer
 from .checks import check_finite

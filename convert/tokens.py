@@ -8,11 +8,19 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from mistral_jax import checkpoint
+from mistral_jax.base.fields import (
+    check_table,
+    either,
+    integer,
+    list_of,
+    optional,
+    string,
+    table_of,
+)
+from mistral_jax.base.files import read_json
+from mistral_jax.checkpoint import checkpoint
 from mistral_jax.config import ModelConfig
-from mistral_jax.fields import check_table, either, integer, list_of, optional, string, table_of
-from mistral_jax.files import read_json
-from mistral_jax.tokenizer import Tokenizer
+from mistral_jax.tokens.tokenizer import Tokenizer
 
 from .architecture import Architecture
 from .source import Source

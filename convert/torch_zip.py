@@ -17,8 +17,8 @@ import ml_dtypes  # noqa: F401 - NumPy then knows the name bfloat16.
 import numpy as np
 from rich.filesize import decimal
 
-from mistral_jax.fields import show
-from mistral_jax.files import check_content
+from mistral_jax.base.fields import show
+from mistral_jax.base.files import check_content
 
 from . import state_pickle
 

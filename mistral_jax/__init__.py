@@ -4,12 +4,12 @@ import importlib
 import os
 import sys
 
+from mistral_jax.base import VERSION as __version__  # noqa: F401
+
 if sys.argv[:1] == ["-m"]:  # So it is while Python looks for the command that it will run.
-    from mistral_jax import command
+    from mistral_jax.cli import command
 
     command.begin()
-
-__version__ = "0.1.0"
 
 # In a checkout, `convert` and `configs` stand beside this package instead of inside it.
 _root = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
@@ -17,15 +17,15 @@ if os.path.isfile(os.path.join(_root, "pyproject.toml")):
     __path__.append(_root)
 
 _HOMES = {
-    "checkpoint": ("load", "save"),
+    "checkpoint.checkpoint": ("load", "save"),
     "config": ("ModelConfig",),
-    "generation.generate": ("Completion", "generate"),
-    "generation.sampling": ("Sampling",),
-    "generation.score": ("Score", "score"),
-    "generation.text": ("chat", "complete", "stream"),
+    "engine.generate": ("Completion", "generate"),
+    "engine.sampling": ("Sampling",),
+    "engine.score": ("Score", "score"),
+    "engine.text": ("chat", "complete", "stream"),
     "model.cache": ("init_cache",),
     "model.transformer": ("Transformer",),
-    "tokenizer": ("Tokenizer",),
+    "tokens.tokenizer": ("Tokenizer",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [*sorted(_HOME_OF)]

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mistral_jax.fields import LARGEST_INT, Rule, boolean, integer, list_of, number, show
-from mistral_jax.files import read_toml
+from mistral_jax.base.fields import LARGEST_INT, Rule, boolean, integer, list_of, number, show
+from mistral_jax.base.files import read_toml
 
 _HERE = Path(__file__).resolve().parent
 CHECKOUT = _HERE.parent if (_HERE.parent / "pyproject.toml").is_file() else None

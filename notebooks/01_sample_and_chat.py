@@ -106,8 +106,8 @@ print("logits", logits.shape, "likeliest", [tokenizer.piece(token) for token in 
 # %%
 import matplotlib.pyplot as plt
 
-from mistral_jax.generation.logits import filter_logits
-from mistral_jax.generation.sampling import RowSampling
+from mistral_jax.engine.logits import filter_logits
+from mistral_jax.engine.sampling import RowSampling
 
 settings = {
     "temperature 0.5": mj.Sampling(temperature=0.5, top_p=1.0),
@@ -199,7 +199,7 @@ for name, text in {"code": code, "its lines reversed": backwards, "prose": prose
     print(f"{result.bits_per_byte:5.2f} bits a byte, {result.tokens:3d} tokens: {name}")
 
 # %%
-from mistral_jax.generation.score import likelihoods
+from mistral_jax.engine.score import likelihoods
 
 code_ids = tokenizer.encode(code, bos=True)[:45]  # as many as the drawing has room for
 (found,) = likelihoods(model, params, [code_ids], batch=1)
@@ -245,5 +245,5 @@ print(mj.chat(model, params, tokenizer, question, max_new_tokens=32))
 #
 # - [02_inside_the_model](02_inside_the_model.ipynb) opens the model: mask, cache, heads.
 # - [docs/architecture.md](../docs/architecture.md) follows a prompt through the files.
-# - To read: [`generation/logits.py`](../mistral_jax/generation/logits.py), the filters and the
-#   choice; [`generation/text.py`](../mistral_jax/generation/text.py), which was called most here.
+# - To read: [`engine/logits.py`](../mistral_jax/engine/logits.py), the filters and the
+#   choice; [`engine/text.py`](../mistral_jax/engine/text.py), which was called most here.

@@ -57,7 +57,7 @@ from mistral_jax.convert.to_orbax import to_orbax
 from mistral_jax.convert.to_torch import to_torch
 
 import mistral_jax as mj
-from mistral_jax.checkpoint import BUNDLED
+from mistral_jax.checkpoint.checkpoint import BUNDLED
 from mistral_jax.model.rope import rotary_angles, rotate
 
 # None is the bundled model; or a checkpoint's folder, or a name on the Hub, such as

@@ -52,9 +52,10 @@ from flax.traverse_util import flatten_dict
 from mistral_jax.convert.prepare import prepare
 
 import mistral_jax as mj
-from mistral_jax.generation.score import likelihoods
-from mistral_jax.training import curve, records, run
-from mistral_jax.training.lora import Lora, init_adapters
+from mistral_jax.checkpoint.lora import Lora, init_adapters
+from mistral_jax.engine.score import likelihoods
+from mistral_jax.training import curve, run
+from mistral_jax.training.data import records
 from mistral_jax.training.recipe import Data, Recipe
 
 # None is the bundled model; or a checkpoint's folder, or a name on the Hub, such as
@@ -246,4 +247,4 @@ print(f"{same} of {len(answers)} answers are the same")
 # - [Fine-tuning](../docs/finetuning.md) has the command line, and other ways: QLoRA is
 #   `quantize="nf4"` in the recipe above, `lora=None` with a lower rate trains all parameters, and
 #   `dpo=Preference()` learns from pairs of answers.
-# - [03_convert](03_convert.ipynb) exports a model; `mistral_jax/training/lora.py` makes adapters.
+# - [03_convert](03_convert.ipynb) exports a model; `mistral_jax/checkpoint/lora.py` makes adapters.

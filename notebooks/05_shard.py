@@ -53,9 +53,9 @@ from rich.filesize import decimal
 
 import mistral_jax as mj
 from mistral_jax.config import CONFIG_DIR, ModelConfig
+from mistral_jax.parallel.rules import split_kv_heads
+from mistral_jax.parallel.sharding import Layout, read_layout
 from mistral_jax.planning import arithmetic, collectives, programs
-from mistral_jax.rules import split_kv_heads
-from mistral_jax.sharding import Layout, read_layout
 
 jax.config.update("jax_num_cpu_devices", 8)
 DEVICES = len(jax.devices())
@@ -251,5 +251,6 @@ print(subprocess.run(command, check=True, capture_output=True, text=True).stdout
 #
 # - [docs/scaling.md](../docs/scaling.md) shows that report, and tells how to choose a layout.
 # - [06_long_context](06_long_context.ipynb) measures the cache, which `tensor` splits as well.
-# - Read [rules.py](../mistral_jax/rules.py), [sharding.py](../mistral_jax/sharding.py) and
+# - Read [rules.py](../mistral_jax/parallel/rules.py),
+#   [sharding.py](../mistral_jax/parallel/sharding.py) and
 #   [planning/arithmetic.py](../mistral_jax/planning/arithmetic.py).

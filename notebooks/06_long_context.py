@@ -52,9 +52,9 @@ from mistral_jax.convert.prepare import prepare
 
 import mistral_jax as mj
 from mistral_jax.config import ModelConfig
+from mistral_jax.engine.prefill import CHUNK
 from mistral_jax.evaluation.perplexity import row_losses
 from mistral_jax.evaluation.positions import by_position, turns
-from mistral_jax.generation.prefill import CHUNK
 
 # The bundled model; or a checkpoint's folder, or a name on the Hub: "mistralai/Mistral-7B-v0.1".
 MODEL = None

@@ -156,8 +156,8 @@ def adapt(checkpoint: str, folder: str, target: str) -> dict:
     import jax
 
     import mistral_jax as mj
-    from mistral_jax import adapters
-    from mistral_jax.training.lora import adapter_shardings
+    from mistral_jax.checkpoint import adapters
+    from mistral_jax.checkpoint.lora import adapter_shardings
 
     found = {}
     for merge in (False, True):
@@ -172,7 +172,7 @@ def adapt(checkpoint: str, folder: str, target: str) -> dict:
 
 def late() -> int:
     """Lets the others wait for the first process longer than the runtime would, to connect."""
-    from mistral_jax import distributed
+    from mistral_jax.parallel import distributed
 
     return distributed.from_first(lambda: time.sleep(35) or 7)
 
@@ -187,8 +187,10 @@ def train(configs: str, process: str, number: str, *arguments: str) -> int:
 
     By then the state of step 10 is saved: it is written while training goes on.
     """
-    from mistral_jax import config, train
-    from mistral_jax.training import corpus, data
+    from mistral_jax import config
+    from mistral_jax.cli import train
+    from mistral_jax.training.data import corpus
+    from mistral_jax.training.data import documents as data
 
     config.CONFIG_DIR = Path(configs)
     texts = {f"{i}.py": "def f(x):\n    return x + 1\n" * 9 + f"# {i}\n" for i in range(40)}
@@ -221,7 +223,7 @@ def main() -> int:
     task, *arguments = sys.argv[1:]
     if task == "train":
         return train(*arguments)
-    from mistral_jax import command
+    from mistral_jax.cli import command
 
     tasks = {"bytes": bytes_read} | {f.__name__: f for f in (work, adapt, late, wait, finetune)}
     return command.run(lambda: print(json.dumps(tasks[task](*arguments))))

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
+from mistral_jax.base.files import read_json, read_toml
 from mistral_jax.config import CONFIG_DIR, ModelConfig
-from mistral_jax.files import read_json, read_toml
 
 FIELDS = {
     "vocab_size": 53,

@@ -6,7 +6,7 @@ import importlib
 
 def sample():
     """Returns the parser of `python -m mistral_jax.sample`."""
-    return _for_page("mistral_jax.options", "parser")
+    return _for_page("mistral_jax.cli.options", "parser")
 
 
 def convert():

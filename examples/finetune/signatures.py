@@ -19,10 +19,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import mistral_jax
-from mistral_jax import command
+from mistral_jax.cli import command
 from mistral_jax.config import CONFIG_DIR
-from mistral_jax.generation.score import likelihoods
-from mistral_jax.training import corpus, records
+from mistral_jax.engine.score import likelihoods
+from mistral_jax.training.data import corpus, records
 from mistral_jax.training.recipe import Recipe
 
 PARTS = ("test", "test", "validation", *["train"] * 22)  # of 25 names, which go where

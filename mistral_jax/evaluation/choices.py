@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from mistral_jax.base.fields import show
+from mistral_jax.engine.prefill import Params
+from mistral_jax.engine.score import likelihoods
 from mistral_jax.evaluation.documents import records
 from mistral_jax.evaluation.positions import check_finite
-from mistral_jax.fields import show
-from mistral_jax.generation.prefill import Params
-from mistral_jax.generation.score import likelihoods
 from mistral_jax.model.transformer import Transformer
-from mistral_jax.tokenizer import Tokenizer
+from mistral_jax.tokens.tokenizer import Tokenizer
 
 _QUESTION = ("question", "query", "prompt", "context")
 _ANSWER = ("answer", "gold")

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mistral_jax.fields import show
-from mistral_jax.files import parse_record, read_lines, read_text
+from mistral_jax.base.fields import show
+from mistral_jax.base.files import parse_record, read_lines, read_text
 
 _JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 

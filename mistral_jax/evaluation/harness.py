@@ -19,13 +19,13 @@ from lm_eval.utils import (
 )
 from tqdm import tqdm
 
-from mistral_jax.checkpoint import load
-from mistral_jax.generation.prefill import Params
-from mistral_jax.generation.sampling import Sampling
-from mistral_jax.generation.score import likelihoods
-from mistral_jax.generation.text import completions
+from mistral_jax.checkpoint.checkpoint import load
+from mistral_jax.engine.prefill import Params
+from mistral_jax.engine.sampling import Sampling
+from mistral_jax.engine.score import likelihoods
+from mistral_jax.engine.text import completions
 from mistral_jax.model.transformer import Transformer
-from mistral_jax.tokenizer import Tokenizer
+from mistral_jax.tokens.tokenizer import Tokenizer
 
 _NEW_TOKENS = 256  # where a task sets no limit; as the harness's own backends
 

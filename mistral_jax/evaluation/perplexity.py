@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from mistral_jax.engine.prefill import Params
+from mistral_jax.engine.score import likelihoods
 from mistral_jax.evaluation.positions import check_finite
-from mistral_jax.generation.prefill import Params
-from mistral_jax.generation.score import likelihoods
 from mistral_jax.model.transformer import Transformer
-from mistral_jax.tokenizer import Tokenizer
+from mistral_jax.tokens.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

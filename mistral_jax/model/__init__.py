@@ -1,1 +1,1 @@
-"""The forward pass, from rotary embedding to `Transformer`: no tokenizer, no file, no sampling."""
+"""The model: five short files, in which no device is named."""

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from mistral_jax.config import ModelConfig
-from mistral_jax.model import kernels
-from mistral_jax.model.quantized import MaybeQuantized, QuantizedKernel, to_int8
+from mistral_jax.ops import kernels
+from mistral_jax.ops.quantized import MaybeQuantized, QuantizedKernel, to_int8
 
 
 @flax.struct.dataclass

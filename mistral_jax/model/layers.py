@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from mistral_jax.config import ModelConfig
-from mistral_jax.model.attention import attend
-from mistral_jax.model.axes import Rules, length_parts, mesh_axes
 from mistral_jax.model.cache import LayerCache, line_up, round_for, write
-from mistral_jax.model.products import look_up, multiply, multiply_each
 from mistral_jax.model.rope import rotate
+from mistral_jax.ops.attention import attend
+from mistral_jax.ops.partition import Rules, length_parts, mesh_axes
+from mistral_jax.ops.products import look_up, multiply, multiply_each
 
 
 class Projection(nn.Module):

@@ -25,10 +25,10 @@ import jax
 import jax.numpy as jnp
 
 from mistral_jax.config import ModelConfig
-from mistral_jax.model.axes import Rules
 from mistral_jax.model.cache import Cache, LayerCache
 from mistral_jax.model.layers import MLP, Attention, Embedding, Projection, RMSNorm
 from mistral_jax.model.rope import rotary_angles
+from mistral_jax.ops.partition import Rules
 
 Params = Mapping[str, Any]
 

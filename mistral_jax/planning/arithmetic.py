@@ -1,6 +1,6 @@
 """What a program costs by arithmetic: multiplications, bytes, and what devices must exchange.
 
-It asks no compiler: `tests/test_planning.py` holds it to what XLA makes of the same program.
+It asks no compiler: `tests/planning/test_planning.py` holds it to what XLA makes of it.
 Letters are those of `model/transformer.py`; t, m, f, b and s are the devices over which heads, the
 MLP's width, the residual width of weights, rows, and the length of a text are split.
 """
@@ -13,13 +13,13 @@ from typing import Any
 import jax
 
 from mistral_jax.config import ModelConfig
-from mistral_jax.model.attention import BLOCK
-from mistral_jax.model.axes import mesh_axes
 from mistral_jax.model.transformer import Transformer
+from mistral_jax.ops.attention import BLOCK
+from mistral_jax.ops.partition import mesh_axes
+from mistral_jax.parallel.sharding import Layout
 from mistral_jax.planning.collectives import Collective
-from mistral_jax.planning.flops import keys_seen, mean_seen, of_attention, of_weights
 from mistral_jax.planning.programs import Shapes, weights
-from mistral_jax.sharding import Layout
+from mistral_jax.training.flops import keys_seen, mean_seen, of_attention, of_weights
 
 
 def tokens(program: str, of: Shapes) -> int:

@@ -11,11 +11,12 @@ import jax
 
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.transformer import Transformer
+from mistral_jax.parallel.hardware import Hardware
+from mistral_jax.parallel.sharding import Layout
 from mistral_jax.planning import arithmetic, collectives, programs
 from mistral_jax.planning.collectives import Collective
-from mistral_jax.planning.hardware import Estimate, Hardware, estimate
+from mistral_jax.planning.estimate import Estimate, estimate
 from mistral_jax.planning.programs import Shapes
-from mistral_jax.sharding import Layout
 
 
 @dataclasses.dataclass(frozen=True)

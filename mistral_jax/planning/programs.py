@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mistral_jax import precision, quantization
-from mistral_jax.generation import decode, prefill
-from mistral_jax.generation.sampling import RowSampling, Sampling
+from mistral_jax.checkpoint import precision, quantization
+from mistral_jax.engine import decode, prefill
+from mistral_jax.engine.sampling import RowSampling, Sampling
 from mistral_jax.model.cache import Cache
 from mistral_jax.model.transformer import Transformer
-from mistral_jax.sharding import Layout, abstract_params
+from mistral_jax.parallel.sharding import Layout, abstract_params
 from mistral_jax.training.objective import make_loss_fn
 from mistral_jax.training.optimizers import make_optimizer
 from mistral_jax.training.states import abstract_state

@@ -6,8 +6,8 @@ from typing import Any
 
 from rich.filesize import decimal
 
+from mistral_jax.parallel.hardware import Hardware
 from mistral_jax.planning.forecast import Forecast
-from mistral_jax.planning.hardware import Hardware
 
 _WORK = {
     "prefill": "a chunk of {} prompt tokens",

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from mistral_jax.fields import Rule, check_table, integer, list_of, number, optional
-from mistral_jax.files import parse_record, read_lines
+from mistral_jax.base.fields import Rule, check_table, integer, list_of, number, optional
+from mistral_jax.base.files import parse_record, read_lines
 from mistral_jax.training.utilisation import peak_memory
 
 _RATED = 10  # steps, the last ones, that the tokens a second are of

@@ -13,13 +13,15 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from mistral_jax import adapters, checkpoint, origin
-from mistral_jax.model.quantized import QuantizedKernel
+from mistral_jax.checkpoint import adapters, checkpoint, origin
+from mistral_jax.checkpoint.lora import adapter_shardings, attach, init_adapters
+from mistral_jax.checkpoint.quantization import quantize
 from mistral_jax.model.transformer import Transformer, stack_layers, unstack_layers
-from mistral_jax.quantization import quantize
-from mistral_jax.sharding import mesh_of, read_layout
-from mistral_jax.training import examples
-from mistral_jax.training.batches import own_rows
+from mistral_jax.ops.quantized import QuantizedKernel
+from mistral_jax.parallel.sharding import mesh_of, read_layout
+from mistral_jax.training.data import examples
+from mistral_jax.training.data.batches import own_rows
+from mistral_jax.training.data.rows import Rows, feed, in_order
 from mistral_jax.training.job import (
     Job,
     check_memory,
@@ -28,10 +30,8 @@ from mistral_jax.training.job import (
     save_model,
     trained_model,
 )
-from mistral_jax.training.lora import adapter_shardings, attach, init_adapters
 from mistral_jax.training.objective import everything, make_loss_fn, make_preference_loss_fn
 from mistral_jax.training.recipe import MOST_STEPS, Recipe
-from mistral_jax.training.rows import Rows, feed, in_order
 from mistral_jax.training.states import create_state
 from mistral_jax.training.step import LossFn, Params, TrainState
 

@@ -10,11 +10,12 @@ import optax
 from jax.sharding import SingleDeviceSharding
 from rich.filesize import decimal
 
-from mistral_jax import checkpoint, memory
+from mistral_jax.base import memory
+from mistral_jax.checkpoint import checkpoint
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.transformer import Transformer
-from mistral_jax.sharding import Layout
-from mistral_jax.tokenizer import Tokenizer
+from mistral_jax.parallel.sharding import Layout
+from mistral_jax.tokens.tokenizer import Tokenizer
 from mistral_jax.training.optimizers import make_optimizer, make_schedule
 from mistral_jax.training.recipe import Recipe
 from mistral_jax.training.step import Batch, LossFn, Params, TrainState

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mistral_jax.fields import Rule, boolean, integer, number, optional, show, string
+from mistral_jax.base.fields import Rule, boolean, integer, number, optional, show, string
 
 SCHEDULES = ("cosine", "linear", "constant")
 # Means of what came before: with a share of 1 they never begin.

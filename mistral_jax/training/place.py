@@ -12,9 +12,10 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mistral_jax import adapters, folder, manifest
-from mistral_jax.files import read_json
-from mistral_jax.training import examples, pretraining, sums
+from mistral_jax.base.files import read_json
+from mistral_jax.checkpoint import adapters, folder, manifest
+from mistral_jax.training import pretraining, sums
+from mistral_jax.training.data import examples
 from mistral_jax.training.recipe import Recipe
 from mistral_jax.training.states import saved_steps
 

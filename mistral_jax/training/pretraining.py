@@ -9,17 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mistral_jax import folder
+from mistral_jax.checkpoint import folder
 from mistral_jax.model.transformer import Transformer, stack_layers, unstack_layers
-from mistral_jax.sharding import Layout, abstract_params, read_layout
-from mistral_jax.tokenizer import Tokenizer
-from mistral_jax.training import corpus, data, sums
+from mistral_jax.parallel.sharding import Layout, abstract_params, read_layout
+from mistral_jax.tokens.tokenizer import Tokenizer
+from mistral_jax.training import sums
+from mistral_jax.training.data import corpus
+from mistral_jax.training.data import documents as data
+from mistral_jax.training.data.vocabulary import train_vocabulary
 from mistral_jax.training.job import Job, check_memory, optimizer_of, save_model, trained_model
 from mistral_jax.training.objective import make_loss_fn
 from mistral_jax.training.recipe import Recipe
 from mistral_jax.training.states import create_state
 from mistral_jax.training.step import Params, TrainState
-from mistral_jax.training.vocabulary import train_vocabulary
 
 
 def prepare(recipe: Recipe, path: Path) -> None:

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mistral_jax.base.fields import build, check, integer, number, show, string, table_of
+from mistral_jax.base.files import read_toml
+from mistral_jax.checkpoint.lora import Lora
 from mistral_jax.config import ModelConfig, find
-from mistral_jax.fields import build, check, integer, number, show, string, table_of
-from mistral_jax.files import read_toml
-from mistral_jax.training.lora import Lora
 from mistral_jax.training.optimizers import (
     SCHEDULES,
     SHARE,

@@ -15,13 +15,14 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from mistral_jax import distributed
-from mistral_jax.generation.sampling import Sampling
-from mistral_jax.generation.text import completions
-from mistral_jax.sharding import on_mesh
-from mistral_jax.training import curve, examples, finetuning, pretraining
-from mistral_jax.training.batches import spread
+from mistral_jax.engine.sampling import Sampling
+from mistral_jax.engine.text import completions
+from mistral_jax.parallel import distributed
+from mistral_jax.parallel.sharding import on_mesh
+from mistral_jax.training import curve, finetuning, pretraining
 from mistral_jax.training.curve import Curve, Entry
+from mistral_jax.training.data import examples
+from mistral_jax.training.data.batches import spread
 from mistral_jax.training.job import Job, optimizer_of
 from mistral_jax.training.place import prepared, signals
 from mistral_jax.training.recipe import Recipe

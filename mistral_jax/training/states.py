@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mistral_jax import arrays, distributed, folder, zarr
-from mistral_jax.files import read_json
-from mistral_jax.sharding import Layout
+from mistral_jax.base.files import read_json
+from mistral_jax.checkpoint import arrays, folder, zarr
+from mistral_jax.parallel import distributed
+from mistral_jax.parallel.sharding import Layout
 from mistral_jax.training import sums
 from mistral_jax.training.step import Params, TrainState
 

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mistral_jax.fields import Rule, check_table, list_of
-from mistral_jax.files import parse_json, read_json, read_text
+from mistral_jax.base.fields import Rule, check_table, list_of
+from mistral_jax.base.files import parse_json, read_json, read_text
 from mistral_jax.training import curve
 from mistral_jax.training.curve import Entry, points
 from mistral_jax.training.progress import amount, duration

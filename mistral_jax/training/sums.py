@@ -4,8 +4,8 @@ import json
 import zlib
 from pathlib import Path
 
-from mistral_jax.fields import Rule, check_table, integer, list_of, table_of
-from mistral_jax.files import read_json
+from mistral_jax.base.fields import Rule, check_table, integer, list_of, table_of
+from mistral_jax.base.files import read_json
 
 _NAME = "sums.json"
 _NUMBERS = list_of(integer(0, 1 << 62))

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from mistral_jax.config import ModelConfig
-from mistral_jax.planning import flops, hardware
+from mistral_jax.parallel import hardware
+from mistral_jax.training import flops
 
 
 def flops_per_token(

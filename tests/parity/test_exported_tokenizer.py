@@ -16,8 +16,8 @@ from test_messages import _lesson, _random_conversation
 
 from convert.to_orbax import to_orbax
 from convert.to_torch import to_torch
-from mistral_jax import checkpoint
-from mistral_jax.tokenizer import Tokenizer
+from mistral_jax.checkpoint import checkpoint
+from mistral_jax.tokens.tokenizer import Tokenizer
 
 NAMES = ("v1", "v2", "v3", "v7", "nano", "small", "bare")
 

@@ -14,8 +14,8 @@ from lm_eval.tasks import TaskManager
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from convert.to_torch import to_torch
-from mistral_jax import evaluate
-from mistral_jax.checkpoint import BUNDLED
+from mistral_jax.checkpoint.checkpoint import BUNDLED
+from mistral_jax.cli import evaluate
 from mistral_jax.evaluation.harness import MistralJax
 
 # Both compute in float32; a continuation is a sum of a few dozen terms, each off by 1e-5 at most.

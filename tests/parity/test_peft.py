@@ -13,8 +13,8 @@ import tiny
 import torch
 
 import mistral_jax
-from mistral_jax import adapters, checkpoint
-from mistral_jax.training.lora import PROJECTIONS, Lora, apply, attach, init_adapters
+from mistral_jax.checkpoint import adapters, checkpoint
+from mistral_jax.checkpoint.lora import PROJECTIONS, Lora, apply, attach, init_adapters
 
 TOLERANCE = 1e-5
 CONFIG = tiny.OFFICIAL | {"n_layers": 3}

@@ -22,13 +22,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import mistral_jax
 from convert import names
-from mistral_jax import adapters, checkpoint
-from mistral_jax.training import curve, finetuning, packing, rows, run
-from mistral_jax.training.lora import PROJECTIONS, Lora, attach, init_adapters
+from mistral_jax.checkpoint import adapters, checkpoint
+from mistral_jax.checkpoint.lora import PROJECTIONS, Lora, attach, init_adapters
+from mistral_jax.training import curve, finetuning, run
+from mistral_jax.training.data import packing, rows
+from mistral_jax.training.data.records import Example
 from mistral_jax.training.loss import IGNORED
 from mistral_jax.training.objective import make_loss_fn, make_preference_loss_fn
 from mistral_jax.training.recipe import Data, Recipe
-from mistral_jax.training.records import Example
 from mistral_jax.training.step import Batch
 
 TOLERANCE, MOVED = 1e-5, 1e-3

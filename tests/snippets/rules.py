@@ -19,9 +19,9 @@ import yaml
 from mistral_jax.convert import __main__ as convert
 from packaging.requirements import Requirement
 
-from mistral_jax import evaluate, options, plan, train
+from mistral_jax.cli import evaluate, options, plan, train
 from mistral_jax.config import ModelConfig
-from mistral_jax.sharding import read_layout
+from mistral_jax.parallel.sharding import read_layout
 from mistral_jax.training.recipe import Recipe
 
 jax.config.update("jax_num_cpu_devices", 8)  # for layouts that are shown
@@ -182,7 +182,7 @@ CHECKS = (
     (r"git clone ", _clone),
     (r"(sbatch|kubectl|sky|bash|examples/tpu_pod\.sh) ", _launcher),
     (r"python benchmarks/", check_benchmark),
-    # Takes a minute, or libtpu: tests/test_planning.py holds the table to its arithmetic.
+    # Takes a minute, or libtpu: tests/planning/test_planning.py holds the table to its arithmetic.
     (r"python -m mistral_jax\.plan mistral-7b-v0\.3 --quantize ", check_parsed),
     (r"python examples/finetune/signatures\.py make .*--unread", _unread),
     (r"hf auth ", _help),  # asks a person

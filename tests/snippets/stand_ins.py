@@ -10,7 +10,7 @@ import numpy as np
 from mistral_jax.convert.to_torch import to_torch
 from safetensors.numpy import save_file
 
-from mistral_jax import checkpoint
+from mistral_jax.checkpoint import checkpoint
 from mistral_jax.config import ModelConfig
 
 # Repositories of the Hub: a stand-in serves the bundled model, in both formats, as any of them.

@@ -1,0 +1,203 @@
+"""The `config.json` of a checkpoint folder: what it describes, and whether all of it is there.
+
+Beside it, `checksums.json` has the CRC-32 of every other file as it was written.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mistral_jax.base.fields import check_table, integer, show, string, table_of
+from mistral_jax.base.files import read_json
+from mistral_jax.checkpoint import folder, zarr
+from mistral_jax.config import ModelConfig
+
+FORMAT_VERSION = 1
+CHECKSUMS = "checksums.json"
+
+# What a checkpoint of this program or an earlier version consists of.
+_FILES = re.compile(
+    r"config\.json|checksums\.json|generation_config\.json|tokenizer(_config)?\.json"
+    r"|tokenizer\.model|tekken\.json|chat_template\.jinja"
+    r"|params/(orbax\.checkpoint|_CHECKPOINT_METADATA|commit_success\.txt)"
+    r"|params/state/_METADATA"
+    r"|params/state/\w+(\.\w+)*/(\.zarray|zarr\.json|c(/\d+)+|\d+(\.\d+)*)"
+)
+_RULES = {
+    "model": table_of(),
+    "params": table_of(),
+    "provenance": table_of(),
+    "checksums": string(),
+}
+_EXTENT_RULES = {"files": integer(0, 1 << 40), "bytes": integer(0, 1 << 60)}
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+class Manifest(NamedTuple):
+    """What a checkpoint folder holds.
+
+    Attributes:
+      config: the architecture.
+      provenance: where the model is from; any JSON values.
+      arrays: those in its files, as `zarr.stored` describes them; None = they are of Zarr 3, as the
+        first versions wrote them.
+    """
+
+    config: ModelConfig
+    provenance: dict[str, Any]
+    arrays: dict[str, zarr.Array] | None
+
+
+def is_checkpoint(path: Path | str) -> bool:
+    """Tells whether a folder has the parts that a checkpoint has, and a PyTorch one has not."""
+    return (Path(path) / "config.json").is_file() and (Path(path) / "params").is_dir()
+
+
+def kept(path: Path) -> str | None:
+    """Returns what keeps a folder from being replaced by a checkpoint; see `folder.whole`."""
+    if reason := folder.foreign(path, _FILES):
+        return reason
+    try:
+        _contents(path / "config.json")
+    except (ValueError, OSError):
+        return "has no config.json that this program wrote"
+    return None
+
+
+def read(path: Path | str) -> tuple[ModelConfig, dict[str, Any]]:
+    """Reads the architecture and the provenance in a checkpoint folder.
+
+    Raises:
+      ValueError: the folder is no whole checkpoint, or of a later format.
+    """
+    return examine(path)[:2]
+
+
+def examine(path: Path | str) -> Manifest:
+    """Reads what a checkpoint folder says of itself, and makes sure that all files are there.
+
+    Raises:
+      ValueError: it is no whole checkpoint, or of a later format; the message names the file.
+    """
+    path = Path(path)
+    if not is_checkpoint(path):
+        raise ValueError(_what_instead(path))
+    file, params = path / "config.json", path / "params"
+    contents = _contents(file)
+    config = ModelConfig.from_dict(contents["model"], str(file))
+    arrays = None if zarr.is_other(params) else zarr.stored(params)
+    found, expected = _extent(params), contents["params"]
+    if found != {name: expected[name] for name in _EXTENT_RULES}:
+        raise ValueError(
+            f"{params} has {found['bytes']} bytes in {found['files']} files; expected "
+            f"{expected['bytes']} bytes in {expected['files']} files: copy it again"
+        )
+    return Manifest(config, contents["provenance"], arrays)
+
+
+def checksums(path: Path | str) -> zarr.Sums:
+    """Reads the checksums of the arrays' files, for `zarr.verify`; verifies all other files.
+
+    Returns:
+      None of them for a checkpoint of earlier versions, which wrote none.
+
+    Raises:
+      ValueError: a file is not the one that was written.
+    """
+    path = Path(path)
+    file, total = path / CHECKSUMS, _contents(path / "config.json").get("checksums")
+    if total is not None:
+        zarr.verify_file(file, {CHECKSUMS: total}, CHECKSUMS)
+    elif not file.exists():
+        return {}
+    sums = read_json(file)
+    check_table({"files": sums}, {"files": table_of(string())}, str(file))
+    for name in sums:
+        if not name.startswith("params/"):
+            zarr.verify_file(path / name, sums, name)
+    return {name.removeprefix("params/"): total for name, total in sums.items()}
+
+
+def write(
+    path: Path,
+    config: ModelConfig,
+    provenance: Mapping[str, Any],
+    sums: Mapping[str, str] | None = None,
+) -> None:
+    """Writes `config.json`, and `checksums.json`, into a folder that is complete but for them.
+
+    Args:
+      path: the folder.
+      config: the architecture.
+      provenance: where the model is from, as JSON values.
+      sums: the checksums of the files in `params/`, as `zarr.write` returns them; those of other
+        files are made here. None = none are written.
+    """
+    contents: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "model": config.to_dict(),
+        "params": _extent(path / "params"),
+        "provenance": dict(provenance),
+    }
+    if sums is not None:
+        others = sorted(x.name for x in path.iterdir() if x.is_file() and x.name != "config.json")
+        every = {name: zarr.sum_of(path / name) for name in others}
+        every |= {f"params/{name}": total for name, total in sums.items()}
+        _write_json(path / CHECKSUMS, every)
+        contents["checksums"] = zarr.sum_of(path / CHECKSUMS)
+    _write_json(path / "config.json", contents)
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    file.write_text(text + "\n", encoding="utf-8")
+
+
+def _contents(file: Path) -> dict[str, Any]:
+    """Reads `config.json`, whose values have their types."""
+    contents = read_json(file)
+    version = contents.get("format_version")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise ValueError(
+            f"{file} has format_version {show(version)}; this version of mistral_jax reads up to "
+            f"{FORMAT_VERSION}"
+        )
+    for key in ("model", "params", "provenance"):
+        contents.setdefault(key, None)
+    check_table(contents, _RULES, str(file))
+    for key in _EXTENT_RULES:
+        contents["params"].setdefault(key, None)
+    check_table(contents["params"], _EXTENT_RULES, f"{file}, params")
+    return contents
+
+
+def _extent(path: Path) -> dict[str, int]:
+    """Returns the number and the bytes of all files in a folder: those of a whole copy agree."""
+    sizes = []
+    for place, inner, names in os.walk(path):
+        inner[:] = [name for name in inner if not folder.is_stray(name)]
+        own = [name for name in names if not folder.is_stray(name)]
+        sizes += [os.stat(os.path.join(place, name)).st_size for name in own]
+    return {"files": len(sizes), "bytes": sum(sizes)}
+
+
+def _what_instead(path: Path) -> str:
+    """Returns a sentence on a folder that is no checkpoint."""
+    if not path.is_dir():
+        if not path.exists() and _HUB_NAME.fullmatch(str(path)):
+            return (
+                f"there is no folder {path}; if it is a repository of the Hugging Face Hub, "
+                f"convert it first: python -m mistral_jax.convert to-orbax {path} {path.name}"
+            )
+        return f"{path} is no folder; expected a checkpoint"
+    config = path / "config.json"
+    if (path / "params.json").is_file() or (config.is_file() and "model_type" in read_json(config)):
+        return (
+            f"{path} holds a PyTorch checkpoint; convert it first: python -m mistral_jax.convert "
+            f"to-orbax {path} {path}-orbax"
+        )
+    missing = [name for name in ("config.json", "params") if not (path / name).exists()]
+    return f"{path} is no whole checkpoint: it has no {' and no '.join(missing)}"

@@ -1,0 +1,397 @@
+"""The files of a tree of arrays on disk, of Zarr 2 as Orbax keeps them: made, described, verified.
+
+It reads no array into memory, and knows no models.
+"""
+
+import itertools
+import json
+import math
+import os
+import stat
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from mistral_jax.base import fields
+from mistral_jax.base.fields import Rule, check_table, show
+from mistral_jax.base.files import read_bytes, read_json
+from mistral_jax.checkpoint import folder
+
+# Of a file, at most: of a larger one a host reads more than its part, smaller ones read slower.
+_CHUNK_BYTES = 2 << 20
+# What is verified at a time, in each of a few threads.
+_BLOCK_BYTES = 128 << 10
+_MOST_METADATA = 64 << 20
+
+_MARKER, _HANDLERS = "orbax.checkpoint", "_CHECKPOINT_METADATA"
+_TREE, _ARRAY = "_METADATA", ".zarray"
+_HANDLER = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"
+
+DTYPES = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "<f2": np.dtype(np.float16),
+    "<f4": np.dtype(np.float32),
+    "|i1": np.dtype(np.int8),
+}
+_AXES = fields.list_of(fields.integer(1, 1 << 40), 8)
+_ARRAY_RULES = {
+    "chunks": _AXES,
+    "compressor": Rule("null", lambda x: x is None),
+    "dimension_separator": Rule('"."', lambda x: x == "."),
+    "dtype": fields.string(),
+    "fill_value": Rule("null", lambda x: x is None),
+    "filters": Rule("null", lambda x: x is None),
+    "order": Rule('"C"', lambda x: x == "C"),
+    "shape": _AXES,
+    "zarr_format": fields.integer(2, 2),
+}
+_NO = Rule("false", lambda x: x is False)
+_TREE_RULES = {
+    "tree_metadata": fields.table_of(fields.table_of()),
+    "use_ocdbt": _NO,
+    "use_zarr3": _NO,
+    "store_array_data_equal_to_fill_value": fields.boolean(),
+}
+
+Sums = dict[str, str]  # the CRC-32 of each file, in hexadecimal, by its path in the folder
+
+
+class Array(NamedTuple):
+    """An array on disk.
+
+    Attributes:
+      shape: its axes.
+      dtype: of its numbers.
+      chunk: the axes of each file; the last along an axis is filled up.
+      place: the folder of its files.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    chunk: tuple[int, ...]
+    place: Path
+
+    @property
+    def file_bytes(self) -> int:
+        """The size of each of its files."""
+        return math.prod(self.chunk) * self.dtype.itemsize
+
+    @property
+    def files(self) -> Iterator[str]:
+        """The names of its files."""
+        counts = [-(-n // part) for n, part in zip(self.shape, self.chunk, strict=True)]
+        # One at a time: what a damaged file describes may have no end.
+        for number in range(math.prod(counts)):
+            places = []
+            for count in reversed(counts):
+                number, place = divmod(number, count)
+                places.append(str(place))
+            yield ".".join(reversed(places)) or "0"
+
+
+def lay_out(path: Path, names: Iterable[tuple[str, ...]]) -> Sums:
+    """Prepares a folder for the arrays of a tree, each of which `write` then writes.
+
+    Args:
+      path: the folder to make.
+      names: the keys on the way to each leaf of the tree.
+
+    Returns:
+      What `verify` needs of the files that it has made.
+    """
+    about = {"value_type": "np.ndarray", "skip_deserialize": False}
+    described = {
+        str(keys): {"key_metadata": _key_metadata(keys), "value_metadata": about}
+        for keys in sorted(names)
+    }
+    metadata = {
+        "tree_metadata": described,
+        "use_ocdbt": False,
+        "use_zarr3": False,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
+    (path / "state").mkdir(parents=True)
+    contents = {
+        _MARKER: "",
+        _HANDLERS: json.dumps({"item_handlers": {"state": _HANDLER}}),
+        f"state/{_TREE}": json.dumps(metadata),
+    }
+    return {name: _write_text(path / name, text) for name, text in contents.items()}
+
+
+def write(path: Path, name: str, array: np.ndarray) -> Sums:
+    """Writes an array in its place: the same files, of Zarr 2, that Orbax makes of a tree.
+
+    Orbax itself would need the whole tree in memory, or half as long again for writing it in parts.
+
+    Args:
+      path: a folder that was laid out for a tree.
+      name: the keys on the way to the leaf, with slashes between.
+      array: what to write; it has at least one axis.
+
+    Returns:
+      What `verify` needs of the files that it has made.
+    """
+    chunk = chunk_shape(array.shape, array.itemsize)
+    about = {
+        "chunks": chunk,
+        "compressor": None,
+        "dimension_separator": ".",
+        "dtype": array.dtype.name if array.dtype.kind == "V" else array.dtype.str,
+        "fill_value": None,
+        "filters": None,
+        "order": "C",
+        "shape": array.shape,
+        "zarr_format": 2,
+    }
+    key = f"state/{name.replace('/', '.')}"
+    place = path / key
+    place.mkdir()
+    sums = {
+        f"{key}/{_ARRAY}": _write_text(place / _ARRAY, json.dumps(about, separators=(",", ":")))
+    }
+    counts = (math.ceil(size / part) for size, part in zip(array.shape, chunk, strict=True))
+    for number in itertools.product(*map(range, counts)):
+        block = array[tuple(slice(n * c, (n + 1) * c) for n, c in zip(number, chunk, strict=True))]
+        # The last chunk along an axis is as long as the others.
+        missing = [(0, c - size) for c, size in zip(chunk, block.shape, strict=True)]
+        block = np.ascontiguousarray(np.pad(block, missing) if np.any(missing) else block)
+        file = ".".join(map(str, number))
+        with open(place / file, "wb") as stream:
+            folder.write_array(stream, block)
+        sums[f"{key}/{file}"] = _hex(zlib.crc32(block.reshape(-1).view(np.uint8)))
+    return sums
+
+
+def chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
+    """Returns the shape of an array's files.
+
+    It halves the axes of a large array in turn, the longest first, until a chunk is small enough;
+    each axis at least once: whatever is split over hosts, each reads little but its own part.
+    """
+    parts, chunk = [1] * len(shape), list(shape)
+    axes = [axis for axis, size in enumerate(shape) if size > 1]
+    if math.prod(shape) * itemsize <= _CHUNK_BYTES:
+        return chunk
+    while any(parts[axis] == 1 for axis in axes) or math.prod(chunk) * itemsize > _CHUNK_BYTES:
+        axis = min(axes, key=lambda axis: (chunk[axis] == 1, parts[axis], -shape[axis]))
+        if chunk[axis] == 1:
+            break
+        parts[axis] *= 2
+        chunk[axis] = math.ceil(shape[axis] / parts[axis])
+    return chunk
+
+
+def is_other(path: Path) -> bool:
+    """Tells whether a tree is of Zarr 3, as the first versions of this program wrote it."""
+    return any((path / "state").glob("*/zarr.json"))
+
+
+def stored(path: Path) -> dict[str, Array]:
+    """Describes a tree of arrays, by the keys to each with slashes between; all files are there.
+
+    Raises:
+      ValueError: a file is missing, of another size, not what describes such a tree, or no part
+        of it. The message names the file, and the array where it is of one.
+    """
+    _check_names(path, {_MARKER, _HANDLERS, "state", "commit_success.txt"}, (_HANDLERS, "state"))
+    handlers = _read_json(path / _HANDLERS, _MOST_METADATA)
+    if not isinstance(handlers.get("item_handlers"), dict):
+        handlers["item_handlers"] = None
+    check_table(
+        handlers,
+        {"item_handlers": Rule("an object with state", _names_state)},
+        str(path / _HANDLERS),
+    )
+    file = path / "state" / _TREE
+    metadata = _read_json(file, _MOST_METADATA)
+    for name in _TREE_RULES:
+        metadata.setdefault(name, None)
+    check_table(metadata, _TREE_RULES, str(file))
+    names = {_keys(about, str(file)): key for key, about in metadata["tree_metadata"].items()}
+    for keys, key in names.items():
+        if key != str(keys):
+            raise ValueError(f"{file} has {show(key)} for array {'/'.join(keys)}; copy it again")
+    folders = {".".join(keys) for keys in names}
+    _check_names(path / "state", {_TREE, *folders}, folders)
+    return {"/".join(keys): describe(path / "state" / ".".join(keys)) for keys in sorted(names)}
+
+
+def describe(place: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> Array:
+    """Describes an array in a folder, whose numbers are of one of `dtypes`.
+
+    Raises:
+      ValueError: a file of it is missing, of another size, or no part of it; both are named.
+    """
+    name, file = place.name.replace(".", "/"), place / _ARRAY
+    if not os.path.lexists(file):
+        raise ValueError(f"array {name} has no file {file}: copy it again")
+    about = _read_json(file, 1 << 16, f"array {name}: ")
+    for key in {**_ARRAY_RULES, **about}:
+        if key not in about or key not in _ARRAY_RULES:
+            what = "no" if key not in about else "the unknown key"
+            raise ValueError(f"array {name}: {file} has {what} {show(key)}: copy it again")
+    check_table(about, _ARRAY_RULES | {"dtype": fields.string(*dtypes)}, f"array {name}: {file}")
+    shape, chunk = tuple(about["shape"]), tuple(about["chunks"])
+    if len(shape) != len(chunk) or any(c > n for n, c in zip(shape, chunk, strict=True)):
+        raise ValueError(
+            f"array {name}: {file} has chunks {show(list(chunk))}; expected parts of its shape "
+            f"{show(list(shape))}"
+        )
+    array = Array(shape, dtypes[about["dtype"]], chunk, place)
+    with os.scandir(place) as entries:
+        found = {entry.name: entry for entry in entries if not folder.is_stray(entry.name)}
+    found.pop(_ARRAY)
+    left = dict(found)
+    for part in array.files:
+        entry = left.pop(part, None)
+        if entry is None:
+            raise ValueError(f"array {name} has no file {place / part}: copy it again")
+        try:
+            status = entry.stat()
+        except OSError as error:
+            said = error.strerror
+            raise ValueError(f"array {name}: {entry.path} cannot be read: {said}") from None
+        if not stat.S_ISREG(status.st_mode) or status.st_size != array.file_bytes:
+            raise ValueError(
+                f"array {name}: {entry.path} has {status.st_size} bytes; expected "
+                f"{array.file_bytes} in a regular file: copy it again"
+            )
+    if left:
+        raise ValueError(f"array {name}: {place / min(left)} is no part of it: remove it")
+    return array
+
+
+def verify(
+    path: Path,
+    sums: Mapping[str, str],
+    names: Mapping[str, Array],
+    advance: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Reads the files of arrays to see whether they are those that were written, and finite.
+
+    Args:
+      path: the folder of the tree.
+      sums: what `lay_out` and `write` returned for it; none = only the numbers are looked at.
+      names: the arrays, as `stored` describes them.
+      advance: is called with the number of bytes of each file, once it is read.
+
+    Raises:
+      ValueError: a file is another, or has a number that is not; it and its array are named.
+    """
+
+    def look(task: tuple[str, Array, str]) -> None:
+        name, array, part = task
+        file = array.place / part
+        total, finite = 0, True
+        with open(file, "rb") as stream:
+            while block := stream.read(_BLOCK_BYTES):
+                total = zlib.crc32(block, total)
+                finite = finite and _finite(block, array.dtype)
+        if sums:
+            _compare(sums, file.relative_to(path).as_posix(), total, file, f"array {name}: ")
+        if not finite:
+            raise ValueError(
+                f"array {name} has numbers that are not finite, in {file}: convert it again, from "
+                "whole files"
+            )
+        advance(array.file_bytes)
+
+    if sums:
+        for name in (_HANDLERS, f"state/{_TREE}"):
+            verify_file(path / name, sums, name)
+        for name, array in names.items():
+            file = array.place / _ARRAY
+            verify_file(file, sums, file.relative_to(path).as_posix(), f"array {name}: ")
+    tasks = [(name, array, part) for name, array in names.items() for part in array.files]
+    with ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(look, task) for task in tasks]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def verify_file(file: Path, sums: Mapping[str, str], name: str, what: str = "") -> None:
+    """Raises a ValueError unless a file has the checksum that `sums` gives under a name."""
+    _compare(sums, name, zlib.crc32(read_bytes(file)), file, what)
+
+
+def sum_of(file: Path) -> str:
+    """Returns the checksum of a file."""
+    return _hex(zlib.crc32(read_bytes(file)))
+
+
+def _compare(sums: Mapping[str, str], name: str, total: int, file: Path, what: str) -> None:
+    if sums.get(name) != _hex(total):
+        raise ValueError(
+            f"{what}{file} is not the file that was written: its CRC-32 is {_hex(total)}, expected "
+            f"{show(sums.get(name))}: copy the checkpoint again, or convert it again"
+        )
+
+
+def _finite(block: bytes, dtype: np.dtype) -> bool:
+    """Tells whether numbers have neither infinities nor NaNs among them."""
+    if dtype == np.int8:
+        return True
+    # Such a number has at least the bits of infinity, but for its sign.
+    bits = np.dtype(f"i{dtype.itemsize}")
+    infinity = np.array(np.inf, dtype).view(bits)
+    return (np.frombuffer(block, bits) & np.iinfo(bits).max).max() < infinity
+
+
+def _hex(total: int) -> str:
+    return f"{total:08x}"
+
+
+def _write_text(file: Path, text: str) -> str:
+    data = text.encode()
+    file.write_bytes(data)
+    return _hex(zlib.crc32(data))
+
+
+def _read_json(file: Path, limit: int, what: str = "") -> dict[str, Any]:
+    try:
+        return read_json(file, limit)
+    except ValueError as error:
+        raise ValueError(f"{what}{error}: copy it again") from None
+
+
+def _key_metadata(keys: tuple[str, ...]) -> list[dict[str, Any]]:
+    return [{"key": key, "key_type": 2} for key in keys]
+
+
+def _keys(about: Mapping[str, Any], source: str) -> tuple[str, ...]:
+    """Returns the keys to a leaf, by what Orbax's metadata say of it."""
+    described, value = about.get("key_metadata"), about.get("value_metadata")
+    if isinstance(described, list) and all(isinstance(x, dict) for x in described):
+        keys = tuple(x.get("key") for x in described)
+        good = all(isinstance(key, str) and key and not set(key) & set("./\0") for key in keys)
+        kind = value.get("value_type") if isinstance(value, dict) else None
+        read = kind in ("np.ndarray", "jax.Array") and value.get("skip_deserialize") is False
+        if keys and good and read and described == _key_metadata(keys):
+            return keys
+    raise ValueError(f"{source} has {show(about)} for an array; copy it again")
+
+
+def _names_state(handlers: Any) -> bool:
+    return isinstance(handlers, dict) and isinstance(handlers.get("state"), str)
+
+
+def _check_names(path: Path, known: set[str], needed: Iterable[str]) -> None:
+    """Makes sure that a folder has what it needs, and nothing but what is known."""
+    if not path.is_dir():
+        raise ValueError(f"{path} is no folder; expected the arrays of a checkpoint")
+    found = {name for name in os.listdir(path) if not folder.is_stray(name)}
+    for name in sorted(needed):
+        if name not in found:
+            raise ValueError(f"{path} has no {name}: copy the checkpoint again")
+    if unknown := found - known:
+        raise ValueError(f"{path / min(unknown)} is no part of a checkpoint: remove it")

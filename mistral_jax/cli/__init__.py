@@ -1,0 +1,1 @@
+"""The command lines: options, the terminal, errors and exit codes."""

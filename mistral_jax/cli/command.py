@@ -1,0 +1,312 @@
+"""What all commands share: errors in one line, a status for each end, the options of a layout.
+
+A command may be one of several processes: then the first alone prints, and none waits for the dead.
+It imports nothing slow, so that a command can call `begin` before it does.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+
+from mistral_jax.base.output import one_line, tell
+
+# Seconds that a first process which fails leaves to the others for saying why they do too.
+_GRACE = 2
+# Seconds of silence after which a command says that it compiles.
+_PATIENCE = 3
+
+# Standard streams that were closed when the program began.
+closed: set[str] = set()
+
+
+def begin() -> None:
+    """Prepares the process of a command, before its slow imports.
+
+    Ctrl-C ends it at once and quietly: an exception could be raised anywhere in a library that is
+    being imported, and be printed, swallowed or end the process otherwise. Standard streams that
+    are closed become /dev/null: else the next file that is opened takes their place. A terminal of
+    no columns has as many as one that does not say.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            _open_nothing(number)
+            closed.add(name)
+        if getattr(sys, name) is None:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+    for name in ("COLUMNS", "LINES"):
+        if not re.fullmatch("0*[1-9][0-9]{0,3}", os.environ.get(name, "80")):
+            del os.environ[name]
+    # A shell makes what it runs in the background deaf to Ctrl-C; it stays so.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
+
+
+def _open_nothing(number: int) -> None:
+    opened = os.open(os.devnull, os.O_RDWR)
+    if opened != number:
+        os.dup2(opened, number)
+        os.close(opened)
+
+
+def _leave(number, frame) -> None:
+    """Ends the process as Ctrl-C does, whatever it is in."""
+    with contextlib.suppress(Exception):  # It may be in the middle of a write.
+        sys.stdout.flush()
+        if sys.stderr.isatty():
+            os.write(2, b"\x1b[?25h\n")  # A bar hides the cursor.
+    os._exit(130)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Has Ctrl-C raise KeyboardInterrupt inside, for work that cleans up or goes on after it."""
+    quiet = threading.current_thread() is threading.main_thread() and (
+        signal.getsignal(signal.SIGINT) is _leave
+    )
+    if quiet:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if quiet:
+            signal.signal(signal.SIGINT, _leave)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, like all others of a command."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.add_argument(
+            "--traceback",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="show where in the program an error arose",
+        )
+
+    def error(self, message: str):
+        """Ends the program."""
+        self.exit(2, f"error: {one_line(message)} (--help shows all options)\n")
+
+
+def add_model(group: argparse._ActionsContainer) -> None:
+    """Adds the options that name a model to use."""
+    add = group.add_argument
+    add("--checkpoint", metavar="DIR", help="its folder [the bundled model]")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        metavar="TYPE",
+        help="float32, bfloat16 or float16 [as stored; float32 on a CPU that has the memory]",
+    )
+    add("--lora", metavar="DIR", help="adapters to use with it: PEFT's folder or Mistral's file")
+    add(
+        "--quantize",
+        choices=("int8",),
+        help="round its matrices to 8 bits as they are read, for a quarter of the memory",
+    )
+
+
+def add_cache(group: argparse._ActionsContainer) -> None:
+    """Adds the option that does without programs compiled earlier."""
+    group.add_argument(
+        "--no-compilation-cache",
+        dest="compilation_cache",
+        action="store_false",
+        help="compile anew, and keep nothing in the user's cache folder",
+    )
+
+
+def add_layout(group: argparse._ActionsContainer) -> None:
+    """Adds the options that spread a model over devices."""
+    group.add_argument(
+        "--sharding",
+        metavar="NAME",
+        help="spread it over all devices, as configs/sharding/NAME.toml says, or a file like it",
+    )
+    group.add_argument(
+        "--mesh",
+        type=_mesh,
+        metavar="AXIS=N,...",
+        help="sizes of its mesh axes, such as tensor=4,data=2 [as the file says]",
+    )
+
+
+def count(text: str) -> int:
+    """Reads how many, the type of such an option."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _mesh(text: str) -> dict[str, int]:
+    try:
+        return {axis: int(size) for axis, size in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of mesh axes and their sizes, such as tensor=4,data=2"
+        ) from None
+
+
+def run(
+    task: Callable[[], int | None],
+    interrupted: str = "",
+    unread: int = 0,
+    pods: bool = True,
+    show_traceback: bool = False,
+) -> int:
+    """Does what a command is for, together with the other processes of the program, if any.
+
+    Args:
+      task: does it; returns an exit status, None = 0. Its ValueErrors and OSErrors are for the user
+        to mend. Whatever it raises is shown in one line.
+      interrupted: what Ctrl-C says.
+      unread: the exit status where nobody reads the output any more; not 0 if that leaves work
+        undone.
+      pods: whether it is one program on all hosts of a pod; see `distributed.initialize`.
+      show_traceback: whether to print the traceback of an error, too.
+
+    Returns:
+      The exit status: the task's own, `unread`, 2 after an error of the user's, 1 after another,
+      or 130 after Ctrl-C.
+    """
+    name, failed, errors = "", True, sys.stderr
+    try:
+        with _plain_warnings():
+            from mistral_jax.parallel import distributed
+
+            distributed.initialize(pods)
+            if distributed.count() > 1:
+                name = _leave_output_to_first()
+            status = task() or 0
+            sys.stdout.flush()
+            distributed.sync()
+        failed = False
+    except BrokenPipeError:  # The reader has enough: what is still buffered goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = unread
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        status = 130
+    except Exception as error:
+        if show_traceback:
+            traceback.print_exc(file=errors)
+        said, status = _explain(error)
+        print(f"error: {name}{one_line(said)}", file=errors)
+    if name and failed:
+        # The way out that JAX offers waits for the other processes, which wait for this one.
+        errors.flush()
+        time.sleep(_GRACE if distributed.is_first() else 0)
+        os._exit(status)
+    return status
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """Returns a sentence on an error, and the exit status."""
+    if isinstance(error, ValueError | OSError) and str(error):
+        return str(error), 2
+    said = str(error).strip().partition("\n")[0]
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in said:
+        what = f"there is not enough memory ({said or 'the system refused it'})"
+    elif isinstance(error, RecursionError):
+        what = "something is nested too deeply"
+    else:
+        what = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    # The last place in our own code says more than one deep in a library.
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if _is_ours(frame.filename)] or frames
+    place = f"{os.path.basename(own[-1].filename)}, line {own[-1].lineno}"
+    return f"{what}; in {place} (--traceback shows the rest)", 1
+
+
+def _is_ours(file: str) -> bool:
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    in_checkout = os.path.join(os.path.dirname(package), "convert")
+    return file.startswith((package + os.sep, in_checkout + os.sep))
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Has warnings be shown in one line, without the place in the code; those of loggers, too."""
+    import logging
+
+    class Line(logging.Handler):
+        def emit(self, record):
+            tell(f"warning: {record.getMessage()}")
+
+    logger, handler = logging.getLogger("mistral_jax"), Line(logging.WARNING)
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *rest: tell(f"warning: {message}")
+            yield
+    finally:
+        logger.propagate = True
+        logger.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def announced() -> Iterator[Callable[[], None]]:
+    """Says on standard error that programs are compiled and kept, if the user has to wait for it.
+
+    Yields:
+      What to call when there is something to see: from then on nothing is said.
+    """
+    import jax
+
+    from mistral_jax.ops import library
+
+    asked = []
+
+    def note(event: str, **_) -> None:
+        if event == "/jax/compilation_cache/compile_requests_use_cache":
+            asked.append(event)
+        elif event == "/jax/compilation_cache/cache_hits":
+            asked.pop()
+
+    def say() -> None:
+        kernels = library.compiling.is_set()
+        if jax.config.jax_compilation_cache_dir and (kernels or asked):
+            what = "C++ kernels and programs" if kernels else "programs"
+            tell(f"compiling {what} for this model and machine, once: later runs find them")
+
+    jax.monitoring.register_event_listener(note)
+    timer = threading.Timer(_PATIENCE, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield timer.cancel
+    finally:
+        timer.cancel()
+        jax.monitoring.unregister_event_listener(note)
+
+
+def _leave_output_to_first() -> str:
+    """Silences this process unless it is the first; returns its name for its errors.
+
+    The file descriptor of the standard output is another from now on: the runtime's libraries write
+    lines of their own to it.
+    """
+    import jax
+
+    index = jax.process_index()
+    sys.stdout.flush()
+    if index == 0:
+        sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
+    else:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    return f"process {index} of {jax.process_count()}: "

@@ -1,0 +1,212 @@
+"""The command line of evaluation, `python -m mistral_jax.evaluate`: it parses, calls and prints."""
+
+import argparse
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mistral_jax.cli import command
+
+DESCRIPTION = """\
+Tells how well a model foretells texts (perplexity, bits a byte), and how the loss falls with the
+position in a text; how often it chooses the right answer; and how it does on the tasks of
+lm-evaluation-harness. Values in brackets are defaults.
+"""
+EPILOG = """\
+for instance:
+  python -m mistral_jax.evaluate README.md docs/*.md
+  python -m mistral_jax.evaluate --checkpoint mistral-7b-v0.1 book.txt --positions 16 \\
+      --circle 16384 --plot loss.png
+  python -m mistral_jax.evaluate --choices questions.jsonl
+  python -m mistral_jax.evaluate --checkpoint mistral-7b-v0.3 --tasks hellaswag,arc_easy
+
+A .jsonl file has texts as {"text": ...}, one a line, each read from its own beginning. A line of
+--choices is {"question": "1 + 1 =", "choices": ["2", "3"], "answer": 0}, or "answer": "A".
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    return command.run(lambda: _run(arguments), show_traceback="traceback" in arguments)
+
+
+def _parser() -> command.Parser:
+    parser = command.Parser(
+        prog="python -m mistral_jax.evaluate",
+        usage="%(prog)s [FILE ...] [options]",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, max_help_position=26, width=100
+        ),
+        allow_abbrev=False,
+    )
+    add = parser.add_argument_group("what is evaluated").add_argument
+    add("files", nargs="*", type=Path, metavar="FILE", help="texts in UTF-8, of any lengths")
+    add(
+        "--positions",
+        nargs="?",
+        type=command.count,
+        const=0,
+        metavar="N",
+        help="also the loss of the files' tokens by position, in N equal buckets [powers of two]",
+    )
+    add(
+        "--circle",
+        type=command.count,
+        metavar="T",
+        help="for --positions N: every T tokens of a text are a circle, read from N places on, so "
+        "that all buckets have the same tokens",
+    )
+    add("--plot", type=Path, metavar="FILE", help="draw it, with the model's window (matplotlib)")
+    add("--choices", type=Path, metavar="FILE", help="multiple choice, as JSON Lines")
+    add("--tasks", type=_names, default=[], metavar="A,B", help="tasks of lm-evaluation-harness")
+    add("--include-path", type=Path, metavar="DIR", help="a folder of more tasks, in YAML")
+    add("--num-fewshot", type=int, metavar="K", help="examples before a question [the task's]")
+    add("--limit", type=command.count, metavar="N", help="questions of each task [all]")
+
+    group = parser.add_argument_group("the model")
+    add = group.add_argument
+    command.add_model(group)
+    command.add_layout(group)
+    add(
+        "--batch", type=command.count, default=8, metavar="N", help="texts or answers at a time [8]"
+    )
+    command.add_cache(group)
+    add = parser.add_argument_group("the output").add_argument
+    add("--json", action="store_true", help="one JSON object a result, on a line")
+    return parser
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from mistral_jax.evaluation import choices, documents, positions, report
+    from mistral_jax.parallel import distributed
+
+    _check(arguments)
+    if arguments.plot:
+        positions.check_plot()
+    texts = distributed.from_first(lambda: [documents.texts(path) for path in arguments.files])
+    path = arguments.choices
+    questions = distributed.from_first(lambda: choices.read(path) if path else [])
+    suite = _suite(arguments) if arguments.tasks else None
+
+    from mistral_jax.base import machine
+    from mistral_jax.base.progress import Screen
+    from mistral_jax.checkpoint import checkpoint
+
+    if arguments.compilation_cache:
+        machine.use_compilation_cache()
+    if note := machine.unseen_accelerator():
+        command.tell(note)
+    model, params, tokenizer = checkpoint.load(
+        arguments.checkpoint,
+        sharding=arguments.sharding,
+        mesh=arguments.mesh,
+        dtype=arguments.dtype,
+        lora=arguments.lora,
+        quantize=arguments.quantize,
+        progress=Screen(),
+    )
+    if tokenizer is None:
+        raise ValueError(f"{arguments.checkpoint} has no tokenizer.model; put the model's there")
+    loaded = model, params, tokenizer
+    with command.announced():
+        if texts:
+            _perplexity(arguments, loaded, texts)
+        if questions:
+            with report.progress("answering") as show:
+                found = choices.logprobs(*loaded, questions, arguments.batch, show)
+            fields = dataclasses.asdict(choices.accuracy(questions, found))
+            report.show([{"choices": str(path)} | fields], arguments.json)
+        if suite is not None:
+            report.show(suite(*loaded, arguments.batch), arguments.json)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if not (arguments.files or arguments.choices or arguments.tasks):
+        raise ValueError("there is nothing to evaluate; give a FILE, --choices or --tasks")
+    if (arguments.positions is not None or arguments.plot) and not arguments.files:
+        raise ValueError("--positions and --plot are of the texts in files; give a FILE")
+    if arguments.circle and (not arguments.positions or arguments.circle % arguments.positions):
+        raise ValueError(
+            f"--circle is {arguments.circle}; expected a multiple of N in --positions N"
+        )
+    for name in ("include_path", "num_fewshot", "limit"):
+        if getattr(arguments, name) is not None and not arguments.tasks:
+            raise ValueError(f"--{name.replace('_', '-')} is for --tasks; name some")
+
+
+def _suite(arguments: argparse.Namespace) -> Callable[..., list[dict[str, Any]]]:
+    """Prepares the tasks of the harness, before the model is loaded; returns what runs them."""
+    try:
+        from mistral_jax.evaluation import tasks
+    except ImportError as error:
+        raise ValueError(
+            f"no --tasks without lm-evaluation-harness ({error}): "
+            "pip install 'mistral-jax-flax[harness]'"
+        ) from None
+    return tasks.prepare(
+        arguments.tasks, arguments.include_path, arguments.num_fewshot, arguments.limit
+    )
+
+
+def _perplexity(arguments: argparse.Namespace, loaded, texts: list[list[str]]) -> None:
+    """Scores the texts of all files together; prints the loss of each, and by position."""
+    from mistral_jax.evaluation import perplexity, positions, report
+    from mistral_jax.parallel import distributed
+
+    together = [text for own in texts for text in own]
+    circles = _circles(arguments, loaded[2], together) if arguments.circle else []
+    with report.progress("reading") as show:
+        found = perplexity.token_losses(*loaded, together, arguments.batch, show)
+    rest = iter(found)
+    named = [
+        (str(path), perplexity.loss(own, [next(rest) for _ in own]))
+        for path, own in zip(arguments.files, texts, strict=True)
+    ]
+    if len(named) > 1:
+        named.append(("all", perplexity.loss(together, found)))
+    report.show([_fields(name, loss) for name, loss in named], arguments.json)
+    if arguments.positions is None and not arguments.plot:
+        return
+    if circles:
+        with report.progress("reading circles of") as show:
+            found = perplexity.row_losses(*loaded[:2], circles, arguments.batch, show)
+    buckets = positions.by_position(found, arguments.positions or None)
+    report.show([bucket._asdict() for bucket in buckets], arguments.json)
+    if arguments.plot:
+        config = loaded[0].config
+        distributed.from_first(lambda: positions.plot(buckets, config, arguments.plot))
+
+
+def _circles(arguments: argparse.Namespace, tokenizer, texts: list[str]) -> list[list[int]]:
+    """Returns the rows that --circle reads."""
+    from mistral_jax.evaluation import positions
+
+    length, count = arguments.circle, arguments.positions
+    encoded = [tokenizer.encode(text) for text in texts]
+    rows = [row for ids in encoded for row in positions.turns(ids, length, count)]
+    if not rows:
+        raise ValueError(
+            f"--circle is {length}; the longest text has {max(map(len, encoded))} tokens"
+        )
+    return [[tokenizer.bos_id, *row] for row in rows]
+
+
+def _fields(name: str, loss) -> dict[str, Any]:
+    return {
+        "file": name,
+        "documents": loss.documents,
+        "tokens": loss.tokens,
+        "bytes": loss.bytes,
+        "loss": loss.per_token,
+        "perplexity": loss.perplexity,
+        "bits_per_byte": loss.bits_per_byte,
+    }

@@ -1,0 +1,124 @@
+"""The options of `python -m mistral_jax.sample`: names, defaults and help. It runs nothing."""
+
+import argparse
+import functools
+from pathlib import Path
+
+from mistral_jax.base import VERSION
+from mistral_jax.cli.command import Parser, add_cache, add_layout, add_model
+
+DESCRIPTION = """\
+Continues prompts with a Mistral model, or answers them (--chat). Standard output carries the text
+and nothing else; on a terminal, a prompt stands in front of its continuation. The completions of
+several prompts are separated by an empty line. Values in brackets are defaults.
+"""
+EPILOG = """\
+for instance:
+  python -m mistral_jax.sample "def read_json(path):" --max-tokens 100
+  python -m mistral_jax.sample --checkpoint mistral-7b-instruct-v0.3 --chat
+  python -m mistral_jax.sample --checkpoint mistral-7b-v0.3 --lora my-adapters "def main"
+  echo "class Stack:" | python -m mistral_jax.sample - --json
+  python -m mistral_jax.sample --prompts-file prompts.txt --temperature 0 --stats
+"""
+
+
+def parser() -> Parser:
+    """Returns the command's parser."""
+    made = Parser(
+        prog="python -m mistral_jax.sample",
+        usage="%(prog)s [PROMPT ...] [options]",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, max_help_position=26, width=100
+        ),
+        allow_abbrev=False,
+    )
+    version = f"mistral_jax {VERSION}"
+    made.add_argument("--version", action="version", version=version, help="print it and exit")
+
+    add = made.add_argument_group("prompts").add_argument
+    add("prompts", nargs="*", metavar="PROMPT", help="text to continue; - reads standard input")
+    add(
+        "--prompts-file",
+        type=Path,
+        metavar="FILE",
+        help="more prompts, one a line; all prompts make one batch",
+    )
+    add(
+        "--chat",
+        action="store_true",
+        help="prompts are messages to answer; without any, hold a conversation",
+    )
+    add("--system", metavar="TEXT", help="what --chat is told beforehand")
+
+    group = made.add_argument_group("the model")
+    add = group.add_argument
+    add_model(group)
+    add(
+        "--merge",
+        action="store_true",
+        help="add them to its weights: loads longer, and is as fast as without them",
+    )
+    add_layout(group)
+    add(
+        "--max-positions",
+        type=int,
+        metavar="N",
+        help="tokens that prompt and answer may have together [the model's own limit]",
+    )
+    add(
+        "--kv-cache-dtype",
+        choices=("int8",),
+        metavar="int8",
+        help="round the keys and values of earlier tokens to 8 bits, for a half of their memory or "
+        "less [as computed in]",
+    )
+    add_cache(group)
+
+    add = made.add_argument_group("the choice of tokens").add_argument
+    number = functools.partial(_number, add)
+    number("--max-tokens", int, 256, "most tokens to make")
+    number("--temperature", float, 0.7, "evens out the odds; 0 always takes the likeliest token")
+    number("--top-k", int, 0, "choose from the N likeliest; 0 is all")
+    number("--top-p", float, 0.95, "choose from the likeliest that have this share of the odds")
+    number("--min-p", float, 0, "choose from those with this share of the likeliest one's odds")
+    number("--repetition-penalty", float, 1, "divides the logits of tokens seen; 1 is none")
+    number("--presence-penalty", float, 0, "subtracted from the logits of tokens in the answer")
+    number("--frequency-penalty", float, 0, "the same, once for each time that they stand there")
+    add(
+        "--logit-bias",
+        type=_bias,
+        action="append",
+        default=[],
+        metavar="ID=X",
+        help="add X to the logit of token ID; -inf bans it; may be repeated",
+    )
+    number("--seed", int, 0, "the same seed gives the same text")
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; may be repeated",
+    )
+
+    add = made.add_argument_group("the output").add_argument
+    add("--json", action="store_true", help="one JSON object a completion, each on a line")
+    number = functools.partial(_number, add)
+    number("--top-logprobs", int, 0, "likeliest tokens to list at each place in --json, up to 20")
+    add("--stats", action="store_true", help="times and rates, on standard error")
+    return made
+
+
+def _number(add, name: str, kind: type, default: float, meaning: str) -> None:
+    letter = "N" if kind is int else "X"
+    add(name, type=kind, default=default, metavar=letter, help=f"{meaning} [{default:g}]")
+
+
+def _bias(text: str) -> tuple[int, float]:
+    try:
+        token, bias = text.split("=")
+        return int(token), float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a token id, =, and a number") from None

@@ -1,0 +1,201 @@
+"""The command line of generation, `python -m mistral_jax.sample`: it parses, calls and prints."""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+
+from mistral_jax.base import files
+from mistral_jax.cli import command
+from mistral_jax.cli.options import parser
+
+_SAMPLING = (
+    *("temperature", "top_k", "top_p", "min_p", "seed"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    arguments = parser().parse_args(argv)
+    return command.run(lambda: _run(arguments), show_traceback="traceback" in arguments)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from mistral_jax.parallel import distributed
+
+    prompts = distributed.from_first(lambda: _prompts(arguments))
+    if arguments.system is not None and not arguments.chat:
+        raise ValueError("--system is for --chat; a plain completion has no system message")
+    if arguments.top_logprobs > 0 and not arguments.json:
+        raise ValueError("--top-logprobs is for --json, which alone shows them; add --json")
+    if prompts is None and arguments.json:
+        raise ValueError("--json is for prompts, not for a conversation; give one or more")
+    if arguments.merge and arguments.lora is None:
+        raise ValueError("--merge is for --lora DIR; name the adapters to merge")
+
+    from mistral_jax.base import machine
+    from mistral_jax.engine.sampling import Sampling
+
+    fields = {name: getattr(arguments, name) for name in _SAMPLING}
+    sampling = Sampling(**fields, logit_bias=dict(arguments.logit_bias))
+    if arguments.compilation_cache:
+        machine.use_compilation_cache()
+    if note := machine.unseen_accelerator():
+        command.tell(note)
+    model = _Model(arguments, sampling)
+    if prompts is not None:
+        model.complete(prompts)
+        return
+    from mistral_jax.cli.terminal import converse
+
+    # Several processes cannot be interrupted at the same token.
+    alone = distributed.count() == 1
+    with command.interruptible():
+        converse(model.answer, arguments.system, call=distributed.from_first, resumes=alone)
+
+
+class _Model:
+    """A loaded model, and what is asked of it."""
+
+    def __init__(self, arguments: argparse.Namespace, sampling):
+        from mistral_jax.base.progress import Screen
+        from mistral_jax.checkpoint.checkpoint import load
+        from mistral_jax.cli.stats import CompileClock
+
+        self._arguments = arguments
+        self._clock = CompileClock()
+        began = time.perf_counter()
+        model, self._params, self._tokenizer = load(
+            arguments.checkpoint,
+            sharding=arguments.sharding,
+            mesh=arguments.mesh,
+            dtype=arguments.dtype,
+            lora=arguments.lora,
+            quantize=arguments.quantize,
+            merge=arguments.merge,
+            progress=Screen(),
+        )
+        if self._tokenizer is None:
+            raise ValueError(
+                f"{arguments.checkpoint} has no tokenizer.model; put the model's there"
+            )
+        if arguments.max_positions is not None:
+            config = dataclasses.replace(model.config, max_positions=arguments.max_positions)
+            model = model.clone(config=config)
+        self._model = model.clone(kv_cache_dtype=arguments.kv_cache_dtype)
+        self._options = {
+            "max_new_tokens": arguments.max_tokens,
+            "sampling": sampling,
+            "stop": arguments.stop,
+            "top_logprobs": arguments.top_logprobs,
+            "is_new": arguments.chat,
+        }
+        if arguments.stats:
+            seconds = time.perf_counter() - began
+            print(f"load         {seconds:.2f} s, in {model.dtype.name}", file=sys.stderr)
+
+    def answer(self, messages, show) -> None:
+        """Answers a conversation; `show` is called with each piece of the answer."""
+        _check(self._run([self._tokenizer.encode_chat(messages)], lambda _, piece: show(piece)))
+
+    def complete(self, texts: list[str]) -> None:
+        """Continues or answers texts, and prints what comes of it."""
+        encode = self._encode_message if self._arguments.chat else self._encode_text
+        prompts = [encode(text) for text in texts]
+        shown = texts if sys.stdout.isatty() and not self._arguments.chat else [""] * len(texts)
+        if self._arguments.json:
+            rows = self._run(prompts)
+            for text, completion in zip(texts, rows, strict=True):
+                print(json.dumps(self._describe(text, completion), allow_nan=False), flush=True)
+        elif len(texts) == 1:
+            print(shown[0], end="", flush=True)
+            rows = self._run(prompts, lambda _, piece: print(piece, end="", flush=True))
+            print(flush=True)
+        else:
+            rows = self._run(prompts)
+            answers = [completion.text for completion in rows]
+            print(*map("".join, zip(shown, answers, strict=True)), sep="\n\n", flush=True)
+        _check(rows)
+
+    def _encode_text(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, bos=True)
+
+    def _encode_message(self, text: str) -> list[int]:
+        system = self._arguments.system
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        return self._tokenizer.encode_chat([*messages, {"role": "user", "content": text}])
+
+    def _run(self, prompts: list[list[int]], on_text=None):
+        from mistral_jax.cli.stats import report
+        from mistral_jax.engine.text import completions
+
+        began = time.perf_counter()
+        with command.announced() as seen:
+
+            def show(row, piece):
+                seen()
+                on_text(row, piece)
+
+            rows = completions(
+                self._model,
+                self._params,
+                self._tokenizer,
+                prompts,
+                on_text=show if on_text else None,
+                **self._options,
+            )
+        if self._arguments.stats:
+            sys.stdout.flush()
+            if on_text is not None and sys.stdout.isatty():  # The text's own line has not ended.
+                print(file=sys.stderr)
+            print(report(self._params, prompts, rows, began, self._clock), file=sys.stderr)
+        return rows
+
+    def _describe(self, prompt: str, completion) -> dict:
+        fields = {
+            "prompt": prompt,
+            "text": completion.text,
+            "tokens": completion.tokens,
+            "logprobs": completion.logprobs,
+            "finish_reason": completion.finish_reason,
+            "seconds": {
+                "first_token": round(completion.first_seconds, 4),
+                "total": round(completion.seconds, 4),
+            },
+        }
+        if completion.error is not None:
+            fields["error"] = completion.error
+        if self._arguments.top_logprobs:
+            fields["top_logprobs"] = completion.top_logprobs
+        return fields
+
+
+def _check(completions) -> None:
+    """Raises a ValueError if one of them ended as "error"."""
+    for row, completion in enumerate(completions):
+        if completion.error is not None:
+            where = f"prompt {row}: " if len(completions) > 1 else ""
+            raise ValueError(f"{where}{completion.error}")
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str] | None:
+    """Reads all prompts; None stands for a conversation."""
+    prompts = [_standard_input() if text == "-" else text for text in arguments.prompts]
+    if arguments.prompts_file is not None:
+        text = files.read_text(arguments.prompts_file, files.MOST_LINE, pipe=True)
+        lines = [line for line in files.split_lines(text) if line]
+        if not lines:
+            raise ValueError(f"{arguments.prompts_file} is empty; expected prompts, one a line")
+        prompts += lines
+    if not prompts and not arguments.chat:
+        raise ValueError("there is no prompt; give one, - for standard input, or --chat")
+    return prompts or None
+
+
+def _standard_input() -> str:
+    if "stdin" in command.closed:
+        raise ValueError("standard input is closed; give the prompt as an argument, or in a pipe")
+    data = files.read_stream(sys.stdin.buffer, "standard input", files.MOST_LINE)
+    return files.decode(data, "standard input").removesuffix("\n")

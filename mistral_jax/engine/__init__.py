@@ -1,0 +1,1 @@
+"""Generation: prompts are read, tokens are chosen, texts are made and scored."""

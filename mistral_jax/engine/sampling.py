@@ -1,0 +1,219 @@
+"""What a request asks of the choice of tokens: `Sampling`, and the same as arrays for a batch.
+
+It chooses nothing: see `logits.py`.
+"""
+
+import dataclasses
+import difflib
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import numpy as np
+
+from mistral_jax.base.fields import show
+
+# Most of the likeliest tokens whose log-probabilities are told, as with OpenAI's interface.
+MOST_TOP = 20
+
+ALL_BANNED = "logit_bias bans every token; leave at least one that the model may choose"
+# Least and greatest value, and whether only integers make sense.
+_RANGES = {
+    "temperature": (0, 100, False),
+    "top_k": (0, 2**31 - 1, True),
+    "top_p": (0, 1, False),
+    "min_p": (0, 1, False),
+    "repetition_penalty": (0.01, 100, False),
+    "presence_penalty": (-2, 2, False),
+    "frequency_penalty": (-2, 2, False),
+    "seed": (0, 2**32 - 1, True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How to choose the tokens of one request.
+
+    Attributes:
+      temperature: divides the logits, 0 to 100; 0 = always the likeliest token.
+      top_k: keep this many of the likeliest tokens; 0 = all.
+      top_p: then keep the fewest likeliest whose probabilities add up to this, 0 to 1; 1 = all.
+      min_p: then keep those at least this share as likely as the likeliest, 0 to 1; 0 = all.
+      repetition_penalty: divides the positive logits and multiplies the negative ones of tokens in
+        the prompt or the answer (arXiv 1909.05858; so do Transformers and vLLM); 1 = none.
+      presence_penalty: subtracted from the logits of tokens in the answer (as OpenAI's interface
+        and vLLM define it), -2 to 2; 0 = none.
+      frequency_penalty: subtracted once for each time that a token stands in the answer, -2 to 2.
+      logit_bias: added to a token's logit before all else, by token id: -100 to 100, or -inf to ban
+        the token.
+      seed: the same seed, prompt and row give the same text; 0 to 2**32 - 1.
+
+    Raises:
+      ValueError: a value is out of its range, of the wrong type, or NaN.
+    """
+
+    temperature: float = 0.7
+    top_k: int = 0
+    top_p: float = 0.95
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, (least, greatest, integral) in _RANGES.items():
+            value = getattr(self, name)
+            kind = numbers.Integral if integral else numbers.Real
+            if not _is(value, kind) or not least <= value <= greatest:
+                expected = "an integer" if integral else "a number"
+                raise ValueError(
+                    f"{name} is {show(value)}; expected {expected} from {least} to {greatest}"
+                )
+        if not isinstance(self.logit_bias, Mapping):
+            raise ValueError(
+                f"logit_bias is {show(self.logit_bias)}; expected a dict of id: number"
+            )
+        for token, bias in self.logit_bias.items():
+            number = _is(bias, numbers.Real) and (-100 <= bias <= 100 or bias == -math.inf)
+            if not _is(token, numbers.Integral) or not number:
+                raise ValueError(
+                    f"logit_bias has {show(token)}: {show(bias)}; expected a token id and a "
+                    "number from -100 to 100, or -inf to ban the token"
+                )
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether a penalty or a bias changes logits."""
+        neutral = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return neutral != (1, 0, 0) or bool(self.logit_bias)
+
+    def bans_all(self, tokens: int) -> bool:
+        """Whether the bias bans all of the first `tokens` tokens."""
+        banned = {token for token, bias in self.logit_bias.items() if bias == -math.inf}
+        return len(banned) >= tokens and banned.issuperset(range(tokens))
+
+
+def _is(value, kind) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+DEFAULT = Sampling()
+
+
+def settle(
+    sampling: Sampling | Sequence[Sampling], fields: Mapping[str, Any]
+) -> Sampling | list[Sampling]:
+    """Replaces fields of a `Sampling`, or of one a row, by those that a caller gave as keywords.
+
+    Raises:
+      ValueError: there is no such field, its value is invalid, or `sampling` is something else.
+    """
+    known = [field.name for field in dataclasses.fields(Sampling)]
+    for name in fields:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0)[0]
+            raise ValueError(
+                f"there is no keyword {name!r}; the nearest field of Sampling is {near!r}"
+            )
+    if isinstance(sampling, Sampling):
+        return dataclasses.replace(sampling, **fields)
+    if isinstance(sampling, list | tuple) and all(isinstance(x, Sampling) for x in sampling):
+        return [dataclasses.replace(one, **fields) for one in sampling]
+    raise ValueError(
+        f"sampling is {show(sampling)}; expected a Sampling, or a list with one for each prompt: "
+        "give its fields as keywords, such as temperature=0.2, or as Sampling(temperature=0.2)"
+    )
+
+
+@flax.struct.dataclass
+class Penalties:
+    """What changes the logits of some tokens, one entry a row.
+
+    Attributes:
+      bias: added to the logits, [B, V] float32.
+      in_prompt: whether a token stands in the row's prompt, [B, V] bool.
+      repetition: see `Sampling.repetition_penalty`, [B] float32.
+      presence: see `Sampling.presence_penalty`, [B] float32.
+      frequency: see `Sampling.frequency_penalty`, [B] float32.
+      apply: whether the row has any of them, [B] bool; where none has, their work is spared.
+    """
+
+    bias: jax.Array
+    in_prompt: jax.Array
+    repetition: jax.Array
+    presence: jax.Array
+    frequency: jax.Array
+    apply: jax.Array
+
+
+@flax.struct.dataclass
+class RowSampling:
+    """The `Sampling` of every row as arrays, so that values may change without a new compilation.
+
+    Attributes:
+      temperature: [B] float32.
+      top_k: [B] int32.
+      top_p: [B] float32.
+      min_p: [B] float32.
+      key: random key of each row: its number among the rows that share a seed, and the seed,
+        [B, 2] uint32.
+      penalties: what changes the logits of some tokens.
+    """
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    key: jax.Array
+    penalties: Penalties
+
+    @classmethod
+    def stack(
+        cls,
+        samplings: Sequence[Sampling],
+        draws: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        vocab_size: int,
+    ) -> "RowSampling":
+        """Builds the arrays, in host memory.
+
+        Args:
+          samplings: one a row (B).
+          draws: number of each row among those that share its seed.
+          prompts: each row's prompt, for the repetition penalty.
+          vocab_size: V.
+
+        Raises:
+          ValueError: a logit bias names a token that the model does not have, or bans all.
+        """
+
+        def column(name, dtype=np.float32):
+            return np.array([getattr(sampling, name) for sampling in samplings], dtype)
+
+        bias = np.zeros((len(samplings), vocab_size), np.float32)
+        in_prompt = np.zeros(bias.shape, bool)
+        for i, (sampling, prompt) in enumerate(zip(samplings, prompts, strict=True)):
+            in_prompt[i, list(prompt)] = True
+            for token, value in sampling.logit_bias.items():
+                if not 0 <= token < vocab_size:
+                    raise ValueError(
+                        f"logit_bias names token {token}; expected 0 to {vocab_size - 1}"
+                    )
+                bias[i, token] = value
+            if sampling.bans_all(vocab_size):
+                raise ValueError(ALL_BANNED)
+        names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+        apply = np.array([sampling.penalizes for sampling in samplings])
+        return cls(
+            temperature=column("temperature"),
+            top_k=column("top_k", np.int32),
+            top_p=column("top_p"),
+            min_p=column("min_p"),
+            key=np.stack([np.array(draws, np.uint32), column("seed", np.uint32)], axis=1),
+            penalties=Penalties(bias, in_prompt, *map(column, names), apply),
+        )

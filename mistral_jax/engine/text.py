@@ -1,0 +1,323 @@
+"""Strings in, strings out: `complete`, `chat` and `stream`. It prints nothing.
+
+`completions` is what they share, with everything that is known about an answer.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from mistral_jax.base.fields import show
+from mistral_jax.engine.generate import (
+    NEW_TOKENS,
+    Completion,
+    Token,
+    generate,
+    stream_tokens,
+)
+from mistral_jax.engine.prefill import Params
+from mistral_jax.engine.request import listed
+from mistral_jax.engine.sampling import ALL_BANNED, DEFAULT, Sampling, settle
+from mistral_jax.model.transformer import Transformer
+from mistral_jax.tokens.tokenizer import Tokenizer
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+def complete(
+    model: Transformer,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[str],
+    max_new_tokens: int = NEW_TOKENS,
+    *,
+    sampling: Sampling | Sequence[Sampling] = DEFAULT,
+    stop: str | Sequence[str] = (),
+    **fields: Any,
+) -> str | list[str]:
+    """Continues a text, or several as one batch.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      tokenizer: its tokenizer.
+      prompt: a text, or a sequence of texts; an empty one starts from BOS.
+      max_new_tokens: most tokens to add.
+      sampling: how to choose tokens, for all texts or for each; see `generate`.
+      stop: strings that end a text; they do not become part of it. So does the model's EOS.
+      **fields: fields of `Sampling` by name, such as temperature=0.2; they replace those of
+        `sampling`.
+
+    Returns:
+      What follows the prompt, without the prompt; a list if `prompt` was one.
+
+    Raises:
+      ValueError: an argument is of the wrong type or out of range, a text could outgrow the model's
+        `max_positions`, or the model's logits are not finite.
+    """
+    _check_tokenizer(tokenizer)
+    alone = isinstance(prompt, str)
+    texts = [prompt] if alone else listed(prompt)
+    if texts is None or not all(isinstance(text, str) for text in texts):
+        raise ValueError(
+            f"prompt is {show(prompt)}; expected a text, or a list of texts (`chat` takes "
+            "messages, `generate` token ids)"
+        )
+    prompts = [tokenizer.encode(text, bos=True) for text in texts]
+    options = {"sampling": sampling, "stop": stop, **fields}
+    answers = _texts(model, params, tokenizer, prompts, max_new_tokens, options)
+    return answers[0] if alone else answers
+
+
+def chat(
+    model: Transformer,
+    params: Params,
+    tokenizer: Tokenizer,
+    messages: str | Messages | Sequence[str | Messages],
+    max_new_tokens: int = NEW_TOKENS,
+    *,
+    sampling: Sampling | Sequence[Sampling] = DEFAULT,
+    stop: str | Sequence[str] = (),
+    **fields: Any,
+) -> str | list[str]:
+    """Answers the last message of a conversation, or of several as one batch.
+
+    Args:
+      messages: dicts of "role" ("system", "user", "assistant") and "content", the last the user's;
+        or the assistant's with `"prefix": True`, to be continued. A text is one message of the
+        user's. Or a list of such conversations.
+
+    The other arguments and errors are those of `complete`.
+
+    Returns:
+      The answer, or what follows its prefix; a list for a list of conversations.
+    """
+    _check_tokenizer(tokenizer)
+    conversations, alone = _conversations(messages)
+    prompts = [encode_prompt(tokenizer, conversation) for conversation in conversations]
+    options = {"sampling": sampling, "stop": stop, "is_new": [new for _, new in prompts], **fields}
+    prompts = [ids for ids, _ in prompts]
+    answers = _texts(model, params, tokenizer, prompts, max_new_tokens, options)
+    return answers[0] if alone else answers
+
+
+def stream(
+    model: Transformer,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompt: str | Messages,
+    max_new_tokens: int = NEW_TOKENS,
+    *,
+    sampling: Sampling = DEFAULT,
+    stop: str | Sequence[str] = (),
+    **fields: Any,
+) -> Iterator[str]:
+    """Continues a text, or answers a conversation, piece by piece.
+
+    Joined, the pieces are what `complete` or `chat` returns. No piece ends within a character, and
+    none is part of a stop string.
+
+    Args:
+      prompt: a text as for `complete`, or messages as for `chat`.
+
+    The other arguments and errors are those of `complete`.
+
+    Yields:
+      Pieces of text as soon as they are certain.
+    """
+    _check_tokenizer(tokenizer)
+    if not isinstance(prompt, str):
+        (prompt, *others), alone = _conversations(prompt)
+        if others or not alone:
+            raise ValueError("prompt is a batch; expected one text or conversation to stream")
+    ids, is_new = encode_prompt(tokenizer, prompt)
+    text = _Text(tokenizer, () if is_new else ids, stop)
+    sampling = _settle(tokenizer, sampling, fields)
+    return _pieces(stream_tokens(model, params, ids, max_new_tokens, sampling=sampling), text)
+
+
+def completions(
+    model: Transformer,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int = NEW_TOKENS,
+    *,
+    sampling: Sampling | Sequence[Sampling] = DEFAULT,
+    stop: str | Sequence[str] = (),
+    top_logprobs: int = 0,
+    is_new: bool | Sequence[bool] = False,
+    on_text: Callable[[int, str], None] | None = None,
+    **fields: Any,
+) -> list[Completion]:
+    """Continues prompts of token ids, with their texts.
+
+    Args:
+      prompts: token ids, one sequence a row.
+      top_logprobs: number of likeliest tokens whose log-probabilities are wanted at each place.
+      is_new: whether a text begins with the first new token (an answer does), rather than follows
+        its prompt's, for all rows or for each; a word that begins a text has no space in front.
+      on_text: called with the row and each piece of its text, as soon as it is certain.
+
+    The other arguments and errors are those of `complete`.
+
+    Returns:
+      One completion a prompt. Where a stop string ended it, `tokens` has all that were made, up to
+      the one that completed the string. Where the logits of one are not finite, it ends as "error".
+    """
+    _check_tokenizer(tokenizer)
+    sampling = _settle(tokenizer, sampling, fields)
+    news = [is_new] * len(prompts) if isinstance(is_new, bool) else is_new
+    texts = [
+        _Text(tokenizer, () if new else prompt, stop)
+        for prompt, new in zip(prompts, news, strict=True)
+    ]
+    pieces = [[] for _ in prompts]
+
+    def add(row, piece):
+        pieces[row].append(piece)
+        if on_text is not None and piece:
+            on_text(row, piece)
+
+    def until(row, token):
+        add(row, texts[row].push(token))
+        return texts[row].ended
+
+    # Without `until` the device comes back less often: where nobody waits, text is made at the end.
+    urgent = on_text is not None or bool(stop)
+    rows = generate(
+        model,
+        params,
+        prompts,
+        max_new_tokens,
+        sampling=sampling,
+        top_logprobs=top_logprobs,
+        until=until if urgent else None,
+    )
+    for row, text in enumerate(texts):
+        for token in () if urgent else rows[row].tokens:
+            until(row, token)
+        add(row, text.flush())
+    return [
+        dataclasses.replace(row, text="".join(own)) for row, own in zip(rows, pieces, strict=True)
+    ]
+
+
+def _texts(model, params, tokenizer, prompts, max_new_tokens, options) -> list[str]:
+    """Returns the texts of `completions`; raises a ValueError if a row ended as "error"."""
+    found = completions(model, params, tokenizer, prompts, max_new_tokens, **options)
+    for row, completion in enumerate(found):
+        if completion.error is not None:
+            where = f"prompt {row}: " if len(found) > 1 else ""
+            raise ValueError(f"{where}{completion.error}")
+    return [completion.text for completion in found]
+
+
+def _settle(tokenizer, sampling, fields):
+    """Settles the sampling; a model's tokens without a text are none to choose from."""
+    sampling = settle(sampling, fields)
+    for one in [sampling] if isinstance(sampling, Sampling) else sampling:
+        if one.bans_all(tokenizer.vocab_size):
+            raise ValueError(ALL_BANNED)
+    return sampling
+
+
+def _check_tokenizer(tokenizer):
+    if not hasattr(tokenizer, "encode"):
+        raise ValueError(
+            f"tokenizer is {show(tokenizer)}; expected a Tokenizer, after the model and its params:"
+            " `load` returns the three, but no tokenizer of a checkpoint without tokenizer.model"
+        )
+
+
+def _conversations(messages) -> tuple[list[Messages], bool]:
+    """Returns conversations; and whether it was one, rather than a list of them."""
+    items = None if isinstance(messages, str) else listed(messages)
+    alone = items is None or all(isinstance(item, Mapping) for item in items)
+    found = [messages] if alone else items
+    return [_conversation(one, messages) for one in found], alone
+
+
+def _conversation(one, messages) -> Messages:
+    if isinstance(one, str):
+        return [{"role": "user", "content": one}]
+    items = listed(one)
+    if not items or not all(isinstance(item, Mapping) for item in items):
+        raise ValueError(
+            f"messages is {show(messages)}; expected a text, a list of messages such as "
+            '{"role": "user", "content": "Hello"}, or a list of such conversations'
+        )
+    return items
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str | Messages) -> tuple[list[int], bool]:
+    """Encodes a text or a conversation; also returns whether a new text begins after it."""
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt, bos=True), False
+    return tokenizer.encode_chat(prompt), not prompt[-1].get("prefix", False)
+
+
+def _pieces(tokens: Iterator[Token], text: "_Text") -> Iterator[str]:
+    failure = None
+    try:
+        for token in tokens:
+            if piece := text.push(token.id):
+                yield piece
+            if text.ended:
+                return
+    except ValueError as error:
+        failure = error
+    if piece := text.flush():
+        yield piece
+    if failure is not None:
+        raise failure
+
+
+class _Text:
+    """The text of one row as its tokens come, up to a stop string.
+
+    Attributes:
+      ended: whether a stop string has come.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int], stop: str | Sequence[str]):
+        self.ended = False
+        self._vocab_size = tokenizer.vocab_size
+        self._decoder = tokenizer.stream(context)
+        self._held = ""
+        self._stop = [stop] if isinstance(stop, str) else listed(stop)
+        if self._stop is None:
+            raise ValueError(f"stop is {show(stop)}; expected strings that are not empty")
+        for string in self._stop:
+            if not isinstance(string, str) or not string:
+                raise ValueError(f"stop has {show(string)}; expected strings that are not empty")
+
+    def push(self, token: int) -> str:
+        """Takes a token; returns the text that is certain by now."""
+        # A model may have a few more tokens than its tokenizer; they have no text.
+        if token < self._vocab_size:
+            self._held += self._decoder.push(token)
+        return self._release(final=False)
+
+    def flush(self) -> str:
+        """Returns what was held back, after the last token."""
+        self._held += self._decoder.flush()
+        return self._release(final=True)
+
+    def _release(self, final: bool) -> str:
+        if self.ended:
+            return ""
+        text = self._held
+        found = [at for string in self._stop if (at := text.find(string)) >= 0]
+        self.ended = bool(found)
+        sure = min(found) if found else len(text) - (0 if final else self._doubtful())
+        self._held = text[sure:]
+        return text[:sure]
+
+    def _doubtful(self) -> int:
+        """Returns the length of the longest end of the held text that begins a stop string."""
+        longest = max(map(len, self._stop), default=1) - 1
+        for length in range(min(longest, len(self._held)), 0, -1):
+            if any(string.startswith(self._held[-length:]) for string in self._stop):
+                return length
+        return 0

@@ -1,1 +1,0 @@
-"""Generation, from logits to text: no parameters, no files, no command line."""

@@ -1,0 +1,243 @@
+"""Attention: the one mask function, grouped-query attention, and the one place that picks a kernel.
+
+It holds no parameters, applies no rotation, and does not know where keys are kept.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from mistral_jax.base import machine
+from mistral_jax.ops import cudnn, kernels, splash
+from mistral_jax.ops.partition import Rules
+from mistral_jax.ops.pieces import attend_present, fill, take, weigh_pieces
+from mistral_jax.ops.quantized import MaybeQuantized, QuantizedKernel
+from mistral_jax.ops.scores import weigh
+
+# Queries attended at a time: larger blocks spill a CPU's caches, smaller ones starve it.
+BLOCK = 128
+# Keys attended at a time by a block, which bounds the memory of texts without a window.
+KEYS = 8192
+# Up to here every block has its own exact range of keys; beyond, one compiled body serves all.
+UNROLLED_BLOCKS = 8
+
+
+@functools.partial(jax.jit, static_argnames=("window", "dilation"))
+def visible(
+    q_positions: jax.Array,
+    kv_positions: jax.Array,
+    window: int | None,
+    dilation: int = 1,
+    q_texts: jax.Array | None = None,
+    kv_texts: jax.Array | None = None,
+) -> jax.Array:
+    """Says which keys each query may look at: those not after it, and among them the last `window`.
+
+    The window counts the query's own key, as in Mistral's own engine (arXiv 2310.06825, section 2).
+    Dilated, it reaches further back over gaps (Longformer, arXiv 2004.05150, section 3.1).
+
+    Args:
+      q_positions: place of each query in its text, [B, T] int32; -1 = padding, which sees nothing.
+      kv_positions: place of each key, [B, S] int32; -1 = no key there, which nobody sees.
+      window: keys visible, the query's own included (W); None = all.
+      dilation: distance between neighbouring keys that are visible: at 2, every other one.
+      q_texts: which of a row's texts each query is of, [B, T] int32; None = rows hold one text.
+      kv_texts: the same of each key, [B, S] int32.
+
+    Returns:
+      [B, T, S] bool, True = may look.
+    """
+    distance = q_positions[:, :, None] - kv_positions[:, None, :]
+    mask = (kv_positions[:, None, :] >= 0) & (distance >= 0)
+    if window is not None:
+        mask &= distance < window * dilation
+    if dilation > 1:
+        mask &= distance % dilation == 0
+    return mask if q_texts is None else mask & (q_texts[:, :, None] == kv_texts[:, None, :])
+
+
+def attend(
+    q: jax.Array,
+    k: MaybeQuantized,
+    v: MaybeQuantized,
+    q_positions: jax.Array,
+    kv_positions: jax.Array,
+    window: int | None,
+    dilation: int = 1,
+    *,
+    aligned: bool = False,
+    origin: jax.Array | None = None,
+    sections: int = 1,
+    rules: Rules = (),
+) -> jax.Array:
+    """Attends from every query to the keys that it may see.
+
+    Never builds T x S scores: queries go in blocks, and meet `KEYS` keys at a time. Where keys
+    stand in the order of the queries (`aligned`), a block reads only the keys that its window can
+    reach; where the place of each is known (`origin`), only those of them that are there, if the
+    processor may decide as it runs.
+
+    Args:
+      q: queries, [B, T, N, H].
+      k: keys, [B, S, K, H]; each serves G = N / K query heads. Of int8, with scales [B, S, K, 1].
+      v: values, likewise.
+      q_positions: place of each query, [B, T] int32; -1 = padding, whose output is finite.
+      kv_positions: place of each key, [B, S] int32; -1 = no key there.
+      window: keys visible (W), the query's own included; None = all.
+      dilation: distance between neighbouring keys that are visible.
+      aligned: key S - T + i is the key of query i. Without a cache (S = T) a row may then hold
+        several texts, one after another, with padding between them; the positions of each rise by
+        1, and none sees another.
+      origin: key i of a row has place origin + i, or is not there, [B] int32. None = any order.
+        Given one, gradients do not pass.
+      sections: equal parts of T that are worked on side by side, each on the devices that hold it.
+      rules: mesh axes of the logical axes, which a TPU's kernel is split by.
+
+    Returns:
+      [B, T, N, H] in the dtype of `q`.
+    """
+    kept = k.values.dtype if isinstance(k, QuantizedKernel) else k.dtype
+    if q.shape[1] == 1 and kept.name in kernels.DTYPES and kernels.here():
+        return _attend_once(q, k, v, visible(q_positions, kv_positions, window, dilation))
+    alone = aligned and dilation == 1 and sections == 1
+    if alone and jax.default_backend() == "tpu":
+        wide = _widen(k, q.dtype), _widen(v, q.dtype)
+        if splash.fits(q, *wide, rules):
+            return splash.attend(q, *wide, q_positions, kv_positions, window, rules)
+    length, keys = q.shape[1], k.shape[1]
+    q_places, kv_places = (q_positions, None), (kv_positions, None)
+    before = keys if window is None else min(keys, (window - 1) * dilation)
+    pattern = window, dilation
+    if aligned and length == keys:
+        # A text is known by where its position 0 stands, or would stand.
+        texts = jnp.arange(length, dtype=jnp.int32)[None] - q_positions
+        q_places, kv_places = (q_positions, texts), (kv_positions, texts)
+    offset = keys - length if aligned else None
+    if sections > 1 and length % sections == 0:
+        return _attend_sections(q, k, v, q_places, kv_places, pattern, before, offset, sections)
+    if origin is not None and length > 1 and _decides():
+
+        def weigh_seen(q, k, v, q_positions, kv_positions):
+            return weigh(q, k, v, visible(q_positions, kv_positions, *pattern))
+
+        return attend_present(weigh_seen, q, k, v, q_positions, kv_positions, before, origin)
+    one, size = _attend_block, BLOCK
+    if origin is not None and length > 1:
+        wide = _widen(k, q.dtype), _widen(v, q.dtype)
+        if cudnn.fits(q, *wide, rules):
+            (k, v), size = wide, cudnn.BLOCK
+            one = functools.partial(_attend_by_cudnn, rules=rules)
+    return _attend_blocks(q, k, v, q_places, kv_places, pattern, before, offset, one, size)
+
+
+def _widen(x, dtype):
+    return x.dequantize(dtype) if isinstance(x, QuantizedKernel) else x
+
+
+@jax.custom_jvp
+def _attend_once(q, k, v, mask):
+    """Attends from one token of each row, by a kernel."""
+    numbers, scales = (k, v), ()
+    if isinstance(k, QuantizedKernel):
+        numbers, scales = (k.values, v.values), (k.scale[..., 0], v.scale[..., 0])
+    return kernels.attend(q[:, 0], *numbers, mask[:, 0], *scales)[:, None].astype(q.dtype)
+
+
+@_attend_once.defjvp
+def _differentiate_once(primals, tangents):
+    """Differentiates what XLA knows to be the same."""
+    q, k, v, mask = primals
+
+    def plain(q, k, v):
+        _, total, mixed = weigh(q, k, v, mask)
+        return (mixed / total[..., None]).reshape(q.shape).astype(q.dtype)
+
+    return _attend_once(*primals), jax.jvp(plain, (q, k, v), tangents[:3])[1]
+
+
+def _decides() -> bool:
+    """Says whether the number of pieces to attend may be found as the program runs.
+
+    A GPU would wait for the host before each; devices of a mesh would have to agree on it.
+    """
+    return machine.is_one_cpu()
+
+
+def _attend_by_cudnn(q, k, v, q_places, kv_places, pattern, rules):
+    return cudnn.attend(q, k, v, visible(q_places[0], kv_places[0], *pattern), rules)
+
+
+def _attend_blocks(q, k, v, q_places, kv_places, pattern, before, offset, one, size):
+    """Attends block by block; query i sees at most `before` keys before key `offset` + i.
+
+    Without an offset, keys are in any order, and each block reads all. `one` attends from a block
+    of `size` queries, or of fewer.
+    """
+    length, keys = q.shape[1], k.shape[1]
+    if length <= size and (offset is None or offset <= before):
+        return one(q, k, v, q_places, kv_places, pattern)
+
+    if length <= size * UNROLLED_BLOCKS:
+        blocks = []
+        for start in range(0, length, size):
+            stop = min(start + size, length)
+            seen = slice(0, keys)
+            if offset is not None:
+                # From a multiple of 8 on: kernels would copy an odd number of keys.
+                first = max(0, offset + start - before) // 8 * 8
+                seen = slice(first, offset + stop)
+            queries = jax.tree.map(lambda x, a=start, b=stop: x[:, a:b], (q, q_places))
+            near = jax.tree.map(lambda x, seen=seen: x[:, seen], (k, v, kv_places))
+            blocks.append(one(queries[0], *near[:2], queries[1], near[2], pattern))
+        return jnp.concatenate(blocks, axis=1)
+
+    def attend_from(start):
+        first = jnp.clip((offset or 0) + start - before, 0, keys - reach)
+        queries, places = take((padded_q, padded_places), start, size)
+        near_k, near_v, near_places = take((k, v, kv_places), first, reach)
+        return one(queries, near_k, near_v, places, near_places, pattern)
+
+    reach = keys if offset is None else min(keys, before + size)
+    padded_q = fill(q, size, 0)
+    padded_places = jax.tree.map(lambda x: fill(x, size, -1), q_places)
+    blocks = jax.lax.map(attend_from, jnp.arange(0, length, size, dtype=jnp.int32))
+    return jnp.moveaxis(blocks, 0, 1).reshape(padded_q.shape)[:, :length]
+
+
+def _attend_sections(q, k, v, q_places, kv_places, pattern, before, offset, sections):
+    """Attends from each section to the keys that it can reach: as many for one as for another."""
+    length, keys = q.shape[1], k.shape[1]
+    size = length // sections
+    reach = keys if offset is None else min(keys, before + size)
+
+    def attend_from(start, q, q_places):
+        near = k, v, kv_places
+        if reach < keys:
+            near = take(near, jnp.clip(offset + start - before, 0, keys - reach), reach)
+        return _attend_blocks(
+            q, *near[:2], q_places, near[2], pattern, reach, None, _attend_block, BLOCK
+        )
+
+    def split(x):
+        return x.reshape(x.shape[0], sections, size, *x.shape[2:])
+
+    starts = jnp.arange(0, length, size, dtype=jnp.int32)
+    mixed = jax.vmap(attend_from, in_axes=(0, 1, 1), out_axes=1)(
+        starts, *jax.tree.map(split, (q, q_places))
+    )
+    return mixed.reshape(q.shape)
+
+
+@functools.partial(jax.checkpoint, static_argnums=5)  # A gradient computes the scores again.
+def _attend_block(q, k, v, q_places, kv_places, pattern):
+    """Attends with scores [B, K, G, T, S] of all keys at once, or of `KEYS` if there are more."""
+
+    def weigh_seen(k, v, kv_places):
+        (q_positions, q_texts), (kv_positions, kv_texts) = q_places, kv_places
+        return weigh(q, k, v, visible(q_positions, kv_positions, *pattern, q_texts, kv_texts))
+
+    keys = k, v, kv_places
+    alone = q.shape[1] == 1 or k.shape[1] <= KEYS
+    _, total, mixed = weigh_seen(*keys) if alone else weigh_pieces(weigh_seen, keys, KEYS)
+    return jnp.moveaxis(mixed / total[..., None], 3, 1).astype(q.dtype).reshape(q.shape)

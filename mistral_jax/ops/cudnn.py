@@ -1,0 +1,90 @@
+"""Attention on an NVIDIA GPU by cuDNN's flash kernel, behind `attention.attend`.
+
+It reads prompts, a block of queries at a time. It has not been run: tests put XLA's product in the
+kernel's place, and `benchmarks/gpu.py` compiles it for a GPU that is not here.
+"""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+
+from mistral_jax.ops import partition
+from mistral_jax.ops.partition import Rules
+from mistral_jax.ops.pieces import fill
+
+# Queries attended at a time, which bounds their mask, [B, T, S].
+BLOCK = 512
+IMPLEMENTATION = "cudnn"
+
+
+def fits(q: jax.Array, k: jax.Array, v: jax.Array, rules: Rules) -> bool:
+    """Whether there is such a GPU (Ampere or later), and `attend` can take these arrays there.
+
+    They are all bfloat16 or all float16, with heads of at most 128 numbers, a multiple of 8. On a
+    mesh, its rules must give each device the keys of its queries.
+
+    Args:
+      q: queries, [B, T, N, H].
+      k: keys, [B, S, K, H].
+      v: values, [B, S, K, H].
+      rules: mesh axes of the logical axes.
+    """
+    dtypes, head_dim = {x.dtype.name for x in (q, k, v)}, q.shape[-1]
+    if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
+        return False
+    if head_dim > 128 or head_dim % 8 or not _has_kernel():
+        return False
+    return jax.sharding.get_abstract_mesh().empty or partition.fits(q, k, rules)
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, rules: Rules = ()
+) -> jax.Array:
+    """Attends from every query to the keys that the mask shows; scores and sums are float32.
+
+    Args:
+      q: queries, [B, T, N, H].
+      k: keys, [B, S, K, H].
+      v: values, [B, S, K, H].
+      mask: which keys each query sees, [B, T, S] bool; one that sees none has a finite result.
+      rules: mesh axes of the logical axes.
+
+    Returns:
+      [B, T, N, H] in the dtype of `q`.
+    """
+    return partition.by_device(_attend_rows, rules, of_rows=1)(q, k, v, mask)
+
+
+def _attend_rows(q, k, v, mask):
+    k, v = fill(k, 8, 0), fill(v, 8, 0)
+    mask = jnp.pad(mask, [(0, 0), (0, 0), (0, k.shape[1] - mask.shape[2])])
+    # What lies behind the last key that a row's queries see is not even read.
+    seen, places = jnp.any(mask, axis=1), jnp.arange(1, k.shape[1] + 1, dtype=jnp.int32)[None]
+    lengths = jnp.max(jnp.where(seen, places, 1), axis=1)
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask[:, None], key_value_seq_lengths=lengths, implementation=IMPLEMENTATION
+    )
+
+
+def _has_kernel() -> bool:
+    if jax.default_backend() != "gpu":
+        return False
+    device = jax.local_devices()[0]
+    # Of AMD's GPUs the capability is a name, such as "gfx90a".
+    major = str(getattr(device, "compute_capability", "")).partition(".")[0]
+    return major.isdigit() and int(major) >= 8 and _runs()
+
+
+@functools.cache
+def _runs() -> bool:
+    """Tries the kernel, once: cuDNN may be missing, or too old."""
+    try:
+        with jax.ensure_compile_time_eval():
+            few = jnp.zeros((1, 16, 1, 64), jnp.bfloat16)
+            jax.block_until_ready(_attend_rows(few, few, few, jnp.ones((1, 16, 16), bool)))
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        logging.getLogger(__name__).debug("no cuDNN, XLA's operations instead: %s", error)
+        return False
+    return True

@@ -1,0 +1,81 @@
+"""What XLA cannot split, or not well: each device of a mesh does it for its own rows and heads."""
+
+import math
+from collections.abc import Callable
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
+
+
+def mesh_axes(rules: Rules, axis: str) -> tuple[str, ...]:
+    """Returns the mesh axes that a logical axis lies on; none if it is not split."""
+    to = dict(rules).get(axis) or ()
+    return (to,) if isinstance(to, str) else tuple(to)
+
+
+def length_parts(rules: Rules) -> int:
+    """Returns in how many parts the devices of the mesh in use hold the length of a text."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = () if mesh.empty else mesh_axes(rules, "length")
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def fits(q: jax.Array, k: jax.Array, rules: Rules) -> bool:
+    """Whether the rules of the mesh in use give each device the keys of its queries.
+
+    Args:
+      q: queries, [B, T, N, H].
+      k: keys, [B, S, K, H].
+      rules: mesh axes of the logical axes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    batch, heads, kv_heads = (mesh_axes(rules, axis) for axis in ("batch", "heads", "kv_heads"))
+    if not rules or not {*batch, *heads, *kv_heads} <= set(mesh.axis_names):
+        return False
+
+    def parts(axes):
+        return math.prod(mesh.shape[axis] for axis in axes)
+
+    shared, rest = heads[: len(kv_heads)], heads[len(kv_heads) :]
+    sizes = ((q.shape[0], batch), (q.shape[2], heads), (k.shape[2], kv_heads))
+    return (
+        all(kind == AxisType.Auto for kind in mesh.axis_types)
+        and all(size % parts(axes) == 0 for size, axes in sizes)
+        and shared == kv_heads
+        # Queries of one key-value head may lie on several devices, but not those of several.
+        and (parts(rest) == 1 or k.shape[2] == parts(kv_heads))
+    )
+
+
+def by_device(attend: Callable[..., jax.Array], rules: Rules, of_rows: int) -> Callable:
+    """Lets each device of the mesh in use attend by itself; without a mesh, changes nothing.
+
+    Args:
+      attend: a function of queries, keys and values, which `fits` takes, and of `of_rows` arrays
+        [B, ...] more; it returns what has the shape of the queries.
+      rules: mesh axes of the logical axes.
+      of_rows: how many arrays follow the values.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return attend
+    batch, *heads = (mesh_axes(rules, axis) or None for axis in ("batch", "heads", "kv_heads"))
+    queries, keys = (PartitionSpec(batch, None, axes) for axes in heads)
+    rows = (PartitionSpec(batch),) * of_rows
+    return jax.shard_map(
+        attend, in_specs=(queries, keys, keys, *rows), out_specs=queries, check_vma=False
+    )
+
+
+def by_rows(function: Callable, rules: Rules) -> Callable:
+    """Lets each device of the mesh in use do its own rows; without a mesh, changes nothing.
+
+    Args:
+      function: takes and returns trees of arrays [B, ...], B divisible by the parts of a batch.
+      rules: mesh axes of the logical axes.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    rows = PartitionSpec(mesh_axes(rules, "batch") or None)
+    return jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)

@@ -1,0 +1,147 @@
+"""`QuantizedKernel`: a kernel in 8 or 4 bits, and products with it. It does not quantise.
+
+`products.py` asks for products; everything else sees the shape of a kernel.
+"""
+
+import math
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mistral_jax.base import machine
+from mistral_jax.ops.einsum import einsum
+
+# Quantiles of a normal distribution, with an exact zero (arXiv 2305.14314, appendix E).
+NF4_LEVELS = np.array(
+    [
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ],
+    np.float32,
+)
+
+
+@flax.struct.dataclass
+class QuantizedKernel:
+    """A kernel as small numbers and what to multiply them by.
+
+    Attributes:
+      values: whole numbers (int8), or places in `NF4_LEVELS` (uint4), of the kernel's shape.
+      scale: float32, with as many axes; each of its entries is for as many values next to each
+        other along an axis as that is shorter.
+    """
+
+    values: jax.Array  # First: Flax compares the first leaf with the kernel's shape.
+    scale: jax.Array
+
+    def dequantize(self, dtype: jnp.dtype) -> jax.Array:
+        """Returns the kernel, computed in float32 and rounded to `dtype`."""
+        # Not by qwix, which flattens an array first: one that is split it gathers.
+        if self.values.dtype == jnp.uint4:
+            wide = jnp.asarray(NF4_LEVELS)[self.values.astype(jnp.int32)]
+        else:
+            wide = self.values.astype(jnp.float32)
+        wide = wide.reshape(*self.shape[:-1], self.scale.shape[-1], -1) * self.scale[..., None]
+        return wide.reshape(self.shape).astype(dtype)
+
+    def scales_outputs(self, outputs: int) -> bool:
+        """Whether these are whole numbers with one scale for each of the first `outputs` axes'."""
+        return self.values.dtype == jnp.int8 and self.scale.size == math.prod(self.shape[:outputs])
+
+    def product(self, rows: jax.Array) -> jax.Array:
+        """Multiplies `rows` [..., X] by a matrix [Y, X] with scales [Y, 1]: [..., Y] float32."""
+        by = _product if _in_integers(rows) else _plain_product
+        return by(rows, self.values, self.scale[:, 0])
+
+    def scaled(self, sums: jax.Array) -> jax.Array:
+        """Returns what `product` would, of products [..., Y] with the values alone."""
+        return sums * jnp.expand_dims(self.scale[:, 0], range(sums.ndim - 1))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The kernel's."""
+        return self.values.shape
+
+    @property
+    def ndim(self) -> int:
+        """The number of the kernel's axes."""
+        return self.values.ndim
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """What the kernel is computed in."""
+        return self.scale.dtype
+
+    @property
+    def sharding(self) -> jax.sharding.Sharding:
+        """Where the kernel lies."""
+        return self.values.sharding
+
+
+MaybeQuantized = jax.Array | QuantizedKernel
+
+
+def to_int8(kernel: Any, outputs: int, numpy: Any = np) -> tuple[Any, Any]:
+    """Rounds to multiples of a 127.5th of the largest number of each output, as qwix does.
+
+    Args:
+      kernel: float32.
+      outputs: how many of its axes are the output's.
+      numpy: what to compute with, NumPy or `jax.numpy`: to the same bits.
+
+    Returns:
+      The values, int8, and the scales, float32, with as many axes.
+    """
+    axes = tuple(range(outputs, kernel.ndim))
+    largest = numpy.max(numpy.abs(kernel), axis=axes, keepdims=True)
+    # By the reciprocal, as XLA divides by a constant.
+    scale = numpy.where(largest > 0, largest * np.float32(1 / 127.5), np.float32(1))
+    return numpy.clip(numpy.round(kernel / scale), -127, 127).astype("int8"), scale
+
+
+def _in_integers(rows: jax.Array) -> bool:
+    """Whether to multiply integers: on a mesh, a row's largest number lies in many places."""
+    # Of more it pays to write the matrix out in float; later, if there are instructions for bytes.
+    few = 64 if "vnni" in machine.processor() else 8
+    return math.prod(rows.shape[:-1]) <= few and machine.is_one_cpu()
+
+
+def _plain_product(rows, values, scale):
+    """Multiplies `rows` [..., X] by `values` [Y, X] int8, and the sums by `scale` [Y]."""
+    sums = einsum("...X,YX->...Y", rows, values.astype(rows.dtype))
+    return sums * jnp.expand_dims(scale, range(rows.ndim - 1))
+
+
+@jax.custom_jvp
+def _product(rows, values, scale):
+    """Is `_plain_product`, to the rounding of float32, in integers.
+
+    XLA's CPU backend writes a whole int8 matrix out in float32 before it multiplies by it, but has
+    a fast product of int8 with int8. So a row is rounded to 24 bits below its largest number, and
+    becomes three rows of 8 bits each, whose sums are exact.
+    """
+    wide = rows.astype(jnp.float32).reshape(-1, rows.shape[-1])
+    # By 127 and not 128: no part of the largest number is then above 127.
+    step = jnp.max(jnp.abs(wide), axis=-1, keepdims=True) / (127 << 16)
+    rest, parts = jnp.round(wide / jnp.where(step > 0, step, 1)).astype(jnp.int32), []
+    for _ in range(3):
+        part = ((rest + 128) & 255) - 128  # the lowest 8 bits, from -128 to 127
+        parts.append(part.astype(jnp.int8))
+        rest = (rest - part) >> 8
+    if len(wide) == 1:  # XLA takes half as long again for three rows as for four.
+        parts.append(jnp.zeros_like(parts[0]))
+    sums = jnp.einsum("RX,YX->RY", jnp.concatenate(parts), values, preferred_element_type=jnp.int32)
+    low, middle, high = jnp.split(sums[: 3 * len(wide)].astype(jnp.float32), 3)
+    total = (high * 65536 + middle * 256 + low) * (step * scale[None])
+    return total.reshape(*rows.shape[:-1], -1)
+
+
+@_product.defjvp
+def _differentiate(primals, tangents):
+    """Differentiates what the integers stand for: by themselves they would have no gradient."""
+    return _product(*primals), jax.jvp(_plain_product, primals, tangents)[1]

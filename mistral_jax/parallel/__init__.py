@@ -1,0 +1,1 @@
+"""Layouts over devices, meshes, and several processes as one program."""

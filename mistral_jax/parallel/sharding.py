@@ -1,0 +1,206 @@
+"""The layout of a model over devices: a mesh, and rules from logical axes to mesh axes.
+
+Rules come from `configs/sharding/*.toml`; this file alone makes a `NamedSharding` of them for
+each array. It holds no weights and starts no computation. The logical axes are those that the model
+names: vocab, embed, mlp, heads, kv_heads, head_dim; and, of activations only, batch, length,
+residual (the width D).
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from mistral_jax.base.fields import integer
+from mistral_jax.base.files import read_toml
+from mistral_jax.config import ModelConfig, find
+from mistral_jax.model.transformer import Transformer
+from mistral_jax.ops.partition import Rules, mesh_axes
+from mistral_jax.parallel import distributed
+from mistral_jax.parallel.rules import LOGICAL_AXES, check_rules, split_kv_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where arrays lie.
+
+    Attributes:
+      mesh: devices by mesh axis.
+      rules: mesh axes of each logical axis that is split.
+    """
+
+    mesh: Mesh
+    rules: Rules
+
+    def parts(self, axis: str) -> int:
+        """Returns how many parts a logical axis is split into."""
+        return math.prod(self.mesh.shape[name] for name in mesh_axes(self.rules, axis))
+
+    def sharding(self, *axes: str) -> NamedSharding:
+        """Returns the sharding of an array with these logical axes; none: whole on every device."""
+        return NamedSharding(self.mesh, nn.logical_to_mesh_axes(axes, self.rules))
+
+
+def read_layout(
+    name: str | Path | None,
+    config: ModelConfig,
+    devices: list[jax.Device] | None = None,
+    mesh: Mapping[str, int] | None = None,
+) -> Layout | None:
+    """Reads a sharding file and lays its mesh over the devices; allocates nothing.
+
+    Args:
+      name: a file of `configs/sharding/` without its ending ("tensor"), or a path to a TOML file;
+        None = one device holds everything.
+      config: the model that will be laid out; its sizes must be divisible by the mesh's.
+      devices: devices to use; None = all.
+      mesh: sizes of mesh axes, in place of those in the file.
+
+    Returns:
+      The layout; None where one device holds everything.
+
+    Raises:
+      ValueError: there is no such file, its mesh does not fit the devices or the model, it splits
+        two axes of one array over the same devices, or it leaves devices out though there are
+        several processes.
+    """
+    if name is None:
+        if mesh:
+            raise ValueError(f"mesh is {dict(mesh)}, of no sharding; name one, such as 'tensor'")
+        if distributed.count() > 1:
+            raise ValueError(
+                f"there are {distributed.count()} processes and no sharding that spreads the model "
+                "over their devices; name one, such as 'tensor'"
+            )
+        return None
+    path = find("sharding", name, "sharding")
+    table = read_toml(path)
+    if set(table) != {"mesh", "rules"}:
+        raise ValueError(f"{path} has the tables {sorted(table)}; expected [mesh] and [rules]")
+    for part, value in table.items():
+        if not isinstance(value, dict):
+            raise ValueError(f"{path} has {value!r} as {part}; expected a table, [{part}]")
+    for axis, to in table["rules"].items():
+        if not all(isinstance(name, str) for name in (to if isinstance(to, list) else [to])):
+            raise ValueError(
+                f"{path} maps {axis} to {to!r}; expected a mesh axis, or a list of some"
+            )
+    devices = jax.devices() if devices is None else devices
+    for axis in mesh or {}:
+        if axis not in table["mesh"]:
+            raise ValueError(f"{path} has no mesh axis {axis!r}; it has {list(table['mesh'])}")
+    sizes = _fill({**table["mesh"], **(mesh or {})}, len(devices), path)
+    rules = {
+        axis: (to,) if isinstance(to, str) else tuple(to) for axis, to in table["rules"].items()
+    }
+    for axis, to in rules.items():
+        if axis not in LOGICAL_AXES:
+            near = difflib.get_close_matches(axis, LOGICAL_AXES, n=1, cutoff=0)[0]
+            raise ValueError(f"{path}: no logical axis {axis!r}; the nearest is {near!r}")
+        if unknown := [mesh_axis for mesh_axis in to if mesh_axis not in sizes]:
+            raise ValueError(f"{path} maps {axis} to {unknown[0]!r}; its mesh has {list(sizes)}")
+    check_rules(_parameters(config), rules, sizes, path)
+    rules, sizes = split_kv_heads(config, rules, sizes)
+    used = math.prod(sizes.values())
+    # JAX drops a mesh of one device on the way: programs would be compiled for both forms.
+    if used == 1 and distributed.count() == 1:
+        return None
+    if used < len(devices) and distributed.count() > 1:
+        raise ValueError(
+            f"{path} lays a mesh over {used} of {len(devices)} devices, which leaves some of the "
+            f"{distributed.count()} processes without work: use all devices, or fewer processes"
+        )
+    return Layout(_lay(sizes, devices[:used]), tuple(rules.items()))
+
+
+def abstract_params(model: Transformer, layout: Layout | None = None) -> dict[str, Any]:
+    """Describes a model's parameters without making them.
+
+    Args:
+      model: the model.
+      layout: where they lie; None = wherever JAX's default is.
+
+    Returns:
+      The tree of parameters, each a float32 `jax.ShapeDtypeStruct` with its sharding.
+    """
+    boxed = _trace(model.config)
+    rest = {name: part for name, part in boxed.items() if name != "layers_0"}
+    boxed = rest | {f"layers_{i}": boxed["layers_0"] for i in range(model.config.num_layers)}
+    shapes = nn.unbox(boxed)
+    if layout is None:
+        return shapes
+    specs = nn.get_partition_spec(boxed)
+    shardings = nn.logical_to_mesh_sharding(specs, layout.mesh, layout.rules)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
+def mesh_of(params: Any) -> Mesh | None:
+    """Returns the mesh that `params` lie on, or None if they are not laid out by a mesh."""
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)  # None of a NumPy array
+    return sharding.mesh if isinstance(sharding, NamedSharding) else None
+
+
+def on_mesh(params: Any) -> contextlib.AbstractContextManager:
+    """Returns a context in which jitted code knows the mesh that `params` lie on, if any."""
+    mesh = mesh_of(params)
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def _lay(sizes: Mapping[str, int], devices: list[jax.Device]) -> Mesh:
+    """Lays a mesh over devices, its axes along their network's where that can be."""
+    types = (AxisType.Auto,) * len(sizes)
+    shape, names = tuple(sizes.values()), tuple(sizes)
+    try:
+        return jax.make_mesh(shape, names, axis_types=types, devices=devices)
+    except NotImplementedError:  # As of 2 x 8 on a torus of 4 x 4: an axis must share one of its.
+        laid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(laid, names, axis_types=types)
+
+
+def _fill(sizes: dict[str, int], devices: int, path: Path) -> dict[str, int]:
+    """Replaces a size of -1 by what the other axes leave of the devices."""
+    for axis, size in sizes.items():
+        if size != -1 and not integer(1).accepts(size):
+            raise ValueError(
+                f"{path}: mesh axis {axis!r} is {size!r}; expected a count of devices, or -1"
+            )
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    if len(open_axes) > 1:
+        raise ValueError(f"{path}: the mesh axes {open_axes} are all -1; at most one may be")
+    if fixed > devices or (open_axes and devices % fixed):
+        raise ValueError(f"{path} asks for a multiple of {fixed} devices; there are {devices}")
+    return {axis: devices // fixed if size == -1 else size for axis, size in sizes.items()}
+
+
+def _trace(config: ModelConfig) -> dict[str, Any]:
+    """Returns the boxed parameters of a model with one layer, which stands for all."""
+    return _trace_layer(dataclasses.replace(config, num_layers=1, sliding_window=None, dilation=1))
+
+
+@functools.lru_cache(maxsize=4)
+def _trace_layer(config: ModelConfig) -> dict[str, Any]:
+    token = jnp.zeros((1, 1), jnp.int32)
+    return jax.eval_shape(Transformer(config).init, jax.random.key(0), token, token)["params"]
+
+
+def _parameters(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:
+    """Yields the name, the logical axes and the shape of each parameter, of one layer for all."""
+    leaves = jax.tree.leaves_with_path(_trace(config), is_leaf=nn.meta.is_axis_metadata)
+    for key, box in leaves:
+        name = jax.tree_util.keystr(key, simple=True, separator="/")
+        yield name.replace("layers_0", "layers_*"), box.names, box.value.shape

@@ -1,0 +1,1 @@
+"""Tokenizers and the forms of chats: text to token ids, and back."""

@@ -1,0 +1,277 @@
+"""The tokenizer: text and conversations to token ids, and back, whole or token by token.
+
+It wraps a SentencePiece file. It does not know any model, and makes no tokenizer files.
+"""
+
+import codecs
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sentencepiece import SentencePieceProcessor
+
+from mistral_jax.base.fields import show
+from mistral_jax.base.files import read_bytes
+from mistral_jax.tokens import spm
+from mistral_jax.tokens.messages import Control, chat_parts, lesson_parts
+
+# Bytes that a file may have: a vocabulary of 262,144 pieces has less than 5 MB.
+MOST_BYTES = 16 << 20
+
+# SentencePiece decodes every byte that belongs to no character as a U+FFFD of its own; Python's
+# "replace" has one for several.
+_EACH_BYTE = "mistral_jax.each_byte"
+codecs.register_error(_EACH_BYTE, lambda error: ("\ufffd", error.start + 1))
+
+# A character for which no vocabulary has a piece, so that none joins it with what follows.
+_ANCHOR = "\U0010ffff".encode()
+
+
+class Tokenizer:
+    """A vocabulary of pieces and the way from text to their ids.
+
+    A model may have more tokens than its tokenizer has pieces: added ones, and rows that pad a
+    table. Such tokens have no text, as control tokens have none.
+
+    Attributes:
+      vocab_size: number of pieces.
+      bos_id: token that begins a text.
+      eos_id: token that ends an answer.
+      unk_id: token of what the vocabulary cannot spell.
+      version: what Mistral calls the file's set of control tokens, recognised by these tokens
+        alone: "v1" (no [INST]), "v2" ([INST] and [/INST]), "v3" (also [PREFIX]) or "v7" (also
+        [SYSTEM_PROMPT]; its chat is not supported). The `tokenizer.model.v3` of 7B v0.3 on the
+        Hugging Face Hub is a v2 file; chat without tools is the same in both.
+    """
+
+    def __init__(self, model: SentencePieceProcessor, ids: int = 0):
+        self._model = model
+        self.vocab_size: int = model.vocab_size()
+        self._ids = max(ids, self.vocab_size)
+        self.bos_id: int = model.bos_id()
+        self.eos_id: int = model.eos_id()
+        self.unk_id: int = model.unk_id()
+        self.version = "v1"
+        for version, piece in (("v2", "[INST]"), ("v3", "[PREFIX]"), ("v7", "[SYSTEM_PROMPT]")):
+            if not model.is_control(model.piece_to_id(piece)):
+                break
+            self.version = version
+        self._control = {
+            Control.BOS: self.bos_id,
+            Control.EOS: self.eos_id,
+            Control.BEGIN_INST: model.piece_to_id("[INST]"),
+            Control.END_INST: model.piece_to_id("[/INST]"),
+        }
+        self._anchor_length = len(model.encode(_ANCHOR))
+
+    @classmethod
+    def from_file(cls, path: str | Path, ids: int = 0) -> "Tokenizer":
+        """Reads a SentencePiece file, such as a checkpoint's `tokenizer.model`.
+
+        Args:
+          path: the file.
+          ids: number of tokens of the model (V), where it has more than the file.
+
+        Raises:
+          ValueError: there is no such file, it is no SentencePiece model that merges pairs (BPE),
+            or it has no tokens for the beginning and the end of a text.
+          OSError: it cannot be read.
+        """
+        if not Path(path).exists():
+            raise ValueError(f"there is no tokenizer file {path}; expected a SentencePiece model")
+        data = read_bytes(path, MOST_BYTES)
+        try:
+            algorithm = spm.algorithm(data)
+            model = SentencePieceProcessor(model_proto=data) if data else None
+            if model is None or not all(map(model.id_to_piece, range(model.vocab_size()))):
+                raise ValueError("it has a piece without a spelling")
+        except (RuntimeError, ValueError):  # Pieces that are not UTF-8 among them.
+            raise ValueError(
+                f"{path} is not a SentencePiece model, or is damaged; expected a tokenizer.model"
+            ) from None
+        if algorithm != "BPE":
+            raise ValueError(
+                f"{path} is a SentencePiece model of kind {algorithm}; expected BPE, which "
+                "Mistral's tokenizers are"
+            )
+        if model.bos_id() < 0 or model.eos_id() < 0:
+            raise ValueError(
+                f"{path} has bos id {model.bos_id()} and eos id {model.eos_id()}; expected a "
+                "tokenizer with both tokens"
+            )
+        return cls(model, ids)
+
+    def encode(
+        self, text: str, bos: bool = False, eos: bool = False, continues: bool = False
+    ) -> list[int]:
+        """Encodes a text; what it says is never taken for a control token.
+
+        Args:
+          text: any text; "<s>" or "[INST]" in it are characters like others.
+          bos: whether to put `bos_id` in front.
+          eos: whether to put `eos_id` at the end.
+          continues: whether a text with ids of its own comes before: no space is then put before
+            the first word, so that the ids of both decode to both texts.
+
+        Returns:
+          Token ids.
+
+        Raises:
+          ValueError: the text is no string, or has a lone surrogate, which is half a character.
+        """
+        if not isinstance(text, str):
+            raise ValueError(f"the text is {show(text)}; expected a string")
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the text has a lone surrogate (U+{ord(text[error.start]):04X}) at character "
+                f"{error.start}; expected valid Unicode"
+            ) from None
+        if continues:
+            ids = self._model.encode(_ANCHOR + data)[self._anchor_length :]
+        else:
+            ids = self._model.encode(data)
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], safe_prompt: bool = False
+    ) -> list[int]:
+        """Encodes a conversation as the prompt of the next answer, in this version's form.
+
+        Args:
+          messages: see `messages.chat_parts`.
+          safe_prompt: whether to put Mistral's safety prompt before the system text.
+
+        Returns:
+          Token ids, BOS first.
+
+        Raises:
+          ValueError: the conversation is invalid, or the version's chat is not supported.
+        """
+        ids: list[int] = []
+        for part in chat_parts(messages, self.version, safe_prompt):
+            ids += self.encode(part) if isinstance(part, str) else [self._control[part]]
+        return ids
+
+    def encode_lesson(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[float]]:
+        """Encodes a finished conversation, in this version's form, to be learnt from.
+
+        Args:
+          messages: see `messages.lesson_parts`.
+
+        Returns:
+          Token ids, BOS first and EOS last, and as many weights: how much each is learnt.
+
+        Raises:
+          ValueError: the conversation or a weight is invalid, nothing is to be learnt, or the
+            version's chat is not supported.
+        """
+        ids: list[int] = []
+        weights: list[float] = []
+        for part, weight in lesson_parts(messages, self.version):
+            more = self.encode(part) if isinstance(part, str) else [self._control[part]]
+            ids += more
+            weights += [weight] * len(more)
+        return ids, weights
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Decodes token ids: control tokens have no text, bytes of no character become U+FFFD.
+
+        Raises:
+          ValueError: an id is outside the vocabulary, or is none.
+        """
+        if isinstance(ids, str) or not isinstance(ids, Iterable):
+            raise ValueError(f"the ids are {show(ids)}; expected a list of token ids")
+        checked = map(self._checked, ids)
+        # A control token ends a character that is not whole, and so does a token without a piece.
+        return self._model.decode([i if i < self.vocab_size else self.eos_id for i in checked])
+
+    def piece(self, token: int) -> str:
+        """Returns a token as the vocabulary spells it, for instance "▁the", "<0xE4>" or "[INST]".
+
+        A token of the model that has no piece is spelt by its id, as "<8193>".
+
+        Raises:
+          ValueError: the id is outside the vocabulary.
+        """
+        token = self._checked(token)
+        return self._model.id_to_piece(token) if token < self.vocab_size else f"<{token}>"
+
+    def is_control(self, token: int) -> bool:
+        """Tells whether a token has no text, as BOS, EOS and [INST] have none.
+
+        Raises:
+          ValueError: the id is outside the vocabulary.
+        """
+        token = self._checked(token)
+        return token >= self.vocab_size or self._model.is_control(token)
+
+    def stream(self, prompt: Sequence[int] = ()) -> "StreamDecoder":
+        """Returns a decoder for tokens that arrive one by one.
+
+        Args:
+          prompt: the ids that they continue; its text is not given again. A word after it keeps
+            the space in front, which a word that begins a text has not, and a character whose
+            first bytes it ends with is completed.
+        """
+        return StreamDecoder(self, prompt)
+
+    def _checked(self, token: int) -> int:
+        try:
+            token = operator.index(token)
+        except TypeError:
+            raise ValueError(f"a token id is {show(token)}; expected an integer") from None
+        if not 0 <= token < self._ids:
+            raise ValueError(
+                f"token id {token} is outside the tokenizer's vocabulary; expected 0 to "
+                f"{self._ids - 1}: does this tokenizer belong to the model?"
+            )
+        return token
+
+
+class StreamDecoder:
+    """Decodes token by token: what it returns, joined, is `Tokenizer.decode` of all the tokens.
+
+    Text is returned as soon as no later token can change it, so only the first bytes of a
+    character that several tokens make up are held back. A token takes constant time.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(_EACH_BYTE)
+        # A token with text: what is decoded after it is not taken for the beginning.
+        self._context: list[int] = []
+        self._context_length = 0
+        # All that matters of a prompt is whether it has text, and the bytes of an incomplete
+        # character that it may end with: three at most.
+        for token in prompt:
+            self.push(token)
+            if self._context_length:
+                break
+        for token in prompt[-3:]:
+            self.push(token)
+
+    def push(self, token: int) -> str:
+        """Takes the next token and returns the text that is certain by now, often its own.
+
+        Raises:
+          ValueError: the id is outside the vocabulary.
+        """
+        if self._tokenizer.is_control(token):
+            return self.flush()
+        piece = self._tokenizer.piece(token)
+        if self._tokenizer._model.is_byte(token):
+            text = self._utf8.decode(bytes.fromhex(piece[3:5]))
+        else:
+            decoded = self._tokenizer.decode([*self._context, token])
+            text = self.flush() + decoded[self._context_length :]
+        if not self._context_length:
+            self._context = [token]
+            self._context_length = len(self._tokenizer.decode(self._context))
+        return text
+
+    def flush(self) -> str:
+        """Returns what is held back: a U+FFFD for each byte of an incomplete character."""
+        return self._utf8.decode(b"", final=True)

@@ -1,0 +1,1 @@
+"""The data of training: records, examples, packed rows, batches."""

@@ -1,0 +1,211 @@
+"""The examples of a run: files encoded and packed once, in its folder. It holds no model."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mistral_jax.base.fields import (
+    boolean,
+    build,
+    check_table,
+    integer,
+    list_of,
+    number,
+    string,
+    table_of,
+)
+from mistral_jax.base.files import read_json
+from mistral_jax.checkpoint import checkpoint, folder, manifest
+from mistral_jax.config import ModelConfig
+from mistral_jax.tokens.tokenizer import Tokenizer
+from mistral_jax.training import sums
+from mistral_jax.training.data import packing, records
+from mistral_jax.training.data.rows import SUMMARY_RULES
+from mistral_jax.training.job import Prompt
+from mistral_jax.training.recipe import Recipe
+
+_PROMPTS = 3  # that a run shows its model, if the recipe names none
+_LOOKED_AT = 100  # examples, the first ones, among which they are
+_BEGINNING = 32  # tokens of a text that make a prompt
+SPLITS = ("train", "validation")
+_RULES = {
+    "files": table_of(string()),
+    "train": table_of(),
+    "validation": table_of(),
+    "prompts": list_of(table_of(), _PROMPTS),
+}
+_SPLIT_RULES = SUMMARY_RULES | {
+    "fill": number(0, 1),
+    "bad": integer(0, 1 << 40),
+    "reasons": list_of(string()),
+    "chat": boolean(),
+}
+_PROMPT_RULES = {"text": string(), "tokens": list_of(integer(0), 1 << 20)}
+
+
+def prepare(recipe: Recipe, path: Path) -> None:
+    """Encodes and packs the examples of a run as `<path>/data`."""
+    for name in SPLITS:
+        records.check_paths(getattr(recipe.data, name))
+    tokenizer = read_tokenizer(recipe)
+    with folder.whole(path / "data") as part:
+        notes: dict[str, Any] = {"files": _digests(recipe)}
+        for name in SPLITS:
+            files = getattr(recipe.data, name)
+            if not files:
+                continue
+            tally = records.Tally()
+            summary = packing.write_rows(
+                part / name,
+                read(recipe, files, tokenizer, tally),
+                recipe.context,
+                pairs=recipe.dpo is not None,
+                pack=recipe.data.pack,
+                seed=recipe.seed,
+            )
+            notes[name] = {**dataclasses.asdict(summary), "fill": summary.fill}
+            notes[name] |= {"bad": tally.bad, "reasons": tally.reasons, "chat": tally.chat}
+        prompts = itertools.islice(_beginnings(recipe, tokenizer), _PROMPTS)
+        notes["prompts"] = [dataclasses.asdict(prompt) for prompt in prompts]
+        (part / "data.json").write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
+        sums.write(part)
+
+
+def changed(recipe: Recipe, path: Path) -> str | None:
+    """Returns a file of the recipe that is another now than when `<path>/data` was made of it."""
+    made = _notes(path)["files"]
+    found = _digests(recipe)
+    return next((file for file in made if found.get(file, made[file]) != made[file]), None)
+
+
+def describe(path: Path) -> Iterator[str]:
+    """Yields lines on the data of a run: how much there is, and what was left out, and why."""
+    notes = _notes(path)
+    for name in SPLITS:
+        if name not in notes:
+            continue
+        of = notes[name]
+        yield (
+            f"{name}: {of['examples']:,} {'pairs' if of['pairs'] else 'examples'} in "
+            f"{of['rows']:,} rows of {of['context']:,} tokens, {of['fill']:.0%} filled; "
+            f"{of['learnt']:,} of {of['tokens']:,} tokens are learnt"
+        )
+        if of["too_long"]:
+            yield f"  {of['too_long']:,} are longer than a row, and were cut"
+        if of["left_out"]:
+            yield f"  {of['left_out']:,} have nothing to be learnt in what fits, and were left out"
+        if of["bad"]:
+            yield f"  {of['bad']:,} bad lines were left out, such as"
+            yield from (f"    {reason}" for reason in of["reasons"])
+
+
+def prompts(recipe: Recipe, path: Path, tokenizer: Tokenizer) -> tuple[list[Prompt], bool]:
+    """Returns what the model is shown, and whether it is asked for answers.
+
+    That is the recipe's texts, or how the first examples begin.
+    """
+    notes = _notes(path)
+    chat = notes["train"]["chat"]
+    if not recipe.sample_prompts:
+        return [Prompt(**prompt) for prompt in notes["prompts"]], chat
+
+    def encode(text):
+        if chat:
+            return tokenizer.encode_chat([{"role": "user", "content": text}])
+        return tokenizer.encode(text, bos=True)
+
+    found = [Prompt(text, encode(text)) for text in recipe.sample_prompts]
+    most = read_base(recipe)[0].max_positions - 1
+    if (longest := max(len(prompt.tokens) for prompt in found)) > most:
+        raise ValueError(f"sample_prompts has a text of {longest} tokens; expected at most {most}")
+    return found, chat
+
+
+def _notes(path: Path) -> dict[str, Any]:
+    """Reads what `prepare` has noted of the data of a run; a ValueError names what is damaged."""
+    file = path / "data" / "data.json"
+    notes = {"files": None, "train": None, "prompts": None} | read_json(file)
+    check_table(notes, _RULES, str(file))
+    for name in SPLITS:
+        if name in notes:
+            notes[name] = dict.fromkeys(_SPLIT_RULES) | notes[name]
+            check_table(notes[name], _SPLIT_RULES, f"{file}, {name},")
+    for prompt in notes["prompts"]:
+        build(Prompt, prompt, str(file))
+        check_table(prompt, _PROMPT_RULES, str(file))
+    return notes
+
+
+def read(recipe: Recipe, files, tokenizer: Tokenizer, tally: records.Tally | None = None):
+    """Yields the examples of files as a recipe has them read: see `records.read`."""
+    return records.read(
+        files,
+        tokenizer,
+        pairs=recipe.dpo is not None,
+        skip_bad=recipe.data.skip_bad,
+        tally=tally,
+    )
+
+
+def base_folder(recipe: Recipe) -> Path:
+    """Returns the folder of the model that a recipe trains further."""
+    return Path(recipe.checkpoint or checkpoint.BUNDLED)
+
+
+def read_base(recipe: Recipe) -> tuple[ModelConfig, dict[str, Any]]:
+    """Reads the architecture of the model that a recipe trains further, and where it comes from.
+
+    Raises:
+      ValueError: there is no such model, or its positions are fewer than a row has.
+    """
+    base = base_folder(recipe)
+    config, provenance = manifest.read(base)
+    if recipe.context > config.max_positions:
+        raise ValueError(
+            f"context is {recipe.context}; expected at most {config.max_positions}, the positions "
+            f"of {base}"
+        )
+    return config, provenance
+
+
+def read_tokenizer(recipe: Recipe) -> Tokenizer:
+    """Reads the tokenizer of the model to train; a ValueError says that there is none."""
+    base = base_folder(recipe)
+    config, _ = read_base(recipe)
+    if not (base / "tokenizer.model").is_file():
+        raise ValueError(f"{base} has no tokenizer.model, to encode examples with: put it there")
+    return checkpoint.read_tokenizer(base / "tokenizer.model", config)
+
+
+def _beginnings(recipe: Recipe, tokenizer: Tokenizer) -> Iterator[Prompt]:
+    """Yields how the first examples begin, but for those that fill a row before they are learnt."""
+    files = recipe.data.validation or recipe.data.train
+    examples = read(recipe, files, tokenizer)
+    for example in itertools.islice(examples, _LOOKED_AT):
+        example = getattr(example, "chosen", example)
+        begin = int(np.flatnonzero(example.weights)[0])
+        if begin == 1:  # A text, of which all is learnt.
+            begin = max(1, min(len(example.tokens) // 2, _BEGINNING))
+        if begin < recipe.context:
+            tokens = example.tokens[:begin].tolist()
+            yield Prompt(tokenizer.decode(tokens), tokens)
+
+
+def _digests(recipe: Recipe) -> dict[str, str]:
+    """Returns the SHA-256 of each file that is there: of examples, and what tells of the model."""
+    named = [Path(file) for name in SPLITS for file in getattr(recipe.data, name)]
+    files = [base_folder(recipe) / "config.json"]
+    for path in named:
+        files += sorted(path.rglob("*")) if path.is_dir() else [path]
+    digests = {}
+    for path in files:
+        if path.is_file():
+            with path.open("rb") as file:
+                digests[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests

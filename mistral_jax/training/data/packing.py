@@ -1,0 +1,150 @@
+"""Packing: laying examples into rows, as many in each as fit. It makes no batches of the rows."""
+
+import contextlib
+import dataclasses
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mistral_jax.checkpoint.folder import whole
+from mistral_jax.training.data.records import Example, Pair
+from mistral_jax.training.data.rows import Summary, import_grain, padding, row_type
+
+_PLACE = np.dtype([("tokens", "<i4"), ("targets", "<i4"), ("weights", "<f4")])
+_PACKED_AT_A_TIME = 1 << 21  # places; some 40 MB
+
+
+def write_rows(
+    target: Path | str,
+    examples: Iterable[Example | Pair],
+    context: int,
+    *,
+    pairs: bool = False,
+    pack: bool = True,
+    seed: int = 0,
+) -> Summary:
+    """Writes examples as rows into a folder; memory does not grow with their number.
+
+    An example of n + 1 tokens takes n places, each with the token after it as its target. One that
+    is longer than the context is cut: a text, which is learnt from end to end, into pieces that
+    each begin at position 0, so that all of it is learnt; any other at its end.
+
+    Args:
+      target: folder to make.
+      examples: what `records.read` yields.
+      context: places a row (T).
+      pairs: whether the examples are pairs, of which each has a row of its own.
+      pack: whether a row holds as many examples as fit, else one.
+      seed: of the order in which examples are packed.
+
+    Returns:
+      What became of them; it is kept in the folder.
+
+    Raises:
+      ValueError: nothing is to be learnt, the folder exists, or grain is not installed.
+    """
+    summary = Summary(context, pairs)
+    fitted = _fitted(examples, summary)
+    with whole(target) as part:
+        with (part / "rows.bin").open("wb") as file, contextlib.ExitStack() as stack:
+            if pack and not pairs:
+                spool = stack.enter_context(tempfile.TemporaryDirectory(dir=part))
+                rows = _pack(_Spool(Path(spool), (text for (text,) in fitted)), context, seed)
+            else:
+                rows = (_lay(texts, context, pairs) for texts in fitted)
+            for row in rows:
+                file.write(row.tobytes())
+                summary.rows += 1
+                summary.tokens += int((row["positions"] >= 0).sum())
+                summary.learnt += int((row["targets"] >= 0).sum())
+        if not summary.examples:
+            raise ValueError("there are no examples; expected at least one record in the files")
+        if not summary.rows:
+            raise ValueError(
+                f"{summary.examples} examples have nothing to be learnt in their first {context} "
+                "tokens: add others, or make the context longer"
+            )
+        notes = json.dumps(dataclasses.asdict(summary), indent=2)
+        (part / "rows.json").write_text(notes + "\n", encoding="utf-8")
+    return summary
+
+
+def _fitted(
+    examples: Iterable[Example | Pair], summary: Summary
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """Yields what fits into a row: an example or a piece of one, or the two of a pair."""
+    for example in examples:
+        sides = [example] if isinstance(example, Example) else [example.chosen, example.rejected]
+        texts = [_places(side) for side in sides]
+        summary.examples += 1
+        summary.too_long += any(len(text) > summary.context for text in texts)
+        if not summary.pairs and texts[0]["weights"].all():
+            starts = range(0, len(texts[0]), summary.context)
+            found = [(texts[0][start : start + summary.context],) for start in starts]
+        else:
+            found = [tuple(text[: summary.context] for text in texts)]
+            if not all(text["weights"].any() for text in found[0]):
+                found = []
+        summary.left_out += not found
+        yield from found
+
+
+def _places(example: Example) -> np.ndarray:
+    places = np.empty(len(example.tokens) - 1, _PLACE)
+    places["tokens"], places["weights"] = example.tokens[:-1], example.weights[1:]
+    places["targets"] = np.where(places["weights"] > 0, example.tokens[1:], -1)
+    return places
+
+
+def _lay(texts: Sequence[np.ndarray], context: int, pairs: bool) -> np.ndarray:
+    """Lays one text into a row, or two into a pair's."""
+    (row,) = padding(row_type(context, pairs), 1)
+    for side, text in enumerate(texts):
+        for name in _PLACE.names:
+            np.atleast_2d(row[name])[side, : len(text)] = text[name]
+        np.atleast_2d(row["positions"])[side, : len(text)] = np.arange(len(text))
+    return row
+
+
+class _Spool(Sequence[dict[str, np.ndarray]]):
+    """Texts in a file, in the order in which they came, read in any other."""
+
+    def __init__(self, folder: Path, texts: Iterable[np.ndarray]):
+        ends = 0
+        with (folder / "places").open("wb") as places, (folder / "ends").open("wb") as bounds:
+            bounds.write(np.int64(0).tobytes())
+            for text in texts:
+                ends += len(text)
+                places.write(text.tobytes())
+                bounds.write(np.int64(ends).tobytes())
+        self._ends = np.memmap(folder / "ends", np.int64, mode="r")
+        self._places = np.memmap(folder / "places", _PLACE, mode="r") if ends else None
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {"text": self._places[self._ends[index] : self._ends[index + 1]]}
+
+
+def _pack(spool: _Spool, context: int, seed: int) -> Iterator[np.ndarray]:
+    """Lays texts into rows by first fit, in a random order."""
+    if not spool:
+        return
+    grain = import_grain()
+    packed = grain.experimental.FirstFitPackIterDataset(
+        grain.MapDataset.source(spool).shuffle(seed=seed).to_iter_dataset(),
+        length_struct={"text": context},
+        num_packing_bins=min(max(_PACKED_AT_A_TIME // context, 16), 512),
+        shuffle_bins=False,
+    )
+    for found in packed:
+        (row,) = padding(row_type(context, pairs=False), 1)
+        used = found["text_segment_ids"] > 0
+        row["positions"][used] = found["text_positions"][used]
+        for name in _PLACE.names:
+            row[name][used] = found["text"][name][used]
+        yield row

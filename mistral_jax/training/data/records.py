@@ -1,0 +1,283 @@
+"""A record: one line of a file of texts, conversations or preferences, as tokens to be learnt.
+
+It reads and encodes one record after another; it does not shuffle, cut or batch them.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mistral_jax.base.files import check_regular, parse_record, read_lines
+from mistral_jax.tokens.tokenizer import Tokenizer
+
+_FORMS = (("text",), ("prompt", "completion"), ("messages",))
+_PAIR_FORMS = (("chosen", "rejected"), ("input", "preferred_output", "non_preferred_output"))
+_KEPT_REASONS = 5
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example:
+    """Tokens, and how much each is to be learnt.
+
+    Attributes:
+      tokens: ids, BOS first and EOS last, [n] int32.
+      weights: how much the model learns to give each token after those before, [n] float32; 0 =
+        not at all, as is BOS.
+    """
+
+    tokens: np.ndarray
+    weights: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pair:
+    """Two examples with one beginning, of which the first is preferred."""
+
+    chosen: Example
+    rejected: Example
+
+
+@dataclasses.dataclass
+class Tally:
+    """How many records were read, and how many were bad.
+
+    Attributes:
+      good: number of records that gave an example or a pair.
+      chat: whether the first of them is made of messages, rather than of text.
+      bad: number of records that were skipped.
+      reasons: what was wrong with the first few of them, a sentence each.
+    """
+
+    good: int = 0
+    chat: bool = False
+    bad: int = 0
+    reasons: list[str] = dataclasses.field(default_factory=list)
+
+    def skip(self, reason: str) -> None:
+        """Counts a bad record."""
+        self.bad += 1
+        if len(self.reasons) < _KEPT_REASONS:
+            self.reasons.append(reason)
+
+
+def read(
+    paths: Iterable[Path | str],
+    tokenizer: Tokenizer,
+    *,
+    pairs: bool = False,
+    skip_bad: bool = False,
+    tally: Tally | None = None,
+) -> Iterator[Example | Pair]:
+    """Reads and encodes the records of files one by one; none is held in memory as a whole.
+
+    A file has one JSON object a line, blank lines aside; one whose name ends with ".gz" is
+    unpacked. A record's keys tell its form, and those that no form has are ignored:
+
+    - "text": a text, learnt from its first token to EOS.
+    - "prompt" and "completion": two strings, encoded as `sample` encodes the prompt and goes on,
+      or two lists of messages. The completion (its answers) and EOS are learnt.
+    - "messages": a conversation, see `messages.lesson_parts`. Its answers are learnt.
+    - "chosen" and "rejected", with a "prompt", as strings or as messages, or without one where
+      both are conversations with one beginning; or OpenAI's "input", "preferred_output" and
+      "non_preferred_output". These are pairs.
+
+    Args:
+      paths: files, and folders that Hugging Face's `datasets` saved (it must be installed then).
+      tokenizer: encodes them.
+      pairs: whether the records are preferences; else they are all but these.
+      skip_bad: whether a bad record is left out instead of an error, unless all are.
+      tally: is kept up to date with how many records were read and left out.
+
+    Yields:
+      An `Example` a record, or a `Pair`.
+
+    Raises:
+      ValueError: a file or a record cannot be read, with its file and line number (from 1 on).
+    """
+    tally, paths = Tally() if tally is None else tally, list(paths)
+    encode = _encode_pair if pairs else _encode_example
+    for path in map(Path, paths):
+        for where, raw in _rows(path) if path.is_dir() else read_lines(path):
+            try:
+                record = parse_record(raw) if isinstance(raw, bytes) else raw
+                example = encode(record, tokenizer)
+            except ValueError as error:
+                reason = f"{where}: {error}"
+                if not skip_bad:
+                    raise ValueError(reason) from None
+                tally.skip(reason)
+            else:
+                if not tally.good:
+                    tally.chat = not isinstance(record[_form(record, pairs)[-1]], str)
+                tally.good += 1
+                yield example
+    if tally.bad and not tally.good:
+        raise ValueError(f"all records are bad, {tally.bad} of them, such as {tally.reasons[0]}")
+    if not tally.good:
+        names = ", ".join(map(str, paths))
+        raise ValueError(f"there are no examples in {names}; expected at least one record")
+
+
+def check_paths(paths: Iterable[Path | str]) -> None:
+    """Raises what `read` would of files and folders that are not such as it reads."""
+    for path in map(Path, paths):
+        if path.is_dir():
+            _check_folder(path)
+        else:
+            check_regular(path)
+
+
+def _encode_example(record: Any, tokenizer: Tokenizer) -> Example:
+    match _form(record, pairs=False):
+        case ("text",):
+            text = _string(record, "text")
+            ids = tokenizer.encode(text, bos=True, eos=True)
+            return _example(ids, [0.0] + [1.0] * (len(ids) - 1))
+        case ("messages",):
+            return _lesson(record["messages"], tokenizer)
+        case _:
+            return _continuation(record["prompt"], record["completion"], "completion", tokenizer)
+
+
+def _encode_pair(record: Any, tokenizer: Tokenizer) -> Pair:
+    if _form(record, pairs=True)[0] == "input":
+        given = record["input"]
+        if not isinstance(given, Mapping) or "messages" not in given:
+            raise ValueError('"input" has no "messages"')
+        _refuse_tools(given)
+        prompt, names = given["messages"], ("preferred_output", "non_preferred_output")
+    else:
+        prompt, names = record.get("prompt"), ("chosen", "rejected")
+    chosen, rejected = (record[name] for name in names)
+    if chosen == rejected:
+        raise ValueError(f'"{names[0]}" and "{names[1]}" are the same; expected two answers')
+    if prompt is None:
+        prompt, chosen, rejected = _split(chosen, rejected)
+    return Pair(
+        _continuation(prompt, chosen, names[0], tokenizer),
+        _continuation(prompt, rejected, names[1], tokenizer),
+    )
+
+
+def _form(record: Mapping[str, Any], pairs: bool) -> tuple[str, ...]:
+    """Recognises a record by its keys; returns those of its form, that of the answer last."""
+    # `datasets` gives every row the keys of all, with None for those that it lacks.
+    keys = {key for key, value in record.items() if value is not None}
+    forms, others = (_PAIR_FORMS, _FORMS) if pairs else (_FORMS, _PAIR_FORMS)
+    found = [form for form in forms if keys.issuperset(form)]
+    if len(found) > 1:
+        raise ValueError(f"it has {_list(found, 'and')}; expected one of these")
+    if not found:
+        hint = ""
+        if any(keys.issuperset(form) for form in others):
+            hint = ", as for training without pairs" if pairs else ", as for training on pairs"
+        has = ", ".join(f'"{key}"' for key in sorted(keys)) or "no keys"
+        raise ValueError(f"it has {has}{hint}; expected {_list(forms, 'or')}")
+    _refuse_tools(record)
+    return found[0]
+
+
+def _list(forms: Sequence[Sequence[str]], word: str) -> str:
+    return f" {word} ".join(" with ".join(f'"{key}"' for key in form) for form in forms)
+
+
+def _refuse_tools(record: Mapping[str, Any]) -> None:
+    for key in ("tools", "functions", "available_tools"):
+        if record.get(key):
+            raise ValueError(f'it has "{key}", and tools are not supported')
+
+
+def _continuation(prompt: Any, answer: Any, name: str, tokenizer: Tokenizer) -> Example:
+    """Encodes a prompt and what is to be learnt after it, both strings or lists of messages."""
+    if isinstance(prompt, str) and isinstance(answer, str):
+        if not answer:
+            raise ValueError(f'"{name}" is empty; expected text to be learnt')
+        begin = tokenizer.encode(prompt, bos=True)
+        learnt = tokenizer.encode(answer, eos=True, continues=bool(prompt))
+        return _example(begin + learnt, [0.0] * len(begin) + [1.0] * len(learnt))
+    if isinstance(prompt, list) and isinstance(answer, list):
+        return _lesson([*map(_unlearnt, prompt), *answer], tokenizer)
+    kinds = f"{type(prompt).__name__} and {type(answer).__name__}"
+    raise ValueError(
+        f'"prompt" and "{name}" are {kinds}; expected two strings, or two lists of messages'
+    )
+
+
+def _split(chosen: Any, rejected: Any) -> tuple[list, list, list]:
+    """Splits two conversations into their common beginning and what follows in each."""
+    if not (isinstance(chosen, list) and isinstance(rejected, list)):
+        raise ValueError(
+            'it has no "prompt"; expected one, or "chosen" and "rejected" as whole conversations '
+            "(lists of messages)"
+        )
+    same = 0
+    while same < min(len(chosen), len(rejected)) and chosen[same] == rejected[same]:
+        same += 1
+    parting = chosen[same : same + 1] + rejected[same : same + 1]
+    roles = [message.get("role") for message in parting if isinstance(message, Mapping)]
+    if roles != ["assistant", "assistant"]:
+        raise ValueError(
+            f'"chosen" and "rejected" part at messages[{same}]; expected an answer there in both'
+        )
+    return chosen[:same], chosen[same:], rejected[same:]
+
+
+def _unlearnt(message: Any) -> Any:
+    if isinstance(message, Mapping) and message.get("role") == "assistant":
+        return {**message, "weight": 0}
+    return message
+
+
+def _lesson(messages: Any, tokenizer: Tokenizer) -> Example:
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise ValueError(f'"messages" is a {type(messages).__name__}; expected a list')
+    return _example(*tokenizer.encode_lesson(messages))
+
+
+def _example(ids: Sequence[int], weights: Sequence[float]) -> Example:
+    example = Example(np.array(ids, np.int32), np.array(weights, np.float32))
+    if not example.weights.any():
+        raise ValueError("its weights are too small for float32; expected one above 1e-38")
+    return example
+
+
+def _string(record: Mapping[str, Any], key: str) -> str:
+    if not isinstance(record[key], str):
+        raise ValueError(f'"{key}" is a {type(record[key]).__name__}; expected a string')
+    if not record[key]:
+        raise ValueError(f'"{key}" is empty; expected text to be learnt')
+    return record[key]
+
+
+def _check_folder(path: Path) -> None:
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(split.name for split in path.iterdir() if split.is_dir())
+        raise ValueError(f"{path} has the parts {', '.join(splits)}; name one of these folders")
+    if not (path / "state.json").is_file():
+        raise ValueError(
+            f"{path} is a folder, but none that `datasets` saved; name its files, or save it with "
+            "save_to_disk"
+        )
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yields the rows of a folder that `datasets` saved, and the place of each."""
+    _check_folder(path)
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(
+            f"{path} is read by `datasets`: pip install 'mistral-jax-flax[datasets]'"
+        ) from None
+    try:
+        rows = datasets.load_from_disk(str(path))
+        for number, row in enumerate(rows, start=1):
+            yield f"{path}, row {number}", row
+    except GeneratorExit:
+        raise
+    except Exception as error:  # Whatever its libraries raise of damaged files.
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} cannot be read by `datasets`: {reason}") from None

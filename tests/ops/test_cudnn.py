@@ -1,0 +1,158 @@
+"""When cuDNN's kernel attends to a prompt, and what it is given; XLA's product takes its place."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+from test_splash import RULES, by_rules, on_mesh
+
+from mistral_jax.ops import cudnn
+from mistral_jax.ops.attention import attend
+from mistral_jax.ops.quantized import QuantizedKernel, to_int8
+from mistral_jax.ops.scores import weigh
+
+LENGTH, KEYS = 16, 45  # Keys are filled up to 48.
+
+
+@pytest.fixture(autouse=True)
+def product(monkeypatch):
+    monkeypatch.setattr(cudnn, "IMPLEMENTATION", "xla")
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own product does not keep the strict rules.
+        yield
+
+
+def qkv(dtype=jnp.float32, batch=4, heads=4, kv_heads=2, head_dim=8):
+    rng = np.random.default_rng(0)
+    shapes = ((LENGTH, heads), (KEYS, kv_heads), (KEYS, kv_heads))
+    return [jnp.asarray(rng.standard_normal((batch, *s, head_dim)), dtype) for s in shapes]
+
+
+def some(batch=4):
+    """A mask in which each row sees other keys: none, the last, all, and some of the first ten."""
+    mask = np.random.default_rng(1).random((batch, LENGTH, KEYS)) < 0.5
+    mask[0], mask[1], mask[2], mask[3, :, 10:] = False, np.arange(KEYS) == KEYS - 1, True, False
+    return jnp.asarray(mask)
+
+
+def plain(q, k, v, mask):
+    _, total, mixed = weigh(q, k, v, mask)
+    return jnp.moveaxis(mixed / total[..., None], 3, 1).reshape(q.shape)
+
+
+def test_it_attends_by_any_mask_and_reads_no_further_than_it_shows(monkeypatch):
+    arrays, mask = qkv(), some()
+    given, product = [], jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *a, **b: given.append(b) or product(*a, **b)
+    )
+    found = cudnn.attend(*arrays, mask)
+    np.testing.assert_array_equal(given[0]["key_value_seq_lengths"][:3], [1, KEYS, KEYS])
+    assert 1 < given[0]["key_value_seq_lengths"][3] <= 10
+    assert np.isfinite(found).all()
+    seeing = np.asarray(mask.any(axis=2))
+    np.testing.assert_allclose(found[seeing], plain(*arrays, mask)[seeing], atol=2e-6)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (4, 1, 1)])
+def test_on_a_mesh_each_device_attends_for_its_rows_and_heads(monkeypatch, sizes):
+    monkeypatch.setattr(cudnn, "_has_kernel", lambda: True)
+    arrays, mask = qkv(jnp.bfloat16), some()
+    expected = cudnn.attend(*arrays, mask)
+    with on_mesh(*sizes):
+        split = by_rules(arrays)
+        assert cudnn.fits(*split, RULES)
+        assert not cudnn.fits(*split, ())
+        run = jax.jit(functools.partial(cudnn.attend, rules=RULES))
+        rows = jax.device_put(mask, PartitionSpec("data"))
+        found, program = run(*split, rows), run.lower(*split, rows).compile().as_text()
+    np.testing.assert_array_equal(found, expected)
+    assert "all-gather" not in program
+    assert "all-to-all" not in program
+
+
+@pytest.mark.parametrize(
+    ("backend", "capability", "taken"),
+    [
+        ("gpu", "9.0", True),
+        ("gpu", "12.0", True),
+        ("gpu", "7.5", False),  # a T4
+        ("gpu", "gfx90a", False),  # of AMD
+        ("gpu", None, False),
+        ("cpu", "9.0", False),
+        ("tpu", "9.0", False),
+    ],
+)
+def test_it_takes_prompts_on_a_gpu_that_has_the_kernel(monkeypatch, backend, capability, taken):
+    device = type("Device", (), {"compute_capability": capability} if capability else {})()
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(cudnn, "_runs", lambda: True)
+    assert cudnn.fits(*qkv(jnp.bfloat16), ()) == taken
+    monkeypatch.setattr(cudnn, "_runs", lambda: False)
+    assert not cudnn.fits(*qkv(jnp.bfloat16), ())
+
+
+@pytest.mark.parametrize(("implementation", "runs"), [("xla", True), ("cudnn", False)])
+def test_it_is_tried_before_it_is_taken(monkeypatch, implementation, runs):
+    """While a program is traced, too; here cuDNN is missing."""
+    monkeypatch.setattr(cudnn, "IMPLEMENTATION", implementation)
+    cudnn._runs.cache_clear()
+    found = []
+    jax.jit(lambda x: found.append(cudnn._runs()) or x)(1.0)
+    cudnn._runs.cache_clear()
+    assert found == [runs]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fields", "taken"),
+    [
+        ("bfloat16", {}, True),
+        ("float16", {}, True),
+        ("bfloat16", {"head_dim": 128}, True),
+        ("float32", {}, False),
+        ("bfloat16", {"head_dim": 12}, False),
+        ("bfloat16", {"head_dim": 136}, False),
+    ],
+)
+def test_it_says_which_arrays_it_takes(monkeypatch, dtype, fields, taken):
+    monkeypatch.setattr(cudnn, "_has_kernel", lambda: True)
+    q, k, v = qkv(jnp.dtype(dtype), **fields)
+    assert cudnn.fits(q, k, v, ()) == taken
+    assert not cudnn.fits(q.astype(jnp.float32), k, v, ())
+
+
+def test_prompts_alone_are_its_own(monkeypatch):
+    """Neither a single token, nor training, whose texts have no origin."""
+    taken, kernel = [], cudnn.attend
+    monkeypatch.setattr(cudnn, "_has_kernel", lambda: True)
+    monkeypatch.setattr("mistral_jax.ops.attention._decides", lambda: False)
+    monkeypatch.setattr(cudnn, "attend", lambda *a: taken.append(a[0].shape) or kernel(*a))
+    q, k, v = qkv(jnp.bfloat16)
+    places = jnp.tile(jnp.arange(KEYS), (4, 1))
+    origin = jnp.zeros(4, jnp.int32)
+    attend(q[:, :1], k, v, places[:, -1:], places, None, origin=origin)
+    attend(q, k[:, :LENGTH], v[:, :LENGTH], places[:, :LENGTH], places[:, :LENGTH], 5, aligned=True)
+    assert not taken
+    found = attend(q, k, v, places[:, -LENGTH:], places, 5, aligned=True, origin=origin)
+    assert taken == [q.shape]
+    exact = attend(
+        *(x.astype(jnp.float32) for x in (q, k, v)), places[:, -LENGTH:], places, 5, aligned=True
+    )
+    assert np.abs(found - exact).max() <= 2.0**-7 * np.abs(v).max()  # weights and result: 8 bits
+
+
+def test_a_cache_in_8_bits_is_widened_for_it(monkeypatch):
+    q, k, v = qkv(jnp.bfloat16)
+    small = [QuantizedKernel(*to_int8(x.astype(jnp.float32), 3, jnp)) for x in (k, v)]
+    places = jnp.tile(jnp.arange(KEYS), (4, 1))
+    look = functools.partial(attend, q_positions=places[:, -LENGTH:], kv_positions=places)
+    look = functools.partial(look, window=None, origin=jnp.zeros(4, jnp.int32))
+    expected = look(q.astype(jnp.float32), *small)
+    monkeypatch.setattr(cudnn, "_has_kernel", lambda: True)
+    monkeypatch.setattr("mistral_jax.ops.attention._decides", lambda: False)
+    found = look(q, *small)
+    assert found.dtype == jnp.bfloat16
+    assert np.abs(found - expected).max() <= 2.0**-6 * np.abs(v).max()

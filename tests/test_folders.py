@@ -1,0 +1,146 @@
+"""The shape of the package: folders in one order, imports that only go down, and no long file."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from mistral_jax.config import CHECKOUT
+
+# From the lowest to the highest; folders of one line do not import each other. The rest of a line
+# is a module of the package itself.
+ORDER = [
+    {"base"},
+    {"config"},
+    {"tokens", "ops"},
+    {"model"},
+    {"parallel"},
+    {"checkpoint"},
+    {"engine"},
+    {"training"},
+    {"evaluation", "planning"},
+    {"cli"},
+    {"", "evaluate", "plan", "sample", "train"},
+]
+# Folders of a checkout, and where an installation has them.
+PLACES = {
+    "mistral_jax": "mistral_jax",
+    "convert": "mistral_jax/convert",
+    "configs": "mistral_jax/configs",
+}
+HEIGHT = {name: height for height, names in enumerate(ORDER) for name in names}
+FILES = {
+    f"{top}.{'.'.join(path.relative_to(CHECKOUT / top).with_suffix('').parts)}": path
+    for top in ("mistral_jax", "convert")
+    for path in sorted((CHECKOUT / top).rglob("*.py"))
+}
+MODULES = {name.removesuffix(".__init__"): path for name, path in FILES.items()}
+
+
+def imports(module: str, path: Path) -> set[str]:
+    """Returns our own modules that the source of `module` imports anywhere."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+            for _ in range(node.level - 1):
+                package = package.rpartition(".")[0]
+            base = ".".join(filter(None, (package if node.level else "", node.module)))
+            for alias in node.names:
+                name = f"{base}.{alias.name}"
+                found.add(name if name in MODULES else base)
+    found = {name.replace("mistral_jax.convert", "convert") for name in found}
+    return {name for name in found if name.split(".")[0] in ("mistral_jax", "convert")}
+
+
+def package_modules():
+    """Returns the path of each module of the package, by its name below `mistral_jax`."""
+    return {
+        name.removeprefix("mistral_jax").removeprefix("."): path
+        for name, path in MODULES.items()
+        if name.startswith("mistral_jax")
+    }
+
+
+def folder(name: str) -> str:
+    """Returns the folder of a module; a module of the package itself stands for one."""
+    return name.partition(".")[0]
+
+
+def test_the_order_names_every_folder():
+    assert {folder(name) for name in package_modules()} == HEIGHT.keys()
+
+
+@pytest.mark.parametrize(("name", "path"), package_modules().items())
+def test_imports_between_folders_go_down(name, path):
+    for imported in imports(f"mistral_jax.{name}" if name else "mistral_jax", path):
+        other = folder(imported.removeprefix("mistral_jax").removeprefix("."))
+        assert other in HEIGHT, f"{name} imports {imported}, which is not the package's"
+        if other != folder(name):
+            assert HEIGHT[other] < HEIGHT[folder(name)], f"{name} imports {imported} above it"
+
+
+def test_convert_names_its_own_modules_by_dots():
+    """Its absolute name differs: `convert` in a checkout, `mistral_jax.convert` once installed."""
+    for path in (CHECKOUT / "convert").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        for absolute in ("import convert", "from convert", "mistral_jax.convert import"):
+            assert absolute not in text, path
+
+
+def test_the_walk_sees_imports_wherever_they_stand(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text(
+        "import mistral_jax.config\n"
+        "def f():\n    from mistral_jax import checkpoint\n    import os, convert.names\n"
+        "class C:\n    from .layers import MLP\n"
+        "from ..sharding import mesh_of\nfrom ... import folder\n"
+    )
+    assert imports("mistral_jax.model.module", path) >= {
+        "mistral_jax.config",
+        "mistral_jax.checkpoint",
+        "convert.names",
+        "mistral_jax.model.layers",
+        "mistral_jax.sharding",
+    }
+
+
+def test_no_torch_outside_the_tests():
+    for module, path in MODULES.items():
+        assert not re.search(r"^\s*(import|from) torch\b", path.read_text(), re.MULTILINE), module
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_no_file_is_long(name):
+    lines = MODULES[name].read_text(encoding="utf-8").count("\n")
+    assert lines <= 400, f"{MODULES[name]} has {lines} lines"
+
+
+def test_an_installation_has_all_data_and_is_built_without_a_warning(tmp_path):
+    """A pattern of setuptools skips hidden files unless it names their dot."""
+    source, built = tmp_path / "source", tmp_path / "built"
+    for name in PLACES:
+        skipped = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(CHECKOUT / name, source / name, ignore=skipped)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(CHECKOUT / name, source / name)
+    build = f"from setuptools.build_meta import build_wheel; build_wheel({str(built)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", build], cwd=source, capture_output=True, text=True, check=True
+    )
+    assert "Warning" not in done.stdout + done.stderr
+    (wheel,) = built.iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        shipped = {name: archive.read(name) for name in archive.namelist()}
+    for folder, inside in PLACES.items():
+        for path in (CHECKOUT / folder).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                name = f"{inside}/{path.relative_to(CHECKOUT / folder).as_posix()}"
+                assert shipped[name] == path.read_bytes(), name
