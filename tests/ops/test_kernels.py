@@ -110,7 +110,10 @@ def test_another_processor_computes_the_same_by_other_instructions(flags, needed
         monkeypatch.setattr(library, "_FLAGS", (*others, *flags))
         assert library._open()
         return
+    folders = [str(folder) for folder in Path(__file__).parents[:2]]
     code = f"""
+import sys
+sys.path[:0] = {folders}
 import test_kernels
 from mistral_jax.ops import kernels, library
 
@@ -120,7 +123,7 @@ for dtype in kernels.DTYPES:
         test_kernels.test_products_are_exact_to_the_rounding_of_float32(dtype, rows)
     test_kernels.test_a_token_attends_as_by_the_definition(dtype, (3, 70, 2, 3, 20))
 """
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @COMPILER

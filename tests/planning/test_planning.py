@@ -24,6 +24,7 @@ from mistral_jax.parallel import hardware
 from mistral_jax.parallel.sharding import Layout, abstract_params, read_layout
 from mistral_jax.planning import arithmetic, forecast, programs, report
 from mistral_jax.planning.collectives import Collective, read
+from mistral_jax.planning.estimate import estimate
 
 CONFIG = ModelConfig(
     vocab_size=768,
@@ -309,11 +310,11 @@ def test_hardware_has_every_figure_and_its_source():
 def test_the_slowest_binds():
     chip = hardware.Hardware("x", 1e9, bandwidth=100, flops=1000, link=10, source="")
     exchange = [Collective("all-gather", "f32", (), 40, 4, times=2, loops=0, source="")]
-    found = hardware.estimate(chip, flops=3000, moved=200, collectives=exchange)
+    found = estimate(chip, flops=3000, moved=200, collectives=exchange)
     assert (found.compute, found.memory, found.exchange) == (3, 2, 6)
     assert (found.seconds, found.serial_seconds, found.binds) == (6, 9, "exchange")
     tiny = [Collective("all-reduce", "f32", (), 0, 8, times=1, loops=0, source="")]
-    assert hardware.estimate(chip, 0, 0, tiny).exchange == pytest.approx(8e-6)
+    assert estimate(chip, 0, 0, tiny).exchange == pytest.approx(8e-6)
 
 
 def command(capsys, *arguments):
@@ -416,7 +417,7 @@ def test_the_documents_tell_what_7b_takes_of_16_gb():
         spare = chip.memory - sum(sizes.values())
         moved = arithmetic.moved("decode", held, config)
         flops = arithmetic.flops("decode", config, of)
-        rate = of.batch / hardware.estimate(chip, flops, moved, []).seconds
+        rate = of.batch / estimate(chip, flops, moved, []).seconds
         told = [cell.strip() for cell in rest.split("|")]
         left[name, kind + cache, of.batch, of.length] = f"{spare / 1e9:.1f} GB"
         expected = [f"{size / 1e9:.1f} GB" for size in sizes.values()]
@@ -437,7 +438,7 @@ def test_what_fits_is_certain_or_said_not_to_be(capsys):
     refused = dataclasses.replace(compiled, refusal="Ran out of memory")
     assert refused.fits(1000, own_compiler=True) is refused.fits(1000, own_compiler=False) is False
     chip = dataclasses.replace(hardware.known()["L4"], memory=100)
-    estimated = dataclasses.replace(compiled, estimate=hardware.estimate(chip, 1, 1, []))
+    estimated = dataclasses.replace(compiled, estimate=estimate(chip, 1, 1, []))
     told = "\n".join(report.lines([estimated], chip, False))
     assert "80 bytes of 100 bytes beside the temporaries: they decide whether it" in told
     assert "fits. Those above are a CPU's" in told
