@@ -154,5 +154,4 @@ _KINDS = {
     "json": _json,
     "toml": _toml,
     "mermaid": _figure,
-    "diff": _figure,
 }
