@@ -394,7 +394,7 @@ def test_a_cache_in_int8_is_planned_as_it_is_made(capsys):
 
 
 def test_the_documents_tell_what_7b_takes_of_16_gb():
-    """All figures of the table but temporaries, which are a compiler's, and README's of the T4."""
+    """The table's figures, but for the compiler's temporaries, and the T4's in installation.md."""
     text = (CHECKOUT / "docs" / "scaling.md").read_text(encoding="utf-8")
     (section,) = re.findall(r"## Mistral 7B on one chip of 16 GB\n(.*?)\n## ", text, re.DOTALL)
     rows = re.findall(
@@ -425,7 +425,7 @@ def test_the_documents_tell_what_7b_takes_of_16_gb():
         assert told[5] == ("" if told[4] == "no" else f"{rate:,.0f}")
     short, long = (left["T4", "int8", 1, length] for length in (4096, 32768))
     told = f"{short} left beside a row of 4,096 tokens, {long} beside one of 32,768"
-    assert told in (CHECKOUT / "README.md").read_text(encoding="utf-8")
+    assert told in (CHECKOUT / "docs" / "installation.md").read_text(encoding="utf-8")
 
 
 def test_what_fits_is_certain_or_said_not_to_be(capsys):
