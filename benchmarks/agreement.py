@@ -16,7 +16,7 @@ TOLERANCES = {"float32": 2e-3, "bfloat16": 5e-2, "int8": 1e-1}
 
 
 def check(formats: Formats, programs: dict, dtype: str) -> dict[str, float]:
-    """Compares logits with those of Transformers, or of this package without it, in float32.
+    """Compares logits with float32 logits of Transformers, or of this package if it is missing.
 
     Args:
       formats: the model.

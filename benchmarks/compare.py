@@ -1,12 +1,12 @@
 """Compares speed and memory with Transformers and llama.cpp, on the same weights, in turns.
 
 Prints one JSON line for each workload, and stores it in --out with the lines of other runs, from
-which it then makes a Markdown table and a plot. Programs take turns in each round. Times are
-medians over the rounds; ratios are computed within a round, and then their median is taken. All
-programs sample at temperature 0.7 and top-p 0.95. Before anything is timed, their logits for a
-prompt must agree. The `compare` extra installs the other programs, and needs a C++ compiler to
-build llama.cpp. A program that is not installed is left out. benchmarks/startup.py measures the
-time from the start of a command.
+which it then makes a Markdown table and a plot. Programs take turns in each round. Each time is the
+median of all rounds, and each ratio the median of the ratios within a round. All programs sample at
+temperature 0.7 and top-p 0.95. Before anything is timed, their logits for a prompt must agree. The
+`compare` extra installs the other programs, and needs a C++ compiler to build llama.cpp. A program
+that is not installed is left out. benchmarks/startup.py measures the time from the start of a
+command.
 
     pip install 'mistral-jax-flax[compare]'
     python benchmarks/compare.py [--model 229M|nano] [--dtype float32 bfloat16 int8]
@@ -146,7 +146,7 @@ def memory(arguments, dtype: str, requests: dict[str, tuple[str, int, int]]) -> 
 
 
 def peak(arguments, name: str, dtype: str, batch: int, length: int) -> dict[str, int]:
-    """Returns the memory of this process before requests, in the second, and the peak of both.
+    """Returns this process's memory: before requests, the peak of the second, the peak of both.
 
     Programs that compile do so in the first request.
     """

@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--hardware", help="chip of configs/hardware.toml, for estimates")
     parser.add_argument("--model", default="mistral-7b-v0.3")
-    parser.add_argument("--folder", type=Path, help="where the checkpoint is, or will be")
+    parser.add_argument("--folder", type=Path, help="folder of the checkpoint, to keep it")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt", type=int, nargs="+", default=[512])
     parser.add_argument("--quantize", choices=["int8"], help="round the weights")
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def transformers(arguments) -> dict[tuple[int, int], dict[str, float]]:
-    """Measures Transformers in a process of its own, because one process gets all device memory."""
+    """Measures Transformers in a process of its own, before JAX reserves the device's memory."""
     command = [sys.executable, str(Path(__file__).with_name("torch_device.py"))]
     command += ["--model", arguments.model, "--tokens", str(TOKENS)]
     for name in ("batch", "prompt"):

@@ -142,7 +142,7 @@ class Transformers:
         self._model.generation_config.eos_token_id = None  # Every answer has the requested length.
 
     def warm(self, prompts: Prompts) -> None:
-        """Reads enough of the prompts to do all setup."""
+        """Reads the beginnings of the prompts, so that setup is not timed."""
         self.prefill([prompt[:_ENOUGH] for prompt in prompts])
 
     def prefill(self, prompts: Prompts) -> object:

@@ -141,7 +141,7 @@ def _write_gguf(file: Path, source: Path, config: ModelConfig, dtype: str) -> No
 
 
 def _official(source: Path, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields float32 tensors in the official order of rows, whose pairs llama.cpp also rotates."""
+    """Yields float32 tensors in the official order of rows, which llama.cpp uses too."""
     tensors = safetensors_file.read(source / "model.safetensors")
     for row in names.rows(config):
         tensor = tensors[row.name(official=False)].astype(np.float32)

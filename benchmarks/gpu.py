@@ -1,8 +1,8 @@
 """Compiles prefill and decoding for an H100 that need not exist, and counts kernels and bytes.
 
 Prints one JSON line for each program: the kernels that it launches (in decoding, those of one step
-of the loop), the gigabytes that they write (without updates in place), the largest of these
-arrays, and the compiler's temporaries on top of weights and cache. Nothing runs and no time is
+of the loop), the gigabytes that they write (without updates in place), the most that one of them
+writes, and the compiler's temporaries on top of weights and cache. Nothing runs and no time is
 measured. Without a GPU the compiler cannot measure which of its kernels are the fastest.
 
     pip install 'jax[cuda12]'

@@ -1,8 +1,8 @@
 """Measures time and memory of prefill by prompt length, with a window of 1024 and without one.
 
-The model has the shape of the 229M model with fewer layers, which are all alike, and random float32
-weights. Prints one JSON line for each length, measured in a process of its own: the seconds of a
-second run, and the process's peak of private memory, including the weights. Then plots both.
+The model is the 229M model with fewer layers, which are all alike. Its float32 weights are random.
+Prints one JSON line for each length, measured in a process of its own: the seconds of a second run,
+and the peak of the process's private memory, including the weights. Then plots both.
 
     python benchmarks/lengths.py [--layers 2] [--lengths 2048 ... 65536] [--out runs/lengths]
 """

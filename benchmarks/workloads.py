@@ -76,7 +76,7 @@ def measure(
 
 
 def _decode(programs: Programs, prompts: engines.Prompts, sampling: Sampling) -> dict[str, Run]:
-    """Measures the tokens a second of all rows, from the first token to the last."""
+    """Returns measurements of the tokens a second of all rows, from first token to last."""
     count = len(prompts) * (_TOKENS - 1)
 
     def run_of(program):
@@ -87,7 +87,7 @@ def _decode(programs: Programs, prompts: engines.Prompts, sampling: Sampling) ->
 
 
 def _prefill(programs: Programs, prompts: engines.Prompts, sampling: Sampling) -> dict[str, Run]:
-    """Measures the prompt tokens read per second."""
+    """Returns measurements of the prompt tokens read per second."""
     count = len(prompts) * len(prompts[0])
 
     def run_of(program):
@@ -98,7 +98,7 @@ def _prefill(programs: Programs, prompts: engines.Prompts, sampling: Sampling) -
 
 
 def _first(programs: Programs, prompts: engines.Prompts, sampling: Sampling) -> dict[str, Run]:
-    """Measures the seconds of a request for one token."""
+    """Returns measurements of the seconds of a request for one token."""
 
     def run_of(program):
         program.warm(prompts)
@@ -108,7 +108,7 @@ def _first(programs: Programs, prompts: engines.Prompts, sampling: Sampling) -> 
 
 
 def _position(programs: Programs, prompts: engines.Prompts, sampling: Sampling) -> dict[str, Run]:
-    """Measures the seconds of a token in this package, after whole prompts and after short ones."""
+    """Returns measurements of the seconds of our tokens, after short prompts and whole ones."""
     program = programs[engines.OURS]
 
     def run_of(length):
