@@ -191,10 +191,10 @@ print("largest difference between GQA and MHA with copies:", jnp.abs(grouped - r
 # %% [markdown]
 # ## The cache is a ring
 #
-# With a window of W, no query reads a key after it has left the window, so W cache slots are
-# enough. Token p is stored in slot p mod W and overwrites the token that has just left the window
-# (arXiv 2310.06825, section 2, "rolling buffer cache"). In the next cell the model has a window of
-# 8 and reads a text token by token.
+# A key that has left the window of W tokens is never read again, so W cache slots are enough. Token
+# p is stored in slot p mod W and overwrites the token that has just left the window (arXiv
+# 2310.06825, section 2, "rolling buffer cache"). In the next cell the model has a window of 8 and
+# reads a text token by token.
 
 # %%
 ids = np.array([tokenizer.encode("def area(width, height):\n    return width * height", bos=True)])
