@@ -1,4 +1,4 @@
-"""Whether programs compute the same model: the logits of a prompt, beside those in float32."""
+"""Checks that programs compute the same model, by comparing their logits with float32 logits."""
 
 from pathlib import Path
 
@@ -7,26 +7,27 @@ import numpy as np
 import shapes
 from formats import Formats
 
-LENGTH = 100  # below every window, which llama.cpp does not know
+LENGTH = 100  # shorter than every window, because llama.cpp has none
 
-# Most that logits may differ, as a share of their spread: some times what was seen of rounding
-# (5e-4, 1.5e-2, 4.5e-2). Rows of wq and wk in the wrong order, or a norm left out, give above 0.4.
+# The largest difference of logits, as a share of their standard deviation. These are a few times
+# the differences seen from rounding (5e-4, 1.5e-2, 4.5e-2). Rows of wq and wk in the wrong order,
+# or a missing norm, give more than 0.4.
 TOLERANCES = {"float32": 2e-3, "bfloat16": 5e-2, "int8": 1e-1}
 
 
 def check(formats: Formats, programs: dict, dtype: str) -> dict[str, float]:
-    """Compares logits in a precision with those in float32 by Transformers, else by ours.
+    """Compares logits with float32 logits of Transformers, or of this package if it is missing.
 
     Args:
       formats: the model.
-      programs: by name.
-      dtype: what they were loaded in.
+      programs: the programs by name.
+      dtype: the precision that the programs were loaded in.
 
     Returns:
-      How much the logits of each program differ, as a share of their spread.
+      The difference of each program's logits, as a share of their standard deviation.
 
     Raises:
-      ValueError: they differ more than the precision explains.
+      ValueError: a difference is larger than the precision explains.
     """
     prompt = shapes.prompts(formats.config, 1, LENGTH)[0]
     exact = _reference(formats, prompt)
@@ -37,13 +38,13 @@ def check(formats: Formats, programs: dict, dtype: str) -> dict[str, float]:
         if not found[name] <= TOLERANCES[dtype]:
             raise ValueError(
                 f"the logits of {name} in {dtype} differ by {found[name]:.2g} of their spread; "
-                f"expected at most {TOLERANCES[dtype]:g}: it computes another model"
+                f"expected at most {TOLERANCES[dtype]:g}, so it computes another model"
             )
     return found
 
 
 def _reference(formats: Formats, prompt: list[int]) -> np.ndarray:
-    """Returns the exact logits, computed once and kept beside the model."""
+    """Returns the float32 logits, which are computed once and stored next to the model."""
     missing = engines.missing(engines.TRANSFORMERS)
     name = engines.OURS if missing else engines.TRANSFORMERS
     file: Path = formats.folder / f"logits-{name}.npy"

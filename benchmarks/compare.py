@@ -1,15 +1,17 @@
 """Compares speed and memory with Transformers and llama.cpp, on the same weights, in turns.
 
-One JSON line for each workload, kept in --out with those of other runs, which a table in Markdown
-and a plot then show. Times are medians of rounds in turns, ratios medians of those within a round.
-All choose tokens at temperature 0.7 and top-p 0.95. Before anything is timed, all must agree on the
-logits of a prompt. It needs the `compare` extra, for which a C++ compiler builds llama.cpp; what is
-not installed is left out. From the start of a command, see benchmarks/startup.py.
+Prints one JSON line for each workload, and stores it in --out with the lines of other runs, from
+which it then makes a Markdown table and a plot. Programs take turns in each round. Each time is the
+median of all rounds, and each ratio the median of the ratios within a round. All programs sample at
+temperature 0.7 and top-p 0.95. Before anything is timed, their logits for a prompt must agree. The
+`compare` extra installs the other programs, and needs a C++ compiler to build llama.cpp. A program
+that is not installed is left out. benchmarks/startup.py measures the time from the start of a
+command.
 
     pip install 'mistral-jax-flax[compare]'
     python benchmarks/compare.py [--model 229M|nano] [--dtype float32 bfloat16 int8]
         [--work limits decode prefill first position memory] [--rounds 5] [--out runs/compare]
-    python benchmarks/compare.py --work table    # of what was measured before
+    python benchmarks/compare.py --work table    # from earlier measurements
 """
 
 import argparse
@@ -35,7 +37,7 @@ from results import Results
 from mistral_jax.engine.sampling import Sampling
 
 WORKS = ("limits", *workloads.CASES, "table")
-FEW_TOKENS = 16  # of an answer whose memory is measured
+FEW_TOKENS = 16  # length of the answers whose memory is measured
 
 
 def main() -> None:
@@ -72,7 +74,7 @@ def say(*words) -> None:
 
 
 def measure(arguments, dtype: str, known: dict) -> Iterator[dict]:
-    """Yields the lines of one precision, the only one in memory."""
+    """Yields the lines of one precision; models of other precisions are not in memory."""
     wanted = list(cases(arguments))
     names = [name for name in engines.PRECISIONS[dtype] if wanted and is_here(name)]
     formats = Formats(arguments.model, arguments.out / "models")
@@ -117,7 +119,7 @@ def is_here(name: str) -> bool:
 
 
 def cases(arguments) -> Iterator[tuple[str, int, int]]:
-    """Yields the workloads that are asked for, those of memory before anything is loaded here."""
+    """Yields the requested workloads, memory first, before this process loads a model."""
     for work in sorted(set(workloads.CASES) & set(arguments.work), key=list(workloads.CASES).index):
         for batch, length in workloads.CASES[work]:
             if batch in (arguments.batch or [batch]) and length in (arguments.length or [length]):
@@ -129,7 +131,7 @@ def sampling_of(arguments) -> Sampling:
 
 
 def memory(arguments, dtype: str, requests: dict[str, tuple[str, int, int]]) -> dict:
-    """Returns the line of requests, each in a process of its own: program, rows and length."""
+    """Runs each request (program, rows, length) in a process of its own; returns their line."""
     found = {}
     for label, (name, batch, length) in requests.items():
         request = {"name": name, "dtype": dtype, "batch": batch, "length": length}
@@ -144,9 +146,9 @@ def memory(arguments, dtype: str, requests: dict[str, tuple[str, int, int]]) -> 
 
 
 def peak(arguments, name: str, dtype: str, batch: int, length: int) -> dict[str, int]:
-    """Returns the memory of this process before requests, in the second, and at most in both.
+    """Returns this process's memory: before requests, the peak of the second, the peak of both.
 
-    In the first, programs that compile do.
+    Programs that compile do so in the first request.
     """
     formats = Formats(arguments.model, arguments.out / "models")
     program, sampling = engines.make(name, formats, dtype), sampling_of(arguments)

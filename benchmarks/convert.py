@@ -1,7 +1,8 @@
-"""Measures conversion: its rate against `cp` and `sync` of the same files, and its private memory.
+"""Measures conversion: its speed relative to `cp` and `sync` of the same files, and its memory.
 
-One JSON line a measurement: to Orbax from either format, and back. The source is synthetic, of
-1.8 GB. Time and memory count from an idle start, a process that has imported what it needs.
+Prints one JSON line for each measurement: from either format to Orbax, and back. The source has
+1.8 GB of random weights. Time and private memory are those above an idle process, which only
+imports the modules that the conversion needs.
 """
 
 import argparse
@@ -45,7 +46,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where to work; default: the system's")
+    parser.add_argument("--folder", type=Path, help="temporary folder; default: the system's")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as work:
         orbax, back = Path(work) / "orbax", Path(work) / "back"
@@ -80,7 +81,7 @@ def measure(kind: str, command: str, source: Path, target: Path, largest: int, *
 
 
 def make_source(folder: Path, official: bool) -> int:
-    """Writes a source of random bfloat16; returns the bytes of its largest layer."""
+    """Writes a checkpoint of random bfloat16 weights; returns the bytes of its largest layer."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     rows = names.rows(CONFIG)
@@ -97,7 +98,7 @@ def make_source(folder: Path, official: bool) -> int:
 
 
 def copied(source: Path, target: Path) -> float:
-    """Returns the seconds that copying and syncing a folder takes."""
+    """Returns the seconds to copy and sync a folder."""
     start = time.perf_counter()
     subprocess.run(["cp", "-r", source, target], check=True)
     os.sync()
@@ -107,14 +108,14 @@ def copied(source: Path, target: Path) -> float:
 
 
 def idle() -> tuple[float, int]:
-    """Returns the seconds that an idle start takes, and its RssAnon."""
+    """Returns the seconds and the RssAnon of an idle process."""
     start = time.perf_counter()
     kilobytes = int(subprocess.check_output([sys.executable, "-c", IDLE]))
     return time.perf_counter() - start, kilobytes * 1024
 
 
 def run(arguments: list) -> tuple[float, int]:
-    """Returns the seconds of a command of the conversion, and its largest RssAnon."""
+    """Runs a conversion command; returns its seconds and its largest RssAnon."""
     start, peak = time.perf_counter(), 0
     command = [sys.executable, "-m", "mistral_jax.convert", *arguments]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:

@@ -1,9 +1,10 @@
-"""Measures one accelerator with a model of Mistral 7B's shape, beside Transformers and the planner.
+"""Measures a model of Mistral 7B's shape on one accelerator, beside Transformers and the planner.
 
-Writes random weights in bfloat16 as a checkpoint (--folder keeps it), loads them as any other, and
-generates. One JSON line for loading, one for what the device can do, and one for each number of
-rows and length of prompts: tokens a second, the share of the measured bandwidth at which decoding
-reads weights and cache, and that of the measured rate of products at which prompts are read (MFU).
+Writes random bfloat16 weights as a checkpoint (--folder keeps it), loads the checkpoint, and
+generates. Prints one JSON line for loading, one for the limits of the device, and one for each
+number of rows and length of prompts. Such a line has the tokens a second, the share of the measured
+memory bandwidth that decoding reaches, and the share of the measured matrix-product rate that
+prefill reaches (MFU).
 
     python benchmarks/device.py --hardware H100 --transformers [--quantize int8] [--folder DIR]
         [--model mistral-7b-v0.3] [--batch 1 8 32] [--prompt 512 4096 16384]
@@ -35,13 +36,13 @@ TOKENS = 128
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--hardware", help="a chip of configs/hardware.toml, to compare with")
+    parser.add_argument("--hardware", help="chip of configs/hardware.toml, for estimates")
     parser.add_argument("--model", default="mistral-7b-v0.3")
-    parser.add_argument("--folder", type=Path, help="where the checkpoint is, or will be")
+    parser.add_argument("--folder", type=Path, help="folder of the checkpoint, to keep it")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt", type=int, nargs="+", default=[512])
-    parser.add_argument("--quantize", choices=["int8"], help="round the matrices")
-    parser.add_argument("--transformers", action="store_true", help="measure it, too, before")
+    parser.add_argument("--quantize", choices=["int8"], help="round the weights")
+    parser.add_argument("--transformers", action="store_true", help="measure Transformers too")
     arguments = parser.parse_args()
     theirs = transformers(arguments) if arguments.transformers else {}
     chip = hardware.known()[arguments.hardware] if arguments.hardware else None
@@ -70,7 +71,7 @@ def main() -> None:
 
 
 def transformers(arguments) -> dict[tuple[int, int], dict[str, float]]:
-    """Measures Transformers, in a process of its own: the device's memory is given to one."""
+    """Measures Transformers in a process of its own, before JAX reserves the device's memory."""
     command = [sys.executable, str(Path(__file__).with_name("torch_device.py"))]
     command += ["--model", arguments.model, "--tokens", str(TOKENS)]
     for name in ("batch", "prompt"):
@@ -84,7 +85,7 @@ def transformers(arguments) -> dict[tuple[int, int], dict[str, float]]:
 
 
 def product_rate() -> float:
-    """Measures operations a second in products of bfloat16 matrices, the best of five."""
+    """Returns operations a second in products of bfloat16 matrices, the best of five runs."""
     size = 8192 if jax.default_backend() != "cpu" else 1024
     matrix = jnp.ones((size, size), jnp.bfloat16)
     multiply = jax.jit(jnp.matmul)
@@ -97,7 +98,7 @@ def product_rate() -> float:
 
 
 def shares(found: dict, model, params, batch: int, prompt: int, limits: dict) -> dict:
-    """Returns the shares of the device's limits that the rates reach."""
+    """Returns the shares of the device's limits that the measured rates reach."""
     layout, of = request(model, batch, prompt)
     cache = programs.arguments("decode", model, layout, of)[1]
     moved = arithmetic.moved("decode", (params, cache), model.config)
@@ -112,13 +113,13 @@ def shares(found: dict, model, params, batch: int, prompt: int, limits: dict) ->
 
 
 def request(model, batch: int, prompt: int):
-    """Returns one device as a layout, and the shapes of a request."""
+    """Returns a layout of one device, and the shapes of a request."""
     layout = Layout(jax.make_mesh((1,), ("device",), devices=jax.devices()[:1]), ())
     return layout, programs.shapes(layout, batch, prompt + TOKENS, "bfloat16")
 
 
 def measure(model, params, batch: int, prompt: int) -> dict:
-    """Returns the rates of a second run, the first of which compiles."""
+    """Returns the rates of a second run; the first run compiles."""
     prompts = shapes.prompts(model.config, batch, prompt)
     for _ in range(2):
         rows = generate(model, params, prompts, TOKENS, stop_ids=())
@@ -132,7 +133,7 @@ def measure(model, params, batch: int, prompt: int) -> dict:
 
 
 def estimates(model, batch: int, prompt: int, chip: hardware.Hardware) -> dict:
-    """Returns the planner's rates at best."""
+    """Returns the planner's rates, which are upper bounds."""
     layout, of = request(model, batch, prompt)
     rates = {}
     for program in ("prefill", "decode"):

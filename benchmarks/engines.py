@@ -1,6 +1,6 @@
-"""The programs to compare, behind the same few methods: ours and Transformers.
+"""Defines the interface of the compared programs, and two of them: this package and Transformers.
 
-llama.cpp has a file of its own. Prompts are token ids, rows of one length.
+`llamacpp.py` has llama.cpp. Prompts are token ids, in rows of equal length.
 """
 
 import copy
@@ -26,45 +26,45 @@ Prompts = Sequence[Sequence[int]]
 OURS, TRANSFORMERS, LLAMA = "ours", "transformers", "llama.cpp"
 OURS_BFLOAT16 = "ours, computed in bfloat16"
 OTHERS = (TRANSFORMERS, LLAMA)
-# Which program has which precision; int8 is that of the weights.
+# The programs that have each precision; int8 is the precision of the weights.
 PRECISIONS = {
     "float32": (OURS, TRANSFORMERS, LLAMA),
     "bfloat16": (OURS, TRANSFORMERS, LLAMA),
     "int8": (OURS, OURS_BFLOAT16, LLAMA),
 }
-_ENOUGH = 2048  # tokens of a prompt after which nothing is new
+_ENOUGH = 2048  # tokens of a prompt that compile or set up everything that a longer one uses
 _NEEDED = {TRANSFORMERS: ("torch", "transformers"), LLAMA: ("llama_cpp", "gguf")}
 
 
 class Program(Protocol):
-    """A model in a program."""
+    """A model loaded in a program."""
 
     def warm(self, prompts: Prompts) -> None:
-        """Prepares `prefill` of such prompts."""
+        """Prepares `prefill` for prompts of this shape."""
 
     def prefill(self, prompts: Prompts) -> object:
-        """Reads prompts, to the logits of the token after each."""
+        """Reads prompts and computes the logits of the next token of each."""
 
     def request(self, prompts: Prompts, tokens: int, sampling: Sampling) -> None:
-        """Reads prompts, and makes so many tokens of each."""
+        """Reads prompts and generates a number of tokens for each."""
 
     def begin(self, prompts: Prompts, tokens: int, sampling: Sampling) -> object:
-        """Reads prompts once, to be continued many times by so many tokens."""
+        """Reads prompts once, so that `go_on` can generate tokens from there several times."""
 
     def go_on(self, state: object, tokens: int, sampling: Sampling) -> float:
-        """Continues what `begin` returned; returns the seconds from the first token to the last."""
+        """Generates from the state of `begin`; returns the seconds from first to last token."""
 
     def logits(self, prompt: Sequence[int]) -> np.ndarray:
         """Returns the logits after each token of a prompt, [T, V]."""
 
 
 def missing(name: str) -> list[str]:
-    """Returns the packages that a program lacks here."""
+    """Returns the packages that a program needs and that are not installed."""
     return [need for need in _NEEDED.get(name, ()) if importlib.util.find_spec(need) is None]
 
 
 def make(name: str, formats: Formats, dtype: str) -> Program:
-    """Loads a model in a program, in a precision."""
+    """Loads a model into a program in a precision."""
     if name == TRANSFORMERS:
         return Transformers(formats, dtype)
     if name == LLAMA:
@@ -77,7 +77,7 @@ def make(name: str, formats: Formats, dtype: str) -> Program:
 
 
 class Ours:
-    """Our own, by `generate`: with its choice of tokens, and reading each back."""
+    """The package's own `generate`, including sampling and the transfer of each token."""
 
     def __init__(self, formats: Formats, dtype: str, quantize: str | None):
         path = formats.orbax()
@@ -85,7 +85,7 @@ class Ours:
         jax.block_until_ready(self._params)
 
     def warm(self, prompts: Prompts) -> None:
-        """Compiles what reads the first chunk of such prompts, and a later one."""
+        """Compiles the programs that read the first chunk of such prompts and later chunks."""
         self._read([prompt[:_ENOUGH] for prompt in prompts], len(prompts[0]) + 1)
 
     def prefill(self, prompts: Prompts) -> tuple:
@@ -97,11 +97,11 @@ class Ours:
         self._generate(prompts, tokens, sampling)
 
     def begin(self, prompts: Prompts, tokens: int, sampling: Sampling) -> tuple:
-        """Returns the prompts, and what `generate` will be told that they left."""
+        """Returns the prompts, and the result of their prefill."""
         return prompts, self._read(prompts, len(prompts[0]) + tokens)
 
     def go_on(self, state: tuple, tokens: int, sampling: Sampling) -> float:
-        """Calls `generate`, to which reading the prompts is copying the cache that they left."""
+        """Calls `generate`, with a prefill that only copies the result of `begin`."""
         prompts, read = state
 
         def remembered(*_):
@@ -112,7 +112,7 @@ class Ours:
         return max(row.seconds for row in rows) - rows[0].first_seconds
 
     def logits(self, prompt: Sequence[int]) -> np.ndarray:
-        """Computes all at once, without a cache."""
+        """Computes all logits in one pass, without a cache."""
         tokens = jnp.asarray([prompt], jnp.int32)
         positions = jnp.arange(len(prompt), dtype=jnp.int32)[None]
         run = jax.jit(lambda params: self._model.apply({"params": params}, tokens, positions)[0])
@@ -127,7 +127,7 @@ class Ours:
 
 
 class Transformers:
-    """Hugging Face's, on PyTorch, by its `generate`."""
+    """Hugging Face Transformers' `generate`, on PyTorch."""
 
     def __init__(self, formats: Formats, dtype: str):
         import torch
@@ -139,10 +139,10 @@ class Transformers:
         self._model = transformers.MistralForCausalLM.from_pretrained(
             formats.hf(), dtype=dtype, attn_implementation="sdpa"
         ).eval()
-        self._model.generation_config.eos_token_id = None  # Answers have the length asked for.
+        self._model.generation_config.eos_token_id = None  # Every answer has the requested length.
 
     def warm(self, prompts: Prompts) -> None:
-        """Reads as much of the prompts as takes all that is to be set up."""
+        """Reads the beginnings of the prompts, so that setup is not timed."""
         self.prefill([prompt[:_ENOUGH] for prompt in prompts])
 
     def prefill(self, prompts: Prompts) -> object:
@@ -156,11 +156,11 @@ class Transformers:
         self._generate(prompts, tokens, sampling)
 
     def begin(self, prompts: Prompts, tokens: int, sampling: Sampling) -> tuple:
-        """Reads the prompts but for their last tokens, with which `generate` is to begin."""
+        """Reads all but the last token of each prompt, with which `generate` begins."""
         return prompts, self.prefill([prompt[:-1] for prompt in prompts])
 
     def go_on(self, state: tuple, tokens: int, sampling: Sampling) -> float:
-        """Calls `generate` with a copy of the cache, and a streamer."""
+        """Calls `generate` with a copy of the cache, and with a streamer that notes times."""
         prompts, cache = state
         clock = _Clock()
         cache = copy.deepcopy(cache)
@@ -168,7 +168,7 @@ class Transformers:
         return clock.times[-1] - clock.times[1]
 
     def logits(self, prompt: Sequence[int]) -> np.ndarray:
-        """Computes all at once."""
+        """Computes all logits in one pass."""
         with self._torch.no_grad():
             return self._model(self._torch.tensor([prompt])).logits[0].float().numpy()
 
@@ -184,7 +184,7 @@ class Transformers:
 
 
 class _Clock:
-    """A streamer that notes when tokens come, those of the prompts first."""
+    """A streamer that notes the time of each call: first the prompts, then each token."""
 
     def __init__(self):
         self.times = []

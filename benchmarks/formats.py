@@ -1,6 +1,6 @@
-"""One model in the formats of three programs: Hugging Face's, ours and llama.cpp's.
+"""Writes a model in the formats of three programs: Transformers, this package and llama.cpp.
 
-It loads nothing: see `engines.py`.
+`engines.py` loads them.
 """
 
 import json
@@ -19,7 +19,7 @@ from mistral_jax.checkpoint import safetensors_file
 from mistral_jax.checkpoint.checkpoint import BUNDLED
 from mistral_jax.config import ModelConfig
 
-# What stands for a precision in GGUF, and for our own tensor names.
+# GGUF's names of precisions, and of the tensors of official files.
 _GGUF_TYPES = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}
 _GGUF_NAMES = {
     "tok_embeddings": "token_embd",
@@ -36,16 +36,16 @@ _GGUF_NAMES = {
     "feed_forward.w3": "ffn_up",
 }
 
-# Spread of the logits of random weights: what makes them as peaked as a trained model's.
+# Standard deviation of the logits of random weights. They are then as peaked as a trained model's.
 _LOGITS = 4.0
 
 
 class Formats:
-    """One model on disk, each format made when it is first asked for.
+    """One model on disk; each format is written when it is first requested.
 
     Attributes:
       config: the architecture.
-      folder: where all of them are.
+      folder: the folder that holds all formats.
     """
 
     def __init__(self, model: str, folder: Path):
@@ -55,7 +55,7 @@ class Formats:
         self._bundled = model == "nano"
 
     def hf(self) -> Path:
-        """Returns the Hugging Face folder, from which the others are made."""
+        """Returns the Hugging Face folder, from which the other formats are converted."""
         path = self.folder / "hf"
         if not path.is_dir():
             part = _fresh(self.folder / "hf.part")
@@ -68,14 +68,14 @@ class Formats:
         return path
 
     def orbax(self) -> Path:
-        """Returns our checkpoint, as our converter makes it."""
+        """Returns the checkpoint of this package, written by its converter."""
         path = self.folder / "orbax"
         if not path.is_dir():
             to_orbax(self.hf(), path)
         return path
 
     def gguf(self, dtype: str) -> Path:
-        """Returns the file of llama.cpp in a precision; the `gguf` package writes it."""
+        """Returns llama.cpp's file in a precision, written by the `gguf` package."""
         path = self.folder / f"{dtype}.gguf"
         if not path.is_file():
             part = path.with_suffix(".part")
@@ -91,7 +91,7 @@ def _fresh(path: Path) -> Path:
 
 
 def _write_random(folder: Path, config: ModelConfig) -> None:
-    """Writes random bfloat16: products keep the spread of what goes in, scales are near 1."""
+    """Writes random bfloat16 weights: products keep their input's variance; scales are near 1."""
     rng, dtype, rows = np.random.default_rng(0), np.dtype(ml_dtypes.bfloat16), names.rows(config)
 
     def draw(row):
@@ -109,7 +109,7 @@ def _write_random(folder: Path, config: ModelConfig) -> None:
 
 
 def _write_gguf(file: Path, source: Path, config: ModelConfig, dtype: str) -> None:
-    """Writes a GGUF file of the architecture `llama`, which knows no window."""
+    """Writes a GGUF file of the architecture `llama`, which has no window."""
     import gguf
 
     writer = gguf.GGUFWriter(file, "llama")
@@ -141,7 +141,7 @@ def _write_gguf(file: Path, source: Path, config: ModelConfig, dtype: str) -> No
 
 
 def _official(source: Path, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields tensors in float32 in the official layout: of pairs, as llama.cpp rotates them."""
+    """Yields float32 tensors in the official order of rows, which llama.cpp uses too."""
     tensors = safetensors_file.read(source / "model.safetensors")
     for row in names.rows(config):
         tensor = tensors[row.name(official=False)].astype(np.float32)

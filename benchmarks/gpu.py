@@ -1,9 +1,9 @@
-"""Compiles reading prompts and decoding for an H100 that need not be there, and counts.
+"""Compiles prefill and decoding for an H100 that need not exist, and counts kernels and bytes.
 
-One JSON line a program: kernels started (by the loop's body, in decoding), gigabytes that they
-write and do not update in place, the largest of them, and the compiler's temporaries on top of
-weights and cache. Nothing runs, and no time is measured; the compiler cannot try which of its
-kernels are the fastest, as it would with a GPU.
+Prints one JSON line for each program: the kernels that it launches (in decoding, those of one step
+of the loop), the gigabytes that they write (without updates in place), the most that one of them
+writes, and the compiler's temporaries on top of weights and cache. Nothing runs and no time is
+measured. Without a GPU the compiler cannot measure which of its kernels are the fastest.
 
     pip install 'jax[cuda12]'
     python benchmarks/gpu.py [--model mistral-7b-v0.1] [--layers 2] [--batch 1] [--prompt 4096]
@@ -54,7 +54,7 @@ gpu_device_info {
 }
 """
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
-# What starts no kernel.
+# Operations that launch no kernel.
 FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "opt-barrier"}
 
 
@@ -71,7 +71,7 @@ def main() -> None:
     arguments = parser.parse_args()
     mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Auto,), devices=[device()])
     layout = Layout(mesh, (("batch", "data"),))
-    # The model asks what it is traced for.
+    # The model chooses its implementation by the backend that it is traced for.
     jax.default_backend = lambda: "gpu"
     cudnn._has_kernel = lambda: not arguments.plain
     config = ModelConfig.from_name(arguments.model)
@@ -100,19 +100,19 @@ def main() -> None:
 
 
 def device() -> jax.Device:
-    """Describes an H100 to its compiler."""
+    """Returns a device that describes an H100 to the compiler."""
     from jax.experimental import topologies
 
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # It would ask a driver.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # The check would query a driver.
     described = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
     jax.config.update("jax_platforms", "cpu")
     return described.devices[0]
 
 
 def started(program: str, loop: bool) -> Iterator[tuple[str, int]]:
-    """Yields the kernels of a compiled program, or of its longest loop, and what each writes.
+    """Yields each kernel of a compiled program, or of its longest loop, and the bytes it writes.
 
-    Those of a loop inside are yielded as often as it turns.
+    The kernels of an inner loop are yielded once for each iteration.
     """
     parts = {
         part.removeprefix("ENTRY ").split()[0]: part for part in re.split(r"\n(?=%|ENTRY)", program)
@@ -139,7 +139,7 @@ def _of(part: str, parts: dict[str, str]) -> Iterator[tuple[str, int]]:
 
 
 def size(array: str) -> int:
-    """Returns the bytes of an array written as bf16[2,4096]."""
+    """Returns the bytes of an array, given as text such as bf16[2,4096]."""
     dtype, _, shape = array[:-1].partition("[")
     return BYTES[dtype] * math.prod(int(n) for n in shape.split(",") if n)
 

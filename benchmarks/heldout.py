@@ -1,7 +1,8 @@
-"""Held-out bits a byte of a checkpoint on Python source, beside `xz -9` on the same text.
+"""Measures a checkpoint's bits per byte on held-out Python source, beside `xz -9`.
 
-The text is the first 6000 characters of every file of development tools, none of which the bundled
-model was trained on. Files that share lines with its corpus (vendored or copied code) are left out.
+The text is the first 6000 characters of each file of development tools, which are not in the
+bundled model's training data. Files that share lines with that data (vendored or copied code) are
+left out.
 
     python benchmarks/heldout.py [--checkpoint FOLDER] [--every N] [DISTRIBUTION...]
 """
@@ -17,7 +18,7 @@ from mistral_jax.training.recipe import Recipe
 
 CHARACTERS = 6000
 TOOLS = ("mistral_common", "pip", "pluggy", "pytest", "setuptools")
-SHORT_LINE = 30  # shorter lines are everybody's
+SHORT_LINE = 30  # shorter lines occur in unrelated files too
 MOST_SHARED = 0.1
 
 
@@ -25,7 +26,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("distributions", nargs="*", default=TOOLS, metavar="DISTRIBUTION")
     parser.add_argument("--checkpoint", help="default: the bundled model")
-    parser.add_argument("--every", type=int, default=1, help="read one file in so many")
+    parser.add_argument("--every", type=int, default=1, help="read only every Nth file")
     arguments = parser.parse_args()
 
     model, params, tokenizer = mistral_jax.load(arguments.checkpoint, dtype="float32")
@@ -49,7 +50,7 @@ def main():
 
 
 def held_out(distributions):
-    """Returns the texts, and how many more were left out for sharing lines with the corpus."""
+    """Returns the texts, and the number of files left out for sharing lines with the corpus."""
     recipe = Recipe.from_file(CONFIG_DIR / "training" / "nano.toml")
     seen = {
         line

@@ -1,8 +1,8 @@
-"""Time and memory of reading a prompt against its length, with a window of 1024 and without one.
+"""Measures time and memory of prefill by prompt length, with a window of 1024 and without one.
 
-The 229M model's shape, with few layers, which are all alike; float32, random weights. One JSON line
-for each length, each from a process of its own: seconds of a second run, and the process's private
-memory at most, weights included. Then a plot of both.
+The model is the 229M model with fewer layers, which are all alike. Its float32 weights are random.
+Prints one JSON line for each length, measured in a process of its own: the seconds of a second run,
+and the peak of the process's private memory, including the weights. Then plots both.
 
     python benchmarks/lengths.py [--layers 2] [--lengths 2048 ... 65536] [--out runs/lengths]
 """
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def measure(window: int | None, layers: int, length: int) -> dict[str, float]:
-    """Returns the seconds of a second run, and the private bytes of this process at most."""
+    """Returns the seconds of a second run, and the peak of this process's private bytes."""
     config = dataclasses.replace(
         shapes.MODELS["229M"],
         num_layers=layers,
@@ -76,7 +76,7 @@ def measure(window: int | None, layers: int, length: int) -> dict[str, float]:
 
 
 def draw(lines: list[dict], file: Path) -> None:
-    """Draws both: time is a straight line where it grows as tokens do; memory begins at 0."""
+    """Plots both: on logarithmic axes, a time that is linear in the tokens is a straight line."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")

@@ -1,6 +1,6 @@
-"""What this machine can do at best: bytes read a second, and products of matrices a second.
+"""Measures the limits of this machine: bytes read a second, and matrix-product operations a second.
 
-Each is the best of several ways to do the same, PyTorch's (where it is installed), XLA's, NumPy's.
+Each limit is the best of several implementations: PyTorch (if installed), XLA and NumPy.
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_NUMBERS = 1 << 28  # of float32: 1 GiB, more than any cache holds
+_NUMBERS = 1 << 28  # of float32: 1 GiB, larger than any processor cache
 _ROUNDS = 5
 _SHAPES = ((512, 1024, 4096), (512, 4096, 1024), (2048, 2048, 2048))  # rows, inputs, outputs
 _XLA = {
@@ -26,7 +26,7 @@ _XLA = {
 
 
 def measure() -> dict[str, dict[str, float]]:
-    """Returns bytes read a second, and operations a second in each precision, by the way."""
+    """Returns the rate of each implementation: bytes a second, and operations in each precision."""
     return {
         kind: {way: count / _best(run) for way, count, run in _ways(kind)}
         for kind in ("bytes", *_XLA)
@@ -34,18 +34,20 @@ def measure() -> dict[str, dict[str, float]]:
 
 
 def probe(kind: str, known: dict[str, dict[str, float]]) -> Callable[[], float]:
-    """Returns what measures a limit anew, in the way that was the best: it changes with the hour.
+    """Returns a function that measures a limit again, by the implementation that was the best.
+
+    A shared machine's limits change with its load.
 
     Args:
       kind: "bytes", or a precision.
-      known: what `measure` returned.
+      known: the result of `measure`.
     """
     _, count, run = max(_ways(kind), key=lambda way: known[kind].get(way[0], 0))
     return lambda: count / _best(run)
 
 
 def _best(run: Callable[[], object]) -> float:
-    """Returns the seconds of the fastest of some runs, of which the first only prepares."""
+    """Returns the seconds of the fastest of several runs; the first is not counted."""
     times = [time.perf_counter()]
     for _ in range(1 + _ROUNDS):
         run()
@@ -54,7 +56,7 @@ def _best(run: Callable[[], object]) -> float:
 
 
 def _ways(kind: str) -> Iterator[tuple[str, int, Callable[[], object]]]:
-    """Yields ways to do something, how much of it they do, and what does it."""
+    """Yields implementations: a name, the bytes or operations of a run, and the run itself."""
     if kind == "bytes":
         for way, run in _readings():
             yield way, 4 * _NUMBERS, run
@@ -65,7 +67,7 @@ def _ways(kind: str) -> Iterator[tuple[str, int, Callable[[], object]]]:
 
 
 def _readings() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yields ways to read 1 GiB once."""
+    """Yields implementations that read 1 GiB once."""
     cores = len(os.sched_getaffinity(0))
     numbers = np.ones(_NUMBERS, np.float32)
     vector = np.ones(1 << 13, np.float32)
@@ -86,7 +88,7 @@ def _readings() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def _products(dtype, rows, inputs, outputs) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Yields ways to multiply a matrix by the transpose of another, as layers do."""
+    """Yields implementations that multiply a matrix by the transpose of another, as layers do."""
     kind, result = _XLA[dtype]
     left, right = jnp.ones((rows, inputs), kind), jnp.ones((outputs, inputs), kind)
     multiply = jax.jit(lambda x, y: jnp.einsum("RX,YX->RY", x, y, preferred_element_type=result))

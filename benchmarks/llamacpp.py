@@ -1,6 +1,7 @@
-"""llama.cpp through the low-level functions of llama-cpp-python, as one of the engines.
+"""Runs llama.cpp through the low-level functions of llama-cpp-python, as one of the engines.
 
-Its architecture `llama` knows no window: a longer prompt is more work to it, and other results.
+Its architecture `llama` has no window. For prompts longer than the window, llama.cpp does more work
+and computes other results.
 """
 
 import ctypes
@@ -19,18 +20,18 @@ from mistral_jax.engine.sampling import Sampling
 
 Prompts = Sequence[Sequence[int]]
 
-# C calls it as long as the process lives.
+# A global, because C calls it until the process ends.
 _SILENT = llama.llama_log_callback(lambda level, text, data: None)
 _MOST = 2048  # tokens of a call
-_TRIAL = 32  # tokens by which settings are compared
+_TRIAL = 32  # tokens generated to compare settings
 
 
 class Settings(NamedTuple):
-    """What llama.cpp leaves to its user.
+    """The settings that llama.cpp leaves to its user.
 
     Attributes:
-      flash: whether attention goes by blocks.
-      ubatch: most tokens of prompts that pass through a layer at once.
+      flash: whether llama.cpp uses flash attention.
+      ubatch: the largest number of prompt tokens that pass through a layer at once.
     """
 
     flash: bool
@@ -38,27 +39,27 @@ class Settings(NamedTuple):
 
 
 class _Owned:
-    """Something of the library's, freed with the last reference to it.
+    """An object of the library that is freed with the last reference to it.
 
     Attributes:
-      it: a pointer, or a structure that has some.
+      it: a pointer, or a structure that contains pointers.
     """
 
     def __init__(self, it, free: Callable, *needed):
-        """Takes over what `free` frees, before whatever it needs."""
+        """Takes ownership of `it`, which `free` frees before the objects that it needs."""
         self.it, self._needed = it, needed
         weakref.finalize(self, free, it)
 
 
 class Context(NamedTuple):
-    """A cache, and what reads and writes it.
+    """A cache and the buffers to use it.
 
     Attributes:
-      handle: the library's.
-      batch: room for the tokens of a call.
-      prompts: what it is for.
-      tokens: how many more it has room for.
-      settings: how it was made.
+      handle: the library's context.
+      batch: the buffer for the tokens of a call.
+      prompts: the prompts that it was made for.
+      tokens: the number of further tokens that it has room for.
+      settings: the settings that it was made with.
     """
 
     handle: _Owned
@@ -69,17 +70,17 @@ class Context(NamedTuple):
 
 
 class LlamaCpp:
-    """A GGUF file on all cores, with a cache of float16, which is what llama.cpp's users have.
+    """A GGUF file on all cores, with llama.cpp's default cache in float16.
 
     Attributes:
-      settings: the last that were found to be the fastest.
+      settings: the fastest settings of the last comparison.
     """
 
     def __init__(self, file: Path):
         llama.llama_log_set(_SILENT, ctypes.c_void_p(0))
         llama.llama_backend_init()
         options = llama.llama_model_default_params()
-        options.load_mode = llama.LLAMA_LOAD_MODE_NONE  # Private memory, as with the others.
+        options.load_mode = llama.LLAMA_LOAD_MODE_NONE  # Private memory, as in the other programs.
         model = llama.llama_model_load_from_file(str(file).encode(), options)
         if not model:
             raise ValueError(f"llama.cpp cannot load {file}")
@@ -89,7 +90,7 @@ class LlamaCpp:
         self.settings = Settings(flash=True, ubatch=512)
 
     def warm(self, prompts: Prompts) -> None:
-        """Keeps the settings in which prompts are read in the least time."""
+        """Selects the settings that read prompts in the least time."""
         seconds, prompts = {}, [prompt[:_MOST] for prompt in prompts]
         for settings in itertools.starmap(Settings, itertools.product((True, False), (512, 2048))):
             self.settings = settings
@@ -99,17 +100,17 @@ class LlamaCpp:
         self.settings = min(seconds, key=seconds.get)
 
     def prefill(self, prompts: Prompts) -> None:
-        """Reads prompts, to the logits of the token after each."""
+        """Reads prompts and computes the logits of the next token of each."""
         self._read(self._emptied(prompts, 0), len(prompts[0]))
 
     def request(self, prompts: Prompts, tokens: int, sampling: Sampling) -> None:
-        """Reads prompts, and makes tokens."""
+        """Reads prompts and generates tokens."""
         context = self._emptied(prompts, tokens)
         self._read(context, len(prompts[0]) - 1)
         self.go_on(context, tokens, sampling)
 
     def begin(self, prompts: Prompts, tokens: int, sampling: Sampling) -> Context:
-        """Reads prompts but for their last tokens, in the settings that then decode faster."""
+        """Reads all but the last token of each prompt, in the settings that decode faster."""
         found = {}
         for flash in (True, False):
             context = self._context(prompts, max(tokens, _TRIAL), Settings(flash, ubatch=512))
@@ -121,7 +122,7 @@ class LlamaCpp:
         return context
 
     def go_on(self, context: Context, tokens: int, sampling: Sampling) -> float:
-        """Continues prompts; returns the seconds from the first token to the last."""
+        """Generates tokens; returns the seconds from the first token to the last."""
         handle, rows = context.handle.it, range(len(context.prompts))
         end = len(context.prompts[0]) - 1
         for row in rows:
@@ -136,23 +137,23 @@ class LlamaCpp:
         return time.perf_counter() - began
 
     def logits(self, prompt: Sequence[int]) -> np.ndarray:
-        """Returns the logits after each token of a prompt, [T, V], by a cache of float32."""
+        """Returns the logits after each token of a prompt, [T, V], with a float32 cache."""
         context = self._context([prompt], 0, self.settings, llama.GGML_TYPE_F32)
         _call(context, [(token, at, 0, True) for at, token in enumerate(prompt)])
         rows = [llama.llama_get_logits_ith(context.handle.it, at) for at in range(len(prompt))]
         return np.array([np.ctypeslib.as_array(row, (self._vocab_size,)) for row in rows])
 
     def _emptied(self, prompts: Prompts, tokens: int) -> Context:
-        """Returns the context of the last call, if it was for the same, or a new one in place."""
+        """Returns an empty context: that of the last call if it fits, or else a new one."""
         wanted = prompts, tokens, self.settings
         if self._reading is None or self._reading[2:] != wanted:
-            self._reading = None  # Its memory first.
+            self._reading = None  # Frees its memory first.
             self._reading = self._context(*wanted)
         llama.llama_memory_clear(llama.llama_get_memory(self._reading.handle.it), False)
         return self._reading
 
     def _context(self, prompts, tokens, settings, kind=llama.GGML_TYPE_F16) -> Context:
-        """Makes a cache for prompts of one length and as many tokens more."""
+        """Makes a cache for prompts of equal length and a number of further tokens."""
         options = llama.llama_context_default_params()
         room = -(-(len(prompts[0]) + tokens) // 256) * 256
         options.n_ctx, options.n_seq_max = room * len(prompts), len(prompts)
@@ -169,7 +170,7 @@ class LlamaCpp:
         return Context(handle, batch, prompts, tokens, settings)
 
     def _read(self, context: Context, length: int) -> None:
-        """Reads so many tokens of each prompt, in calls that have as many of each."""
+        """Reads the first `length` tokens of each prompt, with equal numbers of each in a call."""
         step = _MOST // len(context.prompts)
         for start in range(0, length, step):
             places = range(start, min(start + step, length))
@@ -178,7 +179,7 @@ class LlamaCpp:
 
 
 def _call(context: Context, entries: Iterable[tuple[int, int, int, bool]]) -> None:
-    """Runs the model on tokens: each with its position, its row, and whether it wants logits."""
+    """Runs the model on entries of token, position, row, and whether logits are needed."""
     batch, count = context.batch.it, 0
     for token, position, row, wanted in entries:
         batch.token[count], batch.pos[count], batch.logits[count] = token, position, wanted
@@ -191,7 +192,7 @@ def _call(context: Context, entries: Iterable[tuple[int, int, int, bool]]) -> No
 
 
 def _sampler(sampling: Sampling, seed: int) -> _Owned:
-    """Makes what chooses the tokens of a row."""
+    """Makes the sampler of a row."""
     chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
     if sampling.temperature == 0:
         parts = [llama.llama_sampler_init_greedy()]

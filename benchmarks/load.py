@@ -1,8 +1,9 @@
 """Measures loading: seconds, private memory and bytes read, by layout and number of processes.
 
-One JSON line a process. The checkpoint is synthetic, of 2.1 GB in bfloat16; 8 devices in all.
-`excess_bytes` is the peak of private memory above an idle start and the shards' own bytes;
-`read_ratio` is what the process read of files, to the bytes of its own parts of the model.
+Prints one JSON line for each process. The checkpoint has 2.1 GB of random bfloat16 weights, and the
+processes share 8 devices. `excess_bytes` is the peak of private memory, less that of an idle
+process and the bytes of its shards. `read_ratio` is the bytes that the process reads from files,
+divided by the bytes of its parts of the model.
 
     python benchmarks/load.py [--processes 1 2] [--sharding tensor fsdp ...]
 """
@@ -41,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--sharding", nargs="+", default=LAYOUTS)
-    parser.add_argument("--folder", type=Path, help="where to work; default: the system's")
+    parser.add_argument("--folder", type=Path, help="temporary folder; default: the system's")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -55,7 +56,7 @@ def main() -> None:
 
 
 def make(path: Path, config: ModelConfig) -> None:
-    """Writes a checkpoint of random bfloat16."""
+    """Writes a checkpoint of random bfloat16 weights."""
     from flax.traverse_util import flatten_dict
 
     from mistral_jax.checkpoint import checkpoint
@@ -71,7 +72,7 @@ def make(path: Path, config: ModelConfig) -> None:
 
 
 def launch(path: str, name: str, count: int) -> None:
-    """Loads in so many processes, which share 8 devices, and prints what each says."""
+    """Loads in a number of processes that share 8 devices, and prints the line of each."""
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
     workers = []
@@ -92,7 +93,7 @@ def launch(path: str, name: str, count: int) -> None:
 
 
 def load(path: str, name: str) -> dict:
-    """Loads a checkpoint; returns what that took."""
+    """Loads a checkpoint; returns the measurements."""
     import jax
 
     from mistral_jax.checkpoint import arrays, checkpoint
@@ -100,7 +101,7 @@ def load(path: str, name: str) -> dict:
 
     distributed.initialize()
     jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros(8))())
-    arrays.stored(Path(path) / "params")  # What there is to set up is set up.
+    arrays.stored(Path(path) / "params")  # Setup is not measured.
     idle, read, params = peaks.private_bytes(), bytes_read(), None
 
     def run():
@@ -129,7 +130,7 @@ def load(path: str, name: str) -> dict:
 
 
 def bytes_read() -> int:
-    """Returns the bytes that this process has read of files, from the cache or a disk."""
+    """Returns the bytes that this process has read from files, from the page cache or a disk."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("rchar"))
 

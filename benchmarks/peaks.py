@@ -1,4 +1,4 @@
-"""The private memory of a process: when it rests, and at most while something runs."""
+"""Measures the private memory of a process: idle, and the peak while a function runs."""
 
 import ctypes
 import gc
@@ -6,18 +6,18 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-_INTERVAL = 0.005  # seconds between two looks
+_INTERVAL = 0.005  # seconds between two samples
 
 
 def resting() -> int:
-    """Returns RssAnon after what is free was given back; mapped files do not count."""
+    """Returns this process's RssAnon after it returns free memory to the system."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return private_bytes()
 
 
 def peak(run: Callable[[], object]) -> int:
-    """Returns the largest RssAnon of this process while something runs."""
+    """Runs a function; returns the largest RssAnon of this process meanwhile."""
     most, done = [0], threading.Event()
 
     def watch():
@@ -35,7 +35,7 @@ def peak(run: Callable[[], object]) -> int:
 
 
 def private_bytes(process: int | str = "self") -> int:
-    """Returns RssAnon of a process, 0 if it has ended; files that are mapped do not count."""
+    """Returns the RssAnon of a process, which excludes mapped files, or 0 if it has ended."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:

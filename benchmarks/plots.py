@@ -1,4 +1,4 @@
-"""Draws the figures: rates side by side in each precision, and time and memory by length."""
+"""Plots results: rates in each precision, and rate and memory by prompt length."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ _LABEL = 0.06  # height of a bar's label, as a share of the axis
 
 
 def draw(results: Results, file: Path) -> None:
-    """Draws what there is of the larger model, chosen by sampling."""
+    """Plots the results of the larger model with sampling."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 6.4), layout="constrained")
@@ -45,7 +45,7 @@ def draw(results: Results, file: Path) -> None:
 
 
 def _bars(axes, results: Results, **case) -> None:
-    """Draws a group of bars for each precision; of decoding one row, the limit above it."""
+    """Draws a group of bars for each precision, and for decoding one row the limit as a line."""
     labels = []
     for at, dtype in enumerate(engines.PRECISIONS):
         for line in results.find(model=_MODEL, dtype=dtype, greedy=False, **case):
@@ -67,7 +67,7 @@ def _bars(axes, results: Results, **case) -> None:
 
 
 def _label(axes, x: float, rate: float, limit: float | None, name: str) -> None:
-    """Writes a rate above its bar; or inside, where the line of the limit would cross it."""
+    """Writes a rate above its bar, or inside it if the line of the limit would cross the text."""
     height = _LABEL * axes.get_ylim()[1]
     inside = limit is not None and rate - height < limit < rate + height and rate > height
     axes.annotate(
@@ -83,7 +83,7 @@ def _label(axes, x: float, rate: float, limit: float | None, name: str) -> None:
 
 
 def _curves(axes, results: Results, work: str, scale: float) -> None:
-    """Draws a figure in float32 against the length of the prompt."""
+    """Plots float32 results of a workload against the length of the prompt."""
     lines = results.find(work=work, model=_MODEL, dtype="float32", batch=1, greedy=False)
     lines.sort(key=lambda line: line["length"])
     for name, (colour, _) in _LOOK.items():

@@ -1,7 +1,8 @@
-"""Measures products of few rows: weights a second by the compiled kernels beside XLA's, in turns.
+"""Compares the C++ kernels for products of few rows with XLA's products, in weights a second.
 
-One JSON line for each kind of matrix and number of rows, for an MLP's matrices of the 229M model,
-more than a processor's caches hold, as decoding meets them.
+The two take turns. Prints one JSON line for each dtype and number of rows. The matrices have the
+shape of an MLP weight of the 229M model. As in decoding, together they are larger than a
+processor's caches.
 
     python benchmarks/products.py [--dtype float32 bfloat16 int8] [--rows 1 2 4 8 16] [--rounds 5]
 """
@@ -54,7 +55,7 @@ def main():
 
 
 def matrix(dtype: str, seed: int):
-    """Returns a random matrix as the model holds it."""
+    """Returns a random matrix in the form that the model stores."""
     wide = jax.random.normal(jax.random.key(seed), SHAPE)
     if dtype == "int8":
         return QuantizedKernel(*to_int8(wide, 1, jnp))
@@ -62,7 +63,7 @@ def matrix(dtype: str, seed: int):
 
 
 def program(matrices, dtype: str, x: jax.Array):
-    """Compiles products of rows with one matrix after another, each of which needs the last."""
+    """Compiles products of the rows with each matrix; each product depends on the one before."""
     compute = "float32" if dtype == "int8" else dtype
 
     @jax.jit
@@ -76,7 +77,7 @@ def program(matrices, dtype: str, x: jax.Array):
 
 
 def rate(run) -> float:
-    """Returns the weights a second of the fastest of three runs."""
+    """Returns the weights read per second in the fastest of three runs."""
     times = []
     for _ in range(3):
         began = time.perf_counter()

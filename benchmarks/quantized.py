@@ -1,7 +1,8 @@
-"""What int8 costs in quality: bits a byte on held-out source, and the distance from float32.
+"""Measures what int8 costs in quality: bits per byte on held-out source, and distance to float32.
 
 The distance is the Kullback-Leibler divergence of the next token's distribution from that in
-float32, in nats, and how often the likeliest token is the same; means over all tokens.
+float32, in nats, and the share of tokens whose likeliest next token is the same. Both are means
+over all tokens.
 
     python benchmarks/quantized.py [--checkpoint FOLDER] [--every N] [--cache]
 """
@@ -17,14 +18,14 @@ import numpy as np
 
 import mistral_jax
 
-BLOCK = 512  # lengths of texts are rounded up to it, for few programs
+BLOCK = 512  # lengths of texts are rounded up to a multiple, so that few programs compile
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--checkpoint", help="default: the bundled model")
-    parser.add_argument("--every", type=int, default=5, help="read one file in so many")
-    parser.add_argument("--cache", action="store_true", help="of the cache, not of the matrices")
+    parser.add_argument("--every", type=int, default=5, help="read only every Nth file")
+    parser.add_argument("--cache", action="store_true", help="measure the cache, not the weights")
     arguments = parser.parse_args()
 
     model, exact, tokenizer = mistral_jax.load(arguments.checkpoint, dtype="float32")
@@ -58,7 +59,7 @@ def main():
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def compare(model, exact, small, rough, tokens, positions):
-    """Returns sums over the tokens of a text: of 1, of both losses, of the distance, of matches."""
+    """Returns sums over the tokens of a text: their count, both losses, divergence, and matches."""
     p, q = (
         jax.nn.log_softmax(logits(model, params, tokens, positions)[0, :-1])
         for model, params in ((model, exact), (small, rough))

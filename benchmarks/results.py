@@ -1,7 +1,7 @@
-"""What was measured, as JSON: lines of figures, the machine's limits, and the machine itself.
+"""Stores measurements as JSON: lines of results, the machine's limits, and the machine itself.
 
 A line has the workload (`work`, `model`, `dtype`, `batch`, `length`, `greedy`) and `values`, a
-figure for each program; a new line takes the place of the old one for the same workload.
+number for each program. A new line replaces the old line of the same workload.
 """
 
 import importlib.metadata
@@ -15,16 +15,16 @@ _PACKAGES = ("jax", "flax", "torch", "transformers", "llama-cpp-python")
 
 
 class Results:
-    """Figures in a file.
+    """Measurements in a file.
 
     Attributes:
-      lines: what was measured, a dict each.
+      lines: the measurements, a dict each.
       limits: see `limits.measure`; empty before they are measured.
       machine: see `machine`.
     """
 
     def __init__(self, file: Path):
-        """Reads a file, if it is there."""
+        """Reads the file if it exists."""
         self._file = file
         found = json.loads(file.read_text()) if file.is_file() else {}
         self.lines: list[dict] = found.get("lines", [])
@@ -32,14 +32,14 @@ class Results:
         self.machine: dict = found.get("machine", {})
 
     def add(self, line: dict) -> None:
-        """Keeps a line, in the file too, and prints it."""
+        """Stores a line in the file, and prints it."""
         line = _rounded(line)
         print(json.dumps(line), flush=True)
         self.lines = [old for old in self.lines if _about(old) != _about(line)] + [line]
         self._save()
 
     def set_limits(self, limits: dict) -> None:
-        """Keeps limits: of each the best that was ever measured, for others can only disturb."""
+        """Stores the highest rate ever measured of each limit: other load only lowers a rate."""
         limits = _rounded(limits)
         print(json.dumps({"work": "limits"} | limits), flush=True)
         for name, ways in limits.items():
@@ -48,7 +48,7 @@ class Results:
         self._save()
 
     def find(self, **about) -> list[dict]:
-        """Returns the lines of which all this is true."""
+        """Returns the lines that have all these values."""
         return [line for line in self.lines if about.items() <= _about(line).items()]
 
     def _save(self) -> None:
@@ -60,7 +60,7 @@ class Results:
 
 
 def _rounded(value):
-    """Keeps as much of each number as says something."""
+    """Rounds floats to four significant digits."""
     if isinstance(value, float):
         return float(f"{value:.4g}")
     if isinstance(value, dict):
@@ -73,7 +73,7 @@ def _about(line: dict) -> dict:
 
 
 def machine() -> dict:
-    """Returns what the figures depend on: the processor, its memory, and versions."""
+    """Returns what the results depend on: the processor, its memory, and versions."""
     described = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.split(":")[1].strip() for line in described if line.startswith("model name")]
     versions = {}

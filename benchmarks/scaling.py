@@ -1,7 +1,7 @@
-"""Plans Mistral 7B on common slices, and from 1 to 256 devices: the figures of docs/scaling.md.
+"""Plans Mistral 7B on common slices and on 1 to 256 devices, for the tables of docs/scaling.md.
 
-Runs `python -m mistral_jax.plan` for each case, an hour in all; what is done already is kept in the
-file of results. It needs libtpu, and matplotlib to draw.
+Runs `python -m mistral_jax.plan` for each case, which takes an hour in all. Cases that are already
+in the file of results are skipped. It needs libtpu, and matplotlib for the plot.
 
     python benchmarks/scaling.py runs/scaling.jsonl
     python benchmarks/scaling.py runs/scaling.jsonl --draw docs/scaling.png
@@ -35,7 +35,8 @@ TRAINING = [
     ("v5p", 8, "long", None, 1, 32768),
 ]
 COUNTS = (1, 4, 8, 16, 32, 64, 128, 256)
-# 8 rows whatever the devices: tensor parallel as far as 8, then over rows, then tensor parallel.
+# 8 rows for any number of devices: tensor parallel up to 8 devices, then replicas for up to 8 rows,
+# and then tensor parallel again.
 STRONG = [
     (
         "v6e",
@@ -47,7 +48,7 @@ STRONG = [
     )
     for n in COUNTS
 ]
-# 8 rows a device, tensor parallel as far as 8.
+# 8 rows per device, tensor parallel up to 8 devices.
 WEAK = [
     ("v6e", n, "data_tensor", f"data={n // min(n, 8)},tensor={min(n, 8)}", 8 * n, 4096)
     for n in COUNTS
@@ -56,8 +57,8 @@ WEAK = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("results", type=Path, help="JSONL file, made or gone on with")
-    parser.add_argument("--draw", type=Path, metavar="PNG", help="print the tables, draw the plot")
+    parser.add_argument("results", type=Path, help="JSONL file to create or continue")
+    parser.add_argument("--draw", type=Path, metavar="PNG", help="print the tables, save the plot")
     arguments = parser.parse_args()
     if arguments.draw:
         draw(arguments.results, arguments.draw)
@@ -77,7 +78,7 @@ def main() -> None:
 
 
 def plan(case: tuple, train: bool) -> list[str]:
-    """Runs the command; returns its lines."""
+    """Runs the planner for a case; returns its lines of output."""
     chip, devices, layout, mesh, rows, length = case
     command = [sys.executable, "-m", "mistral_jax.plan", MODEL, "--json", "--hardware", chip]
     command += ["--devices", str(devices), "--batch", str(rows), "--length", str(length)]
@@ -99,7 +100,7 @@ def read(path: Path) -> list[str]:
 
 
 def draw(results: Path, target: Path) -> None:
-    """Prints the tables in Markdown, and draws both kinds of scaling."""
+    """Prints the tables in Markdown, and plots strong and weak scaling."""
     found = {}
     for line in map(json.loads, read(results)):
         found.setdefault(line["case"], {})[line["program"]] = line

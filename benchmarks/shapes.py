@@ -1,4 +1,4 @@
-"""The models that are measured, by name, and random prompts."""
+"""Defines the measured models by name, and random prompts."""
 
 import numpy as np
 

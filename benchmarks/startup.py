@@ -1,6 +1,6 @@
-"""Measures the time from starting the command to its first text, without and with a warm cache.
+"""Measures the time from the start of the command to its first text.
 
-One JSON line for each start; the first has an empty compilation cache.
+Prints one JSON line for each start. Only the first has an empty compilation cache.
 
     python benchmarks/startup.py [--checkpoint FOLDER] [--repeat N]
 """
@@ -33,7 +33,7 @@ def main():
 
 
 def seconds_to_first_text(command: list[str], cache: str) -> float:
-    """Starts the command; returns the seconds until something stands on its standard output."""
+    """Runs the command; returns the seconds until its first byte of output."""
     start = time.perf_counter()
     environment = {**os.environ, "XDG_CACHE_HOME": cache}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:

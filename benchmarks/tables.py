@@ -1,4 +1,4 @@
-"""The figures as tables in Markdown, with the share of the machine's limit that each reaches."""
+"""Writes results as Markdown tables, with the share of the machine's limit that each reaches."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,10 +8,10 @@ import shapes
 from results import Results
 
 _TITLES = {
-    "decode": "Decoding, tokens/s (share of what the memory bandwidth allows)",
-    "prefill": "Reading prompts, tokens/s (share of what matrix products allow)",
+    "decode": "Decoding, tokens/s (share of the memory bandwidth's limit)",
+    "prefill": "Reading prompts, tokens/s (share of the matrix products' limit)",
     "first": "A request for one token, ms",
-    "memory": "Memory of a request above the loaded program, MB (the process, at most)",
+    "memory": "Memory of a request above the loaded program, MB (peak of the process)",
 }
 _COLUMNS = {
     engines.OURS: "ours",
@@ -53,12 +53,12 @@ def _machine(results: Results) -> Iterator[str]:
             f"{max(limits[dtype].values()) / 1e9:.0f} in {dtype}" for dtype in engines.PRECISIONS
         )
         yield (
-            f"Limits measured: {max(limits['bytes'].values()) / 1e9:.1f} GB/s read, and matrix "
+            f"Measured limits: {max(limits['bytes'].values()) / 1e9:.1f} GB/s read, and matrix "
             f"products at {rates} (G operations/s)."
         )
     yield (
-        "llama.cpp knows no window: prompts above it are more work there, and other results. "
-        "Its cache is of float16."
+        "llama.cpp has no window: for longer prompts it does more work and computes other results. "
+        "Its cache is in float16."
     )
 
 
@@ -107,8 +107,8 @@ def _positions(line: dict, results: Results) -> Iterator[str]:
     early_bytes, late_bytes = memory[0]["values"].values()
     before, after = (label.split()[-1] for label in line["values"])
     yield (
-        f"\n{line['model']}, {line['dtype']}: a token of ours after {before} tokens takes "
-        f"{early * 1e3:.3g} ms, after {after} {late * 1e3:.3g} ms; the request takes "
+        f"\n{line['model']}, {line['dtype']}: one of our tokens after {before} tokens takes "
+        f"{early * 1e3:.3g} ms, and after {after} tokens {late * 1e3:.3g} ms. The requests take "
         f"{early_bytes / 1e6:.0f} and {late_bytes / 1e6:.0f} MB above the loaded program."
     )
 

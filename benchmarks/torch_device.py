@@ -1,7 +1,8 @@
-"""Transformers on one accelerator, for `device.py --transformers`: random weights in bfloat16.
+"""Measures Transformers on one accelerator, for `device.py --transformers`.
 
-Decoding keeps a static cache, with which Transformers compiles its step on a GPU; attention is
-PyTorch's own choice among its kernels. One JSON line for each number of rows and length of prompts.
+The weights are random, in bfloat16. Decoding uses a static cache, with which Transformers compiles
+its step on a GPU. PyTorch chooses the attention kernel. Prints one JSON line for each number of
+rows and length of prompts.
 """
 
 import argparse
@@ -29,7 +30,7 @@ def main() -> None:
     with torch.device(device):
         fields = architecture.to_hf(config) | {"attn_implementation": "sdpa"}
         model = transformers.MistralForCausalLM(transformers.MistralConfig(**fields)).eval()
-    model.generation_config.eos_token_id = None  # Answers have the length asked for.
+    model.generation_config.eos_token_id = None  # Every answer has the requested length.
     for batch in arguments.batch:
         for prompt in arguments.prompt:
             inputs = torch.tensor(shapes.prompts(config, batch, prompt), device=device)
@@ -38,7 +39,7 @@ def main() -> None:
 
 
 def measure(model, inputs: torch.Tensor, tokens: int) -> dict[str, float]:
-    """Returns tokens a second of reading prompts, and of making tokens after them."""
+    """Returns the tokens a second of prefill and of decoding."""
     mask = torch.ones_like(inputs)
     choice = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "top_k": 0, "pad_token_id": 0}
 
@@ -56,7 +57,7 @@ def measure(model, inputs: torch.Tensor, tokens: int) -> dict[str, float]:
 
 
 def seconds(run) -> float:
-    """Returns the seconds of the fastest of three runs, after one that compiles."""
+    """Returns the seconds of the fastest of three runs, after a first run that compiles."""
     times = []
     for _ in range(4):
         began = time.perf_counter()

@@ -1,11 +1,12 @@
-"""Measures a training step beside a PyTorch loop, in turns: tokens a second, utilisation, memory.
+"""Measures a training step beside a PyTorch loop: tokens a second, utilisation and memory.
 
-One JSON line for each model, and for all its parameters or LoRA (beside PEFT's): same shapes, same
-batch, float32, AdamW with clipping; compilation is left out. It needs the `parity` extra.
+The two take turns. Prints one JSON line for each model, for training all parameters and for LoRA
+(PyTorch with PEFT). Shapes, batch and optimizer (AdamW with clipping) are the same, in float32.
+Compilation is not counted. It needs the `parity` extra.
 
     python benchmarks/train_step.py [--model nano 31M] [--train full lora] [--rounds 10]
-    python benchmarks/train_step.py --memory    # peaks of processes, one for each measurement
-    python benchmarks/train_step.py --device    # LoRA of 7B in bfloat16, ours alone
+    python benchmarks/train_step.py --memory    # peak memory, one process for each measurement
+    python benchmarks/train_step.py --device    # LoRA of 7B in bfloat16, without PyTorch
 """
 
 import argparse
@@ -71,7 +72,7 @@ def main() -> None:
 
 
 def compare(about: dict, rounds: int) -> None:
-    """Prints a line of the rates of rounds in turns, but for the first, which compiles."""
+    """Measures both programs in turns, and prints their rates; the first round compiles."""
     config = MODELS[about["model"]]
     flops = utilisation.flops_per_token(
         config, about["context"], adapters=about["train"] == "lora"
@@ -93,14 +94,14 @@ def compare(about: dict, rounds: int) -> None:
 
 
 def seconds(step: Callable[[], float]) -> float:
-    """Times a step."""
+    """Returns the seconds of a step."""
     start = time.perf_counter()
     assert np.isfinite(step())
     return time.perf_counter() - start
 
 
 def ours(about: dict) -> Callable[[], float]:
-    """Returns our step, which gives its loss."""
+    """Makes a training step of this package, which returns its loss."""
     import jax
 
     from mistral_jax.model.transformer import Transformer
@@ -113,7 +114,7 @@ def ours(about: dict) -> Callable[[], float]:
 
 
 def jax_step(model, params, about: dict) -> Callable[[], dict]:
-    """Returns a step of training a model of ours on one batch, which gives its metrics."""
+    """Makes a training step of this package on one batch, which returns its metrics."""
     import jax
     import jax.numpy as jnp
 
@@ -149,7 +150,7 @@ def jax_step(model, params, about: dict) -> Callable[[], dict]:
 
 
 def torch(about: dict) -> Callable[[], float]:
-    """Returns the step of a PyTorch loop around Transformers' model, which gives its loss."""
+    """Makes a training step of PyTorch with Transformers' model, which returns its loss."""
     import torch
     import transformers
     from mistral_jax.convert import architecture
@@ -167,7 +168,7 @@ def torch(about: dict) -> Callable[[], float]:
             ),
         )
     trained = [p for p in model.parameters() if p.requires_grad]
-    # The faster of its ways to step, which is not its default.
+    # fused=True is faster than the default.
     optimizer = torch.optim.AdamW(trained, lr=RATE, betas=BETAS, fused=True, **ADAMW)
     tokens, targets = (torch.from_numpy(x.astype(np.int64)) for x in batch(config, about))
 
@@ -194,7 +195,7 @@ def batch(config: ModelConfig, about: dict) -> tuple[np.ndarray, np.ndarray]:
 
 
 def memories(about: dict) -> dict:
-    """Returns what `memory` finds for each program, in a process of its own: a peak only grows."""
+    """Calls `memory` for each program in a process of its own, because a peak never decreases."""
     found = {}
     for name in PROGRAMS:
         command = [sys.executable, __file__, "--worker", name]
@@ -206,7 +207,7 @@ def memories(about: dict) -> dict:
 
 
 def memory(program: str, about: dict) -> dict:
-    """Returns the most bytes that this process has had, above those that its imports take."""
+    """Returns the peak memory of this process, in bytes above the memory of its imports."""
     for module in ("jax", "optax") if program == "ours" else ("torch", "transformers", "peft"):
         __import__(module)
     before = utilisation.peak_memory()
@@ -217,7 +218,7 @@ def memory(program: str, about: dict) -> dict:
 
 
 def on_device(name: str, context: int, rows: int, rounds: int) -> dict:
-    """Returns the rate, utilisation and memory of LoRA beside random weights in bfloat16."""
+    """Measures rate, utilisation and memory of LoRA with random bfloat16 weights."""
     import jax
     import jax.numpy as jnp
 

@@ -1,6 +1,7 @@
-"""What is measured of the programs, and how: in rounds, in which they take turns.
+"""Measures the workloads in rounds, in which the programs take turns.
 
-So what else the machine does falls on all alike, and on its limit, which is measured among them.
+Other load on the machine then slows all programs alike. It also slows the machine's limit, which is
+measured in the same rounds.
 """
 
 import statistics
@@ -18,7 +19,7 @@ Programs = Mapping[str, engines.Program]
 Run = Callable[[], float]
 Figures = dict[str, list[float]]
 
-# Rows and length of the prompts. Memory is first, before this process holds models.
+# Rows and length of the prompts. Memory is measured first, before this process loads models.
 CASES = {
     "memory": ((1, 32), (8, 32), (1, 512), (1, 2048), (1, 8192), (1, 16384)),
     "decode": ((1, 32), (8, 32), (1, 2048), (8, 2048)),
@@ -33,10 +34,10 @@ UNITS = {
     "first": "s",
     "position": "s",
 }
-EARLY = 2000  # tokens after which one is compared with one at a late position
+EARLY = 2000  # the early position, whose token is compared with a late one
 LIMIT = "limit"
 _TOKENS = 64  # of an answer
-_MANY = 4096  # tokens of prompts of which fewer rounds are read, none of them in vain
+_MANY = 4096  # prompts with more tokens get fewer rounds, and none is discarded
 
 
 def measure(
@@ -47,15 +48,15 @@ def measure(
     rounds: int,
     limit: Run | None,
 ) -> Figures:
-    """Returns the figures of a workload, round by round, by program.
+    """Measures a workload; returns the results of each program, round by round.
 
     Args:
-      work: a key of `CASES`, but memory.
-      programs: by name, ours first.
+      work: a key of `CASES`, except memory.
+      programs: the programs by name, this package first.
       prompts: token ids.
       sampling: how tokens are chosen.
-      rounds: how many count; of long prompts, fewer.
-      limit: what measures the machine's, in each round.
+      rounds: the number of rounds that count; fewer for long prompts.
+      limit: measures the machine's limit once; called in each round.
     """
     runs = {
         "decode": _decode,
@@ -69,13 +70,13 @@ def measure(
     if work == "prefill" and count > _MANY:
         rounds, drop = max(1, min(rounds, 5 * _MANY // count)), 0
     else:
-        drop = 1  # It prepares.
+        drop = 1  # The first round warms up.
     found = [{name: run() for name, run in runs.items()} for _ in range(drop + rounds)]
     return {name: [figures[name] for figures in found[drop:]] for name in runs}
 
 
 def _decode(programs: Programs, prompts: engines.Prompts, sampling: Sampling) -> dict[str, Run]:
-    """Tokens a second of all rows, from the first token to the last."""
+    """Returns measurements of the tokens a second of all rows, from first token to last."""
     count = len(prompts) * (_TOKENS - 1)
 
     def run_of(program):
@@ -86,7 +87,7 @@ def _decode(programs: Programs, prompts: engines.Prompts, sampling: Sampling) ->
 
 
 def _prefill(programs: Programs, prompts: engines.Prompts, sampling: Sampling) -> dict[str, Run]:
-    """Tokens of prompts a second."""
+    """Returns measurements of the prompt tokens read per second."""
     count = len(prompts) * len(prompts[0])
 
     def run_of(program):
@@ -97,7 +98,7 @@ def _prefill(programs: Programs, prompts: engines.Prompts, sampling: Sampling) -
 
 
 def _first(programs: Programs, prompts: engines.Prompts, sampling: Sampling) -> dict[str, Run]:
-    """Seconds of a request for one token."""
+    """Returns measurements of the seconds of a request for one token."""
 
     def run_of(program):
         program.warm(prompts)
@@ -107,7 +108,7 @@ def _first(programs: Programs, prompts: engines.Prompts, sampling: Sampling) -> 
 
 
 def _position(programs: Programs, prompts: engines.Prompts, sampling: Sampling) -> dict[str, Run]:
-    """Seconds of a token of ours, after prompts and after their beginnings."""
+    """Returns measurements of the seconds of our tokens, after short prompts and whole ones."""
     program = programs[engines.OURS]
 
     def run_of(length):
@@ -118,23 +119,23 @@ def _position(programs: Programs, prompts: engines.Prompts, sampling: Sampling) 
 
 
 def place(length: int) -> str:
-    """Returns what a figure of ours after so many tokens is called."""
+    """Returns the name of this package's result after `length` tokens."""
     return f"{engines.OURS}, after {length}"
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """Times a run."""
+    """Returns the seconds of a run."""
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
 
 
 def summary(work: str, figures: Figures) -> dict[str, Any]:
-    """Returns medians of each program, and of how many times better ours is.
+    """Returns the median of each program, and how many times better this package is.
 
     Args:
-      work: the workload, which says whether more is better.
-      figures: round by round, ours first.
+      work: the workload, which determines whether higher is better.
+      figures: results of each program round by round, this package first.
     """
     more, (ours, *others) = UNITS[work] == "tokens/s", [name for name in figures if name != LIMIT]
     ratios = {}
@@ -153,7 +154,7 @@ def summary(work: str, figures: Figures) -> dict[str, Any]:
 def limited(
     work: str, figures: Figures, dtype: str, config: ModelConfig, batch: int, length: int
 ) -> dict[str, Any]:
-    """Returns the machine's limit in the rounds, and which share of it each program reached."""
+    """Returns the machine's limit in the rounds, and the share of it that each program reached."""
     limits = figures.get(LIMIT)
     if limits is None:
         return {}

@@ -18,12 +18,13 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/mistral-jax/mistral_jax/blob/main/notebooks/01_sample_and_chat.ipynb)
 #
-# A language model gives a probability to every token that could come next; all else is choosing.
-# Here you let a model write, see what temperature and top-p do to one real choice, run several
-# prompts at once, measure how well a text is predicted, and turn a conversation into token ids.
+# A language model assigns a probability to every token that could come next, and a sampler chooses
+# one of them. This notebook generates text, shows how temperature and top-p change one choice, runs
+# several prompts at once, measures how well the model predicts a text, and turns a conversation
+# into token ids.
 
 # %%
-# On Colab this installs the package; where it is installed already, it does nothing.
+# Installs the package on Colab. Does nothing if the package is already installed.
 import importlib.util
 import subprocess
 import sys
@@ -35,8 +36,8 @@ if importlib.util.find_spec("mistral_jax") is None:
 # %% [markdown]
 # ## Load
 #
-# `load` returns three things: the model, a flax module without weights; the weights, a tree of
-# arrays; and the tokenizer. The bundled model has read Python source and nothing else.
+# `load` returns three things: the model, a Flax module that holds no parameters; the parameters, a
+# tree of arrays; and the tokenizer. The bundled model was trained on Python source only.
 
 # %%
 import jax
@@ -44,7 +45,7 @@ from mistral_jax.convert.prepare import prepare
 
 import mistral_jax as mj
 
-# The bundled model; or a checkpoint's folder, or a name on the Hub:
+# None is the bundled model. Instead, name a checkpoint folder or a model on the Hub:
 # MODEL = "mistralai/Mistral-7B-Instruct-v0.3"
 MODEL = None
 
@@ -55,15 +56,16 @@ print(f"{size / 1e6:,.1f} million parameters, computed in {model.dtype}, on {jax
 # %% [markdown]
 # ## Text in, text out
 #
-# `complete` continues a text, by at most `max_new_tokens`; the model's end-of-text token ends it
-# earlier, and so does any string in `stop`.
+# `complete` continues a text by at most `max_new_tokens` tokens. It stops earlier when the model
+# generates its end-of-text token or any string in `stop`.
 
 # %%
 prompt = "class Stack:\n    def is_empty(self):\n        return"
 print(prompt + mj.complete(model, params, tokenizer, prompt, max_new_tokens=48))
 
 # %% [markdown]
-# `stream` gives a text piece by piece, as soon as each is certain: no character comes in halves.
+# `stream` yields a text piece by piece, as soon as each piece is final. It never yields part of a
+# character.
 
 # %%
 start = "def read_json(path):\n    with open("
@@ -74,8 +76,9 @@ for piece in mj.stream(model, params, tokenizer, start, max_new_tokens=48):
 # %% [markdown]
 # ## Underneath: a pure function
 #
-# The model is a function of weights, token ids and their positions, which returns the logits of the
-# token after each token. Nothing is hidden. All else in this notebook is built on this call.
+# The model is a function of the parameters, the token ids and their positions. It has no hidden
+# state. For each token it returns the logits of the token that follows. Everything else in this
+# notebook is built on this call.
 
 # %%
 import jax.numpy as jnp
@@ -91,17 +94,20 @@ print("logits", logits.shape, "likeliest", [tokenizer.piece(token) for token in 
 # %% [markdown]
 # ## What a setting does to a choice
 #
-# `Sampling` says how to choose, in this order (penalties and biases, not shown here, come first):
+# `Sampling` holds the settings of the choice. They apply in this order (penalties and biases, not
+# shown here, come first):
 #
-# - `temperature` divides the logits: below 1 the likely becomes likelier, above 1 all come closer;
-#   at 0 the likeliest token is taken.
-# - `top_k` keeps that many of the likeliest tokens.
-# - `top_p` keeps the fewest likeliest tokens that together reach a probability (nucleus sampling,
-#   arXiv 1904.09751, section 3.1).
-# - `min_p` keeps those at least this share as likely as the likeliest (arXiv 2407.01082).
+# - `temperature` divides the logits. Below 1, likely tokens become likelier. Above 1, the
+#   probabilities move closer together. At 0, the likeliest token is chosen.
+# - `top_k` keeps the k likeliest tokens.
+# - `top_p` keeps the fewest likeliest tokens whose probabilities together reach this value (nucleus
+#   sampling, arXiv 1904.09751, section 3.1).
+# - `min_p` keeps the tokens whose probability is at least this share of the largest one (arXiv
+#   2407.01082).
 #
-# What is kept is scaled up to a sum of 1. The cell below puts one next token through the package's
-# own filters, which `complete` asks about each token that it draws, under six settings.
+# The probabilities of the remaining tokens are scaled to a sum of 1. The next cell applies six
+# settings to the same next token, with the filters that `complete` applies to each token that it
+# draws.
 
 # %%
 import matplotlib.pyplot as plt
@@ -142,8 +148,9 @@ plt.show()
 # %% [markdown]
 # ## The same seed, the same text
 #
-# JAX has no global random state, and neither has this package: a draw depends on the seed, the row
-# and the position. So a text can be made again, whatever ran before it or stands beside it.
+# JAX has no global random state, and neither does this package. Each random draw depends only on
+# the seed, the row and the position. The same seed therefore gives the same text again, whatever
+# ran before it and whatever is in the same batch.
 
 # %%
 for seed in (0, 0, 1):
@@ -153,8 +160,9 @@ for seed in (0, 0, 1):
 # %% [markdown]
 # ## Several prompts at once
 #
-# A list of prompts is one batch, whatever their lengths. Positions are data, and -1 marks a place
-# that holds no token: a short row is computed as if alone. Each row may have its own `Sampling`.
+# `complete` generates a list of prompts together, whatever their lengths. Positions are data, and
+# the position -1 marks padding, so a short prompt gives the same result as it does alone. Each row
+# can have its own `Sampling`.
 
 # %%
 prompts = ["import numpy as", "for i in", "class Queue:\n    def __init__(self"]
@@ -162,13 +170,14 @@ greedy = mj.Sampling(temperature=0)
 together = mj.complete(model, params, tokenizer, prompts, 16, sampling=greedy)
 for text, rest in zip(prompts, together, strict=True):
     alone = mj.complete(model, params, tokenizer, text, 16, sampling=greedy)
-    print(f"{text + rest!r}\n    the same alone: {rest == alone}")
+    print(f"{text + rest!r}\n    same text alone: {rest == alone}")
 
 # %% [markdown]
 # ## Token ids in, token ids out
 #
-# `generate` is what works below `complete`: ids in, one `Completion` a row out, with each token's
-# log-probability under the model's own distribution, and its rivals.
+# `complete` calls `generate`, which takes token ids and returns one `Completion` for each row. A
+# completion has the log-probability of each token under the model's own distribution. With
+# `top_logprobs=3` it also has the three likeliest tokens at each position.
 
 # %%
 rows = [tokenizer.encode(prompt, bos=True)]
@@ -180,9 +189,10 @@ for token, logprob, others in zip(answer.tokens, answer.logprobs, answer.top_log
 # %% [markdown]
 # ## How well does it predict?
 #
-# A token of probability p costs -log2(p) bits: it is a measure of surprise. The bits of a text
-# divided by its bytes compare models whatever their vocabularies; less is better. `score` takes
-# texts of any length, in chunks through the cache. Below it `likelihoods` has each token's share.
+# A token of probability p costs -log2(p) bits, which measures surprise. The bits of a text divided
+# by its bytes compare models with different vocabularies; lower is better. `score` takes texts of
+# any length and reads them in chunks through the cache. The second cell plots the surprise of each
+# token, from `likelihoods`.
 
 # %%
 code = '''def read_lines(path):
@@ -201,7 +211,7 @@ for name, text in {"code": code, "its lines reversed": backwards, "prose": prose
 # %%
 from mistral_jax.engine.score import likelihoods
 
-code_ids = tokenizer.encode(code, bos=True)[:45]  # as many as the drawing has room for
+code_ids = tokenizer.encode(code, bos=True)[:45]  # as many as fit in the plot
 (found,) = likelihoods(model, params, [code_ids], batch=1)
 names = [label(token) for token in code_ids[1:]]
 names = [f"↵ {len(name) - 1}␣" if set(name[1:]) == {"␣"} else name for name in names]
@@ -209,18 +219,19 @@ names = [f"↵ {len(name) - 1}␣" if set(name[1:]) == {"␣"} else name for nam
 figure, axis = plt.subplots(figsize=(9, 3.6), layout="constrained")
 axis.bar(range(len(names)), found.logprobs / -jnp.log(2), color="0.55")
 axis.set_xticks(range(len(names)), names, rotation=90, family="monospace", fontsize=9)
-axis.set(ylabel="surprise (bits)", title="What each token costs (↵ 4␣: line's end and 4 spaces)")
+axis.set(ylabel="surprise (bits)", title="Surprise of each token (↵ 4␣: a newline and 4 spaces)")
 axis.margins(x=0.01)
 plt.show()
 
 # %% [markdown]
 # ## A conversation becomes token ids
 #
-# `chat` takes messages as every chat interface has them. Mistral's instruct models were trained on
-# one form of a conversation, in which control tokens such as `[INST]` mark the turns. Each message
-# is encoded by itself, and its text is never searched for control tokens: who types one gets its
-# characters, as the last message here. (The tokenizers of 7B v0.1 and v0.2 have no `[INST]` token:
-# there the marks are text, and only the beginning and the end of a text are control tokens.)
+# `chat` takes messages in the usual format of chat interfaces. Mistral's instruct models were
+# trained on one form of a conversation, in which control tokens such as `[INST]` mark the turns.
+# The tokenizer encodes each message by itself and never searches its text for control tokens. A
+# user who types `[/INST]`, as in the last message here, gets its characters and not the control
+# token. (The tokenizers of 7B v0.1 and v0.2 have no `[INST]` token. There the marks are ordinary
+# text, and only the beginning and the end of a text are control tokens.)
 
 # %%
 messages = [
@@ -233,17 +244,18 @@ for token in tokenizer.encode_chat(messages):
     print(f"{token:6d}  {tokenizer.piece(token):8} {kind}")
 
 # %% [markdown]
-# The bundled model was never trained to converse, and its answers make no sense. With an instruct
-# model in `MODEL` the same line answers.
+# The bundled model was never trained on conversations, so its answers make no sense. With an
+# instruct model in `MODEL`, the same line gives a real answer.
 
 # %%
 question = [{"role": "user", "content": "Which river flows through Cairo?"}]
 print(mj.chat(model, params, tokenizer, question, max_new_tokens=32))
 
 # %% [markdown]
-# ## From here
+# ## Next steps
 #
-# - [02_inside_the_model](02_inside_the_model.ipynb) opens the model: mask, cache, heads.
-# - [docs/architecture.md](../docs/architecture.md) follows a prompt through the files.
-# - To read: [`engine/logits.py`](../mistral_jax/engine/logits.py), the filters and the
-#   choice; [`engine/text.py`](../mistral_jax/engine/text.py), which was called most here.
+# - [02_inside_the_model](02_inside_the_model.ipynb) shows the mask, the cache and the attention
+#   heads.
+# - [docs/architecture.md](../docs/architecture.md) follows a prompt through the source files.
+# - Source: [`engine/logits.py`](../mistral_jax/engine/logits.py) filters and chooses tokens, and
+#   [`engine/text.py`](../mistral_jax/engine/text.py) has `complete`, `stream` and `chat`.

@@ -18,12 +18,13 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/mistral-jax/mistral_jax/blob/main/notebooks/02_inside_the_model.ipynb)
 #
-# Three ideas make Mistral 7B cheap on long texts: a window on the keys that a token sees, fewer
-# heads for keys than for queries, and a cache that is a ring. Here each is drawn from the code that
-# runs, and what theory says of it is measured on a trained model.
+# Three ideas make Mistral 7B cheap on long texts: a window that limits the keys each token sees,
+# fewer key-value heads than query heads, and a cache that is a ring buffer. This notebook plots
+# each of them from the code that runs the model, and compares theory with measurements on a trained
+# model.
 
 # %%
-# On Colab this installs the package; where it is installed already, it does nothing.
+# Installs the package on Colab. Does nothing if the package is already installed.
 import importlib.util
 import subprocess
 import sys
@@ -44,19 +45,22 @@ from mistral_jax.convert.prepare import prepare
 import mistral_jax as mj
 from mistral_jax.ops.attention import attend, visible
 
-# The bundled model; or a checkpoint's folder, or a name on the Hub, as this one:
+# None is the bundled model. Instead, name a checkpoint folder or a model on the Hub:
 MODEL = None  # "mistralai/Mistral-7B-Instruct-v0.3"
 
 model, params, tokenizer = mj.load(prepare(MODEL))
 
 # %% [markdown]
-# ## Who may look at whom
+# ## Which keys a query sees
 #
-# Attention mixes, for each query, the values of the keys that it may see. One function says which,
-# in training, prefill and decoding alike: `visible`, from the positions of queries and keys. It is
-# all keys up to the query's own; or the last W of them, its own included (a sliding window: Mistral
-# 7B, arXiv 2310.06825, section 2); or W of them with gaps between (a dilated window: Longformer,
-# arXiv 2004.05150, section 3.1).
+# For each query, attention averages the values of the keys that the query may see. The function
+# `visible` computes this mask from the positions of queries and keys, in training, prefill and
+# decoding alike. A query sees one of these:
+#
+# - all keys up to its own position;
+# - the last W of them, its own included: a sliding window (Mistral 7B, arXiv 2310.06825, section
+#   2);
+# - W of them with gaps between: a dilated window (Longformer, arXiv 2004.05150, section 3.1).
 
 
 # %%
@@ -77,12 +81,13 @@ for axis, (name, pattern) in zip(axes, patterns.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# ## What a window costs, and what it reaches
+# ## What a window costs, and how far it reaches
 #
-# A token sees W keys in each layer; but those have seen W keys in the layer below, and so on. After
-# L layers it can hear of (W - 1) L + 1 tokens, itself included; with dilation d, the furthest is
-# (W - 1) d L back. The cell asks the real functions what the last token of a text costs in Mistral
-# 7B. Nothing is allocated: `jax.eval_shape` follows shapes alone.
+# A token sees W keys in each layer, and each of those has seen W keys in the layer below. After L
+# layers, information from (W - 1) L + 1 tokens can reach a token, its own included. With dilation
+# d, the furthest of them is (W - 1) d L positions back. The next cell calls the model's own
+# functions to compute the cost of the last token of a text in Mistral 7B. It allocates no cache,
+# because `jax.eval_shape` computes shapes only.
 
 
 # %%
@@ -116,12 +121,13 @@ figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", 
 plt.show()
 
 # %% [markdown]
-# ## Measured: how far a token hears
+# ## Measured: how far information reaches
 #
-# A token hears of another only if the gradient of its logits with respect to the other's embedding
-# is not zero. The cell gives the bundled model (whatever `MODEL` is: gradients of 7B need much
-# memory) a window of 6 and a growing number of its layers, and differentiates the last position's
-# largest logit. All tokens differ, so each has a row of the embedding table to itself.
+# A token influences the logits at another position only if the gradient of those logits with
+# respect to the token's embedding is not zero. The next cell gives the bundled model a window of 6
+# and a growing number of its layers, and differentiates the largest logit at the last position. It
+# ignores `MODEL`, because the gradients of a 7B model need much memory. All tokens differ, so each
+# has its own row of the embedding table.
 
 # %%
 nano, nano_params, _ = mj.load(dtype="float32")
@@ -130,7 +136,7 @@ tokens = np.random.default_rng(0).permutation(np.arange(300, 300 + T))[None]
 
 
 def influence(layers, dilation):
-    """Returns how much each position's embedding moves the last position's logit, [T]."""
+    """Returns the gradient norm of the last logit with respect to each embedding, [T]."""
     shape = {"num_layers": layers, "sliding_window": W, "dilation": dilation}
     cut = nano.clone(config=dataclasses.replace(nano.config, **shape))
 
@@ -154,16 +160,17 @@ for axis, dilation in zip(axes, (1, 3), strict=True):
     axis.set(ylabel="layers", title=f"window {W}, dilation {dilation}", aspect="auto")
 axes[1].set_xlabel("distance back from the last token (white: the gradient is exactly 0)")
 figure.colorbar(image, ax=axes, label="size of the gradient")
-figure.suptitle("Each layer reaches as much further as theory says (black bars)")
+figure.suptitle("Each layer extends the reach as theory predicts (black bars)")
 plt.show()
 
 # %% [markdown]
 # ## Fewer heads for keys and values
 #
-# The keys and values of what came before stay in memory. Multi-head attention (MHA) keeps a pair
-# for each of N query heads; multi-query attention (MQA, arXiv 1911.02150) one for all;
-# grouped-query attention (GQA, arXiv 2305.13245) one for each group of G = N / K heads. GQA is MHA
-# with each key head repeated G times, as the second cell shows; `attend` never makes the copies.
+# The keys and values of earlier tokens stay in memory. Multi-head attention (MHA) keeps a key and a
+# value for each of N query heads. Multi-query attention (MQA, arXiv 1911.02150) keeps one pair for
+# all of them, and grouped-query attention (GQA, arXiv 2305.13245) one pair for each group of G = N
+# / K heads. GQA equals MHA with each key-value head repeated G times, as the second cell shows.
+# `attend` never makes these copies.
 
 # %%
 kinds = {"MHA, K = 32": 32, "GQA, K = 8 (Mistral 7B)": 8, "MQA, K = 1": 1}
@@ -184,9 +191,10 @@ print("largest difference between GQA and MHA with copies:", jnp.abs(grouped - r
 # %% [markdown]
 # ## The cache is a ring
 #
-# With a window of W no older key is ever read again, so W slots are enough: token p lies in slot
-# p mod W, over the one that has left the window (arXiv 2310.06825, section 2, "rolling buffer
-# cache"). Here the model, with a window of 8, reads a text token by token.
+# A key that has left the window of W tokens is never read again, so W cache slots are enough. Token
+# p is stored in slot p mod W and overwrites the token that has just left the window (arXiv
+# 2310.06825, section 2, "rolling buffer cache"). In the next cell the model has a window of 8 and
+# reads a text token by token.
 
 # %%
 ids = np.array([tokenizer.encode("def area(width, height):\n    return width * height", bos=True)])
@@ -206,18 +214,19 @@ for slot, p in np.argwhere(~filled.mask):
     weight = "bold" if filled[slot, p] == p else "normal"
     axis.text(p, slot, filled[slot, p], ha="center", va="center", weight=weight)
 assert all(ring[p % W] == p for p, ring in enumerate(rings))
-axis.set(xlabel="after token", ylabel="slot", title="The token that lies in each slot (bold: new)")
+axis.set(xlabel="after token", ylabel="slot", title="The token in each cache slot (bold: new)")
 plt.show()
 
 # %% [markdown]
-# ## A prompt comes in chunks
+# ## A prompt is read in chunks
 #
-# A chunk's early queries still need keys that its late tokens will overwrite. So a chunk attends to
-# the ring and itself, and is written afterwards. The mask is the same function, on the positions in
-# the ring and those of the chunk (arXiv 2310.06825, section 2, "pre-fill and chunking").
+# The early queries of a chunk still need keys that its late tokens will overwrite. A chunk
+# therefore attends to the ring and to itself first, and its keys are written to the ring
+# afterwards. The same function computes the mask, from the positions in the ring and those of the
+# chunk (arXiv 2310.06825, section 2, "pre-fill and chunking").
 
 # %%
-chunk = np.arange(11, 16)  # the ring holds 11 tokens' last 8; these are the next 5
+chunk = np.arange(11, 16)  # the ring holds the last 8 of 11 tokens; these are the next 5
 keys = np.concatenate([rings[10], chunk])
 figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")
 mask = visible(chunk[None], keys[None], W)[0]
@@ -226,8 +235,8 @@ axis.axvline(W, color="black", linewidth=3)
 plt.show()
 
 # %% [markdown]
-# The full pass without a cache, token by token through the ring, and chunks of 5 must give the same
-# logits, up to rounding.
+# Reading the text in one pass without a cache, token by token through the ring, and in chunks of 5
+# must give the same logits, up to rounding.
 
 # %%
 full, _ = step({"params": params}, ids, np.arange(T)[None])
@@ -241,9 +250,9 @@ for name, found in {"token by token": rows, "chunks of 5": parts}.items():
     print(f"{name}: differs by {difference:.1e} of the largest logit, in {small.dtype}")
 
 # %% [markdown]
-# ## From here
+# ## Next steps
 #
-# [06_long_context](06_long_context.ipynb) puts windows to work on long texts;
-# [docs/architecture.md](../docs/architecture.md) shows where each of these pieces stands. To read:
-# [`ops/attention.py`](../mistral_jax/ops/attention.py), the mask and `attend`, and
-# [`model/cache.py`](../mistral_jax/model/cache.py), the ring.
+# - [06_long_context](06_long_context.ipynb) measures what windows do on long texts.
+# - [docs/architecture.md](../docs/architecture.md) shows where each of these parts is.
+# - Source: [`ops/attention.py`](../mistral_jax/ops/attention.py) has the mask and `attend`, and
+#   [`model/cache.py`](../mistral_jax/model/cache.py) has the ring.

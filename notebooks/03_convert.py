@@ -18,13 +18,14 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/mistral-jax/mistral_jax/blob/main/notebooks/03_convert.ipynb)
 #
-# Mistral's weights come as PyTorch files, in two layouts; here Orbax keeps them, and reads each
-# array straight onto its device. You will export a model to a Hugging Face folder, convert it back,
-# and see that no byte was lost. On the way you will meet the one trap: between the two layouts,
-# rows of two matrices change places. No PyTorch is needed.
+# Mistral's weights come as PyTorch files, in two formats. This package stores them as Orbax
+# checkpoints, from which it loads each array directly onto its device. This notebook exports a
+# model to a Hugging Face folder, converts it back, and checks that no byte was lost. It also
+# explains the one difference between the two formats that is easy to miss: the rows of two matrices
+# are in a different order. PyTorch is not needed.
 
 # %%
-# On Colab this installs the package; where it is installed already, it does nothing.
+# Installs the package on Colab. Does nothing if the package is already installed.
 import importlib.util
 import subprocess
 import sys
@@ -34,9 +35,9 @@ if importlib.util.find_spec("mistral_jax") is None:
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", source], check=True)
 
 # %% [markdown]
-# Name a model of your own here, and `prepare` converts it once, which for Mistral 7B takes 14.5 GB
-# of disk. What describes a model then describes yours. What writes folders further down always uses
-# the bundled model, so that there is no second copy of 7B.
+# If you name a model of your own here, `prepare` converts it once, which takes 14.5 GB of disk
+# space for Mistral 7B. The cells that describe a model then describe yours. The cells that write
+# folders always use the bundled model, so that there is no second copy of a 7B model.
 
 # %%
 import dataclasses
@@ -60,7 +61,7 @@ import mistral_jax as mj
 from mistral_jax.checkpoint.checkpoint import BUNDLED
 from mistral_jax.model.rope import rotary_angles, rotate
 
-# None is the bundled model; or a checkpoint's folder, or a name on the Hub, such as
+# None is the bundled model. Instead, name a checkpoint folder or a model on the Hub, such as
 # "mistralai/Mistral-7B-Instruct-v0.3".
 MODEL = None
 model, params, tokenizer = mj.load(prepare(MODEL))
@@ -68,20 +69,21 @@ config = model.config
 
 # %% [markdown]
 # ## What a folder holds
-# `inspect` describes a folder of any format, before or after conversion, without reading a weight.
+# `inspect` describes a folder of any format, before or after conversion, without reading any
+# weights.
 
 # %%
-_, *facts = inspect(prepare(MODEL) or BUNDLED)  # the first names the folder
+_, *facts = inspect(prepare(MODEL) or BUNDLED)  # the first line names the folder
 print("\n".join(f"{label:<14}{value}" for label, value in facts))
 
 # %% [markdown]
 # ## To a Hugging Face folder
-# `to_torch` writes what Transformers loads: a description, a tokenizer, and the weights as
-# safetensors. `find` recognises such a folder by its files, and hands out its tensors. They are
-# views of the mapped file: a part of it is read when somebody looks there.
+# `to_torch` writes what Transformers loads: a config, a tokenizer, and the weights as safetensors.
+# `find` recognises such a folder by its files and returns its tensors. The tensors are views of
+# memory-mapped files, so a part of a file is read only when something accesses it.
 
 # %%
-scratch = tempfile.TemporaryDirectory()  # gone when this notebook ends
+scratch = tempfile.TemporaryDirectory()  # deleted when this notebook ends
 work = Path(scratch.name)
 to_torch(BUNDLED, work / "hf")
 for file in sorted((work / "hf").iterdir()):
@@ -94,13 +96,15 @@ print(f"{len(tensors)} tensors, loaded: {sum(x.flags.owndata for x in tensors.va
 
 # %% [markdown]
 # ## One table of names
-# The conversion hangs on one table, `convert/names.py`: what each tensor is called by us, by
-# Mistral and by Hugging Face. Here is the first layer of your model. A file stores a matrix as
-# (out, in), and so do we, with the heads unfolded: `NH D` becomes `N H D`. So the bytes are the
-# same, but for the two matrices marked at the end: there the rows of official files move.
+# The conversion is built on one table, `convert/names.py`, which lists the name of each tensor in
+# this package, in Mistral's files and in Hugging Face's. The next cell prints the entries for the
+# first layer of your model. Files store a matrix as (out, in). This package does the same, with the
+# heads unfolded: `NH D` becomes `N H D`. The bytes are therefore identical, except for the two
+# matrices with an asterisk at the end: the conversion permutes their rows when it reads official
+# files.
 
 # %%
-_, table, *_ = names.groups(config)  # the embedding stands before the first layer
+_, table, *_ = names.groups(config)  # the embedding comes before the first layer
 print(f"{'ours':21}{'official':17}{'Hugging Face':25}file  here")
 for row in table:
     official, hf = row.official.split(".", 2)[2], row.hf.split(".", 3)[3]
@@ -108,12 +112,12 @@ for row in table:
     print(row.shape(config), "*" if row.pairs else "")
 
 # %% [markdown]
-# ## Why rows of `wq` and `wk` move
-# Rotary embedding (RoFormer, arXiv 2104.09864) takes the H numbers of a head in pairs, and turns
+# ## Why the rows of `wq` and `wk` are permuted
+# Rotary embedding (RoFormer, arXiv 2104.09864) takes the H numbers of a head in pairs, and rotates
 # each pair by an angle that grows with the token's position. Mistral's own files pair neighbours,
-# 2i and 2i + 1; Hugging Face and we pair the halves, i and i + H / 2. Each number of a query is
-# made by a row of `wq`, so these are two orders of rows. To see them, give every row its own number
-# and send it through the table, with heads of 8:
+# 2i and 2i + 1. Hugging Face and this package pair the halves, i and i + H / 2. Each row of `wq`
+# computes one number of a query, so the two conventions order the rows differently. To show this,
+# the next cell numbers the rows of a matrix and converts it with the table, for heads of width 8:
 
 # %%
 small = dataclasses.replace(config, head_dim=8)
@@ -130,14 +134,14 @@ for ours, official in enumerate(order):
         axes.text(x + 0.125, y, f"pair {pair}", ha="center", va="center")
 axes.set_xticks([0.125, 0.875], ["official: neighbours", "Hugging Face, ours: halves"])
 axes.set(xlim=(-0.05, 1.1), ylim=(7.6, -0.6), ylabel="row of the head")
-axes.set_title("Partners move from neighbours to halves")
+axes.set_title("Pairs move from neighbours to halves")
 axes.spines[:].set_visible(False)
 plt.show()
 
 # %% [markdown]
-# The official engine turns neighbours as complex numbers; we turn halves, of rows that have moved.
-# Queries and keys come out in another order, but both in the same one. So their products, which are
-# all that attention sees, agree:
+# The official code rotates neighbours as complex numbers. This package rotates halves, with
+# permuted rows. The numbers of queries and keys then come in another order, but in the same one for
+# both. Their dot products, which are all that attention uses, are therefore equal:
 
 # %%
 x = jax.random.normal(jax.random.key(0), (2, 5, 1, 8))  # a query and a key at 5 positions
@@ -149,9 +153,9 @@ scores = [jnp.einsum("TNH,SNH->NTS", *y, precision="highest") for y in (neighbou
 print(f"largest difference of two scores: {jnp.abs(scores[0] - scores[1]).max():.1e}")
 
 # %% [markdown]
-# Whoever forgets this sees no error, for all shapes fit; the model only gets worse. With grouped
-# queries (GQA, arXiv 2305.13245) `wq` has N heads and `wk` has K, and each must be cut into its own
-# number. Here the keys alone are left in the official order:
+# Without the permutation no error occurs, because all shapes fit, but the model predicts worse.
+# With grouped queries (GQA, arXiv 2305.13245), `wq` has N heads and `wk` has K, and each must be
+# divided into its own number of heads. The next cell leaves only the keys in the official order:
 
 # %%
 wrong = {**params}
@@ -166,10 +170,10 @@ for label, weights in (("as converted", params), ("keys not moved", wrong)):
 
 # %% [markdown]
 # ## To Orbax, and back
-# `to_orbax` reads either layout. What comes of it is a checkpoint folder, whole or not at all. Here
-# the same weights go two ways, under other names and in another order of rows. They are one tree
-# again, and back in their own layout each file is what it was, to the byte. A checkpoint records
-# what it was made from, with a SHA-256 of each file.
+# `to_orbax` reads either format and writes a complete checkpoint folder or nothing. The next cell
+# converts the same weights from both formats, with different names and orders of rows. Both give
+# the same tree. Exported to its own format again, each gives the same file, byte for byte. A
+# checkpoint records the files that it was made from, with a SHA-256 of each.
 
 # %%
 to_torch(BUNDLED, work / "official", format="official")
@@ -181,14 +185,15 @@ for name in ("hf", "official"):
     to_torch(work / f"from-{name}", work / f"{name}-again", format=name)
     (file,) = (work / name).glob("*.safetensors")
     again = (work / f"{name}-again" / file.name).read_bytes() == file.read_bytes()
-    print(f"{name}: {sum(equal)} of {len(original)} arrays are equal; the same file again: {again}")
+    print(f"{name}: {sum(equal)} of {len(original)} arrays are equal; same file again: {again}")
 print((work / "from-official" / "config.json").read_text())
 
 # %% [markdown]
 # ## Another dtype
-# Arrays keep the dtype of their file, unless you name another. Every bfloat16 is a float32, so that
-# one changes nothing. float16 has finer steps but a smaller range: what is too small for it is
-# rounded, and what is too large is refused rather than made infinite.
+# Arrays keep the dtype of their file, unless you name another. Every bfloat16 number is also a
+# float32 number, so converting to float32 changes no values. float16 has finer steps but a smaller
+# range. Numbers that are too small for it are rounded. For a number that is too large, `to_orbax`
+# raises an error instead of storing infinity.
 
 # %%
 for dtype in ("bfloat16", "float32", "float16"):
@@ -200,8 +205,9 @@ for dtype in ("bfloat16", "float32", "float16"):
 
 # %% [markdown]
 # ## A broken file
-# Downloads get cut off, and disks fail. What is not a whole checkpoint of finite numbers is refused
-# in one sentence that names the place, and nothing half-written is left.
+# Downloads can be cut off, and disks can fail. `to_orbax` refuses anything but a complete
+# checkpoint of finite numbers. The error is one sentence that names the place, and no partial
+# output remains.
 
 # %%
 to_torch(BUNDLED, work / "broken")
@@ -215,9 +221,10 @@ print("left behind:", [path.name for path in work.iterdir() if "never" in path.n
 
 # %% [markdown]
 # ## Memory
-# Tensors are read, checked and written one at a time, so the largest bounds the memory, not the
-# model. To see it, repeat the layers of the bundled model, and follow what Python and NumPy hold
-# while each of these deeper models is converted.
+# The conversion reads, checks and writes one tensor at a time, so its memory depends on the largest
+# tensor and not on the size of the model. To show this, the next cell makes deeper models by
+# repeating the layers of the bundled model, and measures how much memory Python and NumPy allocate
+# while each of them is converted.
 
 # %%
 nano, bundled, _ = mj.load(dtype="bfloat16")
@@ -234,16 +241,16 @@ for depth in (4, 8, 16, 32):
 
 figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
 axes.plot(sizes, sizes, "k--s", label="the whole model")
-axes.plot(sizes, peaks, "k-o", label="at most, while it is converted")
+axes.plot(sizes, peaks, "k-o", label="peak during conversion")
 axes.set(xlabel="size of the model (MB)", ylabel="memory (MB)", ylim=0)
 axes.set_title("Memory does not grow with the model")
 axes.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# ## Where to go on
-# - [Convert](../docs/convert.md) has the command line, which does the same at a terminal, and takes
-#   names on the Hub and PyTorch's own `.pth` and `.bin` files too.
-# - [04_fine_tune](04_fine_tune.ipynb) trains adapters beside a converted model.
-# - [The architecture](../docs/architecture.md) draws a tensor's way from a file to its shards.
-#   Open `convert/names.py` for the table, and `convert/to_orbax.py` for the conversion.
+# ## Next steps
+# - [Convert](../docs/convert.md) describes the command line, which does the same and also takes
+#   names on the Hub and PyTorch's own `.pth` and `.bin` files.
+# - [04_fine_tune](04_fine_tune.ipynb) trains adapters for a converted model.
+# - [The architecture](../docs/architecture.md) follows a tensor from a file to its shards.
+# - Source: `convert/names.py` has the table, and `convert/to_orbax.py` has the conversion.

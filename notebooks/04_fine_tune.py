@@ -18,13 +18,13 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/mistral-jax/mistral_jax/blob/main/notebooks/04_fine_tune.ipynb)
 #
-# A base model continues text; it does not answer. Here it learns to answer a sentence about a
-# function with the function's signature, and to stop there, from pairs that this notebook finds in
-# Python's own library. You will see what is learnt from an example, what LoRA adds to the model,
-# and what came of it, measured on pairs that were held out.
+# A base model continues text and does not answer questions. This notebook trains one to answer a
+# sentence about a function with the function's signature, and then to stop. The training pairs come
+# from Python's standard library. The notebook shows which part of an example the model learns, what
+# LoRA adds to the model, and how the model does on held-out pairs before and after training.
 
 # %%
-# On Colab this installs the package; where it is installed already, it does nothing.
+# Installs the package on Colab. Does nothing if the package is already installed.
 import importlib.util
 import subprocess
 import sys
@@ -34,8 +34,8 @@ if importlib.util.find_spec("mistral_jax") is None:
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", source], check=True)
 
 # %% [markdown]
-# With a model of your own this needs one GPU or TPU that holds its weights in bfloat16 (14.5 GB for
-# 7B), and room for the activations of a few short rows.
+# With a model of your own, this notebook needs one GPU or TPU that holds its weights in bfloat16
+# (14.5 GB for 7B) and the activations of a few short rows.
 
 # %%
 import ast
@@ -58,7 +58,7 @@ from mistral_jax.training import curve, run
 from mistral_jax.training.data import records
 from mistral_jax.training.recipe import Data, Recipe
 
-# None is the bundled model; or a checkpoint's folder, or a name on the Hub, such as
+# None is the bundled model. Instead, name a checkpoint folder or a model on the Hub, such as
 # "mistralai/Mistral-7B-Instruct-v0.3".
 MODEL = None
 checkpoint = prepare(MODEL)
@@ -66,8 +66,9 @@ model, params, tokenizer = mj.load(checkpoint)
 
 # %% [markdown]
 # ## The examples
-# Python's own library is installed wherever this runs. `ast` finds its functions; one is taken if
-# its docstring begins with a plain sentence that has the words of its name in it, endings aside.
+# The source of Python's standard library is available wherever this notebook runs. `ast` finds its
+# functions. The next cell takes a function if its docstring begins with a plain sentence that
+# contains the words of the function's name, apart from their endings.
 
 # %%
 SENTENCE = re.compile(r"[A-Z][a-z]+( [A-Za-z0-9'(),;:/.-]+){2,12}\.")
@@ -96,12 +97,12 @@ for file in sorted(library.rglob("*.py")):
 print(len(pairs), "pairs, such as", next(iter(pairs.items())))
 
 # %% [markdown]
-# A hash of the name decides which pairs are held out, so that no name is on both sides. (To the
-# fine-tuning they are new; the bundled model may have read them when it was made.) A line of a file
-# is a conversation, as every chat API has them.
+# A hash of the function's name decides which pairs are held out, so no name is in both parts. (The
+# held-out pairs are new to the fine-tuning, but the bundled model may have read them in its own
+# training.) Each line of a file is a conversation in the usual format of chat APIs.
 
 # %%
-scratch = tempfile.TemporaryDirectory()  # gone when this notebook ends; a folder of your own stays
+scratch = tempfile.TemporaryDirectory()  # deleted at the end; use another folder to keep it
 work, parts = Path(scratch.name), {"train": [], "held_out": []}
 for sentence, signature in pairs.items():
     name = signature.partition("(")[0]
@@ -116,8 +117,8 @@ for part, chosen in parts.items():
     print(len(chosen), part)
 
 # %% [markdown]
-# The model reads the conversation with the very ids that `mj.chat` would give it, but only the
-# answer counts in the loss, and the token that ends it: stopping is learnt like anything else.
+# The model reads a conversation as the same token ids that `mj.chat` gives it. Only the answer and
+# the token that ends it count in the loss, so the model also learns to stop.
 
 # %%
 examples = list(records.read([work / "held_out.jsonl"], tokenizer))
@@ -126,9 +127,14 @@ for token, weight in zip(examples[0].tokens.tolist(), examples[0].weights.tolist
 
 # %% [markdown]
 # ## Before
-# Measured on the pairs held out: the share of answers that the model ends by itself; of those that
-# are a signature and nothing else; of those whose function's name has a word of the sentence, and
-# by chance, of the next pair's; and the loss of the signatures wanted, in nats a token.
+# The next cell measures these numbers on the held-out pairs:
+#
+# - `ended`: the share of answers that the model ends by itself;
+# - `a signature`: the share of answers that are a signature and nothing else;
+# - `a word of it`: the share of answers that are a signature whose function name has a word of the
+#   sentence;
+# - `by chance`: the same with the sentence of the next pair;
+# - `loss`: the loss of the expected signatures, in nats a token.
 
 # %%
 sentences = [sentence for sentence, _ in held_out]
@@ -160,14 +166,14 @@ for i in range(0, len(answers), 16):
 
 # %% [markdown]
 # ## What LoRA adds
-# Low-rank adaptation (arXiv 2106.09685, section 4.1) leaves each kernel W as it is and adds to its
-# output: `W x + (alpha / R) B A x`. A takes an input down to R numbers, B takes these up to the
-# outputs; B begins as zeros. Gradients and the optimizer's state are kept for A and B alone.
+# Low-rank adaptation (arXiv 2106.09685, section 4.1) leaves each weight W unchanged and adds to its
+# output: `W x + (alpha / R) B A x`. A projects an input to R numbers, and B projects these to the
+# outputs. B starts as zeros. Only A and B have gradients and optimizer state.
 
 # %%
 lora, kernels = Lora(rank=16, alpha=32.0), flatten_dict(params)
 fresh = flatten_dict(init_adapters(lora, params, jax.random.key(0)))
-print(f"{'layer 0':16}{'kernel':18}{'A':18}B")
+print(f"{'layer 0':16}{'weight':18}{'A':18}B")
 for path in [path for path in kernels if path[0] == "layers_0" and (*path[:-1], "lora_a") in fresh]:
     a, b = fresh[*path[:-1], "lora_a"].shape, fresh[*path[:-1], "lora_b"].shape
     print(f"{'/'.join(path[1:-1]):16}{kernels[path].shape!s:18}{a!s:18}{b}")
@@ -176,9 +182,10 @@ print(f"{added:,} parameters beside {whole:,}: {added / whole:.2%}")
 
 # %% [markdown]
 # ## Training
-# A recipe says everything that decides what a run computes; `configs/training/*.toml` hold the same
-# fields. `run.train` packs the examples into rows of `context` tokens, where none sees another, and
-# goes on where it was if it is stopped and called again. A small model wants a far higher rate.
+# A recipe contains everything that determines what a run computes; the files in `configs/training/`
+# have the same fields. `run.train` packs the examples into rows of `context` tokens, in which no
+# example sees another. If a run is stopped, the same call continues it. A small model needs a much
+# higher learning rate.
 
 # %%
 recipe = Recipe(
@@ -199,12 +206,13 @@ def report(entry):
         print(f"step {entry['step']:3}: {entry['validation_loss']:.3f} on pairs held out")
 
 
-params = kernels = fresh = None  # the run loads the model itself; 7B should be in memory once
+params = kernels = fresh = None  # frees memory, because the run loads the model itself
 outcome = run.train(recipe, work / "run", report, tell=print)
 
 # %% [markdown]
-# Each step left a line in `curve.jsonl`. The steep beginning is the form: `def`, brackets, the end.
-# Which words to use is learnt slowly; where the lines part, pairs are learnt by heart.
+# Each step writes a line to `curve.jsonl`. In the steep beginning, the model learns the form:
+# `def`, brackets, the end. It learns more slowly which words to use. Where the two lines separate,
+# it memorises training pairs.
 
 # %%
 entries = curve.read(work / "run" / "curve.jsonl")
@@ -218,7 +226,8 @@ plt.show()
 
 # %% [markdown]
 # ## After
-# Adapters are loaded beside a model, with `lora=`. The same numbers again, and some answers:
+# `lora=` loads adapters together with a model. The next cell measures the same numbers again and
+# prints some answers:
 
 # %%
 model, params, _ = mj.load(checkpoint, lora=outcome.result)
@@ -230,9 +239,9 @@ for i in range(0, len(answers), 12):
 
 # %% [markdown]
 # ## What was saved
-# The adapter is PEFT's: `peft.PeftModel.from_pretrained` loads the folder as it is. `merge=True`
-# adds its products to the kernels: a plain model, which `mj.save` makes a checkpoint of and
-# `to_torch` exports. It answers the same, but for rounding.
+# The adapter is in PEFT's format: `peft.PeftModel.from_pretrained` loads the folder unchanged.
+# `merge=True` adds the products of the adapters to the weights. The result is a plain model, which
+# `mj.save` saves as a checkpoint and `to_torch` exports. It gives the same answers, up to rounding.
 
 # %%
 for file in sorted(outcome.result.iterdir()):
@@ -243,8 +252,9 @@ same = sum(answer == answers[i] for i, answer in enumerate(ask(merged)))
 print(f"{same} of {len(answers)} answers are the same")
 
 # %% [markdown]
-# ## Where to go on
-# - [Fine-tuning](../docs/finetuning.md) has the command line, and other ways: QLoRA is
-#   `quantize="nf4"` in the recipe above, `lora=None` with a lower rate trains all parameters, and
-#   `dpo=Preference()` learns from pairs of answers.
-# - [03_convert](03_convert.ipynb) exports a model; `mistral_jax/checkpoint/lora.py` makes adapters.
+# ## Next steps
+# - [Fine-tuning](../docs/finetuning.md) describes the command line and other methods:
+#   `quantize="nf4"` in the recipe above is QLoRA, `lora=None` with a lower learning rate trains all
+#   parameters, and `dpo=Preference()` learns from pairs of answers.
+# - [03_convert](03_convert.ipynb) exports a model.
+# - Source: `mistral_jax/checkpoint/lora.py` makes adapters.

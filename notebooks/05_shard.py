@@ -18,13 +18,13 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/mistral-jax/mistral_jax/blob/main/notebooks/05_shard.ipynb)
 #
-# One checkpoint runs on one device or on many; what changes is a layout, a file of a few lines. You
-# will load a model under several layouts, see which device holds which part of a weight, and check
-# that the text stays the same. Then you will count what devices must send each other, and have a
-# planner do so for hardware that you do not have.
+# One checkpoint runs on one device or on many. Only the layout changes, which is a file of a few
+# lines. This notebook loads a model under several layouts, shows which device holds which part of a
+# weight, and checks that the text stays the same. It then counts what devices must send to each
+# other, and asks the planner about hardware that you do not have.
 
 # %%
-# On Colab this installs the package; where it is installed already, it does nothing.
+# Installs the package on Colab. Does nothing if the package is already installed.
 import importlib.util
 import subprocess
 import sys
@@ -34,10 +34,10 @@ if importlib.util.find_spec("mistral_jax") is None:
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", source], check=True)
 
 # %% [markdown]
-# JAX can pretend that one CPU is eight devices. They share its cores, so nothing gets faster, but
-# programs are split, and arrays move, as between real ones. Where there are GPUs or TPUs, these are
-# used. With only one of them each layout is one part, and nothing is exchanged; start Jupyter with
-# `JAX_PLATFORMS=cpu` to see eight.
+# JAX can present one CPU as eight devices. They share its cores, so nothing gets faster, but
+# programs are partitioned and arrays are moved as they are between real devices. If there are GPUs
+# or TPUs, JAX uses them. With only one of them, each layout has one part and nothing is exchanged.
+# In that case, start Jupyter with `JAX_PLATFORMS=cpu` to see eight devices.
 
 # %%
 import collections
@@ -61,12 +61,14 @@ jax.config.update("jax_num_cpu_devices", 8)
 DEVICES = len(jax.devices())
 print(*jax.devices())
 
-# The bundled model; or a checkpoint's folder, or a name on the Hub: "mistralai/Mistral-7B-v0.3"
+# None is the bundled model. Instead, name a checkpoint folder or a model on the Hub, such as
+# "mistralai/Mistral-7B-v0.3".
 MODEL = None
 checkpoint = prepare(MODEL)
 
 # %% [markdown]
-# First on one device, to compare with: a text, chosen greedily, and the logits of its prompt.
+# The first run is on one device. It provides the reference for the others: a greedy text, and the
+# logits of its prompt.
 
 # %%
 PROMPT = "def read_json(path):"
@@ -91,19 +93,26 @@ print(PROMPT + expected)
 # ## What a layout says
 #
 # The model names the axes of its arrays: `heads`, `mlp`, `vocab`, `embed` (the width of the
-# residual stream), `batch`. A layout has a mesh, a grid of devices with named axes, and rules,
-# which say what axis of an array lies along what axis of the mesh. Axes without a rule stay whole.
+# residual stream), `batch`. A layout has a mesh and rules. The mesh is a grid of devices with named
+# axes. Each rule assigns an axis of arrays to an axis of the mesh. An axis without a rule is not
+# partitioned.
 
 # %%
 print((CONFIG_DIR / "sharding" / "tensor.toml").read_text())
 
 # %% [markdown]
-# The compiler splits each operation as its arrays are split, and adds the exchanges
-# ([GSPMD](https://arxiv.org/abs/2105.04663)). Four layouts: `tensor` splits heads, MLP and
-# vocabulary ([Megatron-LM](https://arxiv.org/abs/1909.08053)), over as many devices as can share
-# the heads; `fsdp` splits weights along the width, and the rows of a batch
-# ([ZeRO](https://arxiv.org/abs/1910.02054)); the others have a mesh of two axes, for replicas of
-# `tensor`, and for both splits at once. The text must stay the same; logits differ by rounding.
+# The compiler partitions each operation as its arrays are partitioned, and adds the exchanges
+# between devices ([GSPMD](https://arxiv.org/abs/2105.04663)). The next cell loads the model under
+# four layouts:
+#
+# - `tensor` partitions heads, MLP and vocabulary ([Megatron-LM](https://arxiv.org/abs/1909.08053)),
+#   here over as many devices as can share the heads equally;
+# - `fsdp` partitions weights along the width, and the rows of a batch
+#   ([ZeRO](https://arxiv.org/abs/1910.02054));
+# - `data_tensor` has a mesh of two axes, for replicas of `tensor`;
+# - `fsdp_tensor` has a mesh of two axes, for both partitions at once.
+#
+# The text must stay the same. The logits differ by rounding.
 
 # %%
 most, two = {"tensor": math.gcd(DEVICES, model.config.num_heads)}, {"tensor": math.gcd(DEVICES, 2)}
@@ -142,11 +151,11 @@ for name, mesh in MESHES.items():
     del params, gate, shard, array
 
 # %% [markdown]
-# ## Who holds what
+# ## Which device holds what
 #
-# Each square is a weight of the first layer; the numbers in a block are the devices that hold it.
-# White blocks are held once; the darker, the more copies. (Above, `visualize_array_sharding` drew
-# `gate_proj`, without its copies.)
+# Each square is a weight of the first layer. The numbers in a block are the devices that hold it.
+# One device holds a white block; a darker block has more copies. (The drawings of
+# `visualize_array_sharding` above show `gate_proj` without its copies.)
 
 # %%
 figure, grid = plt.subplots(len(KERNELS), len(MESHES), figsize=(9, 9), layout="constrained")
@@ -165,7 +174,7 @@ for (name, kernel), axes in zip(placed, grid.T.flat, strict=True):
 plt.show()
 
 # %% [markdown]
-# The bytes of all weights, counted from the shards that are really there:
+# The bytes of all weights on a device, counted from the actual shards:
 
 # %%
 figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
@@ -180,9 +189,11 @@ plt.show()
 # ## More devices than key-value heads
 #
 # Grouped-query attention ([arXiv 2305.13245](https://arxiv.org/abs/2305.13245)) has few key-value
-# heads, K, and a mesh axis of t devices may be larger. It is then split in two: gcd(t, K) devices
-# hold different ones, and the query heads of each are shared out among the rest. A key is held t /
-# gcd(t, K) times, and none is moved. Mistral 7B has 32 and 8:
+# heads, K, and a mesh axis of t devices may be larger than K. The package then divides the axis
+# into two. Along the first, gcd(t, K) devices hold different key-value heads. Along the second,
+# each device holds a copy of these heads and a part of their query heads. Each key is stored t /
+# gcd(t, K) times, and no key moves between devices. Mistral 7B has 32 query heads and 8 key-value
+# heads:
 
 # %%
 seven = ModelConfig.from_name("mistral-7b-v0.3")
@@ -194,7 +205,8 @@ for size in (4, 8, 16, 32):
 # %% [markdown]
 # ## A layout that does not fit
 #
-# What does not divide is refused before anything is allocated, with a size that works:
+# If a mesh does not divide the model evenly, `load` raises an error before it allocates anything,
+# and names a size that works:
 
 # %%
 try:
@@ -205,12 +217,12 @@ except ValueError as error:
 # %% [markdown]
 # ## What devices must send
 #
-# Under `tensor` a device has some heads and a part of the MLP. Each of a layer's two outputs is a
-# sum over all of them, so devices add up their parts: two all-reduces a layer. One more looks up
-# tokens in the embedding table, which is split by vocabulary; at the end the logits are gathered.
-# This compiles a step of Mistral 7B, cut to two layers, from shapes alone, and reads the exchanges
-# from the compiled program. `planning/arithmetic.py` lists them without a compiler; a test
-# compares.
+# Under `tensor`, each device has some of the heads and a part of the MLP. The outputs of attention
+# and of the MLP are sums over all devices, so each layer needs two all-reduces. The lookup of
+# tokens in the embedding table, which is partitioned by vocabulary, needs one more. At the end the
+# logits are gathered. The next cell compiles a decode step of Mistral 7B, cut to two layers, from
+# shapes alone, and reads the exchanges from the compiled program. `planning/arithmetic.py` lists
+# them without a compiler, and a test compares the two lists.
 
 # %%
 cut = dataclasses.replace(seven, num_layers=2)
@@ -232,7 +244,7 @@ print(f"a device sends {decimal(round(arithmetic.sent(listed)))} in a step")
 # ## Ask the planner
 #
 # The planner compiles programs for devices that need not exist, and adds up memory, work and
-# exchanges. Its times are the least that the hardware allows. For the bundled model:
+# exchanges. It prints the shortest times that the hardware allows. For the bundled model:
 
 # %%
 command = [sys.executable, "-m", "mistral_jax.plan", "nano", "--sharding", "tensor"]
@@ -247,10 +259,10 @@ print(subprocess.run(command, check=True, capture_output=True, text=True).stdout
 #       --batch 32 --length 4096
 # ```
 #
-# ## Further
+# ## Next steps
 #
-# - [docs/scaling.md](../docs/scaling.md) shows that report, and tells how to choose a layout.
-# - [06_long_context](06_long_context.ipynb) measures the cache, which `tensor` splits as well.
-# - Read [rules.py](../mistral_jax/parallel/rules.py),
+# - [docs/scaling.md](../docs/scaling.md) shows that report and explains how to choose a layout.
+# - [06_long_context](06_long_context.ipynb) measures the cache, which `tensor` partitions as well.
+# - Source: [rules.py](../mistral_jax/parallel/rules.py),
 #   [sharding.py](../mistral_jax/parallel/sharding.py) and
 #   [planning/arithmetic.py](../mistral_jax/planning/arithmetic.py).

@@ -18,13 +18,13 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/mistral-jax/mistral_jax/blob/main/notebooks/06_long_context.ipynb)
 #
-# A model with a sliding window looks at the last W tokens in each layer, however long its text is.
-# So its cache stops growing, a token costs the same at any place, and a prompt costs as much as it
-# is long. You will measure all three, with and without a window, and see what the window does to
-# the loss.
+# A model with a sliding window attends to the last W tokens in each layer, however long its text
+# is. Its cache therefore stops growing, each token takes the same time at any position, and the
+# time to read a prompt grows linearly with its length. This notebook measures all three, with and
+# without a window, and then what the window does to the loss.
 
 # %%
-# On Colab this installs the package; where it is installed already, it does nothing.
+# Installs the package on Colab. Does nothing if the package is already installed.
 import importlib.util
 import subprocess
 import sys
@@ -34,8 +34,9 @@ if importlib.util.find_spec("mistral_jax") is None:
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", source], check=True)
 
 # %% [markdown]
-# The window is a number of the config, and no weight depends on it: the same weights can be run
-# with it and without. A model that has none, as v0.3, is given one of an eighth of its positions.
+# The window is a number in the config, and no weight depends on it, so the same weights run with it
+# and without it. If the model has no window, such as v0.3, this notebook uses a window of an eighth
+# of its positions.
 
 # %%
 import dataclasses
@@ -56,7 +57,8 @@ from mistral_jax.engine.prefill import CHUNK
 from mistral_jax.evaluation.perplexity import row_losses
 from mistral_jax.evaluation.positions import by_position, turns
 
-# The bundled model; or a checkpoint's folder, or a name on the Hub: "mistralai/Mistral-7B-v0.1".
+# None is the bundled model. Instead, name a checkpoint folder or a model on the Hub, such as
+# "mistralai/Mistral-7B-v0.1".
 MODEL = None
 model, params, tokenizer = mj.load(prepare(MODEL))
 
@@ -67,21 +69,22 @@ BOTH, STYLES = {f"window of {W:,}": windowed, "no window": unwindowed}, ("o-", "
 print("window as trained:", model.config.sliding_window, "- device:", jax.devices()[0].device_kind)
 
 # %% [markdown]
-# ## What the cache takes
+# ## Memory of the cache
 #
-# To write the next token, a layer needs the keys and values of the tokens that it may look at. With
-# a window of W these are never more than W, so the cache is a ring of W slots ([Mistral
-# 7B](https://arxiv.org/abs/2310.06825), section 2, "Rolling Buffer Cache"). A token takes 2 L K H
-# numbers: K key-value heads of width H in each of L layers. On the left are caches that were really
-# made; on the right Mistral 7B in bfloat16, v0.1 with its window of 4,096 and v0.3 with none.
-# `jax.eval_shape` gives the shapes that a function would return, and allocates nothing.
+# To compute the next token, a layer needs the keys and values of the tokens that it may attend to.
+# With a window of W there are never more than W of these, so the cache is a ring of W cache slots
+# ([Mistral 7B](https://arxiv.org/abs/2310.06825), section 2, "Rolling Buffer Cache"). A token takes
+# 2 L K H numbers: keys and values of K heads of width H in each of L layers. The left plot shows
+# caches that are really allocated. The right plot shows Mistral 7B in bfloat16: v0.1 with its
+# window of 4,096, and v0.3 without a window. For these, `jax.eval_shape` computes the shapes that a
+# function would return, and allocates nothing.
 
 # %%
 SIZES = [model.config.max_positions // 2**i for i in reversed(range(9))]
 
 
 def cache_bytes(cache):
-    """Counts the bytes of arrays, or of descriptions of arrays."""
+    """Counts the bytes of arrays, or of their shapes."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
 
 
@@ -98,7 +101,7 @@ print(f"at {SIZES[-1]:,} tokens, v0.3 takes {planned['v0.3'][-1] / planned['v0.1
 
 
 def draw(axes, lines, places, unit, **about):
-    """Draws two lines, the second of them dashed."""
+    """Draws two lines, the second one dashed."""
     for (label, values), style in zip(lines.items(), STYLES, strict=True):
         axes.plot(places, np.array(values) / unit, style, color="black", label=label)
     axes.set(xlabel="length of the text (tokens)", **about)
@@ -114,27 +117,28 @@ draw(right, planned, SIZES, 1e6, title="Cache of Mistral 7B, one row", ylabel="M
 # %% [markdown]
 # ## Time for a token
 #
-# A step of decoding reads all weights, and all of the cache. To measure it far into a text we need
-# not read the text, for time does not depend on what keys are: in `full_cache`, slots of zeros
-# claim to be the last tokens before a place. The cache is donated to the step, as in generation:
-# the new token is written into the same memory. Times are medians of 15 steps, on this machine.
+# A decode step reads all weights and the whole cache. Its time does not depend on the values of the
+# keys, so it can be measured far into a text without reading the text: `full_cache` returns a cache
+# of zeros whose positions are those of the last tokens before a place. The step donates its cache,
+# as generation does, so the new token is written into the same memory. Times are medians of 15
+# steps on this machine.
 
 
 # %%
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
 def advance(model, params, tokens, positions, cache):
-    """Reads tokens [1, T] behind those in the cache; returns the logits of the last."""
+    """Reads tokens [1, T] after those in the cache; returns the logits of the last token."""
     last = jnp.array([tokens.shape[1] - 1])
     return model.apply({"params": params}, tokens, positions, cache, logits_at=last)
 
 
 def empty_cache(model, length):
-    """Makes a cache for one row where the weights are: placed elsewhere, a step compiles anew."""
+    """Makes a cache for one row on the device of the weights, so that a step compiles only once."""
     return jax.device_put(mj.init_cache(model.config, 1, length, model.dtype), jax.devices()[0])
 
 
 def full_cache(model, length):
-    """Fills a slot with the last token p < length - 1 such that p mod S = slot; -1 is none."""
+    """Marks each slot with the last position p < length - 1 with p mod S = slot; -1 is none."""
 
     def fill(layer):
         slots = np.arange(layer.positions.shape[1], dtype=np.int32)
@@ -145,7 +149,7 @@ def full_cache(model, length):
 
 
 def token_seconds(model, length, steps=15):
-    """Measures how long the model takes for the last token of a text."""
+    """Measures the time that the model takes for the last token of a text."""
     cache, seconds = full_cache(model, length), []
     token, position = np.full((2, 1, 1), [[[model.config.bos_id]], [[length - 1]]], np.int32)
     for _ in range(2 + steps):
@@ -161,14 +165,15 @@ _, axes = plt.subplots(figsize=(7, 4), layout="constrained")
 draw(axes, decoding, LENGTHS, 1e-3, title="Time for one more token", ylabel="ms", ylim=(0, None))
 
 # %% [markdown]
-# Without a window the cache grows, and all of it is read for every token. Grouped-query attention
-# ([arXiv 2305.13245](https://arxiv.org/abs/2305.13245)) makes it N / K times smaller.
+# Without a window the cache grows, and every token reads all of it. Grouped-query attention ([arXiv
+# 2305.13245](https://arxiv.org/abs/2305.13245)) makes the cache N / K times smaller.
 #
 # ## Time for a prompt
 #
-# A prompt is read in chunks, which bounds the memory of its activations. Each chunk attends to what
-# the cache holds and to itself. With a window that is the same work for each, and time is linear in
-# the prompt's length. Without, the n-th chunk attends to n chunks, and time is quadratic.
+# A prompt is read in chunks, which limits the memory of its activations. Each chunk attends to the
+# cache and to itself. With a window this work is the same for each chunk, so the time is linear in
+# the prompt's length. Without a window, the n-th chunk attends to n chunks, so the time is
+# quadratic.
 
 # %%
 PROMPTS = [min(32 * W, model.config.max_positions) // n for n in (4, 2, 1)]
@@ -177,7 +182,7 @@ ids = np.array(tokenizer.encode(path.read_text(encoding="utf-8"), bos=True), np.
 
 
 def prompt_seconds(model, length):
-    """Measures how long the model takes to read a prompt, the second time: the first compiles."""
+    """Measures the time to read a prompt in a second run; the first run compiles."""
     for _ in range(2):
         cache, began = empty_cache(model, length), time.perf_counter()
         for start in range(0, length, CHUNK):
@@ -195,12 +200,13 @@ for label, seconds in reading.items():
     print(f"{label:14} twice the prompt takes {seconds[-1] / seconds[-2]:.1f} times as long")
 
 # %% [markdown]
-# ## Chunks do not matter
+# ## Chunks do not change the result
 #
-# Where a prompt is cut must not change what the model says (section 2, "Pre-fill and Chunking"). A
-# chunk's late tokens overwrite slots whose keys its early tokens still have to see, so it attends
-# to the ring and to itself, and writes afterwards. Here are the logits of all tokens, read in
-# chunks, beside those of one pass without a cache. They differ by rounding.
+# The model must compute the same logits wherever a prompt is cut (section 2, "Pre-fill and
+# Chunking"). The late tokens of a chunk overwrite cache slots whose keys its early tokens still
+# need. A chunk therefore attends to the ring and to itself first, and its keys are written
+# afterwards. The next cell compares the logits of all tokens, read in chunks, with those of one
+# pass without a cache. They differ by rounding.
 
 # %%
 text = jnp.asarray(ids[None, : min(4 * W, len(ids))])
@@ -219,10 +225,11 @@ for size in (W // 2 + 1, 2 * W):
 # %% [markdown]
 # ## What the window does to the loss
 #
-# A model that was trained with a window has never seen more than W keys at once. Without it, it
-# must cope with distances that it does not know. The parts of a text differ in how hard they are,
-# so `turns` reads one, from Python's `_pydecimal.py`, as a circle, from 16 places on: then all
-# positions have the same tokens, and only what was read before them differs.
+# A model that was trained with a window has never seen more than W keys at once. Without the
+# window, it must handle distances that it was not trained on. Some parts of a text are harder to
+# predict than others, which would hide this effect. `turns` therefore treats a text, here Python's
+# `_pydecimal.py`, as a circle and reads it from 16 starting points. Every position then has the
+# same tokens, and only the tokens read before them differ.
 
 # %%
 length = min(8 * W, len(ids) - 1) // 16 * 16
@@ -238,12 +245,12 @@ draw(axes, lines, middles, 1, title=f"Loss of the same {length:,} tokens", ylabe
 axes.xaxis.label.set_text("position in the text (tokens)")
 
 # %% [markdown]
-# Up to W tokens both are one model; only a longer text shows whether an implementation keeps the
-# window. Through L layers a token is heard beyond W, but no more than L windows on
-# ([02_inside_the_model](02_inside_the_model.ipynb)). `python -m mistral_jax.evaluate FILE
-# --positions 16 --circle 1024` makes such a table of any text.
+# Up to W tokens both models compute the same, so only a longer text shows whether an implementation
+# applies the window. Through L layers, information also reaches a token from beyond W, but from at
+# most L windows back ([02_inside_the_model](02_inside_the_model.ipynb)). `python -m
+# mistral_jax.evaluate FILE --positions 16 --circle 1024` prints such a table for any text.
 #
-# ## Further
+# ## Next steps
 #
-# - [docs/evaluation.md](../docs/evaluation.md) has the loss by position, and other measures.
-# - Read [model/cache.py](../mistral_jax/model/cache.py): the ring, on a page.
+# - [docs/evaluation.md](../docs/evaluation.md) describes the loss by position, and other measures.
+# - Source: [model/cache.py](../mistral_jax/model/cache.py) has the ring.

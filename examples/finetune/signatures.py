@@ -1,6 +1,6 @@
-"""A small instruction set, docstring -> function signature, and its score. It trains nothing.
+"""Makes and scores a small instruction data set: docstring -> function signature.
 
-The pairs are taken out of the Python source that is installed, so anyone can make them again:
+The pairs come from the installed Python source, so anyone can make them again:
 
     python examples/finetune/signatures.py make runs/signatures-data
     python examples/finetune/signatures.py score runs/signatures-data/test.jsonl
@@ -25,10 +25,10 @@ from mistral_jax.engine.score import likelihoods
 from mistral_jax.training.data import corpus, records
 from mistral_jax.training.recipe import Recipe
 
-PARTS = ("test", "test", "validation", *["train"] * 22)  # of 25 names, which go where
-MOST_ARGUMENTS = 3  # beside self or cls
+PARTS = ("test", "test", "validation", *["train"] * 22)  # where each of 25 names goes
+MOST_ARGUMENTS = 3  # besides self or cls
 LONGEST = 40  # tokens of an answer
-ROWS = 64  # answers at a time
+ROWS = 64  # answers in a batch
 
 _SENTENCE = re.compile(r"[A-Z][a-z]+( [A-Za-z0-9'(),;:/.-]+){2,15}")
 _NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
@@ -49,13 +49,13 @@ def main(argv: list[str] | None = None) -> int:
         "--unread",
         nargs="+",
         metavar="PACKAGE",
-        help="write but test.jsonl, of installed packages that the bundled model never read",
+        help="write only test.jsonl, from installed packages that the bundled model never read",
     )
     maker.set_defaults(task=_make)
-    scorer = commands.add_parser("score", help="let a model answer the pairs of a file")
+    scorer = commands.add_parser("score", help="score a model's answers to the pairs of a file")
     scorer.add_argument("file", type=Path, help="such as test.jsonl")
     scorer.add_argument("--checkpoint", type=Path, metavar="DIR", help="[the bundled model]")
-    scorer.add_argument("--lora", type=Path, metavar="DIR", help="adapters of the model")
+    scorer.add_argument("--lora", type=Path, metavar="DIR", help="LoRA adapters for the model")
     scorer.add_argument("--show", type=int, default=6, metavar="N", help="answers to print [6]")
     scorer.set_defaults(task=_score)
     arguments = parser.parse_args(argv)
@@ -63,14 +63,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def extract(source: str) -> Iterator[Pair]:
-    """Finds the functions of a source text whose docstrings tell what their names say.
+    """Finds the functions of a source text whose docstrings contain the words of their names.
 
     Yields:
-      The docstring's first sentence, and the signature by names alone: without annotations,
-      defaults, or an underscore in front.
+      The docstring's first sentence, and the signature, with names only: without annotations,
+      defaults, or a leading underscore.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of other people's source
+        warnings.simplefilter("ignore")  # from other people's source
         try:
             tree = ast.parse(source)
         except SyntaxError:
@@ -92,14 +92,14 @@ def extract(source: str) -> Iterator[Pair]:
 
 
 def _tells(sentence: str, name: str) -> bool:
-    """Whether the words of a name are those of a sentence, but for endings and little words."""
+    """Returns whether a sentence has the words of a name, except endings and common words."""
     told = {word[:4] for word in words(sentence)}
     content = [word[:4] for word in words(name) if not _LITTLE.fullmatch(word)]
     return bool(content) and told.issuperset(content)
 
 
 def _arguments(arguments: ast.arguments) -> list[str]:
-    """Writes arguments by their names, with the stars of *args and **kwargs."""
+    """Returns the names of arguments, with the stars of *args and **kwargs."""
     names = [argument.arg for argument in arguments.posonlyargs + arguments.args]
     names += [f"*{arguments.vararg.arg}"] if arguments.vararg else []
     names += [argument.arg for argument in arguments.kwonlyargs]
@@ -107,9 +107,9 @@ def _arguments(arguments: ast.arguments) -> list[str]:
 
 
 def split(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
-    """Divides pairs so that no sentence and no function's name is in two parts.
+    """Splits pairs so that no sentence and no function name is in two parts.
 
-    A sentence is kept where it comes first, and the hash of a name decides on its part.
+    Of equal sentences only the first is kept. The hash of the function name selects the part.
     """
     parts = {name: [] for name in PARTS}
     seen = set()
@@ -123,7 +123,7 @@ def split(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
 
 
 def conversation(sentence: str, signature: str) -> dict[str, list[dict[str, str]]]:
-    """Writes a pair as a record that trainers and chat APIs read: a question and its answer."""
+    """Returns a pair in the format of trainers and chat APIs: a question and its answer."""
     contents = {"user": sentence, "assistant": signature}
     return {"messages": [{"role": role, "content": text} for role, text in contents.items()]}
 
@@ -150,12 +150,12 @@ def _make(arguments: argparse.Namespace) -> None:
 
 
 def words(text: str) -> list[str]:
-    """Splits names and prose into words in lower case; `get_node` and `getNode` have two."""
+    """Divides names and prose into lower-case words; `get_node` and `getNode` both have two."""
     return [word.lower() for word in _WORD.findall(text)]
 
 
 def function_name(answer: str) -> str | None:
-    """Returns the name in `def name(...):`, or None for an answer that is not just that."""
+    """Returns the name in `def name(...):`, or None if the answer is anything else."""
     try:
         body = ast.parse(f"{answer} ...").body
     except (SyntaxError, ValueError):
@@ -165,7 +165,7 @@ def function_name(answer: str) -> str | None:
 
 
 def f1(answer: str, signature: str) -> float:
-    """Returns the F1 of the bags of words of two signatures; def, self and cls do not count."""
+    """Returns the F1 score of the words of two signatures; def, self and cls do not count."""
     given, wanted = (
         collections.Counter(word for word in words(text) if word not in {"def", *_RECEIVERS})
         for text in (answer, signature)
@@ -174,15 +174,15 @@ def f1(answer: str, signature: str) -> float:
 
 
 def measure(answers: Sequence[str], ended: Sequence[bool], signatures: Sequence[str]) -> dict:
-    """Scores answers against the signatures that were wanted.
+    """Scores answers against the expected signatures.
 
     Args:
-      answers: what the model wrote.
-      ended: whether it ended each by itself.
-      signatures: what it should have written.
+      answers: texts that the model generated.
+      ended: whether the model ended each answer by itself.
+      signatures: the expected texts.
 
     Returns:
-      How many there are (`answers`); the shares of those that `ended`, that are a `signature`, and
+      The number of `answers`; the shares of answers that `ended`, that are a `signature`, and
       that have the right `name`; and the mean `f1` of their words.
     """
     names = [(function_name(a), function_name(s)) for a, s in zip(answers, signatures, strict=True)]
@@ -197,7 +197,7 @@ def measure(answers: Sequence[str], ended: Sequence[bool], signatures: Sequence[
 
 
 def ask(model, params: Mapping, tokenizer, sentences: Sequence[str]) -> list[tuple[str, bool]]:
-    """Lets a model answer, greedily; returns each text, and whether the model ended it."""
+    """Generates greedy answers; returns each text, and whether the model ended it."""
     greedy = mistral_jax.Sampling(temperature=0)
     prompts = [tokenizer.encode_chat([{"role": "user", "content": text}]) for text in sentences]
     rows = []
@@ -208,7 +208,7 @@ def ask(model, params: Mapping, tokenizer, sentences: Sequence[str]) -> list[tup
 
 
 def reference_loss(model, params: Mapping, tokenizer, file: Path) -> float:
-    """Returns the loss of the wanted answers, their ends included, in nats a token."""
+    """Returns the loss of the expected answers, including their end tokens, in nats a token."""
     examples = list(records.read([file], tokenizer))
     rows = likelihoods(model, params, [example.tokens.tolist() for example in examples], ROWS)
     pairs = zip(examples, rows, strict=True)
