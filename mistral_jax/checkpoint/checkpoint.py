@@ -190,7 +190,8 @@ def create(
     by path; the other arguments are those of `save`, and `provenance` is written last.
     """
     with folder.whole(path, manifest.kept if overwrite else None) as part:
-        sums = zarr.lay_out(part / "params", [tuple(name.split("/")) for name in shapes])
+        names = [tuple(name.split("/")) for name in shapes]
+        sums = zarr.lay_out(part / "params", names, arrays.HANDLER)
         written = {}
 
         def write(name, array):

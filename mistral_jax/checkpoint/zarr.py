@@ -30,7 +30,6 @@ _MOST_METADATA = 64 << 20
 
 _MARKER, _HANDLERS = "orbax.checkpoint", "_CHECKPOINT_METADATA"
 _TREE, _ARRAY = "_METADATA", ".zarray"
-_HANDLER = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"
 
 DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -94,12 +93,13 @@ class Array(NamedTuple):
             yield ".".join(reversed(places)) or "0"
 
 
-def lay_out(path: Path, names: Iterable[tuple[str, ...]]) -> Sums:
+def lay_out(path: Path, names: Iterable[tuple[str, ...]], handler: str) -> Sums:
     """Prepares a folder for the arrays of a tree, each of which `write` then writes.
 
     Args:
       path: the folder to make.
       names: the keys on the way to each leaf of the tree.
+      handler: the class of Orbax that reads such a tree, by its full name.
 
     Returns:
       What `verify` needs of the files that it has made.
@@ -119,7 +119,7 @@ def lay_out(path: Path, names: Iterable[tuple[str, ...]]) -> Sums:
     (path / "state").mkdir(parents=True)
     contents = {
         _MARKER: "",
-        _HANDLERS: json.dumps({"item_handlers": {"state": _HANDLER}}),
+        _HANDLERS: json.dumps({"item_handlers": {"state": handler}}),
         f"state/{_TREE}": json.dumps(metadata),
     }
     return {name: _write_text(path / name, text) for name, text in contents.items()}

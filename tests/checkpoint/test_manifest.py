@@ -5,14 +5,14 @@ import pytest
 from test_folder import STRAY
 from tiny import build
 
-from mistral_jax.checkpoint import manifest, zarr
+from mistral_jax.checkpoint import arrays, manifest, zarr
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
     """A folder that is a checkpoint as far as `manifest` looks."""
     params = tmp_path / "params"
-    sums = zarr.lay_out(params, [("a",), ("b", "c")])
+    sums = zarr.lay_out(params, [("a",), ("b", "c")], arrays.HANDLER)
     for name in ("a", "b/c"):
         sums |= zarr.write(params, name, np.arange(5, dtype=np.float32))
     (tmp_path / "tokenizer.model").write_text("tokens")
