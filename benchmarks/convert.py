@@ -35,7 +35,7 @@ CONFIG = ModelConfig(
 )
 IDLE = """
 import jax
-from mistral_jax.base import progress
+from mistral_jax.base import output
 from mistral_jax.convert import to_orbax, to_torch
 jax.devices()
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("RssAnon")))

@@ -19,8 +19,9 @@ from collections.abc import Callable
 import numpy as np
 import shapes
 
+from mistral_jax.base.memory import peak as peak_memory
 from mistral_jax.config import ModelConfig
-from mistral_jax.training import utilisation
+from mistral_jax.training import flops as counts
 
 MODELS = shapes.MODELS | {
     "31M": ModelConfig(
@@ -73,9 +74,9 @@ def main() -> None:
 def compare(about: dict, rounds: int) -> None:
     """Prints a line of the rates of rounds in turns, but for the first, which compiles."""
     config = MODELS[about["model"]]
-    flops = utilisation.flops_per_token(
-        config, about["context"], adapters=about["train"] == "lora"
-    ) / (utilisation.peak_flops() or float("nan"))
+    flops = counts.per_token(config, about["context"], adapters=about["train"] == "lora") / (
+        counts.peak() or float("nan")
+    )
     steps = [PROGRAMS[name](about) for name in ("ours", "torch")]
     tokens = about["rows"] * about["context"]
     times = [[seconds(step) for step in steps] for _ in range(rounds + 1)][1:]
@@ -209,11 +210,11 @@ def memory(program: str, about: dict) -> dict:
     """Returns the most bytes that this process has had, above those that its imports take."""
     for module in ("jax", "optax") if program == "ours" else ("torch", "transformers", "peft"):
         __import__(module)
-    before = utilisation.peak_memory()
+    before = peak_memory()
     step = PROGRAMS[program](about)
     for _ in range(3):
         step()
-    return {"peak_bytes": utilisation.peak_memory() - before, "imports_bytes": before}
+    return {"peak_bytes": peak_memory() - before, "imports_bytes": before}
 
 
 def on_device(name: str, context: int, rows: int, rounds: int) -> dict:
@@ -248,8 +249,8 @@ def on_device(name: str, context: int, rows: int, rounds: int) -> dict:
         * context
         / min(seconds(lambda: float(jax.device_get(step()["loss"]))) for _ in range(rounds))
     )
-    peak = utilisation.peak_flops()
-    flops = utilisation.flops_per_token(config, context, adapters=True)
+    peak = counts.peak()
+    flops = counts.per_token(config, context, adapters=True)
     return {
         "benchmark": "train_step",
         "device": jax.devices()[0].device_kind,
@@ -257,7 +258,7 @@ def on_device(name: str, context: int, rows: int, rounds: int) -> dict:
         "dtype": "bfloat16",
         "tokens_per_second": round(rate, 1),
         "mfu": peak and round(rate * flops / peak, 3),
-        "peak_bytes": utilisation.peak_memory(),
+        "peak_bytes": peak_memory(),
         "compile_seconds": round(compiling, 1),
     }
 

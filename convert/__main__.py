@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _to_orbax(arguments: argparse.Namespace) -> Callable[[], None]:
-    from mistral_jax.base.progress import Screen
+    from mistral_jax.base.output import Screen
 
     from .to_orbax import to_orbax
 
@@ -56,7 +56,7 @@ def _to_orbax(arguments: argparse.Namespace) -> Callable[[], None]:
 
 
 def _to_torch(arguments: argparse.Namespace) -> Callable[[], None]:
-    from mistral_jax.base.progress import Screen
+    from mistral_jax.base.output import Screen
 
     from .to_torch import to_torch
 

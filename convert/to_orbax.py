@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mistral_jax.base import VERSION
-from mistral_jax.base.progress import Progress
+from mistral_jax.base.output import Progress
 from mistral_jax.checkpoint import checkpoint, folder, manifest, origin, quantization
 from mistral_jax.config import ModelConfig
 from mistral_jax.ops.quantized import QuantizedKernel, to_int8

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mistral_jax.base.progress import Advance, Progress
+from mistral_jax.base.output import Advance, Progress
 from mistral_jax.checkpoint import arrays, folder, manifest, safetensors_file, zarr
 from mistral_jax.checkpoint.checkpoint import check_shapes, read_tokenizer
 from mistral_jax.config import ModelConfig

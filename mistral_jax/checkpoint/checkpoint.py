@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from mistral_jax.base import pages
+from mistral_jax.base import memory
 from mistral_jax.base.fields import show
-from mistral_jax.base.progress import Progress
+from mistral_jax.base.output import Progress
 from mistral_jax.checkpoint import adapters, arrays, folder, manifest, precision, quantization, zarr
 from mistral_jax.checkpoint.lora import apply
 from mistral_jax.config import ModelConfig
@@ -114,7 +114,7 @@ def load(
             advance(_bytes(part))
     if adapted is not None:
         params = apply(params, *adapted, merge)
-    return model.clone(dtype=dtype), pages.move(params), tokenizer
+    return model.clone(dtype=dtype), memory.to_large_pages(params), tokenizer
 
 
 def save(

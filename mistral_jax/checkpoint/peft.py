@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from mistral_jax.base import patterns
 from mistral_jax.base.fields import (
     boolean,
     check_table,
@@ -21,6 +20,7 @@ from mistral_jax.base.fields import (
     table_of,
 )
 from mistral_jax.base.files import read_json
+from mistral_jax.checkpoint import patterns
 from mistral_jax.checkpoint.lora import Lora
 
 # Fields that, where they are set, make an adapter more than two matrices beside a frozen one.

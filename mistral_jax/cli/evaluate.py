@@ -98,7 +98,7 @@ def _run(arguments: argparse.Namespace) -> None:
     suite = _suite(arguments) if arguments.tasks else None
 
     from mistral_jax.base import machine
-    from mistral_jax.base.progress import Screen
+    from mistral_jax.base.output import Screen
     from mistral_jax.checkpoint import checkpoint
 
     if arguments.compilation_cache:

@@ -19,7 +19,7 @@ from mistral_jax.engine.sampling import Sampling
 from mistral_jax.engine.text import completions
 from mistral_jax.parallel import distributed
 from mistral_jax.parallel.sharding import on_mesh
-from mistral_jax.training import curve, finetuning, pretraining
+from mistral_jax.training import curve, finetuning, flops, pretraining
 from mistral_jax.training.curve import Curve, Entry
 from mistral_jax.training.data import examples
 from mistral_jax.training.data.batches import spread
@@ -28,7 +28,6 @@ from mistral_jax.training.place import prepared, signals
 from mistral_jax.training.recipe import Recipe
 from mistral_jax.training.states import Saver, restore_state, saved_steps
 from mistral_jax.training.step import Batch, TrainState, make_train_step
-from mistral_jax.training.utilisation import flops_per_token, peak_flops
 
 _SAMPLE_TOKENS = 64
 
@@ -116,7 +115,7 @@ class _Run:
             job.loss_fn, optimizer, recipe.microbatches, places if job.layout else None, recipe.seed
         )
         self._evaluate = jax.jit(job.loss_fn)
-        flops = flops_per_token(
+        per_token = flops.per_token(
             job.model.config,
             recipe.context,
             adapters=recipe.lora is not None,
@@ -127,8 +126,8 @@ class _Run:
             file if is_first else None,
             int(self._state.step),
             report,
-            flops,
-            peak_flops() if is_first else None,
+            per_token,
+            flops.peak() if is_first else None,
             job.steps,
         )
         self._looked, self._best, self._skipped = distributed.from_first(lambda: _earlier(file))
