@@ -5,11 +5,10 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from mistral_jax.base import VERSION
+from mistral_jax.base import DTYPES, VERSION
 from mistral_jax.base.output import one_line
 from mistral_jax.cli.command import Parser, count, interruptible, run
 
-DTYPES = ("bfloat16", "float16", "float32")
 FORMATS = ("hf", "official")
 FILES = ("safetensors", "torch")
 

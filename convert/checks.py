@@ -4,12 +4,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from mistral_jax.base import DTYPES
 from mistral_jax.config import ModelConfig
 
 from .names import ADAPTER, EMBED, HEAD, IGNORABLE, Row, rows
 from .source import Source, Tensor
-
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 def match(

@@ -13,14 +13,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from rich.filesize import decimal
 
-from mistral_jax.base import memory
+from mistral_jax.base import DTYPES, memory
 from mistral_jax.checkpoint import arrays, checkpoint, manifest, zarr
 from mistral_jax.config import CONFIG_DIR, ModelConfig
 from mistral_jax.model.cache import init_cache
 from mistral_jax.tokens.tokenizer import Tokenizer
 
 from . import architecture, tokens
-from .checks import DTYPES, match
+from .checks import match
 from .names import rows
 from .source import find
 
