@@ -82,7 +82,7 @@ def _text(provenance: Mapping[str, Any], key: str) -> str | None:
 
 def _verified(folder: Path, described: Mapping[str, zarr.Array] | None) -> str:
     """Reads all files of a checkpoint, and says what was compared."""
-    sums = manifest.checksums(folder)
+    sums = manifest.verify(folder)
     if described is None:
         return "the sizes of all files; the first versions of this program wrote no more"
     zarr.verify(folder / "params", sums, described)

@@ -76,7 +76,7 @@ def to_torch(
     dtypes = {path: np.dtype(dtype or array.dtype) for path, array in stored.items()}
     table, found = rows(config), {path: array.shape for path, array in stored.items()}
     check_shapes({row.path: row.shape(config) for row in table}, found, checkpoint)
-    sums = manifest.checksums(checkpoint)
+    sums = manifest.verify(checkpoint)
 
     def verify(paths: set[str]) -> None:
         own = {path: array for path, array in (arrays_on_disk or {}).items() if path in paths}

@@ -100,7 +100,7 @@ def load(
     kept = quantization.abstract(abstract, rest)
     dtype = precision.choose(path, kept, stored, precision.check(dtype), progress.say)
     abstract = precision.typed(abstract, dtype)
-    sums = manifest.checksums(path) if verify else {}
+    sums = manifest.verify(path) if verify else {}
     params, size = {}, _bytes(abstract)
     with (progress if size > _PART_BYTES else Progress()).task(size) as advance:
         # What is to be quantised is read a layer at a time, for the whole may not fit.

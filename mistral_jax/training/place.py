@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mistral_jax.base.files import read_json
-from mistral_jax.checkpoint import adapters, folder, manifest
-from mistral_jax.training import pretraining, sums
+from mistral_jax.checkpoint import adapters, checksums, folder, manifest
+from mistral_jax.training import pretraining
 from mistral_jax.training.data import examples
 from mistral_jax.training.recipe import Recipe
 from mistral_jax.training.states import saved_steps
@@ -59,7 +59,7 @@ def _check_data(recipe: Recipe, path: Path, earlier: Recipe | None) -> None:
     if earlier and begun:
         recipe.check_continues(earlier, str(path))
     if data.is_dir() and earlier:
-        sums.check(data, f"remove {data}, and it is made again")
+        checksums.check(data, f"remove {data}, and it is made again")
         other = examples.changed(recipe, path) if recipe.data and earlier.data else None
         if other and begun:
             raise ValueError(

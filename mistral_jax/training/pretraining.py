@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mistral_jax.checkpoint import folder
+from mistral_jax.checkpoint import checksums, folder
 from mistral_jax.model.transformer import Transformer, stack_layers, unstack_layers
 from mistral_jax.parallel.sharding import Layout, abstract_params, read_layout
 from mistral_jax.tokens.tokenizer import Tokenizer
-from mistral_jax.training import sums
 from mistral_jax.training.data import corpus
 from mistral_jax.training.data import documents as data
 from mistral_jax.training.data.vocabulary import train_vocabulary
@@ -28,7 +27,7 @@ def prepare(recipe: Recipe, path: Path) -> None:
     """Makes the vocabulary and the tokens of a run, as `<path>/data`."""
     with folder.whole(path / "data") as part:
         _write_data(recipe, part)
-        sums.write(part)
+        checksums.write(part)
 
 
 def make_job(recipe: Recipe, path: Path, sharding=None, mesh=None) -> Job:

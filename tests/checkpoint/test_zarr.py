@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_folder import STRAY
 
-from mistral_jax.checkpoint import arrays, zarr
+from mistral_jax.checkpoint import arrays, checksums, zarr
 
 TREE = {
     "a/x": np.arange(48, dtype=np.float32).reshape(8, 6),
@@ -50,7 +50,7 @@ def test_what_is_written_is_described_and_verified(tree):
     assert sum(read) == sum(x.nbytes for x in TREE.values())
     files = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
     assert sums.keys() == files
-    assert {sums[name] for name in files} == {zarr.sum_of(path / name) for name in files}
+    assert {sums[name] for name in files} == {checksums.of_file(path / name) for name in files}
 
 
 def test_what_systems_leave_is_no_damage(tree):

@@ -169,21 +169,21 @@ def damage(kind, folder):
 @pytest.mark.parametrize(
     ("kind", "sums", "message"),
     [
-        ("cut", True, "bytes; expected"),
+        ("cut", True, "is not the file that was written"),
         ("cut", False, "bytes; expected"),
         ("missing", True, "is missing: "),
         ("missing", False, "has no file"),
-        ("changed", True, "is damaged, not what was written"),
+        ("changed", True, "is not the file that was written"),
     ],
 )
 def test_a_damaged_state_gives_way_to_the_one_before(
     finished, recipe_file, tmp_path, kind, sums, message
 ):
-    """States from before there were sums are told by the sizes of their files."""
+    """States from before there were checksums are told by the sizes of their files."""
     recipe, path, told = Recipe.from_file(recipe_file), tmp_path / "run", []
     shutil.copytree(finished, path)
     if not sums:
-        [file.unlink() for file in path.rglob("sums.json")]
+        [file.unlink() for file in path.rglob("checksums.json")]
     damage(kind, path / "states/00000020/state")
     state = restore_state(path, pretraining.make_job(recipe, path).state, tell=told.append)
     assert state.step == 10

@@ -21,10 +21,9 @@ from mistral_jax.base.fields import (
     table_of,
 )
 from mistral_jax.base.files import read_json
-from mistral_jax.checkpoint import checkpoint, folder, manifest
+from mistral_jax.checkpoint import checkpoint, checksums, folder, manifest
 from mistral_jax.config import ModelConfig
 from mistral_jax.tokens.tokenizer import Tokenizer
-from mistral_jax.training import sums
 from mistral_jax.training.data import packing, records
 from mistral_jax.training.data.rows import SUMMARY_RULES
 from mistral_jax.training.job import Prompt
@@ -74,7 +73,7 @@ def prepare(recipe: Recipe, path: Path) -> None:
         prompts = itertools.islice(_beginnings(recipe, tokenizer), _PROMPTS)
         notes["prompts"] = [dataclasses.asdict(prompt) for prompt in prompts]
         (part / "data.json").write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
-        sums.write(part)
+        checksums.write(part)
 
 
 def changed(recipe: Recipe, path: Path) -> str | None:
