@@ -119,7 +119,7 @@ def jax_step(model, params, about: dict) -> Callable[[], dict]:
     import jax.numpy as jnp
 
     from mistral_jax.checkpoint.lora import Lora, attach, init_adapters
-    from mistral_jax.training.objective import everything, make_loss_fn
+    from mistral_jax.training.loss import everything, make_loss_fn
     from mistral_jax.training.optimizers import make_optimizer
     from mistral_jax.training.states import create_state
     from mistral_jax.training.step import Batch, make_train_step

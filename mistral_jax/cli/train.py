@@ -174,10 +174,10 @@ def _override(table: dict[str, Any], arguments: argparse.Namespace) -> dict[str,
 def _preview(recipe, count: int) -> None:
     from rich.console import Console
 
-    from mistral_jax.training.data import examples, preview
+    from mistral_jax.training.data import examples
 
     if recipe.data is None:
         raise ValueError("--preview shows examples, and this recipe trains on a corpus")
     tokenizer = examples.read_tokenizer(recipe)
     found = examples.read(recipe, recipe.data.train, tokenizer)
-    preview.show(itertools.islice(found, count), tokenizer, Console())
+    examples.show(itertools.islice(found, count), tokenizer, Console())

@@ -25,10 +25,9 @@ from convert import names
 from mistral_jax.checkpoint import adapters, checkpoint
 from mistral_jax.checkpoint.lora import PROJECTIONS, Lora, attach, init_adapters
 from mistral_jax.training import curve, finetuning, run
-from mistral_jax.training.data import packing, rows
+from mistral_jax.training.data import packing
 from mistral_jax.training.data.records import Example
-from mistral_jax.training.loss import IGNORED
-from mistral_jax.training.objective import make_loss_fn, make_preference_loss_fn
+from mistral_jax.training.loss import IGNORED, make_loss_fn, make_preference_loss_fn
 from mistral_jax.training.recipe import Data, Recipe
 from mistral_jax.training.step import Batch
 
@@ -163,7 +162,7 @@ def test_packed_rows_have_the_gradients_of_a_text_a_row(tensors, seed, tmp_path)
     ]
     summary = packing.write_rows(tmp_path / "rows", examples, 30)
     assert summary.rows < len(texts) == summary.examples
-    packed = rows.Rows(tmp_path / "rows")
+    packed = packing.PackedRows(tmp_path / "rows")
     fields = ("tokens", "positions", "targets", "weights")
     batch = Batch(*(np.stack([row[name] for row in packed]) for name in fields))
     model, params = tiny.from_official(case.CONFIG, tensors)
