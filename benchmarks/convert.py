@@ -17,9 +17,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import peaks
-from mistral_jax.convert import architecture, names
+from mistral_jax.convert import architecture
 
-from mistral_jax.checkpoint import safetensors_file
+from mistral_jax.checkpoint import names, safetensors_file
 from mistral_jax.config import ModelConfig
 
 CONFIG = ModelConfig(
@@ -83,7 +83,7 @@ def make_source(folder: Path, official: bool) -> int:
     """Writes a source of random bfloat16; returns the bytes of its largest layer."""
     folder.mkdir()
     rng = np.random.default_rng(0)
-    rows = names.rows(CONFIG)
+    rows = names.weights(CONFIG)
     dtype = np.dtype(ml_dtypes.bfloat16)
     heads = {row.name(official): (row.file_shape(CONFIG), dtype) for row in rows}
     tensors = (rng.standard_normal(shape, np.float32).astype(dtype) for shape, _ in heads.values())

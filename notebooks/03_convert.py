@@ -49,7 +49,6 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from flax.traverse_util import flatten_dict
-from mistral_jax.convert import names
 from mistral_jax.convert.inspect import inspect
 from mistral_jax.convert.prepare import prepare
 from mistral_jax.convert.source import find
@@ -57,6 +56,7 @@ from mistral_jax.convert.to_orbax import to_orbax
 from mistral_jax.convert.to_torch import to_torch
 
 import mistral_jax as mj
+from mistral_jax.checkpoint import names
 from mistral_jax.checkpoint.checkpoint import BUNDLED
 from mistral_jax.model.rope import rotary_angles, rotate
 
@@ -94,7 +94,7 @@ print(f"{len(tensors)} tensors, loaded: {sum(x.flags.owndata for x in tensors.va
 
 # %% [markdown]
 # ## One table of names
-# The conversion hangs on one table, `convert/names.py`: what each tensor is called by us, by
+# The conversion hangs on one table, `checkpoint/names.py`: what each tensor is called by us, by
 # Mistral and by Hugging Face. Here is the first layer of your model. A file stores a matrix as
 # (out, in), and so do we, with the heads unfolded: `NH D` becomes `N H D`. So the bytes are the
 # same, but for the two matrices marked at the end: there the rows of official files move.
@@ -246,4 +246,4 @@ plt.show()
 #   names on the Hub and PyTorch's own `.pth` and `.bin` files too.
 # - [04_fine_tune](04_fine_tune.ipynb) trains adapters beside a converted model.
 # - [The architecture](../docs/architecture.md) draws a tensor's way from a file to its shards.
-#   Open `convert/names.py` for the table, and `convert/to_orbax.py` for the conversion.
+#   Open `checkpoint/names.py` for the table, and `convert/to_orbax.py` for the conversion.

@@ -1,4 +1,4 @@
-"""What every folder uses: files from outside, checked fields, locks, the machine, messages."""
+"""What every folder uses: files from outside, checked fields, the machine, its memory, messages."""
 
 VERSION = "0.1.0"
 

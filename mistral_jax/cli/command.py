@@ -109,7 +109,7 @@ def add_model(group: argparse._ActionsContainer) -> None:
         "--dtype",
         choices=DTYPES,
         metavar="TYPE",
-        help=f"{' or '.join(DTYPES)} [as stored; float32 on a CPU that has the memory]",
+        help="bfloat16, float16 or float32 [as stored; float32 on a CPU that has the memory]",
     )
     add("--lora", metavar="DIR", help="adapters to use with it: PEFT's folder or Mistral's file")
     add(

@@ -21,8 +21,7 @@ import training_case as case
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import mistral_jax
-from convert import names
-from mistral_jax.checkpoint import adapters, checkpoint
+from mistral_jax.checkpoint import adapters, checkpoint, names
 from mistral_jax.checkpoint.lora import PROJECTIONS, Lora, attach, init_adapters
 from mistral_jax.training import curve, finetuning, run
 from mistral_jax.training.data import packing
@@ -76,7 +75,7 @@ def assert_learnt(losses):
 def tree_of(config, state):
     """Puts arrays by Hugging Face's names into our tree."""
     found = {}
-    for row in names.rows(config):
+    for row in names.weights(config):
         array = np.asarray(state[row.name(official=False)].detach())
         found[row.path] = row.from_file(array, config, official=False)
     return unflatten_dict(found, sep="/")

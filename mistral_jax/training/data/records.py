@@ -156,7 +156,7 @@ def _encode_pair(record: Any, tokenizer: Tokenizer) -> Pair:
     if chosen == rejected:
         raise ValueError(f'"{names[0]}" and "{names[1]}" are the same; expected two answers')
     if prompt is None:
-        prompt, chosen, rejected = _split(chosen, rejected)
+        prompt, chosen, rejected = _divide(chosen, rejected)
     return Pair(
         _continuation(prompt, chosen, names[0], tokenizer),
         _continuation(prompt, rejected, names[1], tokenizer),
@@ -207,8 +207,8 @@ def _continuation(prompt: Any, answer: Any, name: str, tokenizer: Tokenizer) -> 
     )
 
 
-def _split(chosen: Any, rejected: Any) -> tuple[list, list, list]:
-    """Splits two conversations into their common beginning and what follows in each."""
+def _divide(chosen: Any, rejected: Any) -> tuple[list, list, list]:
+    """Divides two conversations into their common beginning and what follows in each."""
     if not (isinstance(chosen, list) and isinstance(rejected, list)):
         raise ValueError(
             'it has no "prompt"; expected one, or "chosen" and "rejected" as whole conversations '
