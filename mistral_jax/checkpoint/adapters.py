@@ -26,7 +26,6 @@ from mistral_jax.config import ModelConfig
 from mistral_jax.parallel import distributed
 
 PREFIX = "base_model.model."  # of all tensors in PEFT's files
-MOST_RANK = 1 << 16
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 PEFT, PEFT_CONFIG, OFFICIAL = "adapter_model.safetensors", "adapter_config.json", "lora.safetensors"
 
@@ -75,8 +74,10 @@ class Place(NamedTuple):
                 raise ValueError(
                     f"{where} has {array.shape} as {name}; expected {shape}: it is of another model"
                 )
-            if not 1 <= rank <= MOST_RANK:
-                raise ValueError(f"{where} has rank {rank} for {name}; expected 1 to {MOST_RANK}")
+            if not 1 <= rank <= peft.MOST_RANK:
+                raise ValueError(
+                    f"{where} has rank {rank} for {name}; expected 1 to {peft.MOST_RANK}"
+                )
             if array.dtype.name not in _DTYPES:
                 raise ValueError(
                     f"{where} has {array.dtype} as {name}; expected {' or '.join(_DTYPES)}"

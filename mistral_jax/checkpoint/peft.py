@@ -34,7 +34,8 @@ _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 # Bytes of such a file; one with a rank of its own for each of a thousand modules has some 100,000.
 _MOST_BYTES = 512 << 10
-_RANK, _ALPHA = integer(1, 1 << 16), number(0, 1e6, above=True)
+MOST_RANK = 1 << 16
+_RANK, _ALPHA = integer(1, MOST_RANK), number(0, 1e6, above=True)
 _RULES = {
     "peft_type": string(),
     "bias": optional(string()),
