@@ -18,9 +18,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import peaks
-from mistral_jax.convert import architecture, names
+from mistral_jax.convert import architecture
 
-from mistral_jax.checkpoint import safetensors_file
+from mistral_jax.checkpoint import names, safetensors_file
 from mistral_jax.config import ModelConfig
 
 CONFIG = ModelConfig(
@@ -36,7 +36,7 @@ CONFIG = ModelConfig(
 )
 IDLE = """
 import jax
-from mistral_jax.base import progress
+from mistral_jax.base import output
 from mistral_jax.convert import to_orbax, to_torch
 jax.devices()
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("RssAnon")))
@@ -84,7 +84,7 @@ def make_source(folder: Path, official: bool) -> int:
     """Writes a checkpoint of random bfloat16 weights; returns the bytes of its largest layer."""
     folder.mkdir()
     rng = np.random.default_rng(0)
-    rows = names.rows(CONFIG)
+    rows = names.weights(CONFIG)
     dtype = np.dtype(ml_dtypes.bfloat16)
     heads = {row.name(official): (row.file_shape(CONFIG), dtype) for row in rows}
     tensors = (rng.standard_normal(shape, np.float32).astype(dtype) for shape, _ in heads.values())

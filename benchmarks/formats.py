@@ -11,11 +11,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import shapes
-from mistral_jax.convert import architecture, names
+from mistral_jax.convert import architecture
 from mistral_jax.convert.to_orbax import to_orbax
 from mistral_jax.convert.to_torch import to_torch
 
-from mistral_jax.checkpoint import safetensors_file
+from mistral_jax.checkpoint import names, safetensors_file
 from mistral_jax.checkpoint.checkpoint import BUNDLED
 from mistral_jax.config import ModelConfig
 
@@ -92,7 +92,7 @@ def _fresh(path: Path) -> Path:
 
 def _write_random(folder: Path, config: ModelConfig) -> None:
     """Writes random bfloat16 weights: products keep their input's variance; scales are near 1."""
-    rng, dtype, rows = np.random.default_rng(0), np.dtype(ml_dtypes.bfloat16), names.rows(config)
+    rng, dtype, rows = np.random.default_rng(0), np.dtype(ml_dtypes.bfloat16), names.weights(config)
 
     def draw(row):
         shape = row.file_shape(config)
@@ -143,7 +143,7 @@ def _write_gguf(file: Path, source: Path, config: ModelConfig, dtype: str) -> No
 def _official(source: Path, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
     """Yields float32 tensors in the official order of rows, which llama.cpp uses too."""
     tensors = safetensors_file.read(source / "model.safetensors")
-    for row in names.rows(config):
+    for row in names.weights(config):
         tensor = tensors[row.name(official=False)].astype(np.float32)
         ours = row.from_file(tensor, config, official=False)
         yield row.name(official=True), np.ascontiguousarray(row.to_file(ours, config, True))

@@ -17,7 +17,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from mistral_jax.base import pages
+from mistral_jax.base import memory
 from mistral_jax.ops import kernels
 from mistral_jax.ops.products import multiply
 from mistral_jax.ops.quantized import QuantizedKernel, to_int8
@@ -35,7 +35,7 @@ def main():
     if not kernels.here():
         raise SystemExit("the kernels are not here: they need a CPU and a C++ compiler")
     for dtype in arguments.dtype:
-        matrices = pages.move([matrix(dtype, seed) for seed in range(MATRICES)])
+        matrices = memory.to_large_pages([matrix(dtype, seed) for seed in range(MATRICES)])
         for rows in arguments.rows:
             x = jax.random.normal(jax.random.key(0), (rows, 1, SHAPE[1]))
             runs = {"kernels": program(matrices, dtype, x)}

@@ -7,8 +7,8 @@ prompt takes all matrix products, including those of attention within the window
 import math
 
 import engines
-from mistral_jax.convert import names
 
+from mistral_jax.checkpoint import names
 from mistral_jax.config import ModelConfig
 
 # llama.cpp's q8_0 has a scale of two bytes for every 32 numbers.
@@ -32,7 +32,7 @@ def cost(work: str, engine: str, dtype: str, config: ModelConfig, batch: int, le
 def matrices(config: ModelConfig, head: bool = True) -> int:
     """Returns the number of weights that multiply a token, with or without the output matrix."""
     left_out = (names.EMBED,) if head else (names.EMBED, names.HEAD)
-    shapes = [row.shape(config) for row in names.rows(config) if row not in left_out]
+    shapes = [row.shape(config) for row in names.weights(config) if row not in left_out]
     return sum(math.prod(shape) for shape in shapes if len(shape) > 1)
 
 

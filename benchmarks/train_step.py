@@ -20,8 +20,9 @@ from collections.abc import Callable
 import numpy as np
 import shapes
 
+from mistral_jax.base.memory import peak as peak_memory
 from mistral_jax.config import ModelConfig
-from mistral_jax.training import utilisation
+from mistral_jax.training import flops as counts
 
 MODELS = shapes.MODELS | {
     "31M": ModelConfig(
@@ -74,9 +75,9 @@ def main() -> None:
 def compare(about: dict, rounds: int) -> None:
     """Measures both programs in turns, and prints their rates; the first round compiles."""
     config = MODELS[about["model"]]
-    flops = utilisation.flops_per_token(
-        config, about["context"], adapters=about["train"] == "lora"
-    ) / (utilisation.peak_flops() or float("nan"))
+    flops = counts.per_token(config, about["context"], adapters=about["train"] == "lora") / (
+        counts.peak() or float("nan")
+    )
     steps = [PROGRAMS[name](about) for name in ("ours", "torch")]
     tokens = about["rows"] * about["context"]
     times = [[seconds(step) for step in steps] for _ in range(rounds + 1)][1:]
@@ -119,7 +120,7 @@ def jax_step(model, params, about: dict) -> Callable[[], dict]:
     import jax.numpy as jnp
 
     from mistral_jax.checkpoint.lora import Lora, attach, init_adapters
-    from mistral_jax.training.objective import everything, make_loss_fn
+    from mistral_jax.training.loss import everything, make_loss_fn
     from mistral_jax.training.optimizers import make_optimizer
     from mistral_jax.training.states import create_state
     from mistral_jax.training.step import Batch, make_train_step
@@ -210,11 +211,11 @@ def memory(program: str, about: dict) -> dict:
     """Returns the peak memory of this process, in bytes above the memory of its imports."""
     for module in ("jax", "optax") if program == "ours" else ("torch", "transformers", "peft"):
         __import__(module)
-    before = utilisation.peak_memory()
+    before = peak_memory()
     step = PROGRAMS[program](about)
     for _ in range(3):
         step()
-    return {"peak_bytes": utilisation.peak_memory() - before, "imports_bytes": before}
+    return {"peak_bytes": peak_memory() - before, "imports_bytes": before}
 
 
 def on_device(name: str, context: int, rows: int, rounds: int) -> dict:
@@ -249,8 +250,8 @@ def on_device(name: str, context: int, rows: int, rounds: int) -> dict:
         * context
         / min(seconds(lambda: float(jax.device_get(step()["loss"]))) for _ in range(rounds))
     )
-    peak = utilisation.peak_flops()
-    flops = utilisation.flops_per_token(config, context, adapters=True)
+    peak = counts.peak()
+    flops = counts.per_token(config, context, adapters=True)
     return {
         "benchmark": "train_step",
         "device": jax.devices()[0].device_kind,
@@ -258,7 +259,7 @@ def on_device(name: str, context: int, rows: int, rounds: int) -> dict:
         "dtype": "bfloat16",
         "tokens_per_second": round(rate, 1),
         "mfu": peak and round(rate * flops / peak, 3),
-        "peak_bytes": utilisation.peak_memory(),
+        "peak_bytes": peak_memory(),
         "compile_seconds": round(compiling, 1),
     }
 

@@ -5,11 +5,10 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from mistral_jax.base import VERSION
+from mistral_jax.base import DTYPES, VERSION
 from mistral_jax.base.output import one_line
 from mistral_jax.cli.command import Parser, count, interruptible, run
 
-DTYPES = ("bfloat16", "float16", "float32")
 FORMATS = ("hf", "official")
 FILES = ("safetensors", "torch")
 
@@ -39,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _to_orbax(arguments: argparse.Namespace) -> Callable[[], None]:
-    from mistral_jax.base.progress import Screen
+    from mistral_jax.base.output import Screen
 
     from .to_orbax import to_orbax
 
@@ -56,7 +55,7 @@ def _to_orbax(arguments: argparse.Namespace) -> Callable[[], None]:
 
 
 def _to_torch(arguments: argparse.Namespace) -> Callable[[], None]:
-    from mistral_jax.base.progress import Screen
+    from mistral_jax.base.output import Screen
 
     from .to_torch import to_torch
 

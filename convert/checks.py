@@ -1,21 +1,28 @@
 """What the tensors of a source must satisfy before they are a model. It converts nothing."""
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
 
+from mistral_jax.base import DTYPES
+from mistral_jax.checkpoint.names import EMBED, HEAD, Weight, weights
 from mistral_jax.config import ModelConfig
 
-from .names import ADAPTER, EMBED, HEAD, IGNORABLE, Row, rows
 from .source import Source, Tensor
 
-DTYPES = ("bfloat16", "float16", "float32")
+# Tables of rotary angles, which a model computes: each layer's or, in newer files, the model's.
+IGNORABLE = re.compile(
+    r"rope\.freqs|(.*\.)?rotary_emb\.((original_)?inv_freq|cos_cached|sin_cached)", re.DOTALL
+)
+# Matrices of LoRA, in files of either format.
+ADAPTER = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)")
 
 
 def match(
     source: Source, tensors: Mapping[str, list[Tensor]], config: ModelConfig
-) -> dict[Row, list[Tensor]]:
-    """Finds the tensor of each row of a model: one, or its part in each file.
+) -> dict[Weight, list[Tensor]]:
+    """Finds the tensor of each weight of a model: one, or its part in each file.
 
     Raises:
       ValueError: a tensor is missing, of another shape or dtype, or no part of the model.
@@ -26,12 +33,12 @@ def match(
             "model: convert the one that the adapters are for, and load them beside it"
         )
     matched, unused = {}, dict(tensors)
-    for row in rows(config):
-        name, shape = row.name(source.official), row.file_shape(config)
+    for weight in weights(config):
+        name, shape = weight.name(source.official), weight.file_shape(config)
         if name not in unused:
             raise ValueError(f"{source.folder} has no tensor {name}; expected one of {shape}")
-        matched[row] = unused.pop(name)
-        _check_places(name, matched[row], shape, row.split, source)
+        matched[weight] = unused.pop(name)
+        _check_places(name, matched[weight], shape, weight.shard_axis, source)
     if config.tie_embeddings:
         _check_tied(unused.pop(HEAD.name(source.official), []), matched[EMBED], config, source)
     for name, places in unused.items():
@@ -67,15 +74,15 @@ def check_finite(array: np.ndarray, where: str) -> None:
 
 
 def _check_places(
-    name: str, places: list[Tensor], shape: tuple[int, ...], split: int | None, source: Source
+    name: str, places: list[Tensor], shape: tuple[int, ...], shard_axis: int | None, source: Source
 ) -> None:
     if len(places) != len(source.weight_files) and source.format == "official-torch":
         raise ValueError(
             f"tensor {name} is in {len(places)} of {len(source.weight_files)} parts of "
             f"{source.folder}; expected a part of it in each"
         )
-    if split is not None:
-        shape = tuple(n // len(places) if i == split else n for i, n in enumerate(shape))
+    if shard_axis is not None:
+        shape = tuple(n // len(places) if i == shard_axis else n for i, n in enumerate(shape))
     for file, array in places:
         if array.shape != shape:
             raise ValueError(f"tensor {name} in {file} is {array.shape}; expected {shape}")
@@ -88,7 +95,7 @@ def _check_places(
             raise ValueError(
                 f"tensor {name} in {file} is {array.dtype}; expected {' or '.join(DTYPES)}"
             )
-        if split is None and array.tobytes() != places[0].array.tobytes():
+        if shard_axis is None and array.tobytes() != places[0].array.tobytes():
             raise ValueError(f"tensor {name} differs between {places[0].file} and {file}")
 
 
@@ -99,10 +106,10 @@ def _check_tied(
     if not head:
         return
     name = HEAD.name(source.official)
-    _check_places(name, head, HEAD.file_shape(config), HEAD.split, source)
+    _check_places(name, head, HEAD.file_shape(config), HEAD.shard_axis, source)
     copy, table = (
-        row.join([place.array for place in places])
-        for row, places in ((HEAD, head), (EMBED, embed))
+        weight.join([place.array for place in places])
+        for weight, places in ((HEAD, head), (EMBED, embed))
     )
     if copy.tobytes() != table.tobytes():
         raise ValueError(

@@ -13,15 +13,15 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from rich.filesize import decimal
 
-from mistral_jax.base import memory
+from mistral_jax.base import DTYPES, memory
 from mistral_jax.checkpoint import arrays, checkpoint, manifest, zarr
+from mistral_jax.checkpoint.names import weights
 from mistral_jax.config import CONFIG_DIR, ModelConfig
 from mistral_jax.model.cache import init_cache
 from mistral_jax.tokens.tokenizer import Tokenizer
 
 from . import architecture, tokens
-from .checks import DTYPES, match
-from .names import rows
+from .checks import match
 from .source import find
 
 # What fine-tunes of a released model change and still have its shape.
@@ -82,7 +82,7 @@ def _text(provenance: Mapping[str, Any], key: str) -> str | None:
 
 def _verified(folder: Path, described: Mapping[str, zarr.Array] | None) -> str:
     """Reads all files of a checkpoint, and says what was compared."""
-    sums = manifest.checksums(folder)
+    sums = manifest.verify(folder)
     if described is None:
         return "the sizes of all files; the first versions of this program wrote no more"
     zarr.verify(folder / "params", sums, described)
@@ -139,7 +139,7 @@ def _model(
     yield "rope theta", f"{config.rope_theta:g}" + (f" ({theta_origin})" if theta_origin else "")
     tied = " (input and output tied)" if config.tie_embeddings else ""
     yield "vocabulary", f"{config.vocab_size} tokens{tied}"
-    count = sum(math.prod(row.shape(config)) for row in rows(config))
+    count = sum(math.prod(weight.shape(config)) for weight in weights(config))
     yield "parameters", f"{count:,}"
     kept = sum(map(_bytes, quantized))
     loose = count - sum(math.prod(x.shape) for x in quantized if x.dtype == np.int8)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mistral_jax.base.progress import Screen
+from mistral_jax.base.output import Screen
 from mistral_jax.checkpoint import manifest, origin
 
 from . import hub

@@ -13,14 +13,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mistral_jax.base import VERSION
-from mistral_jax.base.progress import Progress
+from mistral_jax.base.output import Progress
 from mistral_jax.checkpoint import checkpoint, folder, manifest, origin, quantization
+from mistral_jax.checkpoint.names import Weight
 from mistral_jax.config import ModelConfig
 from mistral_jax.ops.quantized import QuantizedKernel, to_int8
 
 from . import architecture, hub, tokens
 from .checks import check_finite, match
-from .names import Row
 from .source import Tensor, find
 
 
@@ -68,15 +68,16 @@ def to_orbax(
         progress.say(note)
     matched = match(found, found.tensors(progress.say), config)
     tree = unflatten_dict(
-        {row.path: jax.ShapeDtypeStruct(row.shape(config), np.float32) for row in matched}, sep="/"
+        {weight.path: jax.ShapeDtypeStruct(weight.shape(config), np.float32) for weight in matched},
+        sep="/",
     )
     small = quantization.kernels(tree, output=True) if quantize else {}
     laid = flatten_dict(quantization.split(quantization.abstract(tree, small)), sep="/")
     outputs = {"/".join(path): count for path, count in small.items()}
     sizes = {
-        row.path: math.prod(row.shape(config))
-        * (1 if row.path in outputs else np.dtype(dtype or places[0].array.dtype).itemsize)
-        for row, places in matched.items()
+        weight.path: math.prod(weight.shape(config))
+        * (1 if weight.path in outputs else np.dtype(dtype or places[0].array.dtype).itemsize)
+        for weight, places in matched.items()
     }
     folder.check_space(target, sum(sizes.values()))
     provenance = {
@@ -97,29 +98,30 @@ def to_orbax(
         ) as write,
         progress.task(sum(sizes.values())) as advance,
     ):
-        for row, places in matched.items():
-            array = _read(row, places, config, found.official, dtype)
-            if row.path in outputs:
+        for weight, places in matched.items():
+            array = _read(weight, places, config, found.official, dtype)
+            if weight.path in outputs:
                 # In blocks: float32 copies of the largest array would take more than all else.
                 blocks = np.array_split(array, 1 + (array.nbytes >> 24))
-                made = [to_int8(np.float32(x), outputs[row.path]) for x in blocks]
+                made = [to_int8(np.float32(x), outputs[weight.path]) for x in blocks]
                 array = QuantizedKernel(*map(np.concatenate, zip(*made, strict=True)))
-            for path, part in flatten_dict(quantization.split({row.path: array}), sep="/").items():
+            parts = quantization.split({weight.path: array})
+            for path, part in flatten_dict(parts, sep="/").items():
                 write(path, part)
-            advance(sizes[row.path])
+            advance(sizes[weight.path])
         provenance |= {"source_sha256": hashes(), "source_stamps": stamps}
 
 
 def _read(
-    row: Row, places: Sequence[Tensor], config: ModelConfig, official: bool, dtype: str | None
+    weight: Weight, places: Sequence[Tensor], config: ModelConfig, official: bool, dtype: str | None
 ) -> np.ndarray:
     """Returns an array of the model: the file's own memory where nothing has to change."""
-    tensor = row.join([place.array for place in places])
+    tensor = weight.join([place.array for place in places])
     with np.errstate(over="ignore"):  # What a dtype cannot hold is found below.
-        array = np.require(row.from_file(tensor, config, official), dtype, ["C", "ALIGNED"])
+        array = np.require(weight.from_file(tensor, config, official), dtype, ["C", "ALIGNED"])
     files = " and ".join(str(place.file) for place in places)
     cast = f" as {dtype}" if dtype else ""
-    check_finite(array, f"tensor {row.name(official)} in {files}{cast}")
+    check_finite(array, f"tensor {weight.name(official)} in {files}{cast}")
     return array
 
 

@@ -12,15 +12,15 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mistral_jax.base.progress import Advance, Progress
+from mistral_jax.base.output import Advance, Progress
 from mistral_jax.checkpoint import arrays, folder, manifest, safetensors_file, zarr
 from mistral_jax.checkpoint.checkpoint import check_shapes, read_tokenizer
+from mistral_jax.checkpoint.names import Weight, groups, weights
 from mistral_jax.config import ModelConfig
 from mistral_jax.tokens.tokenizer import Tokenizer
 
 from . import architecture, hf_tokenizer
 from .checks import check_finite
-from .names import Row, groups, rows
 from .source import TOKENIZERS
 
 # What is written, of either format; tokenizers keep the names that they had.
@@ -74,15 +74,15 @@ def to_torch(
             "checkpoint that was not"
         )
     dtypes = {path: np.dtype(dtype or array.dtype) for path, array in stored.items()}
-    table, found = rows(config), {path: array.shape for path, array in stored.items()}
-    check_shapes({row.path: row.shape(config) for row in table}, found, checkpoint)
-    sums = manifest.checksums(checkpoint)
+    table, found = weights(config), {path: array.shape for path, array in stored.items()}
+    check_shapes({weight.path: weight.shape(config) for weight in table}, found, checkpoint)
+    sums = manifest.verify(checkpoint)
 
     def verify(paths: set[str]) -> None:
         own = {path: array for path, array in (arrays_on_disk or {}).items() if path in paths}
         zarr.verify(checkpoint / "params", sums, own)
 
-    sizes = [math.prod(row.shape(config)) * dtypes[row.path].itemsize for row in table]
+    sizes = [math.prod(weight.shape(config)) * dtypes[weight.path].itemsize for weight in table]
     folder.check_space(target, sum(sizes))
 
     with folder.whole(target, kept) as part, progress.task(sum(sizes)) as advance:
@@ -93,11 +93,14 @@ def to_torch(
             shards = _shards(table, sizes, shard_bytes)
         for file, shard in shards.items():
             heads = {
-                row.name(official): (row.file_shape(config), dtypes[row.path]) for row in shard
+                weight.name(official): (weight.file_shape(config), dtypes[weight.path])
+                for weight in shard
             }
             safetensors_file.write(part / file, heads, tensors)
         if len(shards) > 1:
-            places = {row.name(official): file for file, shard in shards.items() for row in shard}
+            places = {
+                weight.name(official): file for file, shard in shards.items() for weight in shard
+            }
             index = {"metadata": {"total_size": sum(sizes)}, "weight_map": places}
             _write_json(part / "model.safetensors.index.json", index)
         if not official:
@@ -126,18 +129,20 @@ def _tensors(
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     for group in groups(config):
         abstract = {
-            row.path: jax.ShapeDtypeStruct(row.shape(config), dtypes[row.path], sharding=host)
-            for row in group
+            weight.path: jax.ShapeDtypeStruct(
+                weight.shape(config), dtypes[weight.path], sharding=host
+            )
+            for weight in group
         }
         verify(set(abstract))
         layer = flatten_dict(
             arrays.read(checkpoint / "params", unflatten_dict(abstract, sep="/")), sep="/"
         )
-        for row in group:
-            array = np.asarray(layer.pop(row.path))
-            check_finite(array, f"{row.path} of {checkpoint} as {array.dtype}")
+        for weight in group:
+            array = np.asarray(layer.pop(weight.path))
+            check_finite(array, f"{weight.path} of {checkpoint} as {array.dtype}")
             advance(array.nbytes)
-            yield row.to_file(array, config, official)
+            yield weight.to_file(array, config, official)
 
 
 def _write_tokenizer(
@@ -154,17 +159,17 @@ def _write_tokenizer(
         _write_json(part / name, contents)
 
 
-def _shards(rows: list[Row], sizes: list[int], limit: int) -> dict[str, list[Row]]:
-    """Divides rows among files of at most `limit` bytes, but for a row that is larger alone."""
+def _shards(weights: list[Weight], sizes: list[int], limit: int) -> dict[str, list[Weight]]:
+    """Divides weights among files of at most `limit` bytes; a larger weight has its own file."""
     shards, size = [[]], 0
-    for row, bytes_ in zip(rows, sizes, strict=True):
+    for weight, bytes_ in zip(weights, sizes, strict=True):
         if shards[-1] and size + bytes_ > limit:
             shards.append([])
             size = 0
-        shards[-1].append(row)
+        shards[-1].append(weight)
         size += bytes_
     if len(shards) == 1:
-        return {"model.safetensors": rows}
+        return {"model.safetensors": weights}
     count = len(shards)
     return {f"model-{i:05}-of-{count:05}.safetensors": s for i, s in enumerate(shards, 1)}
 

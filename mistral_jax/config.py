@@ -4,12 +4,20 @@ It holds no mesh, no dtype of computation and no path.
 """
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mistral_jax.base.fields import LARGEST_INT, Rule, boolean, integer, list_of, number, show
+from mistral_jax.base.fields import (
+    LARGEST_INT,
+    Rule,
+    boolean,
+    build,
+    integer,
+    list_of,
+    number,
+    show,
+)
 from mistral_jax.base.files import read_toml
 
 _HERE = Path(__file__).resolve().parent
@@ -79,8 +87,11 @@ class ModelConfig:
         others = self.other_eos_ids
         others = list(others) if isinstance(others, tuple) else others
         good = list_of(integer(0, self.vocab_size - 1), _MOST_ENDS).accepts(others)
-        expected = f"at most {_MOST_ENDS} token ids below vocab_size ({self.vocab_size})"
-        _check(good, self, "other_eos_ids", expected)
+        if not good:
+            raise ValueError(
+                f"other_eos_ids is {show(others)}; expected at most {_MOST_ENDS} token ids below "
+                f"vocab_size ({self.vocab_size})"
+            )
         others = dict.fromkeys(token for token in others if token != self.eos_id)
         object.__setattr__(self, "other_eos_ids", tuple(others))
         for name in ("rope_theta", "norm_eps"):
@@ -182,23 +193,12 @@ class ModelConfig:
           ValueError: a field is unknown, missing or invalid.
         """
         fields = dict(fields)
-        known = {field.name: field.default for field in dataclasses.fields(cls)}
-        for name in fields:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-                raise ValueError(f"{source}: unknown key {name!r}; the nearest known is {near!r}")
-        required = [name for name, default in known.items() if default is dataclasses.MISSING]
-        missing = [name for name in required if name not in fields]
-        if missing:
-            raise ValueError(f"{source}: missing {', '.join(missing)}")
-        window = fields["sliding_window"]
+        window = fields.get("sliding_window")
         if isinstance(window, list):
-            window = [None if w == "none" else w for w in window]
-        fields["sliding_window"] = None if window == "none" else window
-        try:
-            return cls(**fields)
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from None
+            fields["sliding_window"] = [None if w == "none" else w for w in window]
+        elif window == "none":
+            fields["sliding_window"] = None
+        return build(cls, fields, source)
 
     @classmethod
     def from_name(cls, name: str) -> "ModelConfig":

@@ -50,7 +50,6 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from flax.traverse_util import flatten_dict
-from mistral_jax.convert import names
 from mistral_jax.convert.inspect import inspect
 from mistral_jax.convert.prepare import prepare
 from mistral_jax.convert.source import find
@@ -58,6 +57,7 @@ from mistral_jax.convert.to_orbax import to_orbax
 from mistral_jax.convert.to_torch import to_torch
 
 import mistral_jax as mj
+from mistral_jax.checkpoint import names
 from mistral_jax.checkpoint.checkpoint import BUNDLED
 from mistral_jax.model.rope import rotary_angles, rotate
 
@@ -96,7 +96,7 @@ print(f"{len(tensors)} tensors, loaded: {sum(x.flags.owndata for x in tensors.va
 
 # %% [markdown]
 # ## One table of names
-# The conversion is built on one table, `convert/names.py`, which lists the name of each tensor in
+# The conversion is built on one table, `checkpoint/names.py`, which lists the name of each tensor in
 # this package, in Mistral's files and in Hugging Face's. The next cell prints the entries for the
 # first layer of your model. Files store a matrix as (out, in). This package does the same, with the
 # heads unfolded: `NH D` becomes `N H D`. The bytes are therefore identical, except for the two
@@ -253,4 +253,4 @@ plt.show()
 #   names on the Hub and PyTorch's own `.pth` and `.bin` files.
 # - [04_fine_tune](04_fine_tune.ipynb) trains adapters for a converted model.
 # - [The architecture](../docs/architecture.md) follows a tensor from a file to its shards.
-# - Source: `convert/names.py` has the table, and `convert/to_orbax.py` has the conversion.
+# - Source: `checkpoint/names.py` has the table, and `convert/to_orbax.py` has the conversion.

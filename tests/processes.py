@@ -189,14 +189,13 @@ def train(configs: str, process: str, number: str, *arguments: str) -> int:
     """
     from mistral_jax import config
     from mistral_jax.cli import train
-    from mistral_jax.training.data import corpus
-    from mistral_jax.training.data import documents as data
+    from mistral_jax.training.data import batches, corpus
 
     config.CONFIG_DIR = Path(configs)
     texts = {f"{i}.py": "def f(x):\n    return x + 1\n" * 9 + f"# {i}\n" for i in range(40)}
     corpus.gather = lambda roots: [corpus.Source("any", "1", "MIT", texts)]
-    data._VALIDATION_SHARE = 5
-    batch_at = data.batch_at
+    corpus._VALIDATION_SHARE = 5
+    batch_at = batches.window_batch
 
     def batch_and_signal(step, *rest, **named):
         if step == 13 and os.environ["JAX_PROCESS_ID"] == process:
@@ -206,7 +205,7 @@ def train(configs: str, process: str, number: str, *arguments: str) -> int:
             os.kill(os.getpid(), int(number))
         return batch_at(step, *rest, **named)
 
-    data.batch_at = batch_and_signal
+    batches.window_batch = batch_and_signal
     return train.main(["--no-compilation-cache", *arguments])
 
 

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from sentencepiece import SentencePieceTrainer
 from tiny import OFFICIAL
 
-from mistral_jax.base.progress import Progress
+from mistral_jax.base.output import Progress
 
 # What git leaves in place of a file that Git LFS keeps.
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%064d\nsize 9942981696\n" % 0

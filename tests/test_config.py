@@ -107,7 +107,7 @@ def test_whole_numbers_may_stand_for_floats():
         ({"other_eos_ids": [True]}, "other_eos_ids is [True]; expected"),
         ({"other_eos_ids": [3] * 65}, "expected at most 64 token ids below vocab_size (53)"),
         ({"unnamed_tokens": -1}, "unnamed_tokens is -1; expected an integer of at least 0"),
-        ({"rope_tehta": 1e6}, "unknown key 'rope_tehta'; the nearest known is 'rope_theta'"),
+        ({"rope_tehta": 1e6}, "unknown key 'rope_tehta'; the nearest known one is 'rope_theta'"),
     ],
 )
 def test_a_bad_value_is_named_with_what_was_expected(fields, message):

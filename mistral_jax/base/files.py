@@ -11,7 +11,7 @@ import re
 import stat
 import tomllib
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -210,12 +210,41 @@ def read_lines(path: Path | str) -> Iterator[tuple[str, bytes]]:
         raise ValueError(f"{path} is not a whole gzip file: {error}") from None
 
 
-def parse_record(line: bytes) -> Mapping[str, Any]:
-    """Returns the JSON object that a line holds.
+def read_records(
+    path: Path | str,
+    skip: Callable[[str], None] | None = None,
+    is_log: bool = False,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the objects of a file of JSON Lines, one a line, in bounded memory.
+
+    Args:
+      path: as for `read_lines`.
+      skip: is given a sentence on each line that holds no object, which is left out; None = such a
+        line is an error.
+      is_log: whether a last line without an end, which a crash cut off, is left out.
+
+    Yields:
+      Where an object stands ("data.jsonl, line 7"), and the object.
 
     Raises:
-      ValueError: the line is not UTF-8, not JSON, or no object; it does not name the place.
+      ValueError: as `read_lines`; or a line is not UTF-8, not JSON, or no object.
+      OSError: the file cannot be read.
     """
+    for where, line in read_lines(path):
+        if is_log and not line.endswith(b"\n"):
+            return
+        try:
+            record = _parse_record(line)
+        except ValueError as error:
+            if skip is None:
+                raise ValueError(f"{where}: {error}") from None
+            skip(f"{where}: {error}")
+        else:
+            yield where, record
+
+
+def _parse_record(line: bytes) -> dict[str, Any]:
+    """Returns the JSON object that a line holds; a ValueError does not name the place."""
     if line.lstrip().startswith(b"["):
         raise ValueError("it begins a JSON list; expected JSON Lines, which is an object a line")
     try:

@@ -1,10 +1,18 @@
-"""Sentences for the user of a program, each in one line of a terminal. It imports nothing slow."""
+"""What a program tells its user: sentences, each in one line, and how far long work has come.
+
+It imports nothing slow before it is needed.
+"""
 
 import re
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 # Characters of a message, of a path in it, and of any other word.
 _MESSAGE, _PATH, _WORD = 400, 255, 80
+
+Advance = Callable[[int], None]
 
 
 def one_line(text: str) -> str:
@@ -34,3 +42,59 @@ def _shorten(text: str, limit: int) -> str:
 def tell(sentence: str) -> None:
     """Prints a sentence for the user on standard error, beside the output."""
     print(one_line(sentence), file=sys.stderr, flush=True)
+
+
+class Progress:
+    """A listener that says nothing, for work that a program asks for."""
+
+    def say(self, sentence: str) -> None:
+        """Takes a sentence that the user should know."""
+
+    @contextmanager
+    def task(self, size: int) -> Iterator[Advance]:
+        """Yields a function to call with the bytes of each part of `size` that is done."""
+        yield lambda count: None
+
+
+class Screen(Progress):
+    """A listener on standard error: a bar on a terminal, else a line for every tenth part."""
+
+    def say(self, sentence: str) -> None:
+        """Prints the sentence."""
+        tell(sentence)
+
+    @contextmanager
+    def task(self, size: int) -> Iterator[Advance]:
+        """Shows the bytes done, of `size`, and their rate."""
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+        from rich.progress import Progress as Bar
+
+        console = Console(stderr=True)
+        if not console.is_terminal:
+            yield self._lines(size)
+            return
+        columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+        with Bar(*columns, console=console) as bar:
+            task = bar.add_task("", total=size)
+            yield lambda count: bar.advance(task, count)
+
+    def _lines(self, size: int) -> Advance:
+        from rich.filesize import decimal
+
+        start, done, told = time.monotonic(), 0, 0
+
+        def advance(count: int) -> None:
+            nonlocal done, told
+            done += count
+            if 10 * done // size > told:
+                told = 10 * done // size
+                rate = done / (time.monotonic() - start)
+                self.say(f"{decimal(done)} of {decimal(size)}, {decimal(int(rate))}/s")
+
+        return advance

@@ -1,14 +1,16 @@
 """Adapter files: LoRA as PEFT keeps it, and as Mistral does. It trains nothing, and reads no model.
 
+Files hold two matrices for each adapted one, A (R, in) and B (out, R); we unfold the heads of both.
 Here all adapters of a model have one scale, whatever their ranks are. A file may give each its own:
 what that differs by goes into `lora_b` when it is read.
 """
 
 import dataclasses
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -18,11 +20,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from mistral_jax.base.fields import check_table, number, optional, table_of
 from mistral_jax.base.files import read_json
 from mistral_jax.checkpoint import folder, peft, safetensors_file
-from mistral_jax.checkpoint.adapter_names import PREFIX, Pair, Slot, slots
 from mistral_jax.checkpoint.lora import HEAD, Lora
+from mistral_jax.checkpoint.names import Weight, to_halves, to_pairs, weights
 from mistral_jax.config import ModelConfig
 from mistral_jax.parallel import distributed
 
+PREFIX = "base_model.model."  # of all tensors in PEFT's files
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 PEFT, PEFT_CONFIG, OFFICIAL = "adapter_model.safetensors", "adapter_config.json", "lora.safetensors"
 
 # What `save` makes.
@@ -30,6 +34,87 @@ _FILES = re.compile(r"adapter_model\.safetensors|adapter_config\.json|lora\.safe
 
 # What mistral-inference multiplies products by, unless it is told another number.
 _OFFICIAL_SCALE = 2.0
+
+Pair = tuple[np.ndarray, np.ndarray]
+
+
+class Place(NamedTuple):
+    """A matrix of the model that can have an adapter.
+
+    Attributes:
+      weight: what the matrix is called in files.
+      outputs: sizes of those of its axes that are its results.
+      inputs: sizes of the others.
+    """
+
+    weight: Weight
+    outputs: tuple[int, ...]
+    inputs: tuple[int, ...]
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """The path of the module that holds it, in the tree of parameters."""
+        return tuple(self.weight.path.split("/")[:-1])
+
+    def names(self, official: bool) -> tuple[str, str]:
+        """Returns the names of both matrices in a file."""
+        module = ("" if official else PREFIX) + self.weight.module(official)
+        return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+
+    def checked(self, pair: Sequence[np.ndarray], official: bool, where: Any) -> Pair:
+        """Returns the matrices of a file in float32.
+
+        Raises:
+          ValueError: they do not fit, or are not finite.
+        """
+        rank = len(pair[0]) if pair[0].ndim else 0
+        shapes = (rank, math.prod(self.inputs)), (math.prod(self.outputs), rank)
+        for name, array, shape in zip(self.names(official), pair, shapes, strict=True):
+            if array.shape != shape:
+                raise ValueError(
+                    f"{where} has {array.shape} as {name}; expected {shape}: it is of another model"
+                )
+            if not 1 <= rank <= peft.MOST_RANK:
+                raise ValueError(
+                    f"{where} has rank {rank} for {name}; expected 1 to {peft.MOST_RANK}"
+                )
+            if array.dtype.name not in _DTYPES:
+                raise ValueError(
+                    f"{where} has {array.dtype} as {name}; expected {' or '.join(_DTYPES)}"
+                )
+        with np.errstate(over="ignore", invalid="ignore"):
+            a, b = (array.astype(np.float32) for array in pair)
+        for name, array in zip(self.names(official), (a, b), strict=True):
+            if not np.isfinite(array).all():
+                raise ValueError(f"{where} has values in {name} that are not finite")
+        return a, b
+
+    def zeros(self, rank: int) -> Pair:
+        """Returns matrices of a file that change nothing."""
+        rows, columns = math.prod(self.outputs), math.prod(self.inputs)
+        return np.zeros((rank, columns), np.float32), np.zeros((rows, rank), np.float32)
+
+    def from_file(self, pair: Pair, official: bool) -> dict[str, np.ndarray]:
+        """Turns the matrices of a file into ours."""
+        a, b = pair
+        b = b.reshape(*self.outputs, -1)
+        b = to_halves(b) if official and self.weight.pairs else b
+        return {"lora_a": a.reshape(-1, *self.inputs), "lora_b": b}
+
+    def to_file(self, own: dict[str, np.ndarray], official: bool) -> Pair:
+        """Turns our matrices into those of a file: the inverse of `from_file`."""
+        a, b = own["lora_a"], own["lora_b"]
+        b = to_pairs(b) if official and self.weight.pairs else b
+        return a.reshape(a.shape[0], -1), b.reshape(-1, b.shape[-1])
+
+
+def places(config: ModelConfig) -> list[Place]:
+    """Returns the matrices of a model that can have adapters."""
+    return [
+        Place(weight, *weight.divided(config))
+        for weight in weights(config)
+        if weight.path.endswith("/kernel")
+    ]
 
 
 def read(
@@ -56,7 +141,7 @@ def read(
     tensors = safetensors_file.read(file)
     official = not any(name.startswith(PREFIX) for name in tensors)
     described = None if official else peft.read(file.parent / PEFT_CONFIG)
-    pairs = _pairs(file, tensors, slots(config), official)
+    pairs = _pairs(file, tensors, places(config), official)
     if described is not None and scaling is not None:
         raise ValueError(f"scaling is {scaling}, but {PEFT_CONFIG} has its own; leave it out")
     if described is None:
@@ -65,17 +150,18 @@ def read(
     else:
         lora = described.lora
     adapters = {}
-    for slot, (a, b) in pairs.items():
+    for place, (a, b) in pairs.items():
         if described is not None:
-            own = described.of(slot.module(official))
+            module = place.weight.module(official)
+            own = described.of(module)
             if own.rank != len(a):
                 raise ValueError(
-                    f"{file} has rank {len(a)} for {slot.module(official)}; expected {own.rank}, "
-                    f"as {PEFT_CONFIG} says"
+                    f"{file} has rank {len(a)} for {module}; expected {own.rank}, as {PEFT_CONFIG} "
+                    "says"
                 )
             b = _scaled(b, own.scale / lora.scale, f"{file} with {PEFT_CONFIG}")
-        adapters[slot.path] = slot.from_file((a, b), official)
-    targets = tuple(sorted({slot.projection for slot in pairs}))
+        adapters[place.path] = place.from_file((a, b), official)
+    targets = tuple(sorted({place.path[-1] for place in pairs}))
     return dataclasses.replace(lora, targets=targets), unflatten_dict(adapters)
 
 
@@ -114,26 +200,28 @@ def save(
     if format not in ("peft", "official"):
         raise ValueError(f"format is {format!r}; expected 'peft' or 'official'")
     official, flat, found = format == "official", flatten_dict(adapters), {}
-    places = {slot.path: slot for slot in slots(config) if not (official and slot.path == (HEAD,))}
-    for place in sorted({path[:-1] for path in flat}):
-        if place not in places:
+    known = {place.path: place for place in places(config)}
+    if official:
+        known.pop((HEAD,), None)
+    for module in sorted({path[:-1] for path in flat}):
+        if module not in known:
             raise ValueError(
-                f"adapters has {'/'.join(place)}, which this model has not in {format}"
+                f"adapters has {'/'.join(module)}, which this model has not in {format}"
             )
         own = {
-            name: distributed.gather(flat[*place, name]).astype(np.float32)
+            name: distributed.gather(flat[*module, name]).astype(np.float32)
             for name in ("lora_a", "lora_b")
         }
-        found[place] = places[place].to_file(own, official)
-        places[place].checked(found[place], official, "adapters")
-    ranks = {places[place].module(official): len(a) for place, (a, _) in found.items()}
+        found[module] = known[module].to_file(own, official)
+        known[module].checked(found[module], official, "adapters")
+    ranks = {known[path].weight.module(official): len(a) for path, (a, _) in found.items()}
     dtype = np.dtype(dtype or (ml_dtypes.bfloat16 if official else np.float32))
     factor = lora.scale / _OFFICIAL_SCALE if official else 1
     tensors = {}
-    for place, slot in places.items():
-        if place in found or official:
-            a, b = found.get(place) or slot.zeros(max(ranks.values()))
-            for name, array in zip(slot.names(official), (a, b * factor), strict=True):
+    for module, place in known.items():
+        if module in found or official:
+            a, b = found.get(module) or place.zeros(max(ranks.values()))
+            for name, array in zip(place.names(official), (a, b * factor), strict=True):
                 tensors[name] = np.ascontiguousarray(array.astype(dtype))
 
     def write():
@@ -141,7 +229,7 @@ def save(
             data = safetensors.numpy.save(tensors, {"format": "pt"})
             (part / (OFFICIAL if official else PEFT)).write_bytes(data)
             if not official:
-                modules = [slot.module(official) for slot in places.values()]
+                modules = [place.weight.module(official) for place in known.values()]
                 peft.write(part / PEFT_CONFIG, lora, ranks, modules, base)
 
     distributed.from_first(write)
@@ -162,24 +250,24 @@ def _find(path: Path) -> Path:
 
 
 def _pairs(
-    file: Path, tensors: Mapping[str, np.ndarray], places: list[Slot], official: bool
-) -> dict[Slot, Pair]:
+    file: Path, tensors: Mapping[str, np.ndarray], known: list[Place], official: bool
+) -> dict[Place, Pair]:
     """Returns the matrices of each projection that has them, in float32, checked."""
-    known = {name for slot in places for name in slot.names(official)}
+    names = {name for place in known for name in place.names(official)}
     # PEFT adds a copy of the frozen output to an adapter of it.
-    known.add(f"{PREFIX}{HEAD}.base_layer.weight")
-    if unknown := sorted(set(tensors) - known):
+    names.add(f"{PREFIX}{HEAD}.base_layer.weight")
+    if unknown := sorted(set(tensors) - names):
         raise ValueError(
             f"{file} has {unknown[0]}, and the model has nothing that it would adapt: it is of "
             "another model, or more than plain LoRA of projections"
         )
     pairs = {}
-    for slot in places:
-        found = [name for name in slot.names(official) if name in tensors]
+    for place in known:
+        found = [name for name in place.names(official) if name in tensors]
         if len(found) == 1:
             raise ValueError(f"{file} has {found[0]} alone; expected both, lora_A and lora_B")
         if found:
-            pairs[slot] = slot.checked([tensors[name] for name in found], official, file)
+            pairs[place] = place.checked([tensors[name] for name in found], official, file)
     if not pairs:
         raise ValueError(f"{file} has no lora_A and lora_B of any projection")
     return pairs

@@ -21,6 +21,9 @@ from mistral_jax.parallel import distributed
 
 Tree = Mapping[str, Any]
 
+# What Orbax notes in a checkpoint as the class that wrote it.
+HANDLER = f"{ocp.handlers.PyTreeHandler.__module__}.{ocp.handlers.PyTreeHandler.__qualname__}"
+
 
 def save_in_background(path: Path, tree: Any) -> Callable[[], None]:
     """Begins to write a whole tree of arrays into the folder `path`, which must not exist yet.

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from mistral_jax.base import pages
+from mistral_jax.base import memory
 from mistral_jax.base.fields import show
-from mistral_jax.base.progress import Progress
+from mistral_jax.base.output import Progress
 from mistral_jax.checkpoint import adapters, arrays, folder, manifest, precision, quantization, zarr
 from mistral_jax.checkpoint.lora import apply
 from mistral_jax.config import ModelConfig
@@ -100,7 +100,7 @@ def load(
     kept = quantization.abstract(abstract, rest)
     dtype = precision.choose(path, kept, stored, precision.check(dtype), progress.say)
     abstract = precision.typed(abstract, dtype)
-    sums = manifest.checksums(path) if verify else {}
+    sums = manifest.verify(path) if verify else {}
     params, size = {}, _bytes(abstract)
     with (progress if size > _PART_BYTES else Progress()).task(size) as advance:
         # What is to be quantised is read a layer at a time, for the whole may not fit.
@@ -114,7 +114,7 @@ def load(
             advance(_bytes(part))
     if adapted is not None:
         params = apply(params, *adapted, merge)
-    return model.clone(dtype=dtype), pages.move(params), tokenizer
+    return model.clone(dtype=dtype), memory.to_large_pages(params), tokenizer
 
 
 def save(
@@ -190,7 +190,8 @@ def create(
     by path; the other arguments are those of `save`, and `provenance` is written last.
     """
     with folder.whole(path, manifest.kept if overwrite else None) as part:
-        sums = zarr.lay_out(part / "params", [tuple(name.split("/")) for name in shapes])
+        names = [tuple(name.split("/")) for name in shapes]
+        sums = zarr.lay_out(part / "params", names, arrays.HANDLER)
         written = {}
 
         def write(name, array):

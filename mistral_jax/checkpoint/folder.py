@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 from rich.filesize import decimal
 
-from mistral_jax.base import locks
+from mistral_jax.checkpoint import locks
 
 # Says what keeps a folder from being replaced, such as "has notes.txt, ..."; None = nothing does.
 Kept = Callable[[Path], str | None]

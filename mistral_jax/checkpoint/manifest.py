@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 from mistral_jax.base.fields import check_table, integer, show, string, table_of
 from mistral_jax.base.files import read_json
-from mistral_jax.checkpoint import folder, zarr
+from mistral_jax.checkpoint import checksums, folder, zarr
+from mistral_jax.checkpoint.checksums import Checksums
 from mistral_jax.config import ModelConfig
 
 FORMAT_VERSION = 1
-CHECKSUMS = "checksums.json"
 
 # What a checkpoint of this program or an earlier version consists of.
 _FILES = re.compile(
@@ -98,26 +98,24 @@ def examine(path: Path | str) -> Manifest:
     return Manifest(config, contents["provenance"], arrays)
 
 
-def checksums(path: Path | str) -> zarr.Sums:
-    """Reads the checksums of the arrays' files, for `zarr.verify`; verifies all other files.
+def verify(path: Path | str) -> Checksums:
+    """Verifies the files of a checkpoint, but for those of its arrays.
 
     Returns:
-      None of them for a checkpoint of earlier versions, which wrote none.
+      The checksums of the arrays' files, for `zarr.verify`; none of a checkpoint of earlier
+      versions, which wrote none.
 
     Raises:
       ValueError: a file is not the one that was written.
     """
     path = Path(path)
-    file, total = path / CHECKSUMS, _contents(path / "config.json").get("checksums")
+    total = _contents(path / "config.json").get("checksums")
     if total is not None:
-        zarr.verify_file(file, {CHECKSUMS: total}, CHECKSUMS)
-    elif not file.exists():
-        return {}
-    sums = read_json(file)
-    check_table({"files": sums}, {"files": table_of(string())}, str(file))
+        checksums.check_file(path / checksums.NAME, total)
+    sums = checksums.read(path)
     for name in sums:
         if not name.startswith("params/"):
-            zarr.verify_file(path / name, sums, name)
+            checksums.check_file(path / name, sums[name])
     return {name.removeprefix("params/"): total for name, total in sums.items()}
 
 
@@ -143,11 +141,8 @@ def write(
         "provenance": dict(provenance),
     }
     if sums is not None:
-        others = sorted(x.name for x in path.iterdir() if x.is_file() and x.name != "config.json")
-        every = {name: zarr.sum_of(path / name) for name in others}
-        every |= {f"params/{name}": total for name, total in sums.items()}
-        _write_json(path / CHECKSUMS, every)
-        contents["checksums"] = zarr.sum_of(path / CHECKSUMS)
+        checksums.write(path, {f"params/{name}": total for name, total in sums.items()})
+        contents["checksums"] = checksums.of_file(path / checksums.NAME)
     _write_json(path / "config.json", contents)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from mistral_jax.base import patterns
 from mistral_jax.base.fields import (
     boolean,
     check_table,
@@ -21,6 +20,7 @@ from mistral_jax.base.fields import (
     table_of,
 )
 from mistral_jax.base.files import read_json
+from mistral_jax.checkpoint import patterns
 from mistral_jax.checkpoint.lora import Lora
 
 # Fields that, where they are set, make an adapter more than two matrices beside a frozen one.
@@ -34,7 +34,8 @@ _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 # Bytes of such a file; one with a rank of its own for each of a thousand modules has some 100,000.
 _MOST_BYTES = 512 << 10
-_RANK, _ALPHA = integer(1, 1 << 16), number(0, 1e6, above=True)
+MOST_RANK = 1 << 16
+_RANK, _ALPHA = integer(1, MOST_RANK), number(0, 1e6, above=True)
 _RULES = {
     "peft_type": string(),
     "bias": optional(string()),

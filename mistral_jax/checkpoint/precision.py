@@ -12,12 +12,10 @@ import jax
 import jax.numpy as jnp
 from rich.filesize import decimal
 
-from mistral_jax.base import memory
+from mistral_jax.base import DTYPES, memory
 from mistral_jax.checkpoint import arrays
 from mistral_jax.ops.quantized import QuantizedKernel
 from mistral_jax.parallel import distributed
-
-DTYPES = ("bfloat16", "float16", "float32")
 
 Params = Mapping[str, Any]
 

@@ -19,8 +19,9 @@ import numpy as np
 
 from mistral_jax.base import fields
 from mistral_jax.base.fields import Rule, check_table, show
-from mistral_jax.base.files import read_bytes, read_json
-from mistral_jax.checkpoint import folder
+from mistral_jax.base.files import read_json
+from mistral_jax.checkpoint import checksums, folder
+from mistral_jax.checkpoint.checksums import Checksums
 
 # Of a file, at most: of a larger one a host reads more than its part, smaller ones read slower.
 _CHUNK_BYTES = 2 << 20
@@ -30,7 +31,6 @@ _MOST_METADATA = 64 << 20
 
 _MARKER, _HANDLERS = "orbax.checkpoint", "_CHECKPOINT_METADATA"
 _TREE, _ARRAY = "_METADATA", ".zarray"
-_HANDLER = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"
 
 DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -57,8 +57,6 @@ _TREE_RULES = {
     "use_zarr3": _NO,
     "store_array_data_equal_to_fill_value": fields.boolean(),
 }
-
-Sums = dict[str, str]  # the CRC-32 of each file, in hexadecimal, by its path in the folder
 
 
 class Array(NamedTuple):
@@ -94,12 +92,13 @@ class Array(NamedTuple):
             yield ".".join(reversed(places)) or "0"
 
 
-def lay_out(path: Path, names: Iterable[tuple[str, ...]]) -> Sums:
+def lay_out(path: Path, names: Iterable[tuple[str, ...]], handler: str) -> Checksums:
     """Prepares a folder for the arrays of a tree, each of which `write` then writes.
 
     Args:
       path: the folder to make.
       names: the keys on the way to each leaf of the tree.
+      handler: the class of Orbax that reads such a tree, by its full name.
 
     Returns:
       What `verify` needs of the files that it has made.
@@ -119,13 +118,13 @@ def lay_out(path: Path, names: Iterable[tuple[str, ...]]) -> Sums:
     (path / "state").mkdir(parents=True)
     contents = {
         _MARKER: "",
-        _HANDLERS: json.dumps({"item_handlers": {"state": _HANDLER}}),
+        _HANDLERS: json.dumps({"item_handlers": {"state": handler}}),
         f"state/{_TREE}": json.dumps(metadata),
     }
     return {name: _write_text(path / name, text) for name, text in contents.items()}
 
 
-def write(path: Path, name: str, array: np.ndarray) -> Sums:
+def write(path: Path, name: str, array: np.ndarray) -> Checksums:
     """Writes an array in its place: the same files, of Zarr 2, that Orbax makes of a tree.
 
     Orbax itself would need the whole tree in memory, or half as long again for writing it in parts.
@@ -165,7 +164,7 @@ def write(path: Path, name: str, array: np.ndarray) -> Sums:
         file = ".".join(map(str, number))
         with open(place / file, "wb") as stream:
             folder.write_array(stream, block)
-        sums[f"{key}/{file}"] = _hex(zlib.crc32(block.reshape(-1).view(np.uint8)))
+        sums[f"{key}/{file}"] = checksums.of_bytes(block.reshape(-1).view(np.uint8).data)
     return sums
 
 
@@ -286,6 +285,9 @@ def verify(
       ValueError: a file is another, or has a number that is not; it and its array are named.
     """
 
+    def compare(found: str, file: Path, what: str = "") -> None:
+        checksums.compare(found, sums.get(file.relative_to(path).as_posix()), file, what)
+
     def look(task: tuple[str, Array, str]) -> None:
         name, array, part = task
         file = array.place / part
@@ -295,7 +297,7 @@ def verify(
                 total = zlib.crc32(block, total)
                 finite = finite and _finite(block, array.dtype)
         if sums:
-            _compare(sums, file.relative_to(path).as_posix(), total, file, f"array {name}: ")
+            compare(checksums.to_text(total), file, f"array {name}: ")
         if not finite:
             raise ValueError(
                 f"array {name} has numbers that are not finite, in {file}: convert it again, from "
@@ -305,10 +307,10 @@ def verify(
 
     if sums:
         for name in (_HANDLERS, f"state/{_TREE}"):
-            verify_file(path / name, sums, name)
+            compare(checksums.of_file(path / name), path / name)
         for name, array in names.items():
             file = array.place / _ARRAY
-            verify_file(file, sums, file.relative_to(path).as_posix(), f"array {name}: ")
+            compare(checksums.of_file(file), file, f"array {name}: ")
     tasks = [(name, array, part) for name, array in names.items() for part in array.files]
     with ThreadPoolExecutor(4) as pool:
         futures = [pool.submit(look, task) for task in tasks]
@@ -317,24 +319,6 @@ def verify(
                 future.result()
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def verify_file(file: Path, sums: Mapping[str, str], name: str, what: str = "") -> None:
-    """Raises a ValueError unless a file has the checksum that `sums` gives under a name."""
-    _compare(sums, name, zlib.crc32(read_bytes(file)), file, what)
-
-
-def sum_of(file: Path) -> str:
-    """Returns the checksum of a file."""
-    return _hex(zlib.crc32(read_bytes(file)))
-
-
-def _compare(sums: Mapping[str, str], name: str, total: int, file: Path, what: str) -> None:
-    if sums.get(name) != _hex(total):
-        raise ValueError(
-            f"{what}{file} is not the file that was written: its CRC-32 is {_hex(total)}, expected "
-            f"{show(sums.get(name))}: copy the checkpoint again, or convert it again"
-        )
 
 
 def _finite(block: bytes, dtype: np.dtype) -> bool:
@@ -347,14 +331,10 @@ def _finite(block: bytes, dtype: np.dtype) -> bool:
     return (np.frombuffer(block, bits) & np.iinfo(bits).max).max() < infinity
 
 
-def _hex(total: int) -> str:
-    return f"{total:08x}"
-
-
 def _write_text(file: Path, text: str) -> str:
     data = text.encode()
     file.write_bytes(data)
-    return _hex(zlib.crc32(data))
+    return checksums.of_bytes(data)
 
 
 def _read_json(file: Path, limit: int, what: str = "") -> dict[str, Any]:

@@ -16,6 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 
+from mistral_jax.base import DTYPES
 from mistral_jax.base.output import one_line, tell
 
 # Seconds that a first process which fails leaves to the others for saying why they do too.
@@ -106,9 +107,9 @@ def add_model(group: argparse._ActionsContainer) -> None:
     add("--checkpoint", metavar="DIR", help="its folder [the bundled model]")
     add(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=DTYPES,
         metavar="TYPE",
-        help="float32, bfloat16 or float16 [as stored; float32 on a CPU that has the memory]",
+        help="bfloat16, float16 or float32 [as stored; float32 on a CPU that has the memory]",
     )
     add("--lora", metavar="DIR", help="adapters to use with it: PEFT's folder or Mistral's file")
     add(

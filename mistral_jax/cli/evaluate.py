@@ -1,13 +1,21 @@
 """The command line of evaluation, `python -m mistral_jax.evaluate`: it parses, calls and prints."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mistral_jax.cli import command
+
+_UNFOLDED = 1000  # columns of a table that is no terminal's
+
+Value = str | int | float | None
 
 DESCRIPTION = """\
 Tells how well a model foretells texts (perplexity, bits a byte), and how the loss falls with the
@@ -86,19 +94,21 @@ def _names(text: str) -> list[str]:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from mistral_jax.evaluation import choices, documents, positions, report
+    from mistral_jax.evaluation import choices, perplexity, positions
     from mistral_jax.parallel import distributed
 
     _check(arguments)
     if arguments.plot:
         positions.check_plot()
-    texts = distributed.from_first(lambda: [documents.texts(path) for path in arguments.files])
+    texts = distributed.from_first(
+        lambda: [perplexity.read_texts(path) for path in arguments.files]
+    )
     path = arguments.choices
     questions = distributed.from_first(lambda: choices.read(path) if path else [])
     suite = _suite(arguments) if arguments.tasks else None
 
     from mistral_jax.base import machine
-    from mistral_jax.base.progress import Screen
+    from mistral_jax.base.output import Screen
     from mistral_jax.checkpoint import checkpoint
 
     if arguments.compilation_cache:
@@ -121,12 +131,12 @@ def _run(arguments: argparse.Namespace) -> None:
         if texts:
             _perplexity(arguments, loaded, texts)
         if questions:
-            with report.progress("answering") as show:
+            with _progress("answering") as show:
                 found = choices.logprobs(*loaded, questions, arguments.batch, show)
             fields = dataclasses.asdict(choices.accuracy(questions, found))
-            report.show([{"choices": str(path)} | fields], arguments.json)
+            print_results([{"choices": str(path)} | fields], arguments.json)
         if suite is not None:
-            report.show(suite(*loaded, arguments.batch), arguments.json)
+            print_results(suite(*loaded, arguments.batch), arguments.json)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -146,25 +156,25 @@ def _check(arguments: argparse.Namespace) -> None:
 def _suite(arguments: argparse.Namespace) -> Callable[..., list[dict[str, Any]]]:
     """Prepares the tasks of the harness, before the model is loaded; returns what runs them."""
     try:
-        from mistral_jax.evaluation import tasks
+        from mistral_jax.evaluation.harness import prepare_tasks
     except ImportError as error:
         raise ValueError(
             f"no --tasks without lm-evaluation-harness ({error}): "
             "pip install 'mistral-jax-flax[harness]'"
         ) from None
-    return tasks.prepare(
+    return prepare_tasks(
         arguments.tasks, arguments.include_path, arguments.num_fewshot, arguments.limit
     )
 
 
 def _perplexity(arguments: argparse.Namespace, loaded, texts: list[list[str]]) -> None:
     """Scores the texts of all files together; prints the loss of each, and by position."""
-    from mistral_jax.evaluation import perplexity, positions, report
+    from mistral_jax.evaluation import perplexity, positions
     from mistral_jax.parallel import distributed
 
     together = [text for own in texts for text in own]
     circles = _circles(arguments, loaded[2], together) if arguments.circle else []
-    with report.progress("reading") as show:
+    with _progress("reading") as show:
         found = perplexity.token_losses(*loaded, together, arguments.batch, show)
     rest = iter(found)
     named = [
@@ -173,14 +183,14 @@ def _perplexity(arguments: argparse.Namespace, loaded, texts: list[list[str]]) -
     ]
     if len(named) > 1:
         named.append(("all", perplexity.loss(together, found)))
-    report.show([_fields(name, loss) for name, loss in named], arguments.json)
+    print_results([_fields(name, loss) for name, loss in named], arguments.json)
     if arguments.positions is None and not arguments.plot:
         return
     if circles:
-        with report.progress("reading circles of") as show:
+        with _progress("reading circles of") as show:
             found = perplexity.row_losses(*loaded[:2], circles, arguments.batch, show)
     buckets = positions.by_position(found, arguments.positions or None)
-    report.show([bucket._asdict() for bucket in buckets], arguments.json)
+    print_results([bucket._asdict() for bucket in buckets], arguments.json)
     if arguments.plot:
         config = loaded[0].config
         distributed.from_first(lambda: positions.plot(buckets, config, arguments.plot))
@@ -210,3 +220,50 @@ def _fields(name: str, loss) -> dict[str, Any]:
         "perplexity": loss.perplexity,
         "bits_per_byte": loss.bits_per_byte,
     }
+
+
+def print_results(results: Sequence[Mapping[str, Value]], as_json: bool) -> None:
+    """Prints results of one kind: as a table, or as a JSON object each."""
+    if as_json:
+        for result in results:
+            fields = {name: _number(value) for name, value in result.items()}
+            print(json.dumps(fields, allow_nan=False), flush=True)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name, value in results[0].items():
+        side = "left" if isinstance(value, str) else "right"
+        table.add_column(name.replace("_", " "), justify=side, overflow="fold")
+    for result in results:
+        table.add_row(*map(_cell, result.values()))
+    # Only a terminal has an edge at which names are to be folded.
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    Console(width=None if is_terminal else _UNFOLDED).print(table)
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields what shows how many tokens are done: a bar on a terminal, nothing elsewhere."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = f"{what} tokens", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _number(value: Value) -> Value:
+    """Returns a value as JSON has it, which knows neither NaN nor an infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cell(value: Value) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else value or "-"

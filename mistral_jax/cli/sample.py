@@ -60,7 +60,7 @@ class _Model:
     """A loaded model, and what is asked of it."""
 
     def __init__(self, arguments: argparse.Namespace, sampling):
-        from mistral_jax.base.progress import Screen
+        from mistral_jax.base.output import Screen
         from mistral_jax.checkpoint.checkpoint import load
         from mistral_jax.cli.stats import CompileClock
 

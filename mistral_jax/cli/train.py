@@ -113,7 +113,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     from mistral_jax.base import machine
     from mistral_jax.parallel import distributed
-    from mistral_jax.training import curve, progress, run, summary
+    from mistral_jax.training import curve, display, run, summary
     from mistral_jax.training.loggers import open_loggers
 
     if arguments.compilation_cache:
@@ -127,7 +127,7 @@ def _run(arguments: argparse.Namespace) -> int:
     print(f"training {what} in {path} ({length})", flush=True)
     loggers = arguments.log if distributed.is_first() else []
     with (
-        progress.show(recipe.steps) as show,
+        display.show(recipe.steps) as show,
         open_loggers(loggers, path, recipe.to_dict()) as log,
     ):
 
@@ -174,10 +174,10 @@ def _override(table: dict[str, Any], arguments: argparse.Namespace) -> dict[str,
 def _preview(recipe, count: int) -> None:
     from rich.console import Console
 
-    from mistral_jax.training.data import examples, preview
+    from mistral_jax.training.data import examples
 
     if recipe.data is None:
         raise ValueError("--preview shows examples, and this recipe trains on a corpus")
     tokenizer = examples.read_tokenizer(recipe)
     found = examples.read(recipe, recipe.data.train, tokenizer)
-    preview.show(itertools.islice(found, count), tokenizer, Console())
+    examples.show(itertools.islice(found, count), tokenizer, Console())

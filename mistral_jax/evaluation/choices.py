@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from mistral_jax.base.fields import show
+from mistral_jax.base.files import read_records
 from mistral_jax.engine.prefill import Params
 from mistral_jax.engine.score import likelihoods
-from mistral_jax.evaluation.documents import records
-from mistral_jax.evaluation.positions import check_finite
+from mistral_jax.evaluation.perplexity import check_finite
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.tokens.tokenizer import Tokenizer
 
@@ -72,7 +72,10 @@ def read(path: Path) -> list[Question]:
       ValueError: a line is not so; it is named.
       OSError: the file cannot be read.
     """
-    return [_question(record, where) for where, record in records(path)]
+    questions = [_question(record, where) for where, record in read_records(path)]
+    if not questions:
+        raise ValueError(f"{path} is empty; expected JSON objects, one a line")
+    return questions
 
 
 def logprobs(

@@ -1,17 +1,23 @@
-"""The adapter for lm-evaluation-harness: our model, as its tasks ask it. It knows no task.
+"""lm-evaluation-harness: our model as its tasks ask it, and its tasks run on our model.
 
 Contexts and continuations become tokens as in the harness's own Transformers backend, so scores are
 the same. Chat templates are not applied.
 """
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import lm_eval
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
 from lm_eval.utils import (
     get_rolling_token_windows,
     make_disjoint_window,
@@ -27,6 +33,8 @@ from mistral_jax.engine.text import completions
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.tokens.tokenizer import Tokenizer
 
+# Draws of the bootstrap, for standard errors that have no formula.
+_DRAWS = 1000
 _NEW_TOKENS = 256  # where a task sets no limit; as the harness's own backends
 
 
@@ -189,3 +197,67 @@ class MistralJax(TemplateLM):
             is_new=True,
         )
         return [completion.text for completion in found]
+
+
+def prepare_tasks(
+    tasks: Sequence[str],
+    include_path: Path | None = None,
+    shots: int | None = None,
+    limit: int | None = None,
+) -> Callable[..., list[dict[str, Any]]]:
+    """Finds tasks by name.
+
+    Args:
+      tasks: names of tasks, groups or tags, or paths of YAML files.
+      include_path: a folder of more tasks; None = only the harness's own.
+      shots: examples before a question; None = as each task says.
+      limit: questions of each task; None = all.
+
+    Returns:
+      A function of (model, params, tokenizer, batch) that runs them, and returns a dict for each
+      metric of each task: "task", "metric", "value", "stderr".
+
+    Raises:
+      ValueError: there is no such task or folder.
+    """
+    if include_path is not None and not include_path.is_dir():
+        raise ValueError(f"there is no folder {include_path}; expected one of tasks in YAML")
+    manager = TaskManager(include_path=include_path)
+    for name in tasks:
+        if name not in manager.all_tasks and not Path(name).is_file():
+            raise ValueError(
+                f"lm-evaluation-harness has no task {name!r}; `lm_eval ls tasks` lists all"
+            )
+
+    def run(model, params, tokenizer, batch):
+        # Its other way is to fork, which a program with threads of its own does not survive.
+        os.environ["DISABLE_MULTIPROC"] = "1"
+        with contextlib.redirect_stdout(sys.stderr):
+            results = lm_eval.simple_evaluate(
+                MistralJax(model, params, tokenizer, batch),
+                tasks=list(tasks),
+                task_manager=manager,
+                num_fewshot=shots,
+                limit=limit,
+                bootstrap_iters=_DRAWS,
+                log_samples=False,
+            )
+        return list(_metrics(results["results"]))
+
+    return run
+
+
+def _metrics(results: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yields the metrics of all tasks, without the harness's name of the default filter."""
+    for task, fields in results.items():
+        for key, value in fields.items():
+            metric, _, kind = key.partition(",")
+            if not kind or metric.endswith("_stderr"):
+                continue
+            stderr = fields.get(f"{metric}_stderr,{kind}")
+            yield {
+                "task": task,
+                "metric": metric if kind == "none" else f"{metric}, {kind}",
+                "value": float(value),
+                "stderr": stderr if isinstance(stderr, float) else None,
+            }

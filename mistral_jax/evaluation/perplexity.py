@@ -1,16 +1,20 @@
-"""The perplexity of texts: what a model pays for each of their tokens. It reads no files."""
+"""The perplexity of texts: what a model pays for each of their tokens."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from mistral_jax.base.fields import show
+from mistral_jax.base.files import read_records, read_text
 from mistral_jax.engine.prefill import Params
 from mistral_jax.engine.score import likelihoods
-from mistral_jax.evaluation.positions import check_finite
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.tokens.tokenizer import Tokenizer
+
+_JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +58,34 @@ class Loss:
     def bits_per_byte(self) -> float:
         """The length of the texts' code under the model: comparable between tokenizers."""
         return self.nats / math.log(2) / self.bytes
+
+
+def read_texts(path: Path) -> list[str]:
+    """Reads the texts of a file: one, or the "text" of each record of JSON Lines.
+
+    Args:
+      path: a UTF-8 file; JSON Lines if its name ends with .jsonl or .ndjson, or with .gz behind.
+
+    Returns:
+      At least one text; none is empty.
+
+    Raises:
+      ValueError: the file or a text is empty, it is not UTF-8, or a record has no text.
+      OSError: it cannot be read.
+    """
+    if not path.name.endswith(_JSON_LINES):
+        found = {str(path): read_text(path, pipe=True)}
+    else:
+        found = {where: record.get("text") for where, record in read_records(path)}
+        if not found:
+            raise ValueError(f"{path} is empty; expected JSON objects, one a line")
+        for where, text in found.items():
+            if not isinstance(text, str):
+                raise ValueError(f'{where}: "text" is {show(text)}; expected a string')
+    for where, text in found.items():
+        if not text:
+            raise ValueError(f"{where} is empty; expected a text of at least one character")
+    return list(found.values())
 
 
 def token_losses(
@@ -105,3 +137,13 @@ def loss(texts: Sequence[str], losses: Sequence[np.ndarray]) -> Loss:
         bytes=sum(len(text.encode()) for text in texts),
         nats=math.fsum(math.fsum(row.tolist()) for row in losses),
     )
+
+
+def check_finite(losses: Iterable[Sequence[float]]) -> None:
+    """Raises a ValueError if a loss or a log-probability is no finite number."""
+    for number, row in enumerate(losses):
+        if not np.isfinite(row).all():
+            raise ValueError(
+                f"text {number + 1} has a token whose probability is not finite: the model's "
+                "weights are damaged, or its dtype overflows (use bfloat16 or float32)"
+            )

@@ -5,13 +5,14 @@ It takes losses that are known; it runs no model.
 
 import importlib.util
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from mistral_jax.config import ModelConfig
+from mistral_jax.evaluation.perplexity import check_finite
 
 
 class Bucket(NamedTuple):
@@ -60,16 +61,6 @@ def by_position(losses: Sequence[np.ndarray], count: int | None = None) -> list[
         error = None if error is None else float(error)
         buckets.append(Bucket(first, end - 1, len(found), float(found.mean()), error))
     return buckets
-
-
-def check_finite(losses: Iterable[Sequence[float]]) -> None:
-    """Raises a ValueError if a loss or a log-probability is no finite number."""
-    for number, row in enumerate(losses):
-        if not np.isfinite(row).all():
-            raise ValueError(
-                f"text {number + 1} has a token whose probability is not finite: the model's "
-                "weights are damaged, or its dtype overflows (use bfloat16 or float32)"
-            )
 
 
 def turns(ids: Sequence[int], length: int, count: int) -> list[list[int]]:

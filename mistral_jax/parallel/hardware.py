@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from mistral_jax.base.fields import build
 from mistral_jax.base.files import read_toml
 from mistral_jax.config import CONFIG_DIR
 
@@ -33,8 +34,7 @@ class Hardware:
 
 def known() -> dict[str, Hardware]:
     """Reads all accelerators, by their short names."""
-    table = read_toml(CONFIG_DIR / "hardware.toml")
+    path = CONFIG_DIR / "hardware.toml"
     return {
-        name: Hardware(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-        for name, fields in table.items()
+        name: build(Hardware, fields, f"{path}, {name}") for name, fields in read_toml(path).items()
     }

@@ -17,7 +17,7 @@ from mistral_jax.engine.sampling import RowSampling, Sampling
 from mistral_jax.model.cache import Cache
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.parallel.sharding import Layout, abstract_params
-from mistral_jax.training.objective import make_loss_fn
+from mistral_jax.training.loss import make_loss_fn
 from mistral_jax.training.optimizers import make_optimizer
 from mistral_jax.training.states import abstract_state
 from mistral_jax.training.step import Batch, make_train_step

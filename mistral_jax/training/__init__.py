@@ -1,1 +1,1 @@
-"""Training: corpus, vocabulary, data, loss, step and the run of them all. It fetches no data."""
+"""Training: recipe, data, loss, step, the run of them all, and its reports."""

@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from mistral_jax.base import memory
 from mistral_jax.base.fields import Rule, check_table, integer, list_of, number, optional
-from mistral_jax.base.files import parse_record, read_lines
-from mistral_jax.training.utilisation import peak_memory
+from mistral_jax.base.files import read_records
 
 _RATED = 10  # steps, the last ones, that the tokens a second are of
 _SMOOTHED = 0.05  # part of the training's lines that a point of the smoothed loss is the mean of
@@ -108,8 +108,8 @@ class Curve:
             if self._peak_flops:
                 used = counts / seconds * self._flops_per_token
                 entry["mfu"] = round(used / self._peak_flops, 4)
-        if (memory := peak_memory()) is not None:
-            entry["memory"] = memory
+        if (most := memory.peak()) is not None:
+            entry["memory"] = most
         self.write(entry)
         self._since = time.perf_counter()
 
@@ -147,13 +147,8 @@ def read(path: Path | str) -> list[Entry]:
     if not Path(path).exists():
         return []
     found = []
-    for where, line in read_lines(path):
-        if not line.endswith(b"\n"):
-            break
-        try:
-            entry = {"step": None} | parse_record(line)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+    for where, record in read_records(path, is_log=True):
+        entry = {"step": None} | record
         check_table(entry, dict.fromkeys(entry, _MEASURED) | _RULES, where)
         found.append(entry)
     return found

@@ -20,8 +20,8 @@ from mistral_jax.model.transformer import Transformer, stack_layers, unstack_lay
 from mistral_jax.ops.quantized import QuantizedKernel
 from mistral_jax.parallel.sharding import mesh_of, read_layout
 from mistral_jax.training.data import examples
-from mistral_jax.training.data.batches import own_rows
-from mistral_jax.training.data.rows import Rows, feed, in_order
+from mistral_jax.training.data.batches import feed, in_order, own_rows
+from mistral_jax.training.data.packing import PackedRows
 from mistral_jax.training.job import (
     Job,
     check_memory,
@@ -30,7 +30,7 @@ from mistral_jax.training.job import (
     save_model,
     trained_model,
 )
-from mistral_jax.training.objective import everything, make_loss_fn, make_preference_loss_fn
+from mistral_jax.training.loss import everything, make_loss_fn, make_preference_loss_fn
 from mistral_jax.training.recipe import MOST_STEPS, Recipe
 from mistral_jax.training.states import create_state
 from mistral_jax.training.step import LossFn, Params, TrainState
@@ -51,7 +51,7 @@ def make_job(
     layout = read_layout(sharding, config, mesh=mesh)
     check_memory(recipe, config, layout)
     rows = {
-        name: Rows(path / "data" / name)
+        name: PackedRows(path / "data" / name)
         for name in examples.SPLITS
         if (path / "data" / name).is_dir()
     }

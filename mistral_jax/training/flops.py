@@ -1,12 +1,19 @@
-"""The multiplications and additions of a model's own arithmetic. It knows no program or device.
+"""FLOPs: what a model's own arithmetic needs, and what the devices could do. It times no step.
 
-Two a weight and token, and 4 N H a pair of query and key that sees it (as in PaLM's appendix B,
-arXiv 2204.02311). Masked scores, filling, lookups, and what is computed twice are not the model's.
+Two a weight and token, and 4 N H a pair of query and key that sees it. Masked scores, filling,
+lookups, and what is computed twice are not the model's. The share of the devices' peak that this
+uses is the model FLOPs utilisation (PaLM, arXiv 2204.02311, appendix B).
 """
 
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mistral_jax.config import ModelConfig
+from mistral_jax.parallel import hardware
 
 
 def of_weights(config: ModelConfig, count: float, scored: float) -> float:
@@ -43,3 +50,62 @@ def keys_seen(config: ModelConfig, position: np.ndarray | int) -> np.ndarray | i
 def mean_seen(config: ModelConfig, length: int) -> float:
     """Returns the keys that a token of a text sees on average, in all layers together."""
     return np.mean(keys_seen(config, np.arange(length)))
+
+
+def per_token(
+    config: ModelConfig, context: int, *, adapters: bool = False, reference: bool = False
+) -> float:
+    """Counts the model's floating-point operations for a token that is trained on.
+
+    The way back takes twice as many as the way forward: by the activations and by the weights.
+    Frozen weights need only the former. The adapters' own are left out: about a hundredth.
+
+    Args:
+      config: the model.
+      context: tokens a row; a token counts as their average, of one text that fills the row.
+      adapters: whether adapters are trained beside frozen weights, instead of all weights.
+      reference: whether another model, or this one as it was, reads every token too (DPO).
+    """
+    weights = of_weights(config, 1, 1)
+    attention = of_attention(config, 1, mean_seen(config, context))
+    return weights * (2 + (not adapters) + reference) + attention * (3 + reference)
+
+
+def peak() -> float | None:
+    """Returns the FLOP/s that all devices of a run could do; None = nobody has told.
+
+    Accelerators: in bfloat16, as `configs/hardware.toml` has them. A CPU is measured, in float32:
+    as many times as there are processes, of which each counts as a machine.
+    """
+    devices = jax.devices()
+    if devices[0].platform == "cpu":
+        return _measured_flops() * jax.process_count()
+    peaks = {kind: chip.flops for chip in hardware.known().values() for kind in chip.kinds}
+    kinds = [device.device_kind for device in devices]
+    return sum(peaks[kind] for kind in kinds) if peaks.keys() >= set(kinds) else None
+
+
+@functools.cache
+def _measured_flops() -> float:
+    """Measures the FLOP/s of a CPU by products of matrices, the best of some, within a second.
+
+    CPU devices are made of the same cores, and one product takes them all. Which size is the
+    fastest depends on how many those are.
+    """
+    return max(map(_product_flops, (512, 1024, 2048)))
+
+
+def _product_flops(size: int) -> float:
+    matrix = jnp.ones((size, size), jnp.float32)
+    multiply = jax.jit(jnp.dot)
+
+    def seconds():
+        began = time.perf_counter()
+        multiply(matrix, matrix).block_until_ready()
+        return time.perf_counter() - began
+
+    seconds()  # compiles
+    times = []
+    while sum(times) < 0.1:
+        times.append(seconds())
+    return 2 * size**3 / min(times)

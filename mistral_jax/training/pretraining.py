@@ -9,16 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mistral_jax.checkpoint import folder
+from mistral_jax.checkpoint import checksums, folder
 from mistral_jax.model.transformer import Transformer, stack_layers, unstack_layers
 from mistral_jax.parallel.sharding import Layout, abstract_params, read_layout
 from mistral_jax.tokens.tokenizer import Tokenizer
-from mistral_jax.training import sums
-from mistral_jax.training.data import corpus
-from mistral_jax.training.data import documents as data
-from mistral_jax.training.data.vocabulary import train_vocabulary
+from mistral_jax.training.data import batches, corpus
+from mistral_jax.training.data.vocabulary import tokenize, train_vocabulary
 from mistral_jax.training.job import Job, check_memory, optimizer_of, save_model, trained_model
-from mistral_jax.training.objective import make_loss_fn
+from mistral_jax.training.loss import make_loss_fn
 from mistral_jax.training.recipe import Recipe
 from mistral_jax.training.states import create_state
 from mistral_jax.training.step import Params, TrainState
@@ -28,7 +26,7 @@ def prepare(recipe: Recipe, path: Path) -> None:
     """Makes the vocabulary and the tokens of a run, as `<path>/data`."""
     with folder.whole(path / "data") as part:
         _write_data(recipe, part)
-        sums.write(part)
+        checksums.write(part)
 
 
 def make_job(recipe: Recipe, path: Path, sharding=None, mesh=None) -> Job:
@@ -51,7 +49,7 @@ def make_job(recipe: Recipe, path: Path, sharding=None, mesh=None) -> Job:
     def feed(steps):
         order = {"context": recipe.context, "rows": recipe.rows, "seed": recipe.seed}
         for step in steps:
-            yield data.batch_at(step, tokens["train"], **order)
+            yield batches.window_batch(step, tokens["train"], **order)
 
     def whole(state: TrainState) -> Params:
         return unstack_layers(state.trainable) if recipe.scan else state.trainable
@@ -70,7 +68,7 @@ def make_job(recipe: Recipe, path: Path, sharding=None, mesh=None) -> Job:
         loss_fn=make_loss_fn(trained),
         feed=feed,
         validation=functools.partial(
-            data.batches_in_order,
+            batches.windows_in_order,
             tokens["validation"],
             context=recipe.context,
             rows=recipe.validation_rows,
@@ -108,7 +106,7 @@ def initial_params(
 
 def _write_data(recipe: Recipe, part: Path) -> None:
     sources = corpus.gather(recipe.corpus)
-    splits = {source.name: data.split(source.name, source.files) for source in sources}
+    splits = {source.name: corpus.split(source.name, source.files) for source in sources}
     times = {corpus.normal_name(name): count for name, count in recipe.corpus.items()}
     train_texts = [text for texts, _ in splits.values() for text in texts]
     vocabulary = train_vocabulary(train_texts, recipe.model_config.vocab_size, recipe.seed)
@@ -116,8 +114,8 @@ def _write_data(recipe: Recipe, part: Path) -> None:
     tokenizer = Tokenizer.from_file(part / "tokenizer.model")
     train, validation = [], []
     for name, (train_texts, validation_texts) in splits.items():
-        train += [data.tokenize(train_texts, tokenizer)] * times.get(name, 1)
-        validation.append(data.tokenize(validation_texts, tokenizer))
+        train += [tokenize(train_texts, tokenizer)] * times.get(name, 1)
+        validation.append(tokenize(validation_texts, tokenizer))
     np.save(part / "train.npy", np.concatenate(train))
     np.save(part / "validation.npy", np.concatenate(validation))
     listing = [source.summary() for source in sources]

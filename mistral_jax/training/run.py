@@ -1,36 +1,42 @@
-"""A training run: a folder of data, states, curve and result, and the loop that fills it.
+"""A training run: its folder of data, states, curve and result, and the loop that fills it.
 
 It is the bookkeeping around `step.py`. A run that was stopped goes on where it was, to the bit.
 """
 
 import contextlib
 import dataclasses
+import json
 import math
 import shlex
+import shutil
 import signal
-from collections.abc import Callable, Mapping
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from mistral_jax.base.files import read_json
+from mistral_jax.checkpoint import adapters, checksums, folder, manifest
 from mistral_jax.engine.sampling import Sampling
 from mistral_jax.engine.text import completions
 from mistral_jax.parallel import distributed
 from mistral_jax.parallel.sharding import on_mesh
-from mistral_jax.training import curve, finetuning, pretraining
+from mistral_jax.training import curve, finetuning, flops, pretraining
 from mistral_jax.training.curve import Curve, Entry
 from mistral_jax.training.data import examples
 from mistral_jax.training.data.batches import spread
 from mistral_jax.training.job import Job, optimizer_of
-from mistral_jax.training.place import prepared, signals
 from mistral_jax.training.recipe import Recipe
 from mistral_jax.training.states import Saver, restore_state, saved_steps
 from mistral_jax.training.step import Batch, TrainState, make_train_step
-from mistral_jax.training.utilisation import flops_per_token, peak_flops
 
 _SAMPLE_TOKENS = 64
+# What a recipe says of its data; the data are made again where it changes before a state is saved.
+_DECIDE_DATA = ("model", "corpus", "checkpoint", "data", "dpo", "context", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +84,7 @@ def train(
     path = Path(path)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.enable_x64(False))  # The same numbers, whatever the program's are.
-        stopped = stack.enter_context(signals())
+        stopped = stack.enter_context(_signals())
         distributed.from_first(lambda: stack.enter_context(prepared(recipe, path)))
         if recipe.data and distributed.is_first():
             for line in examples.describe(path):
@@ -92,6 +98,80 @@ def train(
         target, options = job.export(state)
         use = shlex.join(["python", "-m", "mistral_jax.sample", *options])
         return Outcome(None, target, int(state.step), use)
+
+
+@contextlib.contextmanager
+def prepared(recipe: Recipe, path: Path) -> Iterator[None]:
+    """Keeps the folder of a run for this process, with its recipe and data in it."""
+    notes = path / "recipe.json"
+    if not notes.is_file():
+        folder.check_free(path, remedy=" and is no run: name another folder with --run")
+        path.mkdir(parents=True, exist_ok=True)
+    busy = (
+        f"another process trains in {path}: wait for it ({{owner}}), or name another folder with "
+        "--run"
+    )
+    # A result is written last: what would keep it from that is found first.
+    for target, kept in (("checkpoint", manifest.kept), ("adapter", adapters.kept)):
+        folder.check_target(path / target, kept)
+    with folder.locked(path, busy):
+        earlier = None
+        if notes.is_file():
+            earlier = Recipe.from_dict(read_json(notes), str(notes))
+        _check_data(recipe, path, earlier)
+        if recipe != earlier:
+            part = path / ".recipe.json.partial"
+            part.write_text(json.dumps(recipe.to_dict(), indent=2) + "\n", encoding="utf-8")
+            part.replace(notes)
+        if not (path / "data").is_dir():
+            (examples if recipe.data else pretraining).prepare(recipe, path)
+        yield
+
+
+def _check_data(recipe: Recipe, path: Path, earlier: Recipe | None) -> None:
+    """Refuses data that are damaged or of other files; removes what may be made again.
+
+    They may be as long as no state is saved: nothing was learnt from them.
+    """
+    data, begun = path / "data", saved_steps(path)
+    if earlier and begun:
+        recipe.check_continues(earlier, str(path))
+    if data.is_dir() and earlier:
+        checksums.check(data, f"remove {data}, and it is made again")
+        other = examples.changed(recipe, path) if recipe.data and earlier.data else None
+        if other and begun:
+            raise ValueError(
+                f"{other} is another file now than when the run in {path} began: restore it, or "
+                "name another folder with --run"
+            )
+        if other or any(getattr(recipe, x) != getattr(earlier, x) for x in _DECIDE_DATA):
+            shutil.rmtree(data)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[Callable[[], int]]:
+    """Yields a function that returns the SIGINT or SIGTERM that came, or 0; a second one acts."""
+    received = []
+    earlier = {}
+
+    def note(number, frame):
+        if number == signal.SIGINT:
+            with contextlib.suppress(OSError):
+                print("stopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+        received.append(number)
+        signal.signal(number, earlier[number] or signal.SIG_DFL)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0  # Python gives no signals to other threads.
+        return
+    for number in (signal.SIGINT, signal.SIGTERM):
+        earlier[number] = signal.signal(number, note)
+    try:
+        yield lambda: max(received, default=0)
+    finally:
+        for number, handler in earlier.items():
+            # None: one that Python did not set.
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 class _Run:
@@ -116,7 +196,7 @@ class _Run:
             job.loss_fn, optimizer, recipe.microbatches, places if job.layout else None, recipe.seed
         )
         self._evaluate = jax.jit(job.loss_fn)
-        flops = flops_per_token(
+        per_token = flops.per_token(
             job.model.config,
             recipe.context,
             adapters=recipe.lora is not None,
@@ -127,8 +207,8 @@ class _Run:
             file if is_first else None,
             int(self._state.step),
             report,
-            flops,
-            peak_flops() if is_first else None,
+            per_token,
+            flops.peak() if is_first else None,
             job.steps,
         )
         self._looked, self._best, self._skipped = distributed.from_first(lambda: _earlier(file))

@@ -17,14 +17,13 @@ import numpy as np
 import optax
 
 from mistral_jax.base.files import read_json
-from mistral_jax.checkpoint import arrays, folder, zarr
+from mistral_jax.checkpoint import arrays, checksums, folder, zarr
 from mistral_jax.parallel import distributed
 from mistral_jax.parallel.sharding import Layout
-from mistral_jax.training import sums
 from mistral_jax.training.step import Params, TrainState
 
 # What a saved state consists of.
-_FILES = re.compile(r"sums\.json|state/.*")
+_FILES = re.compile(r"(check)?sums\.json|state/.*")
 
 
 def create_state(
@@ -127,7 +126,7 @@ class Saver:
             with stack:
                 finish()
                 if distributed.is_first():
-                    sums.write(part)
+                    checksums.write(part)
         except Exception as error:
             raise OSError(f"{target} could not be saved: {_reason(error)}") from error
         if distributed.is_first():
@@ -178,7 +177,7 @@ def _read(place: Path, abstract: dict[str, Any], step: int) -> dict[str, Any]:
     """Reads a saved state; a ValueError says that it is damaged."""
 
     def check():
-        sums.check(place, "the state is damaged")
+        checksums.check(place, "the state is damaged")
         _check_arrays(place / "state" / "state", abstract)
 
     distributed.from_first(check)
@@ -199,7 +198,7 @@ def _check_arrays(place: Path, abstract: dict[str, Any]) -> None:
     """Makes sure that all files of a state's arrays are there, before Orbax reads one.
 
     Orbax answers what is missing with errors of many threads, and may crash. States from before
-    there were sums are looked at in no other way.
+    there were checksums are looked at in no other way.
     """
     if any(place.glob("*/zarr.json")):  # Of Zarr 3, as Orbax once wrote them.
         return

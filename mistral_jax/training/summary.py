@@ -13,7 +13,7 @@ from mistral_jax.base.fields import Rule, check_table, list_of
 from mistral_jax.base.files import parse_json, read_json, read_text
 from mistral_jax.training import curve
 from mistral_jax.training.curve import Entry, points
-from mistral_jax.training.progress import amount, duration
+from mistral_jax.training.display import amount, duration
 
 _SOURCE_TYPES = {"name": str, "version": str, "files": int, "bytes": int | float}
 _SOURCE = Rule(

@@ -55,6 +55,7 @@ def test_a_mark_at_the_beginning_is_no_text(tmp_path):
     assert files.read_text(path) == '{"a": 1}'
     assert files.read_json(path) == {"a": 1}
     assert list(files.read_lines(path)) == [(f"{path}, line 1", b'{"a": 1}')]
+    assert list(files.read_records(path)) == [(f"{path}, line 1", {"a": 1})]
     path.write_bytes(files.MARK + b"a = 1\r\n")
     assert files.read_toml(path) == {"a": 1}
     path.write_bytes(files.MARK + b"ab\xff")

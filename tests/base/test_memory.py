@@ -1,7 +1,10 @@
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from mistral_jax.base import memory
@@ -96,3 +99,24 @@ def test_each_accelerator_has_its_own():
     array = SimpleNamespace(shape=(3,), dtype=jnp.dtype(jnp.float32), sharding=sharding)
     found = sorted(memory.demands([array, array]), key=lambda demand: demand.free or 0)
     assert found == [("gpu:0", 24, None), ("gpu:0", 24, 40)]
+
+
+def test_memory_is_at_least_what_is_resident_and_never_falls():
+    held = np.ones(2**26, np.uint8)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    resident = pages * os.sysconf("SC_PAGE_SIZE")
+    during = memory.peak()
+    # The system's counters lag behind each other a little.
+    assert held.nbytes < 0.9 * resident < during < 2**50
+    del held
+    assert memory.peak() >= during
+
+
+def test_the_fullest_accelerator_counts(monkeypatch):
+    stats = [{"peak_bytes_in_use": 5}, {"peak_bytes_in_use": 9}, None]
+    found = [SimpleNamespace(memory_stats=lambda s=s: s) for s in stats]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: found)
+    assert memory.peak() == 9
+    monkeypatch.setattr(jax, "local_devices", lambda: found[2:])
+    assert memory.peak() is None

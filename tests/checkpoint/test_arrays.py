@@ -1,5 +1,6 @@
 """Laws of arrays on disk: what is written is read, by Orbax too, and nothing else is there."""
 
+import json
 import logging
 import math
 from pathlib import Path
@@ -33,7 +34,7 @@ def flat(tree):
 
 
 def write(path, tree):
-    zarr.lay_out(path, [tuple(name.split("/")) for name in flat(tree)])
+    zarr.lay_out(path, [tuple(name.split("/")) for name in flat(tree)], arrays.HANDLER)
     for name, array in flat(tree).items():
         zarr.write(path, name, array)
     return path
@@ -87,6 +88,10 @@ def test_the_files_are_those_that_orbax_writes(written, tmp_path):
     for name, content in ours.items():
         if name.parts[0] == "state":  # outside it, Orbax notes the time
             assert content == theirs[name], name
+    handlers, expected = (
+        json.loads(files[Path("_CHECKPOINT_METADATA")])["item_handlers"] for files in (ours, theirs)
+    )
+    assert handlers.items() <= expected.items()
 
 
 @pytest.mark.parametrize("shape", [(10, 4), (7, 4), (1, 40), (11,), (3, 2, 4), (16, 1)])

@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 
 import mistral_jax
 from mistral_jax.base import memory
-from mistral_jax.base.progress import Progress
+from mistral_jax.base.output import Progress
 from mistral_jax.checkpoint import checkpoint, manifest, quantization
 
 

@@ -11,8 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mistral_jax.base import locks
-from mistral_jax.checkpoint import folder
+from mistral_jax.checkpoint import folder, locks
 
 
 def names(path):
@@ -276,7 +275,7 @@ def test_a_target_that_appears_meanwhile_is_left_alone(tmp_path):
 HALF = """
 import sys, time
 from pathlib import Path
-from mistral_jax.base import locks
+from mistral_jax.checkpoint import locks
 from mistral_jax.checkpoint import folder
 with folder.whole(Path(sys.argv[1])) as part:
     (part / "half").touch()

@@ -5,14 +5,14 @@ import pytest
 from test_folder import STRAY
 from tiny import build
 
-from mistral_jax.checkpoint import manifest, zarr
+from mistral_jax.checkpoint import arrays, manifest, zarr
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
     """A folder that is a checkpoint as far as `manifest` looks."""
     params = tmp_path / "params"
-    sums = zarr.lay_out(params, [("a",), ("b", "c")])
+    sums = zarr.lay_out(params, [("a",), ("b", "c")], arrays.HANDLER)
     for name in ("a", "b/c"):
         sums |= zarr.write(params, name, np.arange(5, dtype=np.float32))
     (tmp_path / "tokenizer.model").write_text("tokens")
@@ -68,7 +68,7 @@ def test_what_systems_leave_does_not_count(checkpoint, name):
 
 
 def test_checksums_are_of_all_files_and_of_each_other(checkpoint):
-    sums = manifest.checksums(checkpoint)
+    sums = manifest.verify(checkpoint)
     zarr.verify(checkpoint / "params", sums, manifest.examine(checkpoint).arrays)
     assert manifest.FORMAT_VERSION == 1
     for name in ("tokenizer.model", "checksums.json"):
@@ -76,15 +76,15 @@ def test_checksums_are_of_all_files_and_of_each_other(checkpoint):
         text = file.read_text()
         file.write_text(text.replace("0", "1", 1).replace("tok", "tik"))
         with pytest.raises(ValueError, match=f"{name} is not the file that was written: its CRC"):
-            manifest.checksums(checkpoint)
+            manifest.verify(checkpoint)
         file.unlink()
         with pytest.raises(ValueError, match=rf"there is no file .*{name}"):
-            manifest.checksums(checkpoint)
+            manifest.verify(checkpoint)
         file.write_text(text)
     change(checkpoint, checksums=...)
-    assert manifest.checksums(checkpoint) == sums, "they may be added to an earlier checkpoint"
+    assert manifest.verify(checkpoint) == sums, "they may be added to an earlier checkpoint"
     (checkpoint / "checksums.json").unlink()
-    assert manifest.checksums(checkpoint) == {}
+    assert manifest.verify(checkpoint) == {}
 
 
 def test_only_what_is_ours_and_nothing_else_may_be_replaced(checkpoint):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_folder import STRAY
 
-from mistral_jax.checkpoint import zarr
+from mistral_jax.checkpoint import arrays, checksums, zarr
 
 TREE = {
     "a/x": np.arange(48, dtype=np.float32).reshape(8, 6),
@@ -25,7 +25,7 @@ def tree(tmp_path, monkeypatch):
     """A folder, and the checksums of its files."""
     monkeypatch.setattr(zarr, "_CHUNK_BYTES", 64)
     path = tmp_path / "params"
-    sums = zarr.lay_out(path, [tuple(name.split("/")) for name in TREE])
+    sums = zarr.lay_out(path, [tuple(name.split("/")) for name in TREE], arrays.HANDLER)
     for name, array in TREE.items():
         sums |= zarr.write(path, name, array)
     return path, sums
@@ -50,7 +50,7 @@ def test_what_is_written_is_described_and_verified(tree):
     assert sum(read) == sum(x.nbytes for x in TREE.values())
     files = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
     assert sums.keys() == files
-    assert {sums[name] for name in files} == {zarr.sum_of(path / name) for name in files}
+    assert {sums[name] for name in files} == {checksums.of_file(path / name) for name in files}
 
 
 def test_what_systems_leave_is_no_damage(tree):

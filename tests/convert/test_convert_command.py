@@ -18,7 +18,7 @@ from mistral_jax.config import CHECKOUT
 COMMAND = [sys.executable, "-m", "mistral_jax.convert"]
 SIGNALLED = """
 import os, sys
-from mistral_jax.base import progress
+from mistral_jax.base import output
 from mistral_jax.convert import __main__
 
 number, *arguments = sys.argv[1:]
@@ -30,7 +30,7 @@ def say(self, sentence):
     if len(said) == 3:
         os.kill(os.getpid(), int(number))
 
-progress.Screen.say = say
+output.Screen.say = say
 sys.exit(__main__.main(arguments))
 """
 

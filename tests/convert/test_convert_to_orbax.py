@@ -10,7 +10,7 @@ import tiny
 from mistral_jax.convert.source import find
 from mistral_jax.convert.to_orbax import to_orbax
 
-from mistral_jax.base.progress import Progress
+from mistral_jax.base.output import Progress
 from mistral_jax.checkpoint import arrays, checkpoint, manifest
 
 

@@ -160,7 +160,6 @@ def test_a_missing_library_is_named_with_what_installs_it(command, folder, monke
     assert (code, out) == (2, "")
     assert err.endswith("pip install 'mistral-jax-flax[train]'\n")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.delitem(sys.modules, "mistral_jax.evaluation.tasks", raising=False)
     monkeypatch.delitem(sys.modules, "mistral_jax.evaluation.harness", raising=False)
     code, out, err = command("--tasks", "x")
     assert (code, out) == (2, "")

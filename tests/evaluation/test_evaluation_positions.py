@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import mistral_jax as mj
-from mistral_jax.evaluation import choices, perplexity, positions, report
+from mistral_jax.cli.evaluate import print_results
+from mistral_jax.evaluation import choices, perplexity, positions
 from mistral_jax.evaluation.perplexity import loss, row_losses, token_losses
 from mistral_jax.evaluation.positions import by_position, plot, turns
 
@@ -140,5 +141,5 @@ def test_losses_that_are_not_finite_are_refused(value):
 
 def test_a_report_is_valid_json_whatever_was_measured(capsys):
     loss = perplexity.Loss(documents=1, tokens=1, bytes=1, nats=1e6)
-    report.show([{"perplexity": loss.perplexity, "stderr": math.nan, "loss": 1.5}], as_json=True)
+    print_results([{"perplexity": loss.perplexity, "stderr": math.nan, "loss": 1.5}], as_json=True)
     assert capsys.readouterr().out == '{"perplexity": null, "stderr": null, "loss": 1.5}\n'

@@ -16,7 +16,7 @@ import tiny
 import training_case
 
 import mistral_jax
-from mistral_jax.training.objective import make_loss_fn
+from mistral_jax.training.loss import make_loss_fn
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = sorted(GOLDEN.glob("*.npz"))

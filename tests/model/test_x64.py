@@ -12,7 +12,7 @@ from mistral_jax.checkpoint import quantization
 from mistral_jax.engine import prefill
 from mistral_jax.engine.score import likelihoods
 from mistral_jax.checkpoint.lora import Lora, attach, init_adapters
-from mistral_jax.training.objective import make_loss_fn
+from mistral_jax.training.loss import make_loss_fn
 from mistral_jax.training.pretraining import initial_params
 from mistral_jax.training.states import create_state
 from mistral_jax.training.step import Batch, make_train_step

@@ -21,14 +21,12 @@ import training_case as case
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import mistral_jax
-from convert import names
-from mistral_jax.checkpoint import adapters, checkpoint
+from mistral_jax.checkpoint import adapters, checkpoint, names
 from mistral_jax.checkpoint.lora import PROJECTIONS, Lora, attach, init_adapters
 from mistral_jax.training import curve, finetuning, run
-from mistral_jax.training.data import packing, rows
+from mistral_jax.training.data import packing
 from mistral_jax.training.data.records import Example
-from mistral_jax.training.loss import IGNORED
-from mistral_jax.training.objective import make_loss_fn, make_preference_loss_fn
+from mistral_jax.training.loss import IGNORED, make_loss_fn, make_preference_loss_fn
 from mistral_jax.training.recipe import Data, Recipe
 from mistral_jax.training.step import Batch
 
@@ -77,7 +75,7 @@ def assert_learnt(losses):
 def tree_of(config, state):
     """Puts arrays by Hugging Face's names into our tree."""
     found = {}
-    for row in names.rows(config):
+    for row in names.weights(config):
         array = np.asarray(state[row.name(official=False)].detach())
         found[row.path] = row.from_file(array, config, official=False)
     return unflatten_dict(found, sep="/")
@@ -163,7 +161,7 @@ def test_packed_rows_have_the_gradients_of_a_text_a_row(tensors, seed, tmp_path)
     ]
     summary = packing.write_rows(tmp_path / "rows", examples, 30)
     assert summary.rows < len(texts) == summary.examples
-    packed = rows.Rows(tmp_path / "rows")
+    packed = packing.PackedRows(tmp_path / "rows")
     fields = ("tokens", "positions", "targets", "weights")
     batch = Batch(*(np.stack([row[name] for row in packed]) for name in fields))
     model, params = tiny.from_official(case.CONFIG, tensors)

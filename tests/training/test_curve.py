@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mistral_jax.base import memory
 from mistral_jax.training import curve
 from mistral_jax.training.curve import Curve
 
@@ -103,7 +104,7 @@ def test_what_reports_take_is_not_counted(path, clock):
 
 
 def test_nothing_is_told_that_is_not_known(path, clock, monkeypatch):
-    monkeypatch.setattr(curve, "peak_memory", lambda: None)
+    monkeypatch.setattr(memory, "peak", lambda: None)
     train(Curve(path, 0, lambda entry: None, flops_per_token=6.0), clock, range(1, 11))
     last = curve.read(path)[-1]
     assert last["tokens_per_second"] == 50.0

@@ -17,7 +17,7 @@ import tokenizer_samples
 
 import mistral_jax as mj
 from mistral_jax.checkpoint import adapters, checkpoint
-from mistral_jax.training import curve, finetuning, place, run
+from mistral_jax.training import curve, finetuning, run
 from mistral_jax.training.data import examples
 from mistral_jax.training.recipe import Recipe
 
@@ -385,7 +385,7 @@ def test_a_bad_line_is_named_and_nothing_is_left_behind(folder, tmp_path):
         train(recipe(folder, data=data), tmp_path / "run")
     assert not (tmp_path / "run" / "data").exists()
     mended = recipe(folder, data=data | {"skip_bad": True}, **LORA)
-    with place.prepared(mended, tmp_path / "run"):
+    with run.prepared(mended, tmp_path / "run"):
         first, *rest = examples.describe(tmp_path / "run")
     assert first.startswith("train: 60 examples in ")
     assert rest[0] == "  1 bad lines were left out, such as"
@@ -413,7 +413,7 @@ def test_nothing_trained_yet_a_run_takes_another_recipe_and_other_files(folder, 
 def test_a_folder_is_for_one_process_at_a_time(folder, tmp_path):
     wanted = recipe(folder, **LORA)
     with (
-        place.prepared(wanted, tmp_path / "run"),
+        run.prepared(wanted, tmp_path / "run"),
         pytest.raises(ValueError, match=r"another process trains in .*run: wait for it"),
     ):
         train(wanted, tmp_path / "run")

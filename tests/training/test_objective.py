@@ -8,8 +8,13 @@ import pytest
 import tiny
 
 from mistral_jax.checkpoint.lora import Lora, attach, init_adapters
-from mistral_jax.training.loss import IGNORED, preference
-from mistral_jax.training.objective import everything, make_loss_fn, make_preference_loss_fn
+from mistral_jax.training.loss import (
+    IGNORED,
+    everything,
+    make_loss_fn,
+    make_preference_loss_fn,
+    preference,
+)
 from mistral_jax.training.step import Batch
 
 MODEL, PARAMS = tiny.build()

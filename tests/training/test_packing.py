@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from mistral_jax.training.data import packing, rows
+from mistral_jax.training.data import batches, packing
 from mistral_jax.training.data.records import Example, Pair
 from mistral_jax.training.loss import cross_entropy
 
@@ -93,8 +93,8 @@ def equal(a, b):
 @pytest.mark.parametrize("pack", [True, False])
 def test_every_target_is_learnt_once_after_the_tokens_of_its_own_text(tmp_path, examples, pack):
     summary = packing.write_rows(tmp_path / "rows", iter(examples), CONTEXT, pack=pack)
-    written = rows.Rows(tmp_path / "rows")
-    found = lessons(rows.in_order(written, 4))
+    written = packing.PackedRows(tmp_path / "rows")
+    found = lessons(batches.in_order(written, 4))
     assert found == expected_lessons(examples, CONTEXT)
     assert written.summary == summary
     assert summary.rows == len(written)
@@ -127,8 +127,8 @@ def test_what_is_too_long_and_no_text_is_cut_at_its_end_or_left_out(tmp_path):
     late.weights[: CONTEXT + 1] = 0
     summary = packing.write_rows(tmp_path / "rows", [fits, long, late], CONTEXT)
     assert (summary.examples, summary.too_long, summary.left_out, summary.rows) == (3, 2, 1, 2)
-    written = rows.Rows(tmp_path / "rows")
-    assert lessons(rows.in_order(written, 1)) == expected_lessons([fits, long], CONTEXT)
+    written = packing.PackedRows(tmp_path / "rows")
+    assert lessons(batches.in_order(written, 1)) == expected_lessons([fits, long], CONTEXT)
 
 
 def test_nothing_to_learn_is_an_error_that_leaves_nothing_behind(tmp_path):
@@ -154,7 +154,7 @@ def test_a_pair_has_a_row_of_its_own_with_the_chosen_first(tmp_path):
         tmp_path / "rows", [*pairs, Pair(pairs[0].chosen, late)], CONTEXT, pairs=True
     )
     assert (summary.examples, summary.too_long, summary.left_out, summary.rows) == (10, 1, 1, 9)
-    (batch,) = rows.in_order(rows.Rows(tmp_path / "rows"), 9)
+    (batch,) = batches.in_order(packing.PackedRows(tmp_path / "rows"), 9)
     assert batch.tokens.shape == (9, 2, CONTEXT)
     for side, name in enumerate(("chosen", "rejected")):
         one_side = jax.tree.map(lambda x, side=side: x[:, side], batch)
@@ -165,7 +165,7 @@ def test_memory_does_not_grow_with_the_examples(tmp_path):
     program = """
 import resource, sys
 import numpy as np
-from mistral_jax.training.data import packing, rows
+from mistral_jax.training.data import packing
 from mistral_jax.training.data.records import Example
 def anonymous():  # pages of files do not count: the system takes them back
     return int(next(l.split()[1] for l in open("/proc/self/status") if l.startswith("RssAnon")))
@@ -208,8 +208,8 @@ def test_the_loss_of_packed_rows_is_that_of_every_example_alone(tmp_path):
         alone += loss(tokens[:, :-1], positions, tokens[:, 1:], weights[:, 1:])
     for name, pack in (("packed", True), ("single", False)):
         packing.write_rows(tmp_path / name, examples, 32, pack=pack)
-        written = rows.Rows(tmp_path / name)
-        (batch,) = rows.in_order(written, len(written))
+        written = packing.PackedRows(tmp_path / name)
+        (batch,) = batches.in_order(written, len(written))
         found = loss(batch.tokens, batch.positions, batch.targets, batch.weights)
         np.testing.assert_allclose(found, alone, rtol=1e-5)
 
@@ -220,18 +220,18 @@ def test_the_loss_of_packed_rows_is_that_of_every_example_alone(tmp_path):
 @pytest.fixture
 def written(tmp_path, examples):
     packing.write_rows(tmp_path / "rows", examples, CONTEXT)
-    return rows.Rows(tmp_path / "rows")
+    return packing.PackedRows(tmp_path / "rows")
 
 
 def take(written, steps, **options):
-    return list(rows.feed(written, **{"batch_rows": 4, "seed": 3, "steps": steps, **options}))
+    return list(batches.feed(written, **{"batch_rows": 4, "seed": 3, "steps": steps, **options}))
 
 
 def test_an_epoch_reads_every_row_once_and_in_another_order(written):
     count = len(written)
     by_one = take(written, range(3 * count), batch_rows=1)
     epochs = [by_one[epoch * count : (epoch + 1) * count] for epoch in range(3)]
-    whole = lessons(rows.in_order(written, 1))
+    whole = lessons(batches.in_order(written, 1))
     assert [lessons(epoch) for epoch in epochs] == [whole] * 3
     orders = [[batch.tokens.tobytes() for batch in epoch] for epoch in epochs]
     assert len({tuple(order) for order in orders}) == 3
@@ -256,8 +256,8 @@ def test_the_rows_of_all_processes_are_the_whole(written, processes):
     reads = [
         (take(written, range(20)), [take(written, range(20), own=part) for part in parts]),
         (
-            list(rows.in_order(written, 4)),
-            [list(rows.in_order(written, 4, own=part)) for part in parts],
+            list(batches.in_order(written, 4)),
+            [list(batches.in_order(written, 4, own=part)) for part in parts],
         ),
     ]
     for whole, shares in reads:
@@ -270,12 +270,12 @@ def test_the_rows_of_all_processes_are_the_whole(written, processes):
 
 
 def test_rows_in_order_are_filled_up_with_padding(written):
-    batches = list(rows.in_order(written, 4))
+    found = list(batches.in_order(written, 4))
     assert len(written) % 4
-    assert {batch.tokens.shape for batch in batches} == {(4, CONTEXT)}
-    tokens = np.concatenate([batch.tokens for batch in batches])
+    assert {batch.tokens.shape for batch in found} == {(4, CONTEXT)}
+    tokens = np.concatenate([batch.tokens for batch in found])
     np.testing.assert_array_equal(tokens[: len(written)], [row["tokens"] for row in written])
-    assert (batches[-1].positions[len(written) % 4 :] == -1).all()
+    assert (found[-1].positions[len(written) % 4 :] == -1).all()
 
 
 def test_batches_are_int32_and_float32(written):
@@ -287,7 +287,7 @@ def test_batches_are_int32_and_float32(written):
 
 def test_one_row_is_an_epoch_and_no_step_is_no_batch(tmp_path):
     packing.write_rows(tmp_path / "rows", [example(np.random.default_rng(0), 9)], CONTEXT)
-    written = rows.Rows(tmp_path / "rows")
+    written = packing.PackedRows(tmp_path / "rows")
     assert len(take(written, range(3))) == 3
     assert take(written, range(5, 5)) == []
 
@@ -306,8 +306,8 @@ def test_no_process_is_forked(examples, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fork", refuse)
     packing.write_rows(tmp_path / "rows", examples, CONTEXT)
-    found = rows.Rows(tmp_path / "rows")
-    assert len(list(rows.feed(found, batch_rows=2, seed=0, steps=range(3)))) == 3
+    found = packing.PackedRows(tmp_path / "rows")
+    assert len(list(batches.feed(found, batch_rows=2, seed=0, steps=range(3)))) == 3
 
 
 @pytest.mark.parametrize(
@@ -324,4 +324,4 @@ def test_damaged_rows_are_named(examples, tmp_path, name, contents):
     packing.write_rows(tmp_path / "rows", examples, CONTEXT)
     (tmp_path / "rows" / name).write_bytes(contents)
     with pytest.raises(ValueError, match=name):
-        rows.Rows(tmp_path / "rows")
+        packing.PackedRows(tmp_path / "rows")

@@ -11,7 +11,8 @@ import tokenizer_samples as samples
 from rich.console import Console
 
 from mistral_jax.tokens.tokenizer import Tokenizer
-from mistral_jax.training.data import preview, records
+from mistral_jax.training.data import examples as printed
+from mistral_jax.training.data import records
 from mistral_jax.training.data.records import Example, Pair
 
 TOKENIZER = Tokenizer.from_file(samples.FILES["v3"])
@@ -20,7 +21,7 @@ TERMINAL = {"force_terminal": True, "color_system": "standard", "no_color": Fals
 
 def shown(examples, **options):
     file = io.StringIO()
-    preview.show(examples, TOKENIZER, Console(file=file, width=40, **options))
+    printed.show(examples, TOKENIZER, Console(file=file, width=40, **options))
     return file.getvalue()
 
 

@@ -11,7 +11,7 @@ import pytest
 import tokenizer_samples as samples
 
 from mistral_jax.config import CHECKOUT
-from mistral_jax.evaluation import choices, documents
+from mistral_jax.evaluation import choices, perplexity
 from mistral_jax.tokens.tokenizer import Tokenizer
 from mistral_jax.training.data import records
 
@@ -405,7 +405,7 @@ def test_any_file_is_read_or_refused_in_one_sentence(tmp_path):
             lambda: [*records.read([plain], TOKENIZERS["nano"], **options)],  # noqa: B023
             lambda: [*records.read([packed], TOKENIZERS["nano"], **options)],  # noqa: B023
             lambda: choices.read(plain),
-            lambda: documents.texts(packed),
+            lambda: perplexity.read_texts(packed),
         ):
             try:
                 task()

@@ -9,8 +9,7 @@ import tiny
 
 from mistral_jax.parallel.sharding import read_layout
 from mistral_jax.training.data import batches
-from mistral_jax.training.loss import IGNORED
-from mistral_jax.training.objective import make_loss_fn
+from mistral_jax.training.loss import IGNORED, make_loss_fn
 from mistral_jax.training.optimizers import make_optimizer
 from mistral_jax.training.states import create_state
 from mistral_jax.training.step import Batch, make_train_step

@@ -26,10 +26,9 @@ from mistral_jax.model.transformer import Transformer
 from mistral_jax.parallel.sharding import on_mesh, read_layout
 from mistral_jax.training import curve, pretraining, run
 from mistral_jax.training.data import corpus
-from mistral_jax.training.data import documents as data
-from mistral_jax.training.data.batches import spread
+from mistral_jax.training.data.batches import spread, window_batch
 from mistral_jax.training.job import optimizer_of
-from mistral_jax.training.objective import make_loss_fn
+from mistral_jax.training.loss import make_loss_fn
 from mistral_jax.training.recipe import Data, Recipe
 from mistral_jax.training.states import create_state, restore_state
 from mistral_jax.training.step import make_train_step
@@ -73,7 +72,7 @@ def recipe_file(tmp_path_factory):
         patch.setattr(config, "CONFIG_DIR", folder)
         patch.setattr(corpus, "gather", lambda roots: [SOURCE])
         # One document in a few, of so few.
-        patch.setattr(data, "_VALIDATION_SHARE", 5)
+        patch.setattr(corpus, "_VALIDATION_SHARE", 5)
         # All runs here are of the same programs: they are compiled once.
         jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
         seconds = jax.config.jax_persistent_cache_min_compile_time_secs
@@ -169,21 +168,21 @@ def damage(kind, folder):
 @pytest.mark.parametrize(
     ("kind", "sums", "message"),
     [
-        ("cut", True, "bytes; expected"),
+        ("cut", True, "is not the file that was written"),
         ("cut", False, "bytes; expected"),
         ("missing", True, "is missing: "),
         ("missing", False, "has no file"),
-        ("changed", True, "is damaged, not what was written"),
+        ("changed", True, "is not the file that was written"),
     ],
 )
 def test_a_damaged_state_gives_way_to_the_one_before(
     finished, recipe_file, tmp_path, kind, sums, message
 ):
-    """States from before there were sums are told by the sizes of their files."""
+    """States from before there were checksums are told by the sizes of their files."""
     recipe, path, told = Recipe.from_file(recipe_file), tmp_path / "run", []
     shutil.copytree(finished, path)
     if not sums:
-        [file.unlink() for file in path.rglob("sums.json")]
+        [file.unlink() for file in path.rglob("checksums.json")]
     damage(kind, path / "states/00000020/state")
     state = restore_state(path, pretraining.make_job(recipe, path).state, tell=told.append)
     assert state.step == 10
@@ -262,7 +261,7 @@ def test_a_run_goes_on_under_another_layout(finished, recipe_file, tmp_path):
 def one_step(recipe, layout):
     """Takes a step on 3 rows; returns the shardings before it, the state and the metrics."""
     tokens = np.random.default_rng(0).integers(0, 500, 200)
-    batch = data.batch_at(0, tokens, context=24, rows=3, seed=0)
+    batch = window_batch(0, tokens, context=24, rows=3, seed=0)
     model = Transformer(recipe.model_config, rules=layout.rules if layout else ())
     _, optimizer = optimizer_of(recipe, recipe.steps)
     params = pretraining.initial_params(model, 0, layout)
@@ -482,7 +481,7 @@ def test_an_epoch_reads_a_source_as_often_as_the_recipe_says(finished):
     tokens = np.load(finished / "data" / "train.npy")
     once, twice = np.split(tokens, 2)
     np.testing.assert_array_equal(once, twice)
-    assert np.sum(tokens == 1) == 2 * len(data.split("any", SOURCE.files)[0])
+    assert np.sum(tokens == 1) == 2 * len(corpus.split("any", SOURCE.files)[0])
 
 
 @pytest.fixture

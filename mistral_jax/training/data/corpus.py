@@ -9,7 +9,7 @@ import hashlib
 import importlib.metadata
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 STANDARD_LIBRARY = "python"
@@ -31,6 +31,7 @@ _GENERATED = re.compile(
 )
 _LONGEST_LINE = 300
 _SIZES = range(200, 300_000)
+_VALIDATION_SHARE = 200  # one document in so many is kept for validation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +84,15 @@ def gather(roots: Sequence[str]) -> list[Source]:
     if not sources:
         raise ValueError(f"the corpus of {list(roots)} is empty: no Python source was found")
     return sources
+
+
+def split(source: str, files: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Divides a source's files into texts to train on and to validate on, by their names alone."""
+    parts = [], []
+    for name, text in files.items():
+        digest = hashlib.sha256(f"{source}/{name}".encode()).digest()
+        parts[int.from_bytes(digest[:8], "big") % _VALIDATION_SHARE == 0].append(text)
+    return parts
 
 
 def normal_name(name: str) -> str:

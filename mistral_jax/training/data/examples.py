@@ -1,14 +1,16 @@
-"""The examples of a run: files encoded and packed once, in its folder. It holds no model."""
+"""The examples of a run: encoded and packed once in its folder, described, and shown."""
 
 import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.text import Text
 
 from mistral_jax.base.fields import (
     boolean,
@@ -21,12 +23,12 @@ from mistral_jax.base.fields import (
     table_of,
 )
 from mistral_jax.base.files import read_json
-from mistral_jax.checkpoint import checkpoint, folder, manifest
+from mistral_jax.checkpoint import checkpoint, checksums, folder, manifest
 from mistral_jax.config import ModelConfig
 from mistral_jax.tokens.tokenizer import Tokenizer
-from mistral_jax.training import sums
 from mistral_jax.training.data import packing, records
-from mistral_jax.training.data.rows import SUMMARY_RULES
+from mistral_jax.training.data.packing import SUMMARY_RULES
+from mistral_jax.training.data.records import Example, Pair
 from mistral_jax.training.job import Prompt
 from mistral_jax.training.recipe import Recipe
 
@@ -47,6 +49,13 @@ _SPLIT_RULES = SUMMARY_RULES | {
     "chat": boolean(),
 }
 _PROMPT_RULES = {"text": string(), "tokens": list_of(integer(0), 1 << 20)}
+
+MARKS = "⟦", "⟧"  # around what is learnt, where there are no colours
+_LEARNT, _GIVEN, _CONTROL = "bold green", "dim", "reverse"
+# What would move a terminal's cursor, or more, is shown as its picture; tabs too, as they are told
+# from spaces then.
+_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) != "\n"}
+_PICTURES |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
 def prepare(recipe: Recipe, path: Path) -> None:
@@ -74,7 +83,7 @@ def prepare(recipe: Recipe, path: Path) -> None:
         prompts = itertools.islice(_beginnings(recipe, tokenizer), _PROMPTS)
         notes["prompts"] = [dataclasses.asdict(prompt) for prompt in prompts]
         (part / "data.json").write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
-        sums.write(part)
+        checksums.write(part)
 
 
 def changed(recipe: Recipe, path: Path) -> str | None:
@@ -125,6 +134,30 @@ def prompts(recipe: Recipe, path: Path, tokenizer: Tokenizer) -> tuple[list[Prom
     if (longest := max(len(prompt.tokens) for prompt in found)) > most:
         raise ValueError(f"sample_prompts has a text of {longest} tokens; expected at most {most}")
     return found, chat
+
+
+def show(examples: Iterable[Example | Pair], tokenizer: Tokenizer, console: Console) -> None:
+    """Prints examples decoded: what is learnt in green, or between ⟦ and ⟧ where nothing is.
+
+    Control tokens are shown as the vocabulary spells them, in colours inverted, so that they
+    differ from the same characters in a text.
+
+    Args:
+      examples: what `records.read` yields.
+      tokenizer: what encoded them.
+      console: where to print.
+    """
+    colours = console.color_system is not None and not console.no_color
+    for count, example in enumerate(examples, start=1):
+        sides = {f"Example {count}": example}
+        if isinstance(example, Pair):
+            sides = {
+                f"Pair {count}, chosen": example.chosen,
+                f"Pair {count}, rejected": example.rejected,
+            }
+        for title, side in sides.items():
+            console.print(Text(f"{title}: {_count(side)}", "bold"), soft_wrap=True)
+            console.print(_decode(side, tokenizer, colours), soft_wrap=True, end="\n\n")
 
 
 def _notes(path: Path) -> dict[str, Any]:
@@ -209,3 +242,32 @@ def _digests(recipe: Recipe) -> dict[str, str]:
             with path.open("rb") as file:
                 digests[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests
+
+
+def _count(example: Example) -> str:
+    learnt = example.weights[example.weights > 0]
+    weights = np.unique(learnt)
+    note = (
+        ""
+        if np.array_equal(weights, [1])
+        else f" with weight {', '.join(f'{w:g}' for w in weights)}"
+    )
+    return f"{len(example.tokens)} tokens, {len(learnt)} learnt{note}"
+
+
+def _decode(example: Example, tokenizer: Tokenizer, colours: bool) -> Text:
+    text, decoder = Text(), tokenizer.stream()
+    tokens = zip(example.tokens.tolist(), (example.weights > 0).tolist(), strict=True)
+    for learnt, run in itertools.groupby(tokens, key=lambda token: token[1]):
+        style = _LEARNT if learnt else _GIVEN
+        before, after = MARKS if learnt and not colours else ("", "")
+        text.append(before)
+        ids = (token for token, _ in run)
+        for is_control, part in itertools.groupby(ids, tokenizer.is_control):
+            if is_control:
+                text.append("".join(map(tokenizer.piece, part)), f"{style} {_CONTROL}")
+            else:
+                decoded = "".join(map(decoder.push, part)) + decoder.flush()
+                text.append(decoded.translate(_PICTURES), style)
+        text.append(after)
+    return text

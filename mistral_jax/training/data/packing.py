@@ -1,4 +1,7 @@
-"""Packing: laying examples into rows, as many in each as fit. It makes no batches of the rows."""
+"""Packed rows: examples side by side, as many in each row as fit; a file of them, and its reader.
+
+It makes no batches of the rows.
+"""
 
 import contextlib
 import dataclasses
@@ -6,15 +9,88 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
+from mistral_jax.base.fields import boolean, build, check_table, integer
+from mistral_jax.base.files import check_regular, read_json
 from mistral_jax.checkpoint.folder import whole
 from mistral_jax.training.data.records import Example, Pair
-from mistral_jax.training.data.rows import Summary, import_grain, padding, row_type
 
 _PLACE = np.dtype([("tokens", "<i4"), ("targets", "<i4"), ("weights", "<f4")])
 _PACKED_AT_A_TIME = 1 << 21  # places; some 40 MB
+_COUNT = integer(0, 1 << 40)
+SUMMARY_RULES = {
+    "context": integer(1, 1 << 20),
+    "pairs": boolean(),
+    "examples": _COUNT,
+    "too_long": _COUNT,
+    "left_out": _COUNT,
+    "rows": integer(1, 1 << 40),
+    "tokens": _COUNT,
+    "learnt": _COUNT,
+}
+
+
+@dataclasses.dataclass
+class Summary:
+    """What became of examples.
+
+    Attributes:
+      context: places a row (T).
+      pairs: whether a row is a pair: two times T places, the chosen example's first.
+      examples: number of examples, or of pairs.
+      too_long: how many of them did not fit into a row.
+      left_out: how many had nothing to be learnt in what fits.
+      rows: number of rows.
+      tokens: number of places that hold a token.
+      learnt: number of places whose target is learnt, with whatever weight.
+    """
+
+    context: int
+    pairs: bool
+    examples: int = 0
+    too_long: int = 0
+    left_out: int = 0
+    rows: int = 0
+    tokens: int = 0
+    learnt: int = 0
+
+    @property
+    def fill(self) -> float:
+        """The share of all places that hold a token, from 0 to 1."""
+        return self.tokens / (self.rows * self.context * (1 + self.pairs))
+
+
+class PackedRows(Sequence[np.ndarray]):
+    """The packed rows in a folder, read when they are asked for.
+
+    A row is a record of "tokens", "positions", "targets" and "weights", each [T], or [2, T] for
+    pairs; see `Batch` for what they mean.
+
+    Attributes:
+      summary: what they were made of.
+    """
+
+    def __init__(self, folder: Path | str):
+        """Opens the folder that `write_rows` made; a ValueError names the file that is damaged."""
+        notes, file = Path(folder) / "rows.json", Path(folder) / "rows.bin"
+        table = dict.fromkeys(SUMMARY_RULES) | read_json(notes)
+        check_table(table, SUMMARY_RULES, str(notes))
+        self.summary = build(Summary, table, str(notes))
+        dtype = row_type(self.summary.context, self.summary.pairs)
+        size = self.summary.rows * dtype.itemsize
+        check_regular(file, size)
+        if file.stat().st_size != size:
+            raise ValueError(f"{file} has {file.stat().st_size} bytes; expected {size}")
+        self._rows = np.memmap(file, dtype, mode="r")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self._rows[index]
 
 
 def write_rows(
@@ -148,3 +224,28 @@ def _pack(spool: _Spool, context: int, seed: int) -> Iterator[np.ndarray]:
         for name in _PLACE.names:
             row[name][used] = found["text"][name][used]
         yield row
+
+
+def row_type(context: int, pairs: bool) -> np.dtype:
+    """Returns the type of a row in the file; the names are those of `Batch`."""
+    shape = (2, context) if pairs else (context,)
+    kinds = {"tokens": "<i4", "positions": "<i4", "targets": "<i4", "weights": "<f4"}
+    return np.dtype([(name, kind, shape) for name, kind in kinds.items()])
+
+
+def padding(dtype: np.dtype, count: int) -> np.ndarray:
+    """Returns rows in which no place holds a token."""
+    rows = np.zeros(count, dtype)
+    rows["positions"] = rows["targets"] = -1
+    return rows
+
+
+def import_grain() -> ModuleType:
+    """Returns grain, which is an extra; a ValueError says how to install it."""
+    try:
+        import grain
+    except ImportError:
+        raise ValueError(
+            "the data are packed and shuffled by grain: pip install 'mistral-jax-flax[train]'"
+        ) from None
+    return grain

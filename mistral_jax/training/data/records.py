@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mistral_jax.base.files import check_regular, parse_record, read_lines
+from mistral_jax.base.files import check_regular, read_records
 from mistral_jax.tokens.tokenizer import Tokenizer
 
 _FORMS = (("text",), ("prompt", "completion"), ("messages",))
@@ -99,10 +99,11 @@ def read(
     """
     tally, paths = Tally() if tally is None else tally, list(paths)
     encode = _encode_pair if pairs else _encode_example
+    skip = tally.skip if skip_bad else None
     for path in map(Path, paths):
-        for where, raw in _rows(path) if path.is_dir() else read_lines(path):
+        found = _saved_by_datasets(path) if path.is_dir() else read_records(path, skip)
+        for where, record in found:
             try:
-                record = parse_record(raw) if isinstance(raw, bytes) else raw
                 example = encode(record, tokenizer)
             except ValueError as error:
                 reason = f"{where}: {error}"
@@ -155,7 +156,7 @@ def _encode_pair(record: Any, tokenizer: Tokenizer) -> Pair:
     if chosen == rejected:
         raise ValueError(f'"{names[0]}" and "{names[1]}" are the same; expected two answers')
     if prompt is None:
-        prompt, chosen, rejected = _split(chosen, rejected)
+        prompt, chosen, rejected = _divide(chosen, rejected)
     return Pair(
         _continuation(prompt, chosen, names[0], tokenizer),
         _continuation(prompt, rejected, names[1], tokenizer),
@@ -206,8 +207,8 @@ def _continuation(prompt: Any, answer: Any, name: str, tokenizer: Tokenizer) -> 
     )
 
 
-def _split(chosen: Any, rejected: Any) -> tuple[list, list, list]:
-    """Splits two conversations into their common beginning and what follows in each."""
+def _divide(chosen: Any, rejected: Any) -> tuple[list, list, list]:
+    """Divides two conversations into their common beginning and what follows in each."""
     if not (isinstance(chosen, list) and isinstance(rejected, list)):
         raise ValueError(
             'it has no "prompt"; expected one, or "chosen" and "rejected" as whole conversations '
@@ -263,7 +264,7 @@ def _check_folder(path: Path) -> None:
         )
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _saved_by_datasets(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yields the rows of a folder that `datasets` saved, and the place of each."""
     _check_folder(path)
     try:

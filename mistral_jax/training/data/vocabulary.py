@@ -1,10 +1,13 @@
-"""A vocabulary for source code, made with SentencePiece's trainer. It encodes no text."""
+"""The tokens of a corpus: a vocabulary for source code, and its documents as one array of ids."""
 
 import io
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import sentencepiece
+
+from mistral_jax.tokens.tokenizer import Tokenizer
 
 # Ids 3 to 9 of Mistral's second vocabulary and later ones.
 CONTROL_PIECES = (
@@ -70,6 +73,13 @@ def train_vocabulary(texts: Sequence[str], size: int, seed: int) -> bytes:
             "it smaller"
         ) from None
     return model.getvalue()
+
+
+def tokenize(texts: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
+    """Encodes documents, each between BOS and EOS, as one array of uint16 (or uint32) ids."""
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    rows = [np.array(tokenizer.encode(text, bos=True, eos=True), dtype) for text in texts]
+    return np.concatenate([np.empty(0, dtype), *rows])
 
 
 def _sample(texts: Sequence[str], seed: int) -> Iterator[str]:

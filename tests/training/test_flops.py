@@ -1,8 +1,6 @@
-"""FLOPs of training beside what XLA counts, peaks by JAX's names, and memory that was in use."""
+"""FLOPs of training beside what XLA counts, and peaks by JAX's names."""
 
 import dataclasses
-import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -14,7 +12,7 @@ import tiny
 from mistral_jax.config import ModelConfig
 from mistral_jax.ops.attention import visible
 from mistral_jax.parallel import hardware
-from mistral_jax.training import utilisation
+from mistral_jax.training import flops
 from mistral_jax.training.loss import cross_entropy
 
 V01 = ModelConfig.from_name("mistral-7b-v0.1")
@@ -24,10 +22,10 @@ V03 = ModelConfig.from_name("mistral-7b-v0.3")
 def test_a_token_costs_six_a_weight_and_twelve_a_pair():
     """PaLM's formula, appendix B: 6 N + 12 L H Q T, but for what causality and windows hide."""
     matrices = 7_241_732_096 - 32000 * 4096 - 65 * 4096  # no lookup, no norms
-    found = utilisation.flops_per_token(V01, 8192)
+    found = flops.per_token(V01, 8192)
     mask = np.asarray(visible(jnp.arange(8192)[None], jnp.arange(8192)[None], 4096))
     assert found == 6 * matrices + 12 * 32 * 32 * 128 * mask.sum() / 8192
-    full = utilisation.flops_per_token(V03, 8192)
+    full = flops.per_token(V03, 8192)
     matrices = 7_248_023_552 - 32768 * 4096 - 65 * 4096
     assert full == 6 * matrices + 12 * 32 * 32 * 128 * 8193 / 2
 
@@ -48,7 +46,7 @@ def compiled_flops(differentiated, context, length=1):
 
 def test_xla_counts_what_training_all_weights_needs_and_a_little_more():
     config, found = compiled_flops(lambda chosen, others: chosen, 64)
-    assert 1 < found / utilisation.flops_per_token(config, 64) < 1.3
+    assert 1 < found / flops.per_token(config, 64) < 1.3
 
 
 def test_frozen_weights_save_a_third_of_the_matrices_and_none_of_attention():
@@ -58,8 +56,8 @@ def test_frozen_weights_save_a_third_of_the_matrices_and_none_of_attention():
         return others | {"embed": chosen["embed"]}
 
     config, found = compiled_flops(frozen, 64)
-    assert 1 < found / utilisation.flops_per_token(config, 64, adapters=True) < 1.3
-    one = utilisation.flops_per_token
+    assert 1 < found / flops.per_token(config, 64, adapters=True) < 1.3
+    one = flops.per_token
     matrices = one(V03, 100) - one(V03, 100, adapters=True)
     attention = one(V03, 100) - 3 * matrices
     assert matrices == 2 * (7_248_023_552 - 32768 * 4096 - 65 * 4096)
@@ -69,10 +67,10 @@ def test_frozen_weights_save_a_third_of_the_matrices_and_none_of_attention():
 @pytest.mark.parametrize("adapters", [False, True])
 def test_a_reference_costs_one_way_forward_more(adapters):
     more, less = (
-        utilisation.flops_per_token(V01, 512, adapters=adapters, reference=reference)
+        flops.per_token(V01, 512, adapters=adapters, reference=reference)
         for reference in (True, False)
     )
-    assert 3 * (more - less) == pytest.approx(utilisation.flops_per_token(V01, 512))
+    assert 3 * (more - less) == pytest.approx(flops.per_token(V01, 512))
 
 
 def devices(*kinds, platform="gpu"):
@@ -91,9 +89,9 @@ def devices(*kinds, platform="gpu"):
 )
 def test_the_peak_is_that_of_all_devices(monkeypatch, kind, teraflops):
     monkeypatch.setattr(jax, "devices", devices(kind, kind, kind))
-    assert utilisation.peak_flops() == 3 * teraflops * 1e12
+    assert flops.peak() == 3 * teraflops * 1e12
     monkeypatch.setattr(jax, "devices", devices(kind, "GPU of tomorrow"))
-    assert utilisation.peak_flops() is None
+    assert flops.peak() is None
 
 
 def test_every_chip_has_names_and_shares_none():
@@ -104,37 +102,16 @@ def test_every_chip_has_names_and_shares_none():
 
 
 def test_the_peak_of_a_cpu_is_measured():
-    rates = utilisation.peak_flops(), utilisation.peak_flops()
+    rates = flops.peak(), flops.peak()
     assert max(rates) < 10 * min(rates)  # others may use it too
     assert 1e9 < min(rates) < 1e14
 
 
-def test_memory_is_at_least_what_is_resident_and_never_falls():
-    held = np.ones(2**26, np.uint8)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    resident = pages * os.sysconf("SC_PAGE_SIZE")
-    during = utilisation.peak_memory()
-    # The system's counters lag behind each other a little.
-    assert held.nbytes < 0.9 * resident < during < 2**50
-    del held
-    assert utilisation.peak_memory() >= during
-
-
-def test_the_fullest_accelerator_counts(monkeypatch):
-    stats = [{"peak_bytes_in_use": 5}, {"peak_bytes_in_use": 9}, None]
-    found = [SimpleNamespace(memory_stats=lambda s=s: s) for s in stats]
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "local_devices", lambda: found)
-    assert utilisation.peak_memory() == 9
-    monkeypatch.setattr(jax, "local_devices", lambda: found[2:])
-    assert utilisation.peak_memory() is None
-
-
 def test_layers_have_windows_of_their_own():
     config = dataclasses.replace(V03, num_layers=2, sliding_window=(None, 4))
-    both = utilisation.flops_per_token(config, 16)
+    both = flops.per_token(config, 16)
     one, other = (
-        utilisation.flops_per_token(dataclasses.replace(config, sliding_window=window), 16)
+        flops.per_token(dataclasses.replace(config, sliding_window=window), 16)
         for window in (None, 4)
     )
     assert both == pytest.approx((one + other) / 2)

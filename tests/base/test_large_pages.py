@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mistral_jax.base import pages
+from mistral_jax.base import memory
 from mistral_jax.checkpoint import checkpoint
 
 LARGE = 2 << 20
 # What moves is tested where it can; that nothing else does, everywhere.
 GIVEN = pytest.mark.skipif(
-    not pages._SETTING.is_file(), reason="this system gives no large pages on request"
+    not memory._LARGE_PAGES.is_file(), reason="this system gives no large pages on request"
 )
 
 
@@ -20,7 +20,7 @@ GIVEN = pytest.mark.skipif(
 def setting(monkeypatch, tmp_path):
     file = tmp_path / "enabled"
     file.write_text("always [madvise] never\n")
-    monkeypatch.setattr(pages, "_SETTING", file)
+    monkeypatch.setattr(memory, "_LARGE_PAGES", file)
     return file
 
 
@@ -45,7 +45,7 @@ def test_they_keep_their_numbers_and_begin_a_large_page(dtype, extra):
     numbers = np.random.default_rng(extra).integers(0, 2, (LARGE + extra, 1)).astype(dtype)
     array = jnp.asarray(numbers)
     sharding = array.sharding
-    moved = pages.move({"a": [array]})["a"][0]
+    moved = memory.to_large_pages({"a": [array]})["a"][0]
     assert array.is_deleted()
     assert (moved.dtype, moved.sharding) == (numbers.dtype, sharding)
     np.testing.assert_array_equal(moved, numbers)
@@ -59,7 +59,7 @@ def test_the_small_and_the_split_stay():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     split = jax.device_put(jnp.ones((8, LARGE)), NamedSharding(mesh, PartitionSpec("x")))
     tree = {"small": jnp.ones(LARGE // 4 - 1), "split": split}
-    moved = pages.move(tree)
+    moved = memory.to_large_pages(tree)
     assert all(moved[name] is tree[name] for name in tree)
 
 
@@ -67,12 +67,12 @@ def test_the_small_and_the_split_stay():
 def test_nothing_moves_where_the_system_does_not_ask(setting, text):
     setting.unlink() if text is None else setting.write_text(text)
     array = jnp.ones(LARGE)
-    assert pages.move(array) is array
+    assert memory.to_large_pages(array) is array
 
 
 @GIVEN
 def test_they_can_be_given_away():
-    moved = pages.move(jnp.ones(LARGE))
+    moved = memory.to_large_pages(jnp.ones(LARGE))
     doubled = jax.jit(lambda x: 2 * x, donate_argnums=0)(moved)
     assert moved.is_deleted()
     np.testing.assert_array_equal(doubled, np.full(LARGE, 2, np.float32))

@@ -5,7 +5,7 @@ import re
 import pytest
 from bounds import bounded
 
-from mistral_jax.base import patterns
+from mistral_jax.checkpoint import patterns
 
 NAMES = [
     *(

@@ -11,13 +11,12 @@ import time
 
 import pytest
 
-from mistral_jax.base import locks
-from mistral_jax.checkpoint import folder
+from mistral_jax.checkpoint import folder, locks
 
 HOLD = """
 import fcntl, os, sys, time
 from pathlib import Path
-from mistral_jax.base import locks
+from mistral_jax.checkpoint import locks
 number = int(sys.argv[2])
 def flock(descriptor, mode):
     raise OSError(number, os.strerror(number))

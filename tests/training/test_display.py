@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mistral_jax.training import progress
+from mistral_jax.training import display
 
 LONG = {
     "step": 123450,
@@ -41,7 +41,7 @@ def on_terminal(monkeypatch):
         monkeypatch.setattr(sys, "stderr", terminal)
         monkeypatch.setenv("TERM", "xterm")
         monkeypatch.setenv("COLUMNS", "100")
-        with progress.show(steps) as report:
+        with display.show(steps) as report:
             for entry in entries:
                 report(entry)
         return re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", terminal.getvalue())
@@ -50,7 +50,7 @@ def on_terminal(monkeypatch):
 
 
 def plain(capsys, *entries):
-    with progress.show() as report:
+    with display.show() as report:
         for entry in entries:
             report(entry)
     return capsys.readouterr().err.splitlines()
@@ -135,8 +135,8 @@ def test_a_long_prompt_is_shown_by_its_end(capsys):
 
 def test_amounts_and_durations():
     values = (0.5, 950, 999.7, 12_345, 4_567_000, 7.2e9)
-    assert list(map(progress.amount, values)) == ["0.5", "950", "1k", "12.3k", "4.57M", "7.2G"]
-    assert list(map(progress.duration, (5, 245, 59.6, 45296))) == [
+    assert list(map(display.amount, values)) == ["0.5", "950", "1k", "12.3k", "4.57M", "7.2G"]
+    assert list(map(display.duration, (5, 245, 59.6, 45296))) == [
         "0:05",
         "4:05",
         "1:00",
