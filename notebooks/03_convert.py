@@ -96,7 +96,7 @@ print(f"{len(tensors)} tensors, loaded: {sum(x.flags.owndata for x in tensors.va
 
 # %% [markdown]
 # ## One table of names
-# The conversion is built on one table, `checkpoint/names.py`, which lists the name of each tensor in
+# The conversion is built on one table, `checkpoint/names.py`, which has the name of each tensor in
 # this package, in Mistral's files and in Hugging Face's. The next cell prints the entries for the
 # first layer of your model. Files store a matrix as (out, in). This package does the same, with the
 # heads unfolded: `NH D` becomes `N H D`. The bytes are therefore identical, except for the two
