@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from mistral_jax.checkpoint.lora import HEAD, split_axes
+from mistral_jax.checkpoint.lora import HEAD
 from mistral_jax.config import ModelConfig
+from mistral_jax.model.layers import MATRICES
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.parallel.sharding import abstract_params
 
@@ -121,7 +122,7 @@ def slots(config: ModelConfig) -> list[Slot]:
     """Returns the places that adapters can have in a model."""
     params = flatten_dict(abstract_params(Transformer(config)))
     return [
-        Slot(path[:-1], *split_axes(path[-2], kernel.shape))
+        Slot(path[:-1], *MATRICES[path[-2]].divide(kernel.shape))
         for path, kernel in params.items()
         if path[-1] == "kernel"
     ]

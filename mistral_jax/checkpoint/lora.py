@@ -15,13 +15,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mistral_jax.base.fields import check, integer, number
+from mistral_jax.model.layers import MATRICES
 
 Params = Mapping[str, Any]
 
-# Axes of a kernel that are its outputs; one where it is not said.
-_OUTPUTS = {"q_proj": 2, "k_proj": 2, "v_proj": 2}
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 HEAD = "lm_head"
+# Those of every layer.
+PROJECTIONS = tuple(name for name in MATRICES if name not in ("embed", HEAD))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ def init_adapters(lora: Lora, params: Params, key: jax.Array) -> Params:
         raise ValueError(f"the model has no projection {min(missing)!r} to adapt")
     adapters = {}
     for i, (path, kernel) in enumerate(sorted(kernels.items())):
-        outputs, inputs = split_axes(path[-1], kernel.shape)
+        outputs, inputs = MATRICES[path[-1]].divide(kernel.shape)
         bound = 1 / math.sqrt(math.prod(inputs))
         shape = (lora.rank, *inputs)
         a = jax.random.uniform(jax.random.fold_in(key, i), shape, jnp.float32, -bound, bound)
@@ -173,7 +173,7 @@ def adapter_shardings(params: Params, adapters: Params) -> Params:
             found[path] = kernel.sharding
             continue
         spec = [*kernel.sharding.spec, *[None] * (kernel.ndim - len(kernel.sharding.spec))]
-        outputs, inputs = split_axes(path[-2], tuple(spec))
+        outputs, inputs = MATRICES[path[-2]].divide(tuple(spec))
         axes = (None, *inputs) if path[-1] == "lora_a" else (*outputs, None)
         found[path] = NamedSharding(kernel.sharding.mesh, PartitionSpec(*axes))
     return unflatten_dict(found)
@@ -184,9 +184,3 @@ def _merged(kernel, a, b):
     a, b = (x.astype(jnp.float32) for x in (a, b))
     product = jnp.tensordot(b, a, axes=1, precision=jax.lax.Precision.HIGHEST)
     return (kernel.astype(jnp.float32) + product).astype(kernel.dtype)
-
-
-def split_axes(name: str, axes: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Divides the axes of a projection's kernel, or their sizes, into outputs and inputs."""
-    count = _OUTPUTS.get(name, 1)
-    return axes[:count], axes[count:]

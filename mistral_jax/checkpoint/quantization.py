@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mistral_jax.checkpoint.lora import PROJECTIONS, split_axes
+from mistral_jax.checkpoint.lora import HEAD, PROJECTIONS
+from mistral_jax.model.layers import MATRICES
 from mistral_jax.ops.quantized import QuantizedKernel, to_int8
 
 Params = Mapping[str, Any]
@@ -45,14 +46,12 @@ def kernels(params: Params, output: bool = False) -> dict[Path, int]:
       output: whether the output's is one of them, or the embedding, where that is the output, too;
         else only the projections of layers are.
     """
-    flat = flatten_dict(params)
-    found = {
-        path: len(split_axes(path[-2], array.shape)[0])
-        for path, array in flat.items()
-        if path[-1] == "kernel" and path[-2] in PROJECTIONS
+    names = {*PROJECTIONS, HEAD if HEAD in params else "embed"} if output else {*PROJECTIONS}
+    return {
+        path: len(MATRICES[path[-2]].divide(array.shape)[0])
+        for path, array in flatten_dict(params).items()
+        if path[-1] in ("kernel", "embedding") and path[-2] in names
     }
-    table = ("lm_head", "kernel") if "lm_head" in params else ("embed", "embedding")
-    return found | ({table: 1} if output else {})
 
 
 def quantize(params: Params, kind: str, which: Mapping[Path, int] | None = None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Every parameter names its logical axes, which `sharding.py` maps to a mesh.
 
 import functools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,41 +20,84 @@ from mistral_jax.ops.partition import Rules, length_parts, mesh_axes
 from mistral_jax.ops.products import look_up, multiply, multiply_each
 
 
-class Projection(nn.Module):
-    """Multiplies by a kernel whose output axes come first, as PyTorch stores them.
-
-    Where its parameters have an adapter beside the kernel, `lora_a` [R, inputs] and `lora_b`
-    [outputs, R], the product of the two is added to the kernel's (LoRA, arXiv 2106.09685).
+class Axes(NamedTuple):
+    """The logical axes of a matrix, output axes first, as PyTorch stores them.
 
     Attributes:
-      shape: sizes of the kernel's axes.
-      axes: logical names of the kernel's axes.
-      outputs: how many of them, from the first on, are the result's; it sums over the others.
+      outputs: axes of the product's result.
+      inputs: axes that the product sums over.
+    """
+
+    outputs: tuple[str, ...]
+    inputs: tuple[str, ...]
+
+    def shape(self, config: ModelConfig) -> tuple[int, ...]:
+        """Returns the sizes of all axes in a model."""
+        sizes = {
+            "vocab": config.vocab_size,
+            "embed": config.embed_dim,
+            "mlp": config.mlp_dim,
+            "heads": config.num_heads,
+            "kv_heads": config.num_kv_heads,
+            "head_dim": config.head_dim,
+        }
+        return tuple(sizes[axis] for axis in (*self.outputs, *self.inputs))
+
+    def divide(self, axes: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Divides what is known of each axis, such as its size, into outputs and inputs.
+
+        Axes before the named ones, such as one of stacked layers, count as outputs.
+        """
+        count = len(axes) - len(self.inputs)
+        return axes[:count], axes[count:]
+
+
+# Every matrix of the model, by the name of the module that holds it.
+MATRICES = {
+    "embed": Axes(("vocab",), ("embed",)),
+    "q_proj": Axes(("heads", "head_dim"), ("embed",)),
+    "k_proj": Axes(("kv_heads", "head_dim"), ("embed",)),
+    "v_proj": Axes(("kv_heads", "head_dim"), ("embed",)),
+    "o_proj": Axes(("embed",), ("heads", "head_dim")),
+    "gate_proj": Axes(("mlp",), ("embed",)),
+    "up_proj": Axes(("mlp",), ("embed",)),
+    "down_proj": Axes(("embed",), ("mlp",)),
+    "lm_head": Axes(("vocab",), ("embed",)),
+}
+
+
+class Projection(nn.Module):
+    """Multiplies by the matrix that `MATRICES` has under the module's name.
+
+    Where its parameters have an adapter beside the matrix, `lora_a` [R, inputs] and `lora_b`
+    [outputs, R], the product of the two is added to the matrix's (LoRA, arXiv 2106.09685).
+
+    Attributes:
+      config: the architecture.
       dtype: of the product's operands; sums are float32.
       out_dtype: of the result; None = dtype.
       dropout: share of an adapter's inputs that are dropped where there is an rng "dropout".
     """
 
-    shape: Sequence[int]
-    axes: Sequence[str]
-    outputs: int
+    config: ModelConfig
     dtype: jnp.dtype
     out_dtype: jnp.dtype | None = None
     dropout: float = 0.0
 
     def setup(self):  # noqa: D102
-        kept, contracted = range(self.outputs), range(self.outputs, len(self.shape))
+        axes = MATRICES[self.name]
+        shape, self.outputs = axes.shape(self.config), len(axes.outputs)
+        kept, contracted = range(self.outputs), range(self.outputs, len(shape))
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", contracted, kept)
-        self.kernel = self.param(
-            "kernel", nn.with_logical_partitioning(init, self.axes), self.shape, jnp.float32
-        )
+        init = nn.with_logical_partitioning(init, (*axes.outputs, *axes.inputs))
+        self.matrix = self.param("kernel", init, shape, jnp.float32)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Projects `x` [B, T, ...], whose last axes are the kernel's last."""
+        """Projects `x` [B, T, ...], whose last axes are the matrix's inputs."""
         return project(x, [self])[0]
 
     def complete(self, product: jax.Array, x: jax.Array) -> jax.Array:
-        """Adds what an adapter makes of `x` to the kernel's product with it."""
+        """Adds what an adapter makes of `x` to the matrix's product with it."""
         if self.has_variable("params", "lora_a"):
             a, b = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
             if self.dropout and self.has_rng("dropout"):
@@ -67,7 +111,7 @@ class Projection(nn.Module):
 def project(x: jax.Array, projections: Sequence[Projection]) -> list[jax.Array]:
     """Projects `x` by each of `projections`, which differ in sizes only, at once."""
     outputs, dtype = projections[0].outputs, projections[0].dtype
-    products = multiply_each(x, [one.kernel for one in projections], outputs, dtype)
+    products = multiply_each(x, [one.matrix for one in projections], outputs, dtype)
     return [one.complete(product, x) for one, product in zip(projections, products, strict=True)]
 
 
@@ -95,8 +139,10 @@ class Embedding(nn.Module):
     rules: Rules
 
     def setup(self):  # noqa: D102
-        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed"))
-        shape = (self.config.vocab_size, self.config.embed_dim)
+        axes = MATRICES["embed"]
+        init = nn.initializers.normal(1.0)
+        init = nn.with_logical_partitioning(init, (*axes.outputs, *axes.inputs))
+        shape = axes.shape(self.config)
         self.embedding = self.param("embedding", init, shape, jnp.float32)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -127,14 +173,9 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `x` [B, T, D] to [B, T, D]."""
-        wide, narrow = self.config.mlp_dim, self.config.embed_dim
-
-        def projection(name, shape, axes):
-            return Projection(shape, axes, 1, self.dtype, dropout=self.dropout, name=name)
-
-        gate = projection("gate_proj", (wide, narrow), ("mlp", "embed"))
-        up = projection("up_proj", (wide, narrow), ("mlp", "embed"))
-        down = projection("down_proj", (narrow, wide), ("embed", "mlp"))
+        projection = functools.partial(Projection, self.config, self.dtype, dropout=self.dropout)
+        gate, up = projection(name="gate_proj"), projection(name="up_proj")
+        down = projection(name="down_proj")
         opened, raised = project(x, [gate, up])
         # Rounded once, as PyTorch does: each of its operations would else be.
         gated = nn.silu(opened.astype(jnp.float32)).astype(self.dtype) * raised
@@ -160,21 +201,13 @@ class Attention(nn.Module):
         cache: LayerCache | None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """Maps `x` [B, T, D] to [B, T, D], and the cache to the one that has seen `x` too."""
-        config = self.config
-        projection = functools.partial(Projection, dropout=self.dropout)
-
-        def of_heads(name, heads, axis):
-            shape, axes = (heads, config.head_dim, config.embed_dim), (axis, "head_dim", "embed")
-            return projection(shape, axes, 2, self.dtype, name=name)
+        projection = functools.partial(Projection, self.config, self.dtype, dropout=self.dropout)
 
         def place(y, axis):
             axes = ("batch", "length", axis, "head_dim")
             return nn.with_logical_constraint(y, axes, rules=self.rules)
 
-        query = of_heads("q_proj", config.num_heads, "heads")
-        key = of_heads("k_proj", config.num_kv_heads, "kv_heads")
-        value = of_heads("v_proj", config.num_kv_heads, "kv_heads")
-        q, k, v = project(x, [query, key, value])
+        q, k, v = project(x, [projection(name=name) for name in ("q_proj", "k_proj", "v_proj")])
         q, k, v = place(q, "heads"), place(k, "kv_heads"), place(v, "kv_heads")
         q, k = rotate(q, angles), rotate(k, angles)
         sections = length_parts(self.rules)
@@ -209,7 +242,4 @@ class Attention(nn.Module):
             origin = jnp.zeros(len(x), jnp.int32)
             mixed = look(q, cache.k, cache.v, positions, cache.positions, origin=origin)
 
-        shape = (config.embed_dim, config.num_heads, config.head_dim)
-        axes = ("embed", "heads", "head_dim")
-        o_proj = projection(shape, axes, 1, self.dtype, name="o_proj")
-        return o_proj(mixed), cache
+        return projection(name="o_proj")(mixed), cache

@@ -130,8 +130,7 @@ class Transformer(nn.Module):
         if config.tie_embeddings:
             logits = embed.attend(x)
         else:
-            shape, axes = (config.vocab_size, config.embed_dim), ("vocab", "embed")
-            logits = Projection(shape, axes, 1, dtype, jnp.float32, name="lm_head")(x)
+            logits = Projection(config, dtype, jnp.float32, name="lm_head")(x)
         logits = nn.with_logical_constraint(logits, ("batch", "length", "vocab"), rules=self.rules)
         return logits, cache
 
