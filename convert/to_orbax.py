@@ -16,7 +16,7 @@ from mistral_jax.base import VERSION
 from mistral_jax.base.progress import Progress
 from mistral_jax.checkpoint import checkpoint, folder, manifest, origin, quantization
 from mistral_jax.config import ModelConfig
-from mistral_jax.ops.quantized import QuantizedKernel, to_int8
+from mistral_jax.ops.quantized import QuantizedMatrix, to_int8
 
 from . import architecture, hub, tokens
 from .checks import check_finite, match
@@ -103,7 +103,7 @@ def to_orbax(
                 # In blocks: float32 copies of the largest array would take more than all else.
                 blocks = np.array_split(array, 1 + (array.nbytes >> 24))
                 made = [to_int8(np.float32(x), outputs[row.path]) for x in blocks]
-                array = QuantizedKernel(*map(np.concatenate, zip(*made, strict=True)))
+                array = QuantizedMatrix(*map(np.concatenate, zip(*made, strict=True)))
             for path, part in flatten_dict(quantization.split({row.path: array}), sep="/").items():
                 write(path, part)
             advance(sizes[row.path])

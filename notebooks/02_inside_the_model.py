@@ -42,7 +42,7 @@ import numpy as np
 from mistral_jax.convert.prepare import prepare
 
 import mistral_jax as mj
-from mistral_jax.ops.attention import attend, visible
+from mistral_jax.model.attention import attend, visible
 
 # The bundled model; or a checkpoint's folder, or a name on the Hub, as this one:
 MODEL = None  # "mistralai/Mistral-7B-Instruct-v0.3"
@@ -245,5 +245,5 @@ for name, found in {"token by token": rows, "chunks of 5": parts}.items():
 #
 # [06_long_context](06_long_context.ipynb) puts windows to work on long texts;
 # [docs/architecture.md](../docs/architecture.md) shows where each of these pieces stands. To read:
-# [`ops/attention.py`](../mistral_jax/ops/attention.py), the mask and `attend`, and
+# [`model/attention.py`](../mistral_jax/model/attention.py), the mask and the layer, and
 # [`model/cache.py`](../mistral_jax/model/cache.py), the ring.

@@ -16,6 +16,7 @@ from mistral_jax.checkpoint.lora import HEAD
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.layers import MATRICES
 from mistral_jax.model.transformer import Transformer
+from mistral_jax.ops.backend import PLAIN
 from mistral_jax.parallel.sharding import abstract_params
 
 PREFIX = "base_model.model."  # Of all tensors in PEFT's files.
@@ -120,7 +121,7 @@ class Slot(NamedTuple):
 
 def slots(config: ModelConfig) -> list[Slot]:
     """Returns the places that adapters can have in a model."""
-    params = flatten_dict(abstract_params(Transformer(config)))
+    params = flatten_dict(abstract_params(Transformer(config, backend=PLAIN)))
     return [
         Slot(path[:-1], *MATRICES[path[-2]].divide(kernel.shape))
         for path, kernel in params.items()

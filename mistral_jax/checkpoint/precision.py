@@ -14,7 +14,7 @@ from rich.filesize import decimal
 
 from mistral_jax.base import memory
 from mistral_jax.checkpoint import arrays
-from mistral_jax.ops.quantized import QuantizedKernel
+from mistral_jax.ops.quantized import QuantizedMatrix
 from mistral_jax.parallel import distributed
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -91,6 +91,6 @@ def typed(abstract: Params, dtype: jnp.dtype | str) -> Params:
     """Returns shapes in a dtype; quantised kernels keep theirs."""
 
     def change(leaf):
-        return leaf if isinstance(leaf, QuantizedKernel) else leaf.update(dtype=jnp.dtype(dtype))
+        return leaf if isinstance(leaf, QuantizedMatrix) else leaf.update(dtype=jnp.dtype(dtype))
 
-    return jax.tree.map(change, abstract, is_leaf=lambda x: isinstance(x, QuantizedKernel))
+    return jax.tree.map(change, abstract, is_leaf=lambda x: isinstance(x, QuantizedMatrix))

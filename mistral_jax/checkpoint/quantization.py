@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mistral_jax.checkpoint.lora import HEAD, PROJECTIONS
 from mistral_jax.model.layers import MATRICES
-from mistral_jax.ops.quantized import QuantizedKernel, to_int8
+from mistral_jax.ops.quantized import QuantizedMatrix, to_int8
 
 Params = Mapping[str, Any]
 Path = tuple[str, ...]
@@ -75,7 +75,7 @@ def quantize(params: Params, kind: str, which: Mapping[Path, int] | None = None)
     for path, outputs in (kernels(params) if which is None else which).items():
         if path in flat:
             kernel = flat[path]
-            if isinstance(kernel, QuantizedKernel):
+            if isinstance(kernel, QuantizedMatrix):
                 raise ValueError(f"{'/'.join(path)} is quantised already: leave quantize out")
             made = _quantize(kernel, kind, outputs, kernel.sharding)
             flat[path] = jax.block_until_ready(made)
@@ -86,7 +86,7 @@ def quantize(params: Params, kind: str, which: Mapping[Path, int] | None = None)
 @functools.partial(jax.jit, static_argnames=("kind", "outputs", "sharding"))
 def _quantize(kernel, kind, outputs, sharding):
     wide = kernel.astype(jnp.float32)
-    made = _nf4(wide) if kind == "nf4" else QuantizedKernel(*to_int8(wide, outputs, jnp))
+    made = _nf4(wide) if kind == "nf4" else QuantizedMatrix(*to_int8(wide, outputs, jnp))
     if not isinstance(sharding, NamedSharding):
         return made
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, _fit(sharding, x)), made)
@@ -99,7 +99,7 @@ def _nf4(kernel):
     block = max(n for n in range(1, _BLOCK + 1) if kernel.shape[-1] % n == 0)
     tiles = {"channelwise_axes": range(last), "tiled_axes": {last: block}}
     made = qwix.quantize(kernel, qtype="nf4", **tiles)
-    return QuantizedKernel(made.qvalue, made.scale)
+    return QuantizedMatrix(made.qvalue, made.scale)
 
 
 def _fit(sharding: NamedSharding, array: jax.Array) -> NamedSharding:
@@ -120,7 +120,7 @@ def abstract(shapes: Params, which: Mapping[Path, int]) -> dict[str, Any]:
         scale = kernel.update(shape=(*kernel.shape[:outputs], *ones), dtype=jnp.float32)
         if isinstance(kernel.sharding, NamedSharding):
             scale = scale.update(sharding=_fit(kernel.sharding, scale))
-        return QuantizedKernel(kernel.update(dtype=jnp.int8), scale)
+        return QuantizedMatrix(kernel.update(dtype=jnp.int8), scale)
 
     flat = flatten_dict(shapes)
     return unflatten_dict(flat | {path: small(flat[path], n) for path, n in which.items()})
@@ -129,9 +129,9 @@ def abstract(shapes: Params, which: Mapping[Path, int]) -> dict[str, Any]:
 def split(params: Params) -> dict[str, Any]:
     """Returns a tree in which each quantised kernel is a dict of its arrays, as on disk."""
     return jax.tree.map(
-        lambda x: {"values": x.values, "scale": x.scale} if isinstance(x, QuantizedKernel) else x,
+        lambda x: {"values": x.values, "scale": x.scale} if isinstance(x, QuantizedMatrix) else x,
         params,
-        is_leaf=lambda x: isinstance(x, QuantizedKernel),
+        is_leaf=lambda x: isinstance(x, QuantizedMatrix),
     )
 
 
@@ -139,5 +139,5 @@ def join(params: Params) -> dict[str, Any]:
     """Undoes `split`."""
     flat = flatten_dict(params)
     for path in {path[:-1] for path in flat if path[-1] == "values"}:
-        flat[path] = QuantizedKernel(*(flat.pop((*path, name)) for name in ("values", "scale")))
+        flat[path] = QuantizedMatrix(*(flat.pop((*path, name)) for name in ("values", "scale")))
     return unflatten_dict(flat)

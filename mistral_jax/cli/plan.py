@@ -163,9 +163,11 @@ def _quantized(arguments: argparse.Namespace, config):
 
     from mistral_jax.checkpoint import arrays, manifest, quantization
     from mistral_jax.model.transformer import Transformer
+    from mistral_jax.ops.backend import PLAIN
     from mistral_jax.parallel.sharding import abstract_params
 
-    small = quantization.kernels(abstract_params(Transformer(config)), output=True)
+    shapes = abstract_params(Transformer(config, backend=PLAIN))
+    small = quantization.kernels(shapes, output=True)
     if arguments.quantize is None:
         model, stored = arguments.model, {}
         if manifest.is_checkpoint(model):

@@ -1,7 +1,7 @@
-"""The layers that hold parameters: projection, RMSNorm, embedding, gated MLP, attention layer.
+"""The layers that hold parameters: projection, RMSNorm, embedding, gated MLP.
 
-They do not know how they are stacked; attention itself and the cache are functions of other files.
-Every parameter names its logical axes, which `sharding.py` maps to a mesh.
+They do not know how they are stacked. Every parameter names its logical axes, which `sharding.py`
+maps to a mesh.
 """
 
 import functools
@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from mistral_jax.config import ModelConfig
-from mistral_jax.model.cache import LayerCache, line_up, round_for, write
-from mistral_jax.model.rope import rotate
-from mistral_jax.ops.attention import attend
-from mistral_jax.ops.partition import Rules, length_parts, mesh_axes
-from mistral_jax.ops.products import look_up, multiply, multiply_each
+from mistral_jax.ops.backend import Backend
+from mistral_jax.ops.partition import Rules, mesh_axes
+from mistral_jax.ops.products import multiply, multiply_each
+from mistral_jax.ops.rows import look_up
 
 
 class Axes(NamedTuple):
@@ -75,12 +74,14 @@ class Projection(nn.Module):
     Attributes:
       config: the architecture.
       dtype: of the product's operands; sums are float32.
+      backend: what it is traced for.
       out_dtype: of the result; None = dtype.
       dropout: share of an adapter's inputs that are dropped where there is an rng "dropout".
     """
 
     config: ModelConfig
     dtype: jnp.dtype
+    backend: Backend
     out_dtype: jnp.dtype | None = None
     dropout: float = 0.0
 
@@ -104,14 +105,15 @@ class Projection(nn.Module):
                 share = jnp.float32(1 - self.dropout)
                 kept = jax.random.bernoulli(self.make_rng("dropout"), share, x.shape)
                 x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
-            product += multiply(multiply(x, a, 1, self.dtype), b, self.outputs, self.dtype)
+            inner = multiply(x, a, 1, self.dtype, self.backend)
+            product += multiply(inner, b, self.outputs, self.dtype, self.backend)
         return product.astype(self.out_dtype or self.dtype)
 
 
 def project(x: jax.Array, projections: Sequence[Projection]) -> list[jax.Array]:
     """Projects `x` by each of `projections`, which differ in sizes only, at once."""
-    outputs, dtype = projections[0].outputs, projections[0].dtype
-    products = multiply_each(x, [one.matrix for one in projections], outputs, dtype)
+    first, matrices = projections[0], [one.matrix for one in projections]
+    products = multiply_each(x, matrices, first.outputs, first.dtype, first.backend)
     return [one.complete(product, x) for one, product in zip(projections, products, strict=True)]
 
 
@@ -137,6 +139,7 @@ class Embedding(nn.Module):
     config: ModelConfig
     dtype: jnp.dtype
     rules: Rules
+    backend: Backend
 
     def setup(self):  # noqa: D102
         axes = MATRICES["embed"]
@@ -147,7 +150,7 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Returns the vectors [B, T, D] of `tokens` [B, T]."""
-        x = look_up(self.embedding, tokens).astype(self.dtype)
+        x = look_up(self.embedding, tokens, self.backend).astype(self.dtype)
         # Split as the table is: what devices share by width they look up for each other's tokens,
         # and exchange. Else XLA may gather all activations on the way back.
         width = set(mesh_axes(self.rules, "embed"))
@@ -159,7 +162,7 @@ class Embedding(nn.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Returns the logits [B, T, V] of `x` [B, T, D], in float32."""
-        return multiply(x, self.embedding, 1, self.dtype)
+        return multiply(x, self.embedding, 1, self.dtype, self.backend)
 
 
 class MLP(nn.Module):
@@ -168,78 +171,18 @@ class MLP(nn.Module):
     config: ModelConfig
     dtype: jnp.dtype
     rules: Rules
+    backend: Backend
     dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `x` [B, T, D] to [B, T, D]."""
-        projection = functools.partial(Projection, self.config, self.dtype, dropout=self.dropout)
+        projection = functools.partial(
+            Projection, self.config, self.dtype, self.backend, dropout=self.dropout
+        )
         gate, up = projection(name="gate_proj"), projection(name="up_proj")
         down = projection(name="down_proj")
         opened, raised = project(x, [gate, up])
         # Rounded once, as PyTorch does: each of its operations would else be.
         gated = nn.silu(opened.astype(jnp.float32)).astype(self.dtype) * raised
         return down(nn.with_logical_constraint(gated, ("batch", "length", "mlp"), rules=self.rules))
-
-
-class Attention(nn.Module):
-    """The attention layer: projections, rotation, the cache, and `attend`."""
-
-    config: ModelConfig
-    window: int | None
-    dtype: jnp.dtype
-    rules: Rules
-    dropout: float = 0.0
-    dilation: int = 1
-
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        positions: jax.Array,
-        angles: tuple[jax.Array, jax.Array],
-        cache: LayerCache | None,
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """Maps `x` [B, T, D] to [B, T, D], and the cache to the one that has seen `x` too."""
-        projection = functools.partial(Projection, self.config, self.dtype, dropout=self.dropout)
-
-        def place(y, axis):
-            axes = ("batch", "length", axis, "head_dim")
-            return nn.with_logical_constraint(y, axes, rules=self.rules)
-
-        q, k, v = project(x, [projection(name=name) for name in ("q_proj", "k_proj", "v_proj")])
-        q, k, v = place(q, "heads"), place(k, "kv_heads"), place(v, "kv_heads")
-        q, k = rotate(q, angles), rotate(k, angles)
-        sections = length_parts(self.rules)
-        if sections > 1:  # Queries stay apart; keys and values, which are fewer, come together.
-            axes = ("batch", None, "kv_heads", "head_dim")
-            k, v = (nn.with_logical_constraint(x, axes, rules=self.rules) for x in (k, v))
-        look = functools.partial(
-            attend,
-            window=self.window,
-            dilation=self.dilation,
-            sections=sections,
-            rules=self.rules,
-        )
-
-        if cache is not None:
-            k, v = round_for(cache, k), round_for(cache, v)
-        if cache is None:
-            mixed = look(q, k, v, positions, positions, aligned=True)
-        elif x.shape[1] == 1:
-            # One token overwrites nothing that it may still see: the ring holds all its keys.
-            cache = write(cache, k, v, positions)
-            mixed = look(q, cache.k, cache.v, positions, cache.positions)
-        elif self.window and (self.window - 1) * self.dilation < cache.positions.shape[1]:
-            # A chunk's early queries still need keys that its late tokens overwrite.
-            seen, origin = line_up(cache, k, v, positions)
-            # Only then is the ring written: else XLA copies it first, to have it both ways.
-            seen, cache = jax.lax.optimization_barrier((seen, cache))
-            mixed = look(q, seen.k, seen.v, positions, seen.positions, aligned=True, origin=origin)
-            cache = write(cache, k, v, positions)
-        else:  # As many slots as the text has tokens, or will have: nothing is overwritten.
-            cache = write(cache, k, v, positions)
-            origin = jnp.zeros(len(x), jnp.int32)
-            mixed = look(q, cache.k, cache.v, positions, cache.positions, origin=origin)
-
-        return projection(name="o_proj")(mixed), cache

@@ -18,8 +18,8 @@ from mistral_jax.config import CHECKOUT, CONFIG_DIR, ModelConfig
 from mistral_jax.engine.decode import MOST_STEPS
 from mistral_jax.engine.prefill import empty_cache
 from mistral_jax.engine.sampling import MOST_TOP
+from mistral_jax.model.attention import visible
 from mistral_jax.model.transformer import Transformer
-from mistral_jax.ops.attention import visible
 from mistral_jax.parallel import hardware
 from mistral_jax.parallel.sharding import Layout, abstract_params, read_layout
 from mistral_jax.planning import arithmetic, forecast, programs, report

@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from mistral_jax.config import ModelConfig
-from mistral_jax.ops.attention import visible
+from mistral_jax.model.attention import visible
 from mistral_jax.parallel import hardware
 from mistral_jax.training import utilisation
 from mistral_jax.training.loss import cross_entropy
@@ -122,8 +122,7 @@ def test_memory_is_at_least_what_is_resident_and_never_falls():
 
 def test_the_fullest_accelerator_counts(monkeypatch):
     stats = [{"peak_bytes_in_use": 5}, {"peak_bytes_in_use": 9}, None]
-    found = [SimpleNamespace(memory_stats=lambda s=s: s) for s in stats]
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found = [SimpleNamespace(platform="gpu", memory_stats=lambda s=s: s) for s in stats]
     monkeypatch.setattr(jax, "local_devices", lambda: found)
     assert utilisation.peak_memory() == 9
     monkeypatch.setattr(jax, "local_devices", lambda: found[2:])
