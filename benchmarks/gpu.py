@@ -75,7 +75,7 @@ def main() -> None:
     config = dataclasses.replace(config, num_layers=arguments.layers)
     small = {}
     if arguments.quantize:
-        small = quantization.kernels(
+        small = quantization.matrices(
             abstract_params(Transformer(config, backend=PLAIN)), output=True
         )
     sizes = arguments.batch, arguments.prompt, "bfloat16", small, arguments.kv_cache_dtype

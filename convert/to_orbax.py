@@ -43,7 +43,7 @@ def to_orbax(
       format: what to read of a folder that holds several checkpoints (see `source.find`).
       dtype: of the arrays; None = each as in the source.
       rope_theta: base of the rotary embedding, for sources that do not say.
-      quantize: "int8" rounds the kernels of projections and of the output to 8 bits, with a scale
+      quantize: "int8" rounds the matrices of projections and of the output to 8 bits, with a scale
         for each output; None = they stay as they are.
       overwrite: whether a checkpoint at `target` may be replaced, if nothing else is in its
         folder.
@@ -70,7 +70,7 @@ def to_orbax(
     tree = unflatten_dict(
         {row.path: jax.ShapeDtypeStruct(row.shape(config), np.float32) for row in matched}, sep="/"
     )
-    small = quantization.kernels(tree, output=True) if quantize else {}
+    small = quantization.matrices(tree, output=True) if quantize else {}
     laid = flatten_dict(quantization.split(quantization.abstract(tree, small)), sep="/")
     outputs = {"/".join(path): count for path, count in small.items()}
     sizes = {

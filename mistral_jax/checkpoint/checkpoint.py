@@ -59,9 +59,9 @@ def load(
       dtype: of parameters and computation. None = as stored; on a CPU, float32 if it fits, which
         is exact.
       lora: adapters of the model to use: a folder or a file, as `adapters.read` takes it.
-      merge: whether to add their products to the kernels, as fast as if there were none, and ready
-        to be saved; else they stay matrices of their own, beside the kernels.
-      quantize: "int8" rounds the kernels of all projections and of the output to 8 bits, with a
+      merge: whether to add their products to the weights, as fast as if there were none, and ready
+        to be saved; else they stay matrices of their own, beside the weights.
+      quantize: "int8" rounds the matrices of all projections and of the output to 8 bits, with a
         scale for each output, a layer at a time; None = they stay as they are.
       verify: whether to read all files for their checksums first, and look for numbers that are
         not finite; else sizes and descriptions alone are compared.
@@ -94,7 +94,7 @@ def load(
         device = jax.local_devices()[0]
         one = jax.sharding.SingleDeviceSharding(device)
         abstract = jax.tree.map(lambda array: array.update(sharding=one), abstract)
-    small, flat = quantization.kernels(abstract, output=True), flatten_dict(stored)
+    small, flat = quantization.matrices(abstract, output=True), flatten_dict(stored)
     held = {place: small[place] for place in small if (*place, "values") in flat}
     rest = {place: small[place] for place in small if quantize and place not in held}
     abstract = quantization.abstract(abstract, held)
@@ -160,7 +160,7 @@ def save(
             raise ValueError(f"params has {name} in 4 bits; save the model as it was before")
     model = Transformer(config, backend=PLAIN)
     abstract, flat = abstract_params(model), flatten_dict(params)
-    small = quantization.kernels(abstract, output=True)
+    small = quantization.matrices(abstract, output=True)
     held = {place: n for place, n in small.items() if isinstance(flat.get(place), QuantizedMatrix)}
     shapes = shapes_of(quantization.split(quantization.abstract(abstract, held)))
     params = quantization.split(params)

@@ -47,7 +47,7 @@ def choose(
 
     Args:
       path: the checkpoint, for messages.
-      kept: the shapes and shardings of what stays in memory; quantised kernels have their dtypes.
+      kept: the shapes and shardings of what stays in memory; quantised matrices have their dtypes.
       stored: the shapes and dtypes on disk.
       dtype: the one that is asked for; None = on a CPU float32 if it fits, else as stored.
       tell: is given a sentence where that is not the first choice, for want of memory.
@@ -88,7 +88,7 @@ def choose(
 
 
 def typed(abstract: Params, dtype: jnp.dtype | str) -> Params:
-    """Returns shapes in a dtype; quantised kernels keep theirs."""
+    """Returns shapes in a dtype; quantised matrices keep theirs."""
 
     def change(leaf):
         return leaf if isinstance(leaf, QuantizedMatrix) else leaf.update(dtype=jnp.dtype(dtype))

@@ -30,7 +30,8 @@ def visible(
     """Says which keys each query may look at: those not after it, and among them the last `window`.
 
     The window counts the query's own key, as in Mistral's own engine (arXiv 2310.06825, section 2).
-    Dilated, it reaches further back over gaps (Longformer, arXiv 2004.05150, section 3.1).
+    Dilated, it reaches further back over gaps (Longformer, arXiv 2004.05150, section 3.1). Every
+    mask is made here, except by kernels that take the window alone (see `ops/attention.py`).
 
     Args:
       q_positions: place of each query in its text, [B, T] int32; -1 = padding, which sees nothing.

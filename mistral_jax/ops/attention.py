@@ -62,8 +62,8 @@ def attend(
     processor may decide as it runs.
 
     Args:
-      visible: the mask, `model.attention.visible` or one with the same arguments: it may show
-        less than its window and no more.
+      visible: the mask function, called with the arguments of `model.attention.visible`; it shows
+        no key beyond the window. `splash` does not call it, and builds its mask from the window.
       q: queries, [B, T, N, H].
       k: keys, [B, S, K, H]; each serves G = N / K query heads. Of int8, with scales [B, S, K, 1].
       v: values, likewise.

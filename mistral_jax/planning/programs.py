@@ -38,7 +38,7 @@ class Shapes:
       length: tokens of a row: prompt and answer together, or the context that is trained on.
       dtype: of computation, and of parameters but those that are trained.
       chunk: tokens of a prompt that are read at a time (C).
-      quantized: kernels in int8, as `quantization.kernels` returns them; none are trained so.
+      quantized: matrices in int8, as `quantization.matrices` returns them; none are trained so.
       kv_cache_dtype: of cached keys and values, "int8"; None = `dtype`.
     """
 

@@ -145,7 +145,7 @@ def _loss_fn(recipe: Recipe, model: Transformer, assemble: Any) -> LossFn:
 
 
 def _new_adapters(recipe: Recipe, params: Params) -> Params:
-    """Draws the adapters that training begins with, split over devices as their kernels are."""
+    """Draws the adapters that training begins with, split over devices as their matrices are."""
     init = functools.partial(init_adapters, recipe.lora, jax.eval_shape(lambda: params))
     key = jax.random.key(recipe.seed)
     if mesh_of(params) is None:

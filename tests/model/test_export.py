@@ -21,7 +21,7 @@ def program(kind, backend=None):
     model = model.clone(backend=backend or model.backend)
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     if kind == "int8":
-        params = quantization.quantize(params, "int8", quantization.kernels(params, output=True))
+        params = quantization.quantize(params, "int8", quantization.matrices(params, output=True))
     cache = init_cache(model.config, 2, 8, jnp.int8 if kind == "int8" else jnp.bfloat16)
     prompt, places = jnp.array([[3, 1, 4], [1, 5, 9]]), jnp.arange(3)[None].repeat(2, 0)
 

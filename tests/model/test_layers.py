@@ -8,7 +8,7 @@ import tiny
 from flax.traverse_util import flatten_dict
 
 from mistral_jax.checkpoint.lora import Lora, init_adapters
-from mistral_jax.checkpoint.quantization import kernels
+from mistral_jax.checkpoint.quantization import matrices
 from mistral_jax.model.layers import MATRICES, RMSNorm
 from mistral_jax.model.transformer import stack_layers
 from mistral_jax.ops.products import multiply
@@ -66,7 +66,7 @@ def test_the_axes_of_every_matrix_are_those_that_the_model_declares(tied):
             assert (*outputs, *inputs) == MATRICES[path[-2]].shape(model.config) == array.shape
             assert len(outputs) == len(MATRICES[path[-2]].outputs)
     for tree in (shapes, jax.eval_shape(stack_layers, shapes)):
-        for path, outputs in kernels(tree, output=True).items():
+        for path, outputs in matrices(tree, output=True).items():
             assert outputs == len(MATRICES[path[-2]].outputs) + (path[0] == "layers")
     adapters = jax.eval_shape(lambda: init_adapters(Lora(rank=3), shapes, jax.random.key(0)))
     for path, adapter in flatten_dict(adapters).items():

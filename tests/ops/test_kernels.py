@@ -317,7 +317,7 @@ def test_the_model_computes_the_same_with_and_without(dtype, quantize):
     model = dataclasses.replace(model, dtype=jnp.dtype(dtype))
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     if quantize:
-        which = quantization.kernels(params, output=True)
+        which = quantization.matrices(params, output=True)
         params = quantization.quantize(params, quantize, which)
     tokens = jnp.array([[3, 1, 4, 1]])
 

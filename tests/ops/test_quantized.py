@@ -25,7 +25,7 @@ from mistral_jax.checkpoint.lora import (
     init_adapters,
     merge,
 )
-from mistral_jax.checkpoint.quantization import KINDS, abstract, kernels, quantize
+from mistral_jax.checkpoint.quantization import KINDS, abstract, matrices, quantize
 from mistral_jax.config import ModelConfig
 from mistral_jax.engine.generate import generate
 from mistral_jax.engine.sampling import Sampling
@@ -114,7 +114,7 @@ def test_loading_quantises_projections_and_the_output(tied, layout, tmp_path):
     model, params = tiny.build(tied=tied, **fields)
     checkpoint.save(tmp_path / "x", model.config, params)
     model, found, _ = checkpoint.load(tmp_path / "x", quantize="int8", sharding=layout)
-    places = kernels(params, output=True)
+    places = matrices(params, output=True)
     assert ("embed", "embedding") in places if tied else ("lm_head", "kernel") in places
     assert {path for path, x in flatten_dict(found).items() if is_quantized(x)} == set(places)
     expected = quantize(params, "int8", places)
@@ -164,7 +164,7 @@ def test_a_checkpoint_holds_int8(tied, tmp_path):
 @pytest.mark.parametrize(("dtype", "gigabytes"), [("bfloat16", 7.4), ("float32", 7.7)])
 def test_7b_takes_what_the_readme_says(dtype, gigabytes):
     shapes = abstract_params(MODEL.clone(config=ModelConfig.from_name("mistral-7b-v0.3")))
-    small = precision.typed(abstract(shapes, kernels(shapes, output=True)), dtype)
+    small = precision.typed(abstract(shapes, matrices(shapes, output=True)), dtype)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(small))
     assert round(size / 1e9, 1) == gigabytes
 
