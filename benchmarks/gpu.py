@@ -23,7 +23,7 @@ import jax
 from mistral_jax.checkpoint import quantization
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.transformer import Transformer
-from mistral_jax.ops import cudnn
+from mistral_jax.ops.backend import PLAIN, Backend
 from mistral_jax.parallel.sharding import Layout, abstract_params
 from mistral_jax.planning import programs
 
@@ -71,17 +71,18 @@ def main() -> None:
     arguments = parser.parse_args()
     mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Auto,), devices=[device()])
     layout = Layout(mesh, (("batch", "data"),))
-    # The model chooses its implementation by the backend that it is traced for.
-    jax.default_backend = lambda: "gpu"
-    cudnn._has_kernel = lambda: not arguments.plain
     config = ModelConfig.from_name(arguments.model)
     config = dataclasses.replace(config, num_layers=arguments.layers)
     small = {}
     if arguments.quantize:
-        small = quantization.kernels(abstract_params(Transformer(config)), output=True)
+        small = quantization.matrices(
+            abstract_params(Transformer(config, backend=PLAIN)), output=True
+        )
     sizes = arguments.batch, arguments.prompt, "bfloat16", small, arguments.kv_cache_dtype
     of = programs.shapes(layout, *sizes)
-    model = Transformer(config, of.dtype, layout.rules, kv_cache_dtype=of.kv_cache_dtype)
+    model = programs.model(config, layout, of)
+    kernels = () if arguments.plain else ("cudnn",)
+    model = model.clone(backend=Backend("gpu", "9.0", alone=True, kernels=kernels))
     for program in ("prefill", "decode"):
         compiled = programs.lower(program, model, layout, of).compile()
         kernels = list(started(compiled.as_text(), loop=program == "decode"))

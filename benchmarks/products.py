@@ -8,19 +8,19 @@ processor's caches.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import statistics
 import time
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 
 from mistral_jax.base import memory
-from mistral_jax.ops import kernels
+from mistral_jax.ops import backend, kernels
 from mistral_jax.ops.products import multiply
-from mistral_jax.ops.quantized import QuantizedKernel, to_int8
+from mistral_jax.ops.quantized import QuantizedMatrix, to_int8
 
 SHAPE = (3584, 1024)
 MATRICES = 24
@@ -32,15 +32,18 @@ def main():
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    if not kernels.here():
+    here = backend.default()
+    if not here.has_native:
         raise SystemExit("the kernels are not here: they need a CPU and a C++ compiler")
     for dtype in arguments.dtype:
         matrices = memory.to_large_pages([matrix(dtype, seed) for seed in range(MATRICES)])
         for rows in arguments.rows:
             x = jax.random.normal(jax.random.key(0), (rows, 1, SHAPE[1]))
-            runs = {"kernels": program(matrices, dtype, x)}
-            with mock.patch.object(kernels, "available", return_value=False):
-                runs["xla"] = program(matrices, dtype, x)
+            plain = dataclasses.replace(here, kernels=())
+            runs = {
+                "kernels": program(matrices, dtype, x, here),
+                "xla": program(matrices, dtype, x, plain),
+            }
             rounds = [
                 {name: rate(run) for name, run in runs.items()} for _ in range(1 + arguments.rounds)
             ]
@@ -58,18 +61,18 @@ def matrix(dtype: str, seed: int):
     """Returns a random matrix in the form that the model stores."""
     wide = jax.random.normal(jax.random.key(seed), SHAPE)
     if dtype == "int8":
-        return QuantizedKernel(*to_int8(wide, 1, jnp))
+        return QuantizedMatrix(*to_int8(wide, 1, jnp))
     return wide.astype(dtype)
 
 
-def program(matrices, dtype: str, x: jax.Array):
+def program(matrices, dtype: str, x: jax.Array, of: backend.Backend):
     """Compiles products of the rows with each matrix; each product depends on the one before."""
     compute = "float32" if dtype == "int8" else dtype
 
     @jax.jit
     def run(matrices, x):
-        for kernel in matrices:
-            x = x + 1e-9 * jnp.sum(multiply(x, kernel, 1, jnp.dtype(compute)))
+        for matrix in matrices:
+            x = x + 1e-9 * jnp.sum(multiply(x, matrix, 1, jnp.dtype(compute), of))
         return x
 
     compiled = run.lower(matrices, x).compile()

@@ -17,7 +17,7 @@ from mistral_jax.base.output import Progress
 from mistral_jax.checkpoint import checkpoint, folder, manifest, origin, quantization
 from mistral_jax.checkpoint.names import Weight
 from mistral_jax.config import ModelConfig
-from mistral_jax.ops.quantized import QuantizedKernel, to_int8
+from mistral_jax.ops.quantized import QuantizedMatrix, to_int8
 
 from . import architecture, hub, tokens
 from .checks import check_finite, match
@@ -43,7 +43,7 @@ def to_orbax(
       format: what to read of a folder that holds several checkpoints (see `source.find`).
       dtype: of the arrays; None = each as in the source.
       rope_theta: base of the rotary embedding, for sources that do not say.
-      quantize: "int8" rounds the kernels of projections and of the output to 8 bits, with a scale
+      quantize: "int8" rounds the matrices of projections and of the output to 8 bits, with a scale
         for each output; None = they stay as they are.
       overwrite: whether a checkpoint at `target` may be replaced, if nothing else is in its
         folder.
@@ -71,7 +71,7 @@ def to_orbax(
         {weight.path: jax.ShapeDtypeStruct(weight.shape(config), np.float32) for weight in matched},
         sep="/",
     )
-    small = quantization.kernels(tree, output=True) if quantize else {}
+    small = quantization.matrices(tree, output=True) if quantize else {}
     laid = flatten_dict(quantization.split(quantization.abstract(tree, small)), sep="/")
     outputs = {"/".join(path): count for path, count in small.items()}
     sizes = {
@@ -104,7 +104,7 @@ def to_orbax(
                 # In blocks: float32 copies of the largest array would take more than all else.
                 blocks = np.array_split(array, 1 + (array.nbytes >> 24))
                 made = [to_int8(np.float32(x), outputs[weight.path]) for x in blocks]
-                array = QuantizedKernel(*map(np.concatenate, zip(*made, strict=True)))
+                array = QuantizedMatrix(*map(np.concatenate, zip(*made, strict=True)))
             parts = quantization.split({weight.path: array})
             for path, part in flatten_dict(parts, sep="/").items():
                 write(path, part)

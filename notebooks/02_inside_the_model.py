@@ -43,7 +43,7 @@ import numpy as np
 from mistral_jax.convert.prepare import prepare
 
 import mistral_jax as mj
-from mistral_jax.ops.attention import attend, visible
+from mistral_jax.model.attention import attend, visible
 
 # None is the bundled model. Instead, name a checkpoint folder or a model on the Hub:
 MODEL = None  # "mistralai/Mistral-7B-Instruct-v0.3"
@@ -254,5 +254,5 @@ for name, found in {"token by token": rows, "chunks of 5": parts}.items():
 #
 # - [06_long_context](06_long_context.ipynb) measures what windows do on long texts.
 # - [docs/architecture.md](../docs/architecture.md) shows where each of these parts is.
-# - Source: [`ops/attention.py`](../mistral_jax/ops/attention.py) has the mask and `attend`, and
+# - Source: [`model/attention.py`](../mistral_jax/model/attention.py) has the mask and the layer,
 #   [`model/cache.py`](../mistral_jax/model/cache.py) has the ring.

@@ -129,7 +129,7 @@ def unseen_accelerator(devices: Path = Path("/dev")) -> str | None:
     """
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)  # It says the same, longer.
     open_devices()
-    if os.environ.get("JAX_PLATFORMS") or jax.default_backend() != "cpu":
+    if os.environ.get("JAX_PLATFORMS") or jax.local_devices()[0].platform != "cpu":
         return None
     for pattern, name, extra in (("nvidia[0-9]*", "GPU", "cuda13"), ("accel[0-9]*", "TPU", "tpu")):
         if any(devices.glob(pattern)):
@@ -138,11 +138,6 @@ def unseen_accelerator(devices: Path = Path("/dev")) -> str | None:
                 f'install what it needs: pip install -U "jax[{extra}]"'
             )
     return None
-
-
-def is_one_cpu() -> bool:
-    """Whether what is traced now is for one CPU: no accelerator is here, and no mesh in use."""
-    return jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty
 
 
 @functools.cache

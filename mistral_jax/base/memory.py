@@ -76,7 +76,7 @@ def peak() -> int | None:
 
     Accelerators: of their own memory. CPU devices: of the machine's, by this process.
     """
-    if jax.default_backend() != "cpu":
+    if jax.local_devices()[0].platform != "cpu":
         stats = [device.memory_stats() or {} for device in jax.local_devices()]
         return max(
             (s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s), default=None

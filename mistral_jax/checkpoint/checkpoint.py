@@ -22,7 +22,8 @@ from mistral_jax.checkpoint import adapters, arrays, folder, manifest, precision
 from mistral_jax.checkpoint.lora import apply
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.transformer import Transformer
-from mistral_jax.ops.quantized import QuantizedKernel
+from mistral_jax.ops.backend import PLAIN, Backend
+from mistral_jax.ops.quantized import QuantizedMatrix
 from mistral_jax.parallel import distributed
 from mistral_jax.parallel.sharding import abstract_params, read_layout
 from mistral_jax.tokens.tokenizer import Tokenizer
@@ -58,9 +59,9 @@ def load(
       dtype: of parameters and computation. None = as stored; on a CPU, float32 if it fits, which
         is exact.
       lora: adapters of the model to use: a folder or a file, as `adapters.read` takes it.
-      merge: whether to add their products to the kernels, as fast as if there were none, and ready
-        to be saved; else they stay matrices of their own, beside the kernels.
-      quantize: "int8" rounds the kernels of all projections and of the output to 8 bits, with a
+      merge: whether to add their products to the weights, as fast as if there were none, and ready
+        to be saved; else they stay matrices of their own, beside the weights.
+      quantize: "int8" rounds the matrices of all projections and of the output to 8 bits, with a
         scale for each output, a layer at a time; None = they stay as they are.
       verify: whether to read all files for their checksums first, and look for numbers that are
         not finite; else sizes and descriptions alone are compared.
@@ -87,12 +88,13 @@ def load(
     if tokenizer is not None:  # Earlier versions did not compare their ends.
         config = config.taught_to_end_with(tokenizer.eos_id)
     layout = read_layout(sharding, config, mesh=mesh)
-    model = Transformer(config, rules=layout.rules if layout else ())
+    model = Transformer(config, rules=layout.rules if layout else (), backend=PLAIN)
     abstract = abstract_params(model, layout)
     if layout is None:
-        one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        device = jax.local_devices()[0]
+        one = jax.sharding.SingleDeviceSharding(device)
         abstract = jax.tree.map(lambda array: array.update(sharding=one), abstract)
-    small, flat = quantization.kernels(abstract, output=True), flatten_dict(stored)
+    small, flat = quantization.matrices(abstract, output=True), flatten_dict(stored)
     held = {place: small[place] for place in small if (*place, "values") in flat}
     rest = {place: small[place] for place in small if quantize and place not in held}
     abstract = quantization.abstract(abstract, held)
@@ -100,6 +102,8 @@ def load(
     kept = quantization.abstract(abstract, rest)
     dtype = precision.choose(path, kept, stored, precision.check(dtype), progress.say)
     abstract = precision.typed(abstract, dtype)
+    # On a CPU this compiles C++ kernels, once: after all checks that need no arrays.
+    backend = layout.backend() if layout else Backend.of([device])
     sums = manifest.verify(path) if verify else {}
     params, size = {}, _bytes(abstract)
     with (progress if size > _PART_BYTES else Progress()).task(size) as advance:
@@ -114,7 +118,7 @@ def load(
             advance(_bytes(part))
     if adapted is not None:
         params = apply(params, *adapted, merge)
-    return model.clone(dtype=dtype), memory.to_large_pages(params), tokenizer
+    return model.clone(dtype=dtype, backend=backend), memory.to_large_pages(params), tokenizer
 
 
 def save(
@@ -152,11 +156,12 @@ def save(
                 f"params has {name}: save adapters by themselves, with adapters.save, or merge "
                 "them first, with load(..., lora=..., merge=True)"
             )
-        if isinstance(array, QuantizedKernel) and array.values.dtype != jnp.int8:
+        if isinstance(array, QuantizedMatrix) and array.values.dtype != jnp.int8:
             raise ValueError(f"params has {name} in 4 bits; save the model as it was before")
-    abstract, flat = abstract_params(Transformer(config)), flatten_dict(params)
-    small = quantization.kernels(abstract, output=True)
-    held = {place: n for place, n in small.items() if isinstance(flat.get(place), QuantizedKernel)}
+    model = Transformer(config, backend=PLAIN)
+    abstract, flat = abstract_params(model), flatten_dict(params)
+    small = quantization.matrices(abstract, output=True)
+    held = {place: n for place, n in small.items() if isinstance(flat.get(place), QuantizedMatrix)}
     shapes = shapes_of(quantization.split(quantization.abstract(abstract, held)))
     params = quantization.split(params)
     check_shapes(shapes, shapes_of(params), "params")

@@ -1,6 +1,6 @@
 """LoRA: low-rank adapters of projections, as a tree of their own (arXiv 2106.09685).
 
-It makes them, lays them beside the kernels that they adapt, and merges them into these. It reads
+It makes them, lays them beside the matrices that they adapt, and merges them into these. It reads
 and writes no files (see `adapters.py`), and trains nothing.
 """
 
@@ -15,13 +15,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mistral_jax.base.fields import check, integer, number
+from mistral_jax.model.layers import MATRICES
 
 Params = Mapping[str, Any]
 
-# Axes of a kernel that are its outputs; one where it is not said.
-_OUTPUTS = {"q_proj": 2, "k_proj": 2, "v_proj": 2}
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 HEAD = "lm_head"
+# Those of every layer.
+PROJECTIONS = tuple(name for name in MATRICES if name not in ("embed", HEAD))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,16 +78,16 @@ def init_adapters(lora: Lora, params: Params, key: jax.Array) -> Params:
     Raises:
       ValueError: the model has no such projection.
     """
-    kernels = {
-        path[:-1]: kernel
-        for path, kernel in flatten_dict(params).items()
+    matrices = {
+        path[:-1]: matrix
+        for path, matrix in flatten_dict(params).items()
         if path[-1] == "kernel" and path[-2] in lora.targets
     }
-    if missing := set(lora.targets) - {path[-1] for path in kernels}:
+    if missing := set(lora.targets) - {path[-1] for path in matrices}:
         raise ValueError(f"the model has no projection {min(missing)!r} to adapt")
     adapters = {}
-    for i, (path, kernel) in enumerate(sorted(kernels.items())):
-        outputs, inputs = split_axes(path[-1], kernel.shape)
+    for i, (path, matrix) in enumerate(sorted(matrices.items())):
+        outputs, inputs = MATRICES[path[-1]].divide(matrix.shape)
         bound = 1 / math.sqrt(math.prod(inputs))
         shape = (lora.rank, *inputs)
         a = jax.random.uniform(jax.random.fold_in(key, i), shape, jnp.float32, -bound, bound)
@@ -96,7 +96,7 @@ def init_adapters(lora: Lora, params: Params, key: jax.Array) -> Params:
 
 
 def attach(params: Params, adapters: Params, scale: float = 1.0) -> Params:
-    """Lays adapters beside the kernels, where the model adds their product to the kernel's.
+    """Lays adapters beside the matrices, where the model adds their product to the matrix's.
 
     Args:
       params: the model's parameters; they are not changed.
@@ -112,12 +112,12 @@ def attach(params: Params, adapters: Params, scale: float = 1.0) -> Params:
 
 
 def merge(params: Params, adapters: Params, scale: float = 1.0) -> Params:
-    """Adds the product of each adapter to its kernel, in float32, and rounds to its dtype.
+    """Adds the product of each adapter to its matrix, in float32, and rounds to its dtype.
 
     Args are those of `attach`.
 
     Raises:
-      ValueError: as `attach` does; or a kernel is quantised.
+      ValueError: as `attach` does; or a matrix is quantised.
     """
     flat = flatten_dict(attach(params, adapters, scale))
     merged = {path: array for path, array in flat.items() if not path[-1].startswith("lora_")}
@@ -133,20 +133,20 @@ def merge(params: Params, adapters: Params, scale: float = 1.0) -> Params:
 
 
 def apply(params: Params, lora: Lora, adapters: Params, merged: bool = False) -> Params:
-    """Puts adapters from host memory to use, on the devices of their kernels and split as these.
+    """Puts adapters from host memory to use, on the devices of their matrices and split as these.
 
     Args:
       params: the model's parameters; with `merged` they are consumed.
       lora: what the adapters are.
       adapters: the tree of them, of NumPy arrays.
-      merged: whether their products are added to the kernels; else they lie beside these, in the
+      merged: whether their products are added to the matrices; else they lie beside these, in the
         same dtype.
     """
-    kernels, placed = flatten_dict(params), {}
+    matrices, placed = flatten_dict(params), {}
     places = flatten_dict(adapter_shardings(params, adapters))
     for path, array in flatten_dict(adapters).items():
         array = array * lora.scale if path[-1] == "lora_b" else array
-        array = array if merged else array.astype(kernels[*path[:-1], "kernel"].dtype)
+        array = array if merged else array.astype(matrices[*path[:-1], "kernel"].dtype)
         placed[path] = jax.make_array_from_callback(array.shape, places[path], array.__getitem__)
     placed = unflatten_dict(placed)
     if not merged:
@@ -159,34 +159,28 @@ def apply(params: Params, lora: Lora, adapters: Params, merged: bool = False) ->
 
 
 def adapter_shardings(params: Params, adapters: Params) -> Params:
-    """Returns where adapters lie: split as the axes of their kernels are, and whole along R.
+    """Returns where adapters lie: split as the axes of their matrices are, and whole along R.
 
     Args:
       params: the model's parameters.
       adapters: their adapters, or the shapes of these.
     """
-    kernels = flatten_dict(params)
+    matrices = flatten_dict(params)
     found = {}
     for path in flatten_dict(adapters):
-        kernel = kernels[*path[:-1], "kernel"]
-        if not isinstance(kernel.sharding, NamedSharding):  # On one device.
-            found[path] = kernel.sharding
+        matrix = matrices[*path[:-1], "kernel"]
+        if not isinstance(matrix.sharding, NamedSharding):  # On one device.
+            found[path] = matrix.sharding
             continue
-        spec = [*kernel.sharding.spec, *[None] * (kernel.ndim - len(kernel.sharding.spec))]
-        outputs, inputs = split_axes(path[-2], tuple(spec))
+        spec = [*matrix.sharding.spec, *[None] * (matrix.ndim - len(matrix.sharding.spec))]
+        outputs, inputs = MATRICES[path[-2]].divide(tuple(spec))
         axes = (None, *inputs) if path[-1] == "lora_a" else (*outputs, None)
-        found[path] = NamedSharding(kernel.sharding.mesh, PartitionSpec(*axes))
+        found[path] = NamedSharding(matrix.sharding.mesh, PartitionSpec(*axes))
     return unflatten_dict(found)
 
 
 @jax.jit
-def _merged(kernel, a, b):
+def _merged(matrix, a, b):
     a, b = (x.astype(jnp.float32) for x in (a, b))
     product = jnp.tensordot(b, a, axes=1, precision=jax.lax.Precision.HIGHEST)
-    return (kernel.astype(jnp.float32) + product).astype(kernel.dtype)
-
-
-def split_axes(name: str, axes: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Divides the axes of a projection's kernel, or their sizes, into outputs and inputs."""
-    count = _OUTPUTS.get(name, 1)
-    return axes[:count], axes[count:]
+    return (matrix.astype(jnp.float32) + product).astype(matrix.dtype)

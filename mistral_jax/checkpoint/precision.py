@@ -14,7 +14,7 @@ from rich.filesize import decimal
 
 from mistral_jax.base import DTYPES, memory
 from mistral_jax.checkpoint import arrays
-from mistral_jax.ops.quantized import QuantizedKernel
+from mistral_jax.ops.quantized import QuantizedMatrix
 from mistral_jax.parallel import distributed
 
 Params = Mapping[str, Any]
@@ -45,7 +45,7 @@ def choose(
 
     Args:
       path: the checkpoint, for messages.
-      kept: the shapes and shardings of what stays in memory; quantised kernels have their dtypes.
+      kept: the shapes and shardings of what stays in memory; quantised matrices have their dtypes.
       stored: the shapes and dtypes on disk.
       dtype: the one that is asked for; None = on a CPU float32 if it fits, else as stored.
       tell: is given a sentence where that is not the first choice, for want of memory.
@@ -86,9 +86,9 @@ def choose(
 
 
 def typed(abstract: Params, dtype: jnp.dtype | str) -> Params:
-    """Returns shapes in a dtype; quantised kernels keep theirs."""
+    """Returns shapes in a dtype; quantised matrices keep theirs."""
 
     def change(leaf):
-        return leaf if isinstance(leaf, QuantizedKernel) else leaf.update(dtype=jnp.dtype(dtype))
+        return leaf if isinstance(leaf, QuantizedMatrix) else leaf.update(dtype=jnp.dtype(dtype))
 
-    return jax.tree.map(change, abstract, is_leaf=lambda x: isinstance(x, QuantizedKernel))
+    return jax.tree.map(change, abstract, is_leaf=lambda x: isinstance(x, QuantizedMatrix))

@@ -115,15 +115,16 @@ def _run(arguments: argparse.Namespace) -> None:
         machine.use_compilation_cache()
     if note := machine.unseen_accelerator():
         command.tell(note)
-    model, params, tokenizer = checkpoint.load(
-        arguments.checkpoint,
-        sharding=arguments.sharding,
-        mesh=arguments.mesh,
-        dtype=arguments.dtype,
-        lora=arguments.lora,
-        quantize=arguments.quantize,
-        progress=Screen(),
-    )
+    with command.announced():
+        model, params, tokenizer = checkpoint.load(
+            arguments.checkpoint,
+            sharding=arguments.sharding,
+            mesh=arguments.mesh,
+            dtype=arguments.dtype,
+            lora=arguments.lora,
+            quantize=arguments.quantize,
+            progress=Screen(),
+        )
     if tokenizer is None:
         raise ValueError(f"{arguments.checkpoint} has no tokenizer.model; put the model's there")
     loaded = model, params, tokenizer

@@ -158,14 +158,16 @@ def _config(model: str):
 
 
 def _quantized(arguments: argparse.Namespace, config):
-    """Returns the kernels that are in int8: those asked for, or those of a checkpoint."""
+    """Returns the matrices that are in int8: those asked for, or those of a checkpoint."""
     from flax.traverse_util import flatten_dict
 
     from mistral_jax.checkpoint import arrays, manifest, quantization
     from mistral_jax.model.transformer import Transformer
+    from mistral_jax.ops.backend import PLAIN
     from mistral_jax.parallel.sharding import abstract_params
 
-    small = quantization.kernels(abstract_params(Transformer(config)), output=True)
+    shapes = abstract_params(Transformer(config, backend=PLAIN))
+    small = quantization.matrices(shapes, output=True)
     if arguments.quantize is None:
         model, stored = arguments.model, {}
         if manifest.is_checkpoint(model):

@@ -67,16 +67,17 @@ class _Model:
         self._arguments = arguments
         self._clock = CompileClock()
         began = time.perf_counter()
-        model, self._params, self._tokenizer = load(
-            arguments.checkpoint,
-            sharding=arguments.sharding,
-            mesh=arguments.mesh,
-            dtype=arguments.dtype,
-            lora=arguments.lora,
-            quantize=arguments.quantize,
-            merge=arguments.merge,
-            progress=Screen(),
-        )
+        with command.announced():
+            model, self._params, self._tokenizer = load(
+                arguments.checkpoint,
+                sharding=arguments.sharding,
+                mesh=arguments.mesh,
+                dtype=arguments.dtype,
+                lora=arguments.lora,
+                quantize=arguments.quantize,
+                merge=arguments.merge,
+                progress=Screen(),
+            )
         if self._tokenizer is None:
             raise ValueError(
                 f"{arguments.checkpoint} has no tokenizer.model; put the model's there"

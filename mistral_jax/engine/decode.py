@@ -83,7 +83,7 @@ def start(
     """Builds the state after `prefill`, in which no token is chosen yet.
 
     Args:
-      cache: what the prompts left.
+      cache: what the prompts left; by heads, if `by_heads`.
       lengths: tokens of each prompt, one a row (B); 0 for a row that is to stay empty.
       left: tokens that a row may make.
       sampling: how each row chooses.
@@ -98,7 +98,7 @@ def start(
     stops = np.full(-(-max(1, len(stop_ids)) // 8) * 8, -1, np.int32)
     stops[: len(stop_ids)] = stop_ids
     return State(
-        cache=_hold(cache),
+        cache=cache,
         tokens=np.zeros_like(lengths),
         positions=lengths - 1,
         left=np.where(lengths > 0, np.int32(left), np.int32(0)),
@@ -117,25 +117,25 @@ def start(
     )
 
 
-def by_heads() -> bool:
+def by_heads(model: Transformer) -> bool:
     """Whether decoding keeps keys and values by heads, [B, K, S, H]: as a GPU's products want them.
 
     XLA would else turn them before each loop of steps and back behind it, and need room for both.
     """
-    return jax.default_backend() == "gpu"
+    return model.backend.platform == "gpu"
 
 
-def turn(cache: Cache) -> Cache:
+def turn(model: Transformer, cache: Cache) -> Cache:
     """Swaps slots and heads of keys and values, if they are kept by heads."""
-    return jax.tree.map(_swap, cache) if by_heads() else cache
+    return jax.tree.map(_swap, cache) if by_heads(model) else cache
 
 
 def _swap(x):
     return jnp.swapaxes(x, 1, 2) if x.ndim == 4 else x
 
 
-def _hold(cache):
-    """Turns a cache array by array, each of which makes room for the next."""
+def hold(model: Transformer, cache: Cache) -> Cache:
+    """Turns what `prefill` returns as `turn` does, array by array, to make room for the next."""
 
     def turned(x):
         new = _swap(x)
@@ -143,7 +143,7 @@ def _hold(cache):
             x.delete()
         return new
 
-    return jax.tree.map(turned, cache) if by_heads() else cache
+    return jax.tree.map(turned, cache) if by_heads(model) else cache
 
 
 def decode_step(model: Transformer, params: Params, state: State) -> State:
@@ -237,9 +237,9 @@ def decode(
     state = jax.lax.while_loop(
         lambda state: (state.steps < limit) & jnp.any(state.left > 0),
         functools.partial(decode_step, model, params),
-        state.replace(cache=turn(state.cache)),
+        state.replace(cache=turn(model, state.cache)),
     )
-    return _replicate(state.replace(cache=turn(state.cache)))
+    return _replicate(state.replace(cache=turn(model, state.cache)))
 
 
 def _replicate(state: State) -> State:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mistral_jax.engine.decode import MOST_STEPS, Made, State, decode, first_step, start
+from mistral_jax.engine.decode import MOST_STEPS, Made, State, decode, first_step, hold, start
 from mistral_jax.engine.prefill import NOT_FINITE, Params, pad_rows, prefill, row_count
 from mistral_jax.engine.request import Request, check
 from mistral_jax.engine.sampling import DEFAULT, RowSampling, Sampling, settle
@@ -197,7 +197,7 @@ def _begin(model: Transformer, params: Params, request: Request) -> tuple[State,
     rows = RowSampling.stack(samplings, fill(request.draws, 0), prompts, vocab_size)
     lengths = [len(prompt) for prompt in prompts]
     cache, logits = prefill(model, params, prompts, max(lengths) + request.new_tokens)
-    wants_top = request.top > 0
+    cache, wants_top = hold(model, cache), request.top > 0
     state = start(cache, lengths, request.new_tokens, rows, request.stop_ids, wants_top, vocab_size)
     return state, logits
 

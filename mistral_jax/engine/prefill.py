@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 
 from mistral_jax.model.cache import Cache, init_cache
 from mistral_jax.model.transformer import Transformer
+from mistral_jax.ops.backend import PLAIN, Backend
 from mistral_jax.parallel.sharding import Layout, mesh_of, on_mesh
 
 Params = Mapping[str, Any]
@@ -64,27 +65,28 @@ def slots(model: Transformer, tokens: int) -> int:
     return room(tokens) if None in spans else min(room(tokens), max(spans))
 
 
-def chunk_size(rows: int) -> int:
+def chunk_size(rows: int, backend: Backend) -> int:
     """Returns C for a number of rows."""
-    if jax.default_backend() != "gpu":
+    if backend.platform != "gpu":
         return CHUNK
     return max(CHUNK, GPU_TOKENS >> (rows - 1).bit_length())
 
 
 def chunks(
-    rows: Sequence[Sequence[int]], widths: Sequence[int] = _WIDTHS
+    rows: Sequence[Sequence[int]], widths: Sequence[int] = _WIDTHS, backend: Backend = PLAIN
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Cuts rows into chunks of C tokens, and what remains into chunks of few smaller widths.
 
     Args:
       rows: token ids, B rows of any lengths.
       widths: the smaller widths, rising.
+      backend: what reads them.
 
     Yields:
       Tokens and positions of a chunk, [B, T] int32 both; -1 = padding, after a row's end.
     """
     longest, start = max(map(len, rows)), 0
-    size = chunk_size(len(rows))
+    size = chunk_size(len(rows), backend)
     while start < longest:
         width = _width(longest - start, [*(width for width in widths if width < size), size])
         tokens = np.zeros((len(rows), width), np.int32)
@@ -120,7 +122,7 @@ def prefill(
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     with on_mesh(params):
         cache, logits = start_reading(model, params, len(prompts), slots(model, length))
-        for tokens, positions in chunks(prompts):
+        for tokens, positions in chunks(prompts, backend=model.backend):
             cache, logits = read_chunk(model, params, tokens, positions, lengths, cache, logits)
     return cache, logits
 

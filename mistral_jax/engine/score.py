@@ -142,7 +142,8 @@ def _batch(model, params, rows, count) -> list[tuple[np.ndarray, np.ndarray]]:
     longest = max(map(len, inputs))
     if not longest:
         return [(np.zeros(0, np.float32), np.zeros(0, bool))] * len(rows)
-    parts = list(zip(chunks(inputs, _WIDTHS), chunks(targets, _WIDTHS), strict=True))
+    cut = functools.partial(chunks, widths=_WIDTHS, backend=model.backend)
+    parts = list(zip(cut(inputs), cut(targets), strict=True))
     cache, found, waiting = None, [], None
 
     def take():

@@ -5,15 +5,14 @@ dilated one: what it spans), so the memory of a windowed model does not grow wit
 7B, arXiv 2310.06825, section 2).
 """
 
-import functools
-
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from mistral_jax.config import ModelConfig
-from mistral_jax.ops import kernels
-from mistral_jax.ops.quantized import MaybeQuantized, QuantizedKernel, to_int8
+from mistral_jax.ops.backend import PLAIN, Backend
+from mistral_jax.ops.quantized import MaybeQuantized, QuantizedMatrix, to_int8
+from mistral_jax.ops.rows import pick, put
 
 
 @flax.struct.dataclass
@@ -58,7 +57,7 @@ def init_cache(
         def nothing():
             values = jnp.zeros(shape, dtype)
             if dtype == jnp.int8:
-                return QuantizedKernel(values, jnp.zeros((*shape[:-1], 1), jnp.float32))
+                return QuantizedMatrix(values, jnp.zeros((*shape[:-1], 1), jnp.float32))
             return values
 
         # Two calls: a buffer that k and v shared could not be donated.
@@ -73,13 +72,17 @@ def round_for(cache: LayerCache, x: jax.Array) -> MaybeQuantized:
     It is done before any are looked at, so that a token sees others the same, be they in its chunk
     or in an earlier one.
     """
-    if isinstance(cache.k, QuantizedKernel):
-        return QuantizedKernel(*to_int8(x.astype(jnp.float32), 3, jnp))
+    if isinstance(cache.k, QuantizedMatrix):
+        return QuantizedMatrix(*to_int8(x.astype(jnp.float32), 3, jnp))
     return x
 
 
 def write(
-    cache: LayerCache, k: MaybeQuantized, v: MaybeQuantized, positions: jax.Array
+    cache: LayerCache,
+    k: MaybeQuantized,
+    v: MaybeQuantized,
+    positions: jax.Array,
+    backend: Backend = PLAIN,
 ) -> LayerCache:
     """Stores a chunk's last S tokens of each row, over the oldest ones.
 
@@ -89,6 +92,7 @@ def write(
       v: values of the chunk, likewise.
       positions: places of the chunk's tokens, [B, T] int32, rising by 1 along a row; -1 = padding,
         which is not stored.
+      backend: what this is traced for.
 
     Returns:
       The new cache; the same for every way to cut a text into chunks.
@@ -100,19 +104,11 @@ def write(
     # Slot S does not exist: what is not stored is dropped there.
     slot = jnp.where(stored, positions % slots, slots)
 
-    chunk = LayerCache(k, v, positions)
-    if positions.shape[1] == 1 and kernels.here():
-        return jax.tree.map(
-            lambda old, new: kernels.put(old, new.astype(old.dtype), slot), cache, chunk
-        )
-
-    # Row by row: with the rows' numbers among its indices, a scatter could write into any row, and
-    # would gather the rows of all devices.
-    @jax.vmap
-    def put(old, new, slot):
-        return old.at[slot].set(new, mode="drop")
-
-    return _of_each(put, cache, chunk, slot)
+    return jax.tree.map(
+        lambda old, new: put(old, new.astype(old.dtype), slot, backend),
+        cache,
+        LayerCache(k, v, positions),
+    )
 
 
 def line_up(
@@ -138,35 +134,10 @@ def line_up(
     old, place = entries < slots + column, origin + entries
     index = jnp.where(old, place % slots, entries)
 
-    @jax.vmap
-    def pick(held, new, index):
-        return jnp.concatenate([held, new])[index]
-
-    found = _of_each(pick, cache, LayerCache(k, v, positions), index)
+    found = jax.tree.map(
+        lambda held, new: pick(held, new.astype(held.dtype), index),
+        cache,
+        LayerCache(k, v, positions),
+    )
     places = jnp.where(old & (found.positions != place), -1, found.positions)
     return found.replace(positions=places), origin[:, 0]
-
-
-def _of_each(move, cache, chunk, index):
-    """Moves numbers of a cache and a chunk, [B, ...] both, by an index [B, ...]."""
-    return jax.tree.map(
-        lambda old, new: _as_bits(move, old, new.astype(old.dtype), index), cache, chunk
-    )
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _as_bits(move, old, new, index):
-    """Moves numbers of 16 bits as bits: XLA's CPU backend else makes float32 of a whole cache.
-
-    To write a lone token it does neither, and would copy the cache for its bits.
-    """
-    if old.dtype.itemsize != 2 or index.size == 1:
-        return move(old, new, index)
-    bits = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (old, new))
-    return jax.lax.bitcast_convert_type(move(*bits, index), old.dtype)
-
-
-@_as_bits.defjvp
-def _differentiate(move, given, tangents):
-    """Differentiates what the bits stand for: by themselves they would have no gradient."""
-    return jax.jvp(move, given, tangents)

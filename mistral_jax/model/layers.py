@@ -1,73 +1,119 @@
-"""The layers that hold parameters: projection, RMSNorm, embedding, gated MLP, attention layer.
+"""The layers that hold parameters: projection, RMSNorm, embedding, gated MLP.
 
-They do not know how they are stacked; attention itself and the cache are functions of other files.
-Every parameter names its logical axes, which `sharding.py` maps to a mesh.
+They do not know how they are stacked. Every parameter names its logical axes, which `sharding.py`
+maps to a mesh.
 """
 
 import functools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mistral_jax.config import ModelConfig
-from mistral_jax.model.cache import LayerCache, line_up, round_for, write
-from mistral_jax.model.rope import rotate
-from mistral_jax.ops.attention import attend
-from mistral_jax.ops.partition import Rules, length_parts, mesh_axes
-from mistral_jax.ops.products import look_up, multiply, multiply_each
+from mistral_jax.ops.backend import Backend
+from mistral_jax.ops.partition import Rules, mesh_axes
+from mistral_jax.ops.products import multiply, multiply_each
+from mistral_jax.ops.rows import look_up
+
+
+class Axes(NamedTuple):
+    """The logical axes of a matrix, output axes first, as PyTorch stores them.
+
+    Attributes:
+      outputs: axes of the product's result.
+      inputs: axes that the product sums over.
+    """
+
+    outputs: tuple[str, ...]
+    inputs: tuple[str, ...]
+
+    def shape(self, config: ModelConfig) -> tuple[int, ...]:
+        """Returns the sizes of all axes in a model."""
+        sizes = {
+            "vocab": config.vocab_size,
+            "embed": config.embed_dim,
+            "mlp": config.mlp_dim,
+            "heads": config.num_heads,
+            "kv_heads": config.num_kv_heads,
+            "head_dim": config.head_dim,
+        }
+        return tuple(sizes[axis] for axis in (*self.outputs, *self.inputs))
+
+    def divide(self, axes: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Divides what is known of each axis, such as its size, into outputs and inputs.
+
+        Axes before the named ones, such as one of stacked layers, count as outputs.
+        """
+        count = len(axes) - len(self.inputs)
+        return axes[:count], axes[count:]
+
+
+# Every matrix of the model, by the name of the module that holds it.
+MATRICES = {
+    "embed": Axes(("vocab",), ("embed",)),
+    "q_proj": Axes(("heads", "head_dim"), ("embed",)),
+    "k_proj": Axes(("kv_heads", "head_dim"), ("embed",)),
+    "v_proj": Axes(("kv_heads", "head_dim"), ("embed",)),
+    "o_proj": Axes(("embed",), ("heads", "head_dim")),
+    "gate_proj": Axes(("mlp",), ("embed",)),
+    "up_proj": Axes(("mlp",), ("embed",)),
+    "down_proj": Axes(("embed",), ("mlp",)),
+    "lm_head": Axes(("vocab",), ("embed",)),
+}
 
 
 class Projection(nn.Module):
-    """Multiplies by a kernel whose output axes come first, as PyTorch stores them.
+    """Multiplies by the matrix that `MATRICES` has under the module's name.
 
-    Where its parameters have an adapter beside the kernel, `lora_a` [R, inputs] and `lora_b`
-    [outputs, R], the product of the two is added to the kernel's (LoRA, arXiv 2106.09685).
+    Where its parameters have an adapter beside the matrix, `lora_a` [R, inputs] and `lora_b`
+    [outputs, R], the product of the two is added to the matrix's (LoRA, arXiv 2106.09685).
 
     Attributes:
-      shape: sizes of the kernel's axes.
-      axes: logical names of the kernel's axes.
-      outputs: how many of them, from the first on, are the result's; it sums over the others.
+      config: the architecture.
       dtype: of the product's operands; sums are float32.
+      backend: what it is traced for.
       out_dtype: of the result; None = dtype.
       dropout: share of an adapter's inputs that are dropped where there is an rng "dropout".
     """
 
-    shape: Sequence[int]
-    axes: Sequence[str]
-    outputs: int
+    config: ModelConfig
     dtype: jnp.dtype
+    backend: Backend
     out_dtype: jnp.dtype | None = None
     dropout: float = 0.0
 
     def setup(self):  # noqa: D102
-        kept, contracted = range(self.outputs), range(self.outputs, len(self.shape))
+        axes = MATRICES[self.name]
+        shape, self.outputs = axes.shape(self.config), len(axes.outputs)
+        kept, contracted = range(self.outputs), range(self.outputs, len(shape))
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", contracted, kept)
-        self.kernel = self.param(
-            "kernel", nn.with_logical_partitioning(init, self.axes), self.shape, jnp.float32
-        )
+        init = nn.with_logical_partitioning(init, (*axes.outputs, *axes.inputs))
+        self.matrix = self.param("kernel", init, shape, jnp.float32)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Projects `x` [B, T, ...], whose last axes are the kernel's last."""
+        """Projects `x` [B, T, ...], whose last axes are the matrix's inputs."""
         return project(x, [self])[0]
 
     def complete(self, product: jax.Array, x: jax.Array) -> jax.Array:
-        """Adds what an adapter makes of `x` to the kernel's product with it."""
+        """Adds what an adapter makes of `x` to the matrix's product with it."""
         if self.has_variable("params", "lora_a"):
             a, b = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
             if self.dropout and self.has_rng("dropout"):
                 share = jnp.float32(1 - self.dropout)
                 kept = jax.random.bernoulli(self.make_rng("dropout"), share, x.shape)
                 x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
-            product += multiply(multiply(x, a, 1, self.dtype), b, self.outputs, self.dtype)
+            inner = multiply(x, a, 1, self.dtype, self.backend)
+            product += multiply(inner, b, self.outputs, self.dtype, self.backend)
         return product.astype(self.out_dtype or self.dtype)
 
 
 def project(x: jax.Array, projections: Sequence[Projection]) -> list[jax.Array]:
     """Projects `x` by each of `projections`, which differ in sizes only, at once."""
-    outputs, dtype = projections[0].outputs, projections[0].dtype
-    products = multiply_each(x, [one.kernel for one in projections], outputs, dtype)
+    first, matrices = projections[0], [one.matrix for one in projections]
+    products = multiply_each(x, matrices, first.outputs, first.dtype, first.backend)
     return [one.complete(product, x) for one, product in zip(projections, products, strict=True)]
 
 
@@ -93,15 +139,18 @@ class Embedding(nn.Module):
     config: ModelConfig
     dtype: jnp.dtype
     rules: Rules
+    backend: Backend
 
     def setup(self):  # noqa: D102
-        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed"))
-        shape = (self.config.vocab_size, self.config.embed_dim)
+        axes = MATRICES["embed"]
+        init = nn.initializers.normal(1.0)
+        init = nn.with_logical_partitioning(init, (*axes.outputs, *axes.inputs))
+        shape = axes.shape(self.config)
         self.embedding = self.param("embedding", init, shape, jnp.float32)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Returns the vectors [B, T, D] of `tokens` [B, T]."""
-        x = look_up(self.embedding, tokens).astype(self.dtype)
+        x = look_up(self.embedding, tokens, self.backend).astype(self.dtype)
         # Split as the table is: what devices share by width they look up for each other's tokens,
         # and exchange. Else XLA may gather all activations on the way back.
         width = set(mesh_axes(self.rules, "embed"))
@@ -113,7 +162,7 @@ class Embedding(nn.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Returns the logits [B, T, V] of `x` [B, T, D], in float32."""
-        return multiply(x, self.embedding, 1, self.dtype)
+        return multiply(x, self.embedding, 1, self.dtype, self.backend)
 
 
 class MLP(nn.Module):
@@ -122,94 +171,18 @@ class MLP(nn.Module):
     config: ModelConfig
     dtype: jnp.dtype
     rules: Rules
+    backend: Backend
     dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `x` [B, T, D] to [B, T, D]."""
-        wide, narrow = self.config.mlp_dim, self.config.embed_dim
-
-        def projection(name, shape, axes):
-            return Projection(shape, axes, 1, self.dtype, dropout=self.dropout, name=name)
-
-        gate = projection("gate_proj", (wide, narrow), ("mlp", "embed"))
-        up = projection("up_proj", (wide, narrow), ("mlp", "embed"))
-        down = projection("down_proj", (narrow, wide), ("embed", "mlp"))
+        projection = functools.partial(
+            Projection, self.config, self.dtype, self.backend, dropout=self.dropout
+        )
+        gate, up = projection(name="gate_proj"), projection(name="up_proj")
+        down = projection(name="down_proj")
         opened, raised = project(x, [gate, up])
         # Rounded once, as PyTorch does: each of its operations would else be.
         gated = nn.silu(opened.astype(jnp.float32)).astype(self.dtype) * raised
         return down(nn.with_logical_constraint(gated, ("batch", "length", "mlp"), rules=self.rules))
-
-
-class Attention(nn.Module):
-    """The attention layer: projections, rotation, the cache, and `attend`."""
-
-    config: ModelConfig
-    window: int | None
-    dtype: jnp.dtype
-    rules: Rules
-    dropout: float = 0.0
-    dilation: int = 1
-
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        positions: jax.Array,
-        angles: tuple[jax.Array, jax.Array],
-        cache: LayerCache | None,
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """Maps `x` [B, T, D] to [B, T, D], and the cache to the one that has seen `x` too."""
-        config = self.config
-        projection = functools.partial(Projection, dropout=self.dropout)
-
-        def of_heads(name, heads, axis):
-            shape, axes = (heads, config.head_dim, config.embed_dim), (axis, "head_dim", "embed")
-            return projection(shape, axes, 2, self.dtype, name=name)
-
-        def place(y, axis):
-            axes = ("batch", "length", axis, "head_dim")
-            return nn.with_logical_constraint(y, axes, rules=self.rules)
-
-        query = of_heads("q_proj", config.num_heads, "heads")
-        key = of_heads("k_proj", config.num_kv_heads, "kv_heads")
-        value = of_heads("v_proj", config.num_kv_heads, "kv_heads")
-        q, k, v = project(x, [query, key, value])
-        q, k, v = place(q, "heads"), place(k, "kv_heads"), place(v, "kv_heads")
-        q, k = rotate(q, angles), rotate(k, angles)
-        sections = length_parts(self.rules)
-        if sections > 1:  # Queries stay apart; keys and values, which are fewer, come together.
-            axes = ("batch", None, "kv_heads", "head_dim")
-            k, v = (nn.with_logical_constraint(x, axes, rules=self.rules) for x in (k, v))
-        look = functools.partial(
-            attend,
-            window=self.window,
-            dilation=self.dilation,
-            sections=sections,
-            rules=self.rules,
-        )
-
-        if cache is not None:
-            k, v = round_for(cache, k), round_for(cache, v)
-        if cache is None:
-            mixed = look(q, k, v, positions, positions, aligned=True)
-        elif x.shape[1] == 1:
-            # One token overwrites nothing that it may still see: the ring holds all its keys.
-            cache = write(cache, k, v, positions)
-            mixed = look(q, cache.k, cache.v, positions, cache.positions)
-        elif self.window and (self.window - 1) * self.dilation < cache.positions.shape[1]:
-            # A chunk's early queries still need keys that its late tokens overwrite.
-            seen, origin = line_up(cache, k, v, positions)
-            # Only then is the ring written: else XLA copies it first, to have it both ways.
-            seen, cache = jax.lax.optimization_barrier((seen, cache))
-            mixed = look(q, seen.k, seen.v, positions, seen.positions, aligned=True, origin=origin)
-            cache = write(cache, k, v, positions)
-        else:  # As many slots as the text has tokens, or will have: nothing is overwritten.
-            cache = write(cache, k, v, positions)
-            origin = jnp.zeros(len(x), jnp.int32)
-            mixed = look(q, cache.k, cache.v, positions, cache.positions, origin=origin)
-
-        shape = (config.embed_dim, config.num_heads, config.head_dim)
-        axes = ("embed", "heads", "head_dim")
-        o_proj = projection(shape, axes, 1, self.dtype, name="o_proj")
-        return o_proj(mixed), cache

@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mistral_jax.ops import kernels
+from mistral_jax.ops.backend import PLAIN, Backend
+from mistral_jax.ops.rows import once
 
 
-def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rotary_angles(
+    positions: jax.Array, head_dim: int, theta: float, backend: Backend = PLAIN
+) -> tuple[jax.Array, jax.Array]:
     """Computes the rotation of every position, in float32.
 
     Pair i at position p turns by `p * theta ** (-2i / H)` (RoFormer, arXiv 2104.09864).
@@ -20,6 +23,7 @@ def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[ja
       positions: place of each token in its text, [B, T] int32; -1 = padding.
       head_dim: width of a head (H).
       theta: base of the geometric sequence of wavelengths.
+      backend: what this is traced for.
 
     Returns:
       The cosines and the sines, each [B, T, H/2] float32.
@@ -28,7 +32,7 @@ def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[ja
     frequencies = jnp.asarray(frequencies, jnp.float32)[None, None]
     angles = positions[:, :, None].astype(jnp.float32) * frequencies
     # Not in each layer, once for each head.
-    return kernels.once(jnp.cos(angles)), kernels.once(jnp.sin(angles))
+    return once(jnp.cos(angles), backend), once(jnp.sin(angles), backend)
 
 
 def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:

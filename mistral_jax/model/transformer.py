@@ -16,6 +16,7 @@ The parameters, output axes first, heads unfolded, one entry a layer:
   final_norm/scale [D]                          lm_head/kernel [V, D], unless tied
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,9 +26,12 @@ import jax
 import jax.numpy as jnp
 
 from mistral_jax.config import ModelConfig
+from mistral_jax.model.attention import Attention
 from mistral_jax.model.cache import Cache, LayerCache
-from mistral_jax.model.layers import MLP, Attention, Embedding, Projection, RMSNorm
+from mistral_jax.model.layers import MLP, Embedding, Projection, RMSNorm
 from mistral_jax.model.rope import rotary_angles
+from mistral_jax.ops import backend
+from mistral_jax.ops.backend import Backend
 from mistral_jax.ops.partition import Rules
 
 Params = Mapping[str, Any]
@@ -40,6 +44,7 @@ class Block(nn.Module):
     window: int | None
     dtype: jnp.dtype
     rules: Rules
+    backend: Backend
     dropout: float = 0.0
     dilation: int = 1
 
@@ -53,14 +58,15 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         """Maps `x` [B, T, D] to [B, T, D], and the cache to the one that has seen `x` too."""
         config, dtype, rules = self.config, self.dtype, self.rules
+        of = {"backend": self.backend, "dropout": self.dropout}
         normal = RMSNorm(config.norm_eps, dtype, name="attn_norm")(x)
         attention = Attention(
-            config, self.window, dtype, rules, self.dropout, self.dilation, name="attn"
+            config, self.window, dtype, rules, dilation=self.dilation, **of, name="attn"
         )
         mixed, cache = attention(normal, positions, angles, cache)
         x = x + mixed
         normal = RMSNorm(config.norm_eps, dtype, name="mlp_norm")(x)
-        x = x + MLP(config, dtype, rules, self.dropout, name="mlp")(normal)
+        x = x + MLP(config, dtype, rules, **of, name="mlp")(normal)
         return nn.with_logical_constraint(x, ("batch", "length", "residual"), rules=rules), cache
 
 
@@ -82,6 +88,8 @@ class Transformer(nn.Module):
       dropout: share of the inputs of adapters that are dropped where there is an rng "dropout".
       kv_cache_dtype: of the keys and values that a cache keeps; None = `dtype`. To "int8" they are
         rounded with a scale for each token and head.
+      backend: what it is traced for; `load` sets it from the devices of the parameters, and without
+        it the first device counts when the model is made.
     """
 
     config: ModelConfig
@@ -91,6 +99,7 @@ class Transformer(nn.Module):
     scan: bool = False
     dropout: float = 0.0
     kv_cache_dtype: jnp.dtype | str | None = None
+    backend: Backend = dataclasses.field(default_factory=backend.default)
 
     @nn.compact
     def __call__(
@@ -119,10 +128,10 @@ class Transformer(nn.Module):
         config, dtype = self.config, self.dtype
         chex.assert_rank([tokens, positions], 2)
         chex.assert_equal_shape([tokens, positions])
-        embed = Embedding(config, dtype, self.rules, name="embed")
+        embed = Embedding(config, dtype, self.rules, self.backend, name="embed")
         x = embed(tokens)
         x = nn.with_logical_constraint(x, ("batch", "length", "residual"), rules=self.rules)
-        angles = rotary_angles(positions, config.head_dim, config.rope_theta)
+        angles = rotary_angles(positions, config.head_dim, config.rope_theta, self.backend)
         x, cache = self._blocks(x, positions, angles, cache)
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)
@@ -130,8 +139,7 @@ class Transformer(nn.Module):
         if config.tie_embeddings:
             logits = embed.attend(x)
         else:
-            shape, axes = (config.vocab_size, config.embed_dim), ("vocab", "embed")
-            logits = Projection(shape, axes, 1, dtype, jnp.float32, name="lm_head")(x)
+            logits = Projection(config, dtype, self.backend, jnp.float32, name="lm_head")(x)
         logits = nn.with_logical_constraint(logits, ("batch", "length", "vocab"), rules=self.rules)
         return logits, cache
 
@@ -141,7 +149,8 @@ class Transformer(nn.Module):
         if self.remat:
             policy = getattr(jax.checkpoint_policies, self.remat)
             block_class = nn.remat(Block, policy=policy, prevent_cse=not self.scan)
-        fields = {"dtype": self.dtype, "rules": self.rules, "dropout": self.dropout}
+        names = ("dtype", "rules", "backend", "dropout")
+        fields = {name: getattr(self, name) for name in names}
         windows = [*zip(config.windows, config.dilations, strict=True)]
         if self.scan:
             if cache is not None or len(set(windows)) > 1:

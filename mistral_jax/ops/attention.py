@@ -1,19 +1,20 @@
-"""Attention: the one mask function, grouped-query attention, and the one place that picks a kernel.
+"""Grouped-query attention, and the one place that picks how it is computed.
 
-It holds no parameters, applies no rotation, and does not know where keys are kept.
+It holds no parameters, makes no mask, and does not know where keys are kept.
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from mistral_jax.base import machine
 from mistral_jax.ops import cudnn, kernels, splash
+from mistral_jax.ops.backend import PLAIN, Backend
 from mistral_jax.ops.partition import Rules
-from mistral_jax.ops.pieces import attend_present, fill, take, weigh_pieces
-from mistral_jax.ops.quantized import MaybeQuantized, QuantizedKernel
-from mistral_jax.ops.scores import weigh
+from mistral_jax.ops.pieces import attend_present, fill, take, weigh, weigh_pieces
+from mistral_jax.ops.quantized import MaybeQuantized, QuantizedMatrix
 
 # Queries attended at a time: larger blocks spill a CPU's caches, smaller ones starve it.
 BLOCK = 128
@@ -23,41 +24,22 @@ KEYS = 8192
 UNROLLED_BLOCKS = 8
 
 
-@functools.partial(jax.jit, static_argnames=("window", "dilation"))
-def visible(
-    q_positions: jax.Array,
-    kv_positions: jax.Array,
-    window: int | None,
-    dilation: int = 1,
-    q_texts: jax.Array | None = None,
-    kv_texts: jax.Array | None = None,
-) -> jax.Array:
-    """Says which keys each query may look at: those not after it, and among them the last `window`.
+class _Pattern(NamedTuple):
+    """Which keys are visible; a tuple, so that programs of equal ones are shared."""
 
-    The window counts the query's own key, as in Mistral's own engine (arXiv 2310.06825, section 2).
-    Dilated, it reaches further back over gaps (Longformer, arXiv 2004.05150, section 3.1).
+    visible: Callable[..., jax.Array]
+    window: int | None
+    dilation: int
 
-    Args:
-      q_positions: place of each query in its text, [B, T] int32; -1 = padding, which sees nothing.
-      kv_positions: place of each key, [B, S] int32; -1 = no key there, which nobody sees.
-      window: keys visible, the query's own included (W); None = all.
-      dilation: distance between neighbouring keys that are visible: at 2, every other one.
-      q_texts: which of a row's texts each query is of, [B, T] int32; None = rows hold one text.
-      kv_texts: the same of each key, [B, S] int32.
-
-    Returns:
-      [B, T, S] bool, True = may look.
-    """
-    distance = q_positions[:, :, None] - kv_positions[:, None, :]
-    mask = (kv_positions[:, None, :] >= 0) & (distance >= 0)
-    if window is not None:
-        mask &= distance < window * dilation
-    if dilation > 1:
-        mask &= distance % dilation == 0
-    return mask if q_texts is None else mask & (q_texts[:, :, None] == kv_texts[:, None, :])
+    def mask(self, q_positions, kv_positions, q_texts=None, kv_texts=None):
+        """Returns the mask [B, T, S] of a block."""
+        return self.visible(
+            q_positions, kv_positions, self.window, self.dilation, q_texts, kv_texts
+        )
 
 
 def attend(
+    visible: Callable[..., jax.Array],
     q: jax.Array,
     k: MaybeQuantized,
     v: MaybeQuantized,
@@ -70,6 +52,7 @@ def attend(
     origin: jax.Array | None = None,
     sections: int = 1,
     rules: Rules = (),
+    backend: Backend = PLAIN,
 ) -> jax.Array:
     """Attends from every query to the keys that it may see.
 
@@ -79,6 +62,8 @@ def attend(
     processor may decide as it runs.
 
     Args:
+      visible: the mask function, called with the arguments of `model.attention.visible`; it shows
+        no key beyond the window. `splash` does not call it, and builds its mask from the window.
       q: queries, [B, T, N, H].
       k: keys, [B, S, K, H]; each serves G = N / K query heads. Of int8, with scales [B, S, K, 1].
       v: values, likewise.
@@ -93,22 +78,23 @@ def attend(
         Given one, gradients do not pass.
       sections: equal parts of T that are worked on side by side, each on the devices that hold it.
       rules: mesh axes of the logical axes, which a TPU's kernel is split by.
+      backend: what this is traced for.
 
     Returns:
       [B, T, N, H] in the dtype of `q`.
     """
-    kept = k.values.dtype if isinstance(k, QuantizedKernel) else k.dtype
-    if q.shape[1] == 1 and kept.name in kernels.DTYPES and kernels.here():
-        return _attend_once(q, k, v, visible(q_positions, kv_positions, window, dilation))
+    pattern = _Pattern(visible, window, dilation)
+    kept = k.values.dtype if isinstance(k, QuantizedMatrix) else k.dtype
+    if q.shape[1] == 1 and kept.name in kernels.DTYPES and backend.has_native:
+        return _attend_once(q, k, v, pattern.mask(q_positions, kv_positions))
     alone = aligned and dilation == 1 and sections == 1
-    if alone and jax.default_backend() == "tpu":
+    if alone and "splash" in backend.kernels:
         wide = _widen(k, q.dtype), _widen(v, q.dtype)
-        if splash.fits(q, *wide, rules):
+        if splash.fits(q, *wide, rules, backend.alone):
             return splash.attend(q, *wide, q_positions, kv_positions, window, rules)
     length, keys = q.shape[1], k.shape[1]
     q_places, kv_places = (q_positions, None), (kv_positions, None)
     before = keys if window is None else min(keys, (window - 1) * dilation)
-    pattern = window, dilation
     if aligned and length == keys:
         # A text is known by where its position 0 stands, or would stand.
         texts = jnp.arange(length, dtype=jnp.int32)[None] - q_positions
@@ -116,14 +102,16 @@ def attend(
     offset = keys - length if aligned else None
     if sections > 1 and length % sections == 0:
         return _attend_sections(q, k, v, q_places, kv_places, pattern, before, offset, sections)
-    if origin is not None and length > 1 and _decides():
+    # A GPU would wait for the host before each piece; devices of a mesh would have to agree on how
+    # many there are.
+    if origin is not None and length > 1 and backend.is_one_cpu:
 
         def weigh_seen(q, k, v, q_positions, kv_positions):
-            return weigh(q, k, v, visible(q_positions, kv_positions, *pattern))
+            return weigh(q, k, v, pattern.mask(q_positions, kv_positions))
 
         return attend_present(weigh_seen, q, k, v, q_positions, kv_positions, before, origin)
     one, size = _attend_block, BLOCK
-    if origin is not None and length > 1:
+    if origin is not None and length > 1 and "cudnn" in backend.kernels:
         wide = _widen(k, q.dtype), _widen(v, q.dtype)
         if cudnn.fits(q, *wide, rules):
             (k, v), size = wide, cudnn.BLOCK
@@ -132,14 +120,14 @@ def attend(
 
 
 def _widen(x, dtype):
-    return x.dequantize(dtype) if isinstance(x, QuantizedKernel) else x
+    return x.dequantize(dtype) if isinstance(x, QuantizedMatrix) else x
 
 
 @jax.custom_jvp
 def _attend_once(q, k, v, mask):
     """Attends from one token of each row, by a kernel."""
     numbers, scales = (k, v), ()
-    if isinstance(k, QuantizedKernel):
+    if isinstance(k, QuantizedMatrix):
         numbers, scales = (k.values, v.values), (k.scale[..., 0], v.scale[..., 0])
     return kernels.attend(q[:, 0], *numbers, mask[:, 0], *scales)[:, None].astype(q.dtype)
 
@@ -156,16 +144,8 @@ def _differentiate_once(primals, tangents):
     return _attend_once(*primals), jax.jvp(plain, (q, k, v), tangents[:3])[1]
 
 
-def _decides() -> bool:
-    """Says whether the number of pieces to attend may be found as the program runs.
-
-    A GPU would wait for the host before each; devices of a mesh would have to agree on it.
-    """
-    return machine.is_one_cpu()
-
-
 def _attend_by_cudnn(q, k, v, q_places, kv_places, pattern, rules):
-    return cudnn.attend(q, k, v, visible(q_places[0], kv_places[0], *pattern), rules)
+    return cudnn.attend(q, k, v, pattern.mask(q_places[0], kv_places[0]), rules)
 
 
 def _attend_blocks(q, k, v, q_places, kv_places, pattern, before, offset, one, size):
@@ -235,7 +215,7 @@ def _attend_block(q, k, v, q_places, kv_places, pattern):
 
     def weigh_seen(k, v, kv_places):
         (q_positions, q_texts), (kv_positions, kv_texts) = q_places, kv_places
-        return weigh(q, k, v, visible(q_positions, kv_positions, *pattern, q_texts, kv_texts))
+        return weigh(q, k, v, pattern.mask(q_positions, kv_positions, q_texts, kv_texts))
 
     keys = k, v, kv_places
     alone = q.shape[1] == 1 or k.shape[1] <= KEYS

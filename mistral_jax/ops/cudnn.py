@@ -20,7 +20,7 @@ IMPLEMENTATION = "cudnn"
 
 
 def fits(q: jax.Array, k: jax.Array, v: jax.Array, rules: Rules) -> bool:
-    """Whether there is such a GPU (Ampere or later), and `attend` can take these arrays there.
+    """Whether `attend` can take these arrays, on a GPU whose backend has the kernel.
 
     They are all bfloat16 or all float16, with heads of at most 128 numbers, a multiple of 8. On a
     mesh, its rules must give each device the keys of its queries.
@@ -34,7 +34,7 @@ def fits(q: jax.Array, k: jax.Array, v: jax.Array, rules: Rules) -> bool:
     dtypes, head_dim = {x.dtype.name for x in (q, k, v)}, q.shape[-1]
     if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
         return False
-    if head_dim > 128 or head_dim % 8 or not _has_kernel():
+    if head_dim > 128 or head_dim % 8:
         return False
     return jax.sharding.get_abstract_mesh().empty or partition.fits(q, k, rules)
 
@@ -68,17 +68,8 @@ def _attend_rows(q, k, v, mask):
     )
 
 
-def _has_kernel() -> bool:
-    if jax.default_backend() != "gpu":
-        return False
-    device = jax.local_devices()[0]
-    # Of AMD's GPUs the capability is a name, such as "gfx90a".
-    major = str(getattr(device, "compute_capability", "")).partition(".")[0]
-    return major.isdigit() and int(major) >= 8 and _runs()
-
-
 @functools.cache
-def _runs() -> bool:
+def runs() -> bool:
     """Tries the kernel, once: cuDNN may be missing, or too old."""
     try:
         with jax.ensure_compile_time_eval():

@@ -1,8 +1,8 @@
 """C++ kernels used on a CPU: products of few rows, wide matrices, a token's attention, table rows.
 
-`library` compiles them at the first call. Each is one JAX primitive with a plain form: on one CPU
-XLA calls the kernel; for any other platform, and in an exported program, which must run where this
-process's library is not, XLA compiles the plain form.
+`library` compiles them, and a `Backend` says whether they may be called. Each is one JAX primitive
+with a plain form: on a CPU XLA calls the kernel; for any other platform, and in an exported
+program, which must run where this process's library is not, XLA compiles the plain form.
 """
 
 import ctypes
@@ -15,19 +15,18 @@ import jax.extend
 import jax.numpy as jnp
 from jax.interpreters import batching, mlir
 
-from mistral_jax.base import machine
 from mistral_jax.ops import library
-from mistral_jax.ops.einsum import einsum
 from mistral_jax.ops.library import DTYPES, MOST_ROWS
+from mistral_jax.ops.quantized import einsum
 
 # Rows from which on it pays to write a matrix of bfloat16 out in float32.
 _MANY = 64
 
 
 def suit(rows: jax.Array, matrices: Sequence[jax.Array]) -> bool:
-    """Whether `products` of these is there, and faster than XLA's."""
+    """Whether `products` takes these, and is faster than XLA's."""
     count, kinds = math.prod(rows.shape[:-1]), {matrix.dtype.name for matrix in matrices}
-    if len(kinds) > 1 or not kinds.issubset(DTYPES) or not here():
+    if len(kinds) > 1 or not kinds.issubset(DTYPES):
         return False
     if count <= MOST_ROWS:
         return True
@@ -42,12 +41,7 @@ def should_widen(rows: jax.Array, matrix: jax.Array) -> bool:
     """
     many = math.prod(rows.shape[:-1]) >= _MANY and rows.dtype == jnp.bfloat16
     narrow = matrix.dtype.name in ("bfloat16", "int8")
-    return many and narrow and here() and not _constant("multiplies_bfloat16")
-
-
-def here() -> bool:
-    """Whether these may be called: what is traced now is for one CPU, and they are compiled."""
-    return machine.is_one_cpu() and available()
+    return many and narrow and not _constant("multiplies_bfloat16")
 
 
 @jax.custom_jvp
@@ -127,8 +121,6 @@ def once(x: jax.Array) -> jax.Array:
 
     It drops optimization barriers before it fuses, but does not look into a call.
     """
-    if not here():
-        return x
     rows = x.reshape(-1, x.shape[-1])
     return take(rows, jnp.arange(len(rows), dtype=jnp.int32)[None]).reshape(x.shape)
 
@@ -197,11 +189,6 @@ def _plain_attend(q, k, v, mask, *scales):
     mixed = einsum("BKGS,BSKH->BKGH", weights, jnp.where(mask[..., None, None], v, 0))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     return [(mixed / jnp.where(total == 0, 1, total)).reshape(q.shape)]
-
-
-def available() -> bool:
-    """Whether the kernels are compiled and registered; compiles them at the first call."""
-    return library.load() is not None
 
 
 @functools.cache

@@ -1,6 +1,6 @@
-"""`QuantizedKernel`: a kernel in 8 or 4 bits, and products with it. It does not quantise.
+"""`einsum` with float32 sums, and `QuantizedMatrix`: a matrix in 8 or 4 bits, and products with it.
 
-`products.py` asks for products; everything else sees the shape of a kernel.
+`products.py` asks for products; everything else sees the shape of a matrix.
 """
 
 import math
@@ -10,9 +10,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from mistral_jax.base import machine
-from mistral_jax.ops.einsum import einsum
 
 # Quantiles of a normal distribution, with an exact zero (arXiv 2305.14314, appendix E).
 NF4_LEVELS = np.array(
@@ -26,21 +23,27 @@ NF4_LEVELS = np.array(
 )
 
 
+def einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Multiplies with float32 sums; float32 operands are not rounded, as GPU and TPU would."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=jnp.float32)
+
+
 @flax.struct.dataclass
-class QuantizedKernel:
-    """A kernel as small numbers and what to multiply them by.
+class QuantizedMatrix:
+    """A matrix as small numbers and what to multiply them by.
 
     Attributes:
-      values: whole numbers (int8), or places in `NF4_LEVELS` (uint4), of the kernel's shape.
+      values: whole numbers (int8), or places in `NF4_LEVELS` (uint4), of the matrix's shape.
       scale: float32, with as many axes; each of its entries is for as many values next to each
         other along an axis as that is shorter.
     """
 
-    values: jax.Array  # First: Flax compares the first leaf with the kernel's shape.
+    values: jax.Array  # First: Flax compares the first leaf with the parameter's shape.
     scale: jax.Array
 
     def dequantize(self, dtype: jnp.dtype) -> jax.Array:
-        """Returns the kernel, computed in float32 and rounded to `dtype`."""
+        """Returns the matrix, computed in float32 and rounded to `dtype`."""
         # Not by qwix, which flattens an array first: one that is split it gathers.
         if self.values.dtype == jnp.uint4:
             wide = jnp.asarray(NF4_LEVELS)[self.values.astype(jnp.int32)]
@@ -53,9 +56,9 @@ class QuantizedKernel:
         """Whether these are whole numbers with one scale for each of the first `outputs` axes'."""
         return self.values.dtype == jnp.int8 and self.scale.size == math.prod(self.shape[:outputs])
 
-    def product(self, rows: jax.Array) -> jax.Array:
+    def product(self, rows: jax.Array, in_integers: bool = False) -> jax.Array:
         """Multiplies `rows` [..., X] by a matrix [Y, X] with scales [Y, 1]: [..., Y] float32."""
-        by = _product if _in_integers(rows) else _plain_product
+        by = _product if in_integers else _plain_product
         return by(rows, self.values, self.scale[:, 0])
 
     def scaled(self, sums: jax.Array) -> jax.Array:
@@ -64,51 +67,44 @@ class QuantizedKernel:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The kernel's."""
+        """The matrix's."""
         return self.values.shape
 
     @property
     def ndim(self) -> int:
-        """The number of the kernel's axes."""
+        """The number of the matrix's axes."""
         return self.values.ndim
 
     @property
     def dtype(self) -> jnp.dtype:
-        """What the kernel is computed in."""
+        """What the matrix is computed in."""
         return self.scale.dtype
 
     @property
     def sharding(self) -> jax.sharding.Sharding:
-        """Where the kernel lies."""
+        """Where the matrix lies."""
         return self.values.sharding
 
 
-MaybeQuantized = jax.Array | QuantizedKernel
+MaybeQuantized = jax.Array | QuantizedMatrix
 
 
-def to_int8(kernel: Any, outputs: int, numpy: Any = np) -> tuple[Any, Any]:
+def to_int8(matrix: Any, outputs: int, numpy: Any = np) -> tuple[Any, Any]:
     """Rounds to multiples of a 127.5th of the largest number of each output, as qwix does.
 
     Args:
-      kernel: float32.
+      matrix: float32.
       outputs: how many of its axes are the output's.
       numpy: what to compute with, NumPy or `jax.numpy`: to the same bits.
 
     Returns:
       The values, int8, and the scales, float32, with as many axes.
     """
-    axes = tuple(range(outputs, kernel.ndim))
-    largest = numpy.max(numpy.abs(kernel), axis=axes, keepdims=True)
+    axes = tuple(range(outputs, matrix.ndim))
+    largest = numpy.max(numpy.abs(matrix), axis=axes, keepdims=True)
     # By the reciprocal, as XLA divides by a constant.
     scale = numpy.where(largest > 0, largest * np.float32(1 / 127.5), np.float32(1))
-    return numpy.clip(numpy.round(kernel / scale), -127, 127).astype("int8"), scale
-
-
-def _in_integers(rows: jax.Array) -> bool:
-    """Whether to multiply integers: on a mesh, a row's largest number lies in many places."""
-    # Of more it pays to write the matrix out in float; later, if there are instructions for bytes.
-    few = 64 if "vnni" in machine.processor() else 8
-    return math.prod(rows.shape[:-1]) <= few and machine.is_one_cpu()
+    return numpy.clip(numpy.round(matrix / scale), -127, 127).astype("int8"), scale
 
 
 def _plain_product(rows, values, scale):

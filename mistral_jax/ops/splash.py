@@ -22,7 +22,7 @@ LANES = 128
 NO_TEXT = jnp.iinfo(jnp.int32).min
 
 
-def fits(q: jax.Array, k: jax.Array, v: jax.Array, rules: Rules) -> bool:
+def fits(q: jax.Array, k: jax.Array, v: jax.Array, rules: Rules, alone: bool) -> bool:
     """Whether `attend` can take these arrays; else attention by blocks has to.
 
     They are all float32 or all bfloat16, with as many queries as the smallest block. XLA cannot
@@ -34,12 +34,13 @@ def fits(q: jax.Array, k: jax.Array, v: jax.Array, rules: Rules) -> bool:
       k: keys, [B, S, K, H].
       v: values, [B, S, K, H].
       rules: mesh axes of the logical axes.
+      alone: whether there is one device, where no mesh is in use.
     """
     dtypes = {x.dtype.name for x in (q, k, v)}
     if len(dtypes) > 1 or not dtypes <= {"float32", "bfloat16"} or q.shape[1] < LANES:
         return False
     if jax.sharding.get_abstract_mesh().empty:
-        return jax.device_count() == 1
+        return alone
     return partition.fits(q, k, rules)
 
 

@@ -25,6 +25,7 @@ from mistral_jax.base.fields import integer
 from mistral_jax.base.files import read_toml
 from mistral_jax.config import ModelConfig, find
 from mistral_jax.model.transformer import Transformer
+from mistral_jax.ops.backend import PLAIN, Backend
 from mistral_jax.ops.partition import Rules, mesh_axes
 from mistral_jax.parallel import distributed
 from mistral_jax.parallel.rules import LOGICAL_AXES, check_rules, split_kv_heads
@@ -41,6 +42,10 @@ class Layout:
 
     mesh: Mesh
     rules: Rules
+
+    def backend(self, planned: bool = False) -> Backend:
+        """Returns what programs on its devices may use; see `Backend.of`."""
+        return Backend.of(self.mesh.devices.ravel(), planned)
 
     def parts(self, axis: str) -> int:
         """Returns how many parts a logical axis is split into."""
@@ -195,7 +200,8 @@ def _trace(config: ModelConfig) -> dict[str, Any]:
 @functools.lru_cache(maxsize=4)
 def _trace_layer(config: ModelConfig) -> dict[str, Any]:
     token = jnp.zeros((1, 1), jnp.int32)
-    return jax.eval_shape(Transformer(config).init, jax.random.key(0), token, token)["params"]
+    model = Transformer(config, backend=PLAIN)
+    return jax.eval_shape(model.init, jax.random.key(0), token, token)["params"]
 
 
 def _parameters(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:

@@ -143,6 +143,8 @@ def state_sizes(program: str, held: Any) -> dict[str, int]:
 
 def _split(x: jax.ShapeDtypeStruct, layout: Layout) -> int:
     """Returns in how many parts the residual width of a weight lies; a scale may have none."""
+    if layout.mesh.size == 1:
+        return 1
     entries = (axes if isinstance(axes, tuple) else (axes,) for axes in x.sharding.spec)
     on = set(itertools.chain(*entries)) & set(mesh_axes(layout.rules, "embed"))
     return layout.parts("embed") if on else 1

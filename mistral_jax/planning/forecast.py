@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import jax
 
 from mistral_jax.config import ModelConfig
-from mistral_jax.model.transformer import Transformer
 from mistral_jax.parallel.hardware import Hardware
 from mistral_jax.parallel.sharding import Layout
 from mistral_jax.planning import arithmetic, collectives, programs
@@ -94,7 +93,7 @@ def forecast(
       remat: whether training computes blocks again on the way back.
     """
     again = "nothing_saveable" if remat else None
-    model = Transformer(config, of.dtype, layout.rules, again, kv_cache_dtype=of.kv_cache_dtype)
+    model = programs.model(config, layout, of).clone(remat=again)
     held = programs.arguments(program, model, layout, of)
     expected = arithmetic.exchanges(program, model, layout, of)
     flops, moved = arithmetic.flops(program, config, of), arithmetic.moved(program, held, config)

@@ -1,8 +1,10 @@
 """The three programs of a model on a layout, compiled from shapes alone: no weights, no device.
 
-They are those that `generate` and `train` run, with the same arguments. It reads nothing off them.
+They are those that `generate` and `train` run, with the same arguments: on one device, without a
+mesh. CPU devices stand for others here, and are given no C++ kernels. It reads nothing off them.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -10,8 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from mistral_jax.checkpoint import precision, quantization
+from mistral_jax.config import ModelConfig
 from mistral_jax.engine import decode, prefill
 from mistral_jax.engine.sampling import RowSampling, Sampling
 from mistral_jax.model.cache import Cache
@@ -34,7 +38,7 @@ class Shapes:
       length: tokens of a row: prompt and answer together, or the context that is trained on.
       dtype: of computation, and of parameters but those that are trained.
       chunk: tokens of a prompt that are read at a time (C).
-      quantized: kernels in int8, as `quantization.kernels` returns them; none are trained so.
+      quantized: matrices in int8, as `quantization.matrices` returns them; none are trained so.
       kv_cache_dtype: of cached keys and values, "int8"; None = `dtype`.
     """
 
@@ -60,13 +64,24 @@ def shapes(
     rows, length = (
         size + -size % layout.parts(axis) for size, axis in ((batch, "batch"), (length, "length"))
     )
-    chunk = min(prefill.chunk_size(rows), length)
+    chunk = min(prefill.chunk_size(rows, layout.backend(planned=True)), length)
     return Shapes(rows, length, jnp.dtype(dtype), chunk, quantized or {}, kv_cache_dtype)
+
+
+def model(config: ModelConfig, layout: Layout, of: Shapes) -> Transformer:
+    """Returns a model as it is traced for the devices of a layout."""
+    return Transformer(
+        config,
+        of.dtype,
+        layout.rules,
+        kv_cache_dtype=of.kv_cache_dtype,
+        backend=layout.backend(planned=True),
+    )
 
 
 def weights(program: str, model: Transformer, layout: Layout, of: Shapes) -> dict[str, Any]:
     """Describes a model's parameters as a program has them: float32 where they are trained."""
-    described = abstract_params(model, layout)
+    described = _settle(layout, abstract_params(model, layout))
     if program == "train":
         return described
     return precision.typed(quantization.abstract(described, of.quantized), of.dtype)
@@ -76,38 +91,43 @@ def arguments(program: str, model: Transformer, layout: Layout, of: Shapes) -> A
     """Describes what a program works on: (params, cache), or the state of training."""
     params = weights(program, model, layout, of)
     if program == "train":
-        return abstract_state(_optimizer(), params, layout)
+        return _settle(layout, abstract_state(_optimizer(), params, layout))
     return params, _cache(program, model, layout, of)
 
 
-def lower(program: str, model: Transformer, layout: Layout, of: Shapes) -> jax.stages.Lowered:
+def trace(program: str, model: Transformer, layout: Layout, of: Shapes) -> jax.stages.Traced:
     """Traces a program for the devices of a layout.
 
     Args:
       program: one of `PROGRAMS`: a chunk of prompts, a step of decoding (in a loop), a step of
         training.
-      model: the model, with the layout's rules, and of the dtypes in `of`.
+      model: the model, with the layout's rules and backend, and of the dtypes in `of`.
       layout: the mesh; its devices need not exist.
       of: the sizes.
     """
     held = arguments(program, model, layout, of)
-    with jax.set_mesh(layout.mesh):
-        return _lower(program, model, held, layout, of)
+    with contextlib.nullcontext() if _is_one(layout) else jax.set_mesh(layout.mesh):
+        return _trace(program, model, held, layout, of)
 
 
-def _lower(program, model, held, layout, of):
+def lower(program: str, model: Transformer, layout: Layout, of: Shapes) -> jax.stages.Lowered:
+    """Lowers what `trace` traces, with the same arguments."""
+    return trace(program, model, layout, of).lower()
+
+
+def _trace(program, model, held, layout, of):
     if program == "train":
         places = jax.tree.map(lambda x: x.sharding, held)
         step = make_train_step(make_loss_fn(model), _optimizer(), places=places)
         ids = _array(layout, (of.batch, of.length), jnp.int32, ("batch", "length"))
-        return step.lower(held, Batch(ids, ids, ids))
+        return step.trace(held, Batch(ids, ids, ids))
     params, cache = held
     vocab_size = model.config.vocab_size
     if program == "prefill":
         ids = np.zeros((of.batch, of.chunk), np.int32)
         logits = _array(layout, (of.batch, vocab_size), jnp.float32, ("batch", None))
         lengths = np.zeros(of.batch, np.int32)
-        return prefill.read_chunk.lower(model, params, ids, ids, lengths, cache, logits)
+        return prefill.read_chunk.trace(model, params, ids, ids, lengths, cache, logits)
     sampling = RowSampling.stack(
         [Sampling()] * of.batch, [0] * of.batch, [[1]] * of.batch, vocab_size
     )
@@ -115,23 +135,35 @@ def _lower(program, model, held, layout, of):
     state = decode.start((), [1] * of.batch, 1, sampling, stop_ids, False, vocab_size)
     state = jax.tree.map(lambda x: _array(layout, x.shape, x.dtype, ()), state)
     limit, ended = np.int32(decode.MOST_STEPS), np.zeros(of.batch, bool)
-    return decode.decode.lower(model, params, state.replace(cache=cache), limit, ended)
+    return decode.decode.trace(model, params, state.replace(cache=cache), limit, ended)
 
 
 def _cache(program: str, model: Transformer, layout: Layout, of: Shapes) -> Cache:
     def made():
         cache = prefill.empty_cache(model, of.batch, prefill.slots(model, of.length))
-        return decode.turn(cache) if program == "decode" else cache
+        return decode.turn(model, cache) if program == "decode" else cache
 
     axes = ("batch", None, "kv_heads", "head_dim")
-    if program == "decode" and decode.by_heads():
+    if program == "decode" and decode.by_heads(model):
         axes = ("batch", "kv_heads", None, "head_dim")
     cache = jax.eval_shape(made)
     return jax.tree.map(lambda x: _array(layout, x.shape, x.dtype, axes[: x.ndim]), cache)
 
 
 def _array(layout, shape, dtype, axes) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(*axes))
+    return _settle(layout, jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(*axes)))
+
+
+def _is_one(layout: Layout) -> bool:
+    return layout.mesh.size == 1
+
+
+def _settle(layout: Layout, tree: Any) -> Any:
+    """Puts described arrays on the device itself where there is one: `load` makes no mesh of it."""
+    if not _is_one(layout):
+        return tree
+    one = SingleDeviceSharding(layout.mesh.devices.item())
+    return jax.tree.map(lambda x: x.update(sharding=one), tree)
 
 
 def _optimizer():

@@ -17,7 +17,7 @@ from mistral_jax.checkpoint import adapters, checkpoint, origin
 from mistral_jax.checkpoint.lora import adapter_shardings, attach, init_adapters
 from mistral_jax.checkpoint.quantization import quantize
 from mistral_jax.model.transformer import Transformer, stack_layers, unstack_layers
-from mistral_jax.ops.quantized import QuantizedKernel
+from mistral_jax.ops.quantized import QuantizedMatrix
 from mistral_jax.parallel.sharding import mesh_of, read_layout
 from mistral_jax.training.data import examples
 from mistral_jax.training.data.batches import feed, in_order, own_rows
@@ -120,7 +120,7 @@ def _parameters(recipe: Recipe, load: Any) -> tuple[Transformer, Params, Params]
     """Returns the model, what is trained of its parameters or beside them, and what is frozen."""
     if recipe.lora is None:
         model, trainable, _ = load(dtype="float32")
-        if any(isinstance(x, QuantizedKernel) for x in flatten_dict(trainable).values()):
+        if any(isinstance(x, QuantizedMatrix) for x in flatten_dict(trainable).values()):
             raise ValueError(
                 f"{recipe.checkpoint} is rounded to 8 bits, which take no steps; add [lora], to "
                 "train beside them, or name the checkpoint that was not"
@@ -145,7 +145,7 @@ def _loss_fn(recipe: Recipe, model: Transformer, assemble: Any) -> LossFn:
 
 
 def _new_adapters(recipe: Recipe, params: Params) -> Params:
-    """Draws the adapters that training begins with, split over devices as their kernels are."""
+    """Draws the adapters that training begins with, split over devices as their matrices are."""
     init = functools.partial(init_adapters, recipe.lora, jax.eval_shape(lambda: params))
     key = jax.random.key(recipe.seed)
     if mesh_of(params) is None:

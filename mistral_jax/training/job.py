@@ -132,7 +132,8 @@ def compute_dtype(recipe: Recipe) -> jnp.dtype:
     """Returns the dtype that a recipe's models compute in."""
     if recipe.dtype != "auto":
         return jnp.dtype(recipe.dtype)
-    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    on_cpu = jax.local_devices()[0].platform == "cpu"
+    return jnp.dtype(jnp.float32 if on_cpu else jnp.bfloat16)
 
 
 def trained_model(recipe: Recipe, model: Transformer) -> Transformer:

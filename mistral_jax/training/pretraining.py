@@ -37,7 +37,9 @@ def make_job(recipe: Recipe, path: Path, sharding=None, mesh=None) -> Job:
     config = recipe.model_config
     layout = read_layout(sharding, config, mesh=mesh)
     check_memory(recipe, config, layout)
-    model = Transformer(config, rules=layout.rules if layout else ())
+    model = Transformer(config)
+    if layout is not None:
+        model = model.clone(rules=layout.rules, backend=layout.backend())
     _, optimizer = optimizer_of(recipe, recipe.steps)
     params = initial_params(model, recipe.seed, layout, recipe.scan)
     trained = trained_model(recipe, model)

@@ -114,8 +114,7 @@ def test_memory_is_at_least_what_is_resident_and_never_falls():
 
 def test_the_fullest_accelerator_counts(monkeypatch):
     stats = [{"peak_bytes_in_use": 5}, {"peak_bytes_in_use": 9}, None]
-    found = [SimpleNamespace(memory_stats=lambda s=s: s) for s in stats]
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found = [SimpleNamespace(platform="gpu", memory_stats=lambda s=s: s) for s in stats]
     monkeypatch.setattr(jax, "local_devices", lambda: found)
     assert memory.peak() == 9
     monkeypatch.setattr(jax, "local_devices", lambda: found[2:])

@@ -360,7 +360,7 @@ def test_large_weights_show_progress(saved, monkeypatch):
 
 def test_what_is_quantised_needs_a_byte_a_number(saved, monkeypatch):
     path, _, params = saved
-    small = quantization.kernels(params, output=True)
+    small = quantization.matrices(params, output=True)
     few = sum(leaf.size for name, leaf in flatten_dict(params).items() if name in small)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     scales = sum(np.prod(flatten_dict(params)[name].shape[:n]) for name, n in small.items())

@@ -17,6 +17,7 @@ from mistral_jax.engine.logits import penalize
 from mistral_jax.engine.sampling import RowSampling, Sampling
 from mistral_jax.model.cache import init_cache
 from mistral_jax.model.transformer import Transformer
+from mistral_jax.ops.backend import PLAIN, Backend
 from mistral_jax.parallel.sharding import abstract_params
 
 PROMPTS = [[1, 7, 9], [1, *range(10, 40)], [5]]
@@ -200,13 +201,12 @@ def test_a_row_ends_where_its_caller_says(mistral, warm):
     assert seen == [whole.tokens[: len(own)] for whole, own in zip(warm, seen, strict=True)]
 
 
-def test_on_a_gpu_few_rows_are_read_in_longer_chunks(monkeypatch):
-    widths = {rows: prefill.chunk_size(rows) for rows in (1, 2, 3, 4, 32)}
-    assert set(widths.values()) == {512}
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    widths = {rows: prefill.chunk_size(rows) for rows in widths}
+def test_on_a_gpu_few_rows_are_read_in_longer_chunks():
+    gpu = Backend("gpu")
+    assert {prefill.chunk_size(rows, PLAIN) for rows in (1, 2, 3, 4, 32)} == {512}
+    widths = {rows: prefill.chunk_size(rows, gpu) for rows in (1, 2, 3, 4, 32)}
     assert widths == {1: 2048, 2: 1024, 3: 512, 4: 512, 32: 512}
-    (first, places), (last, _) = prefill.chunks([range(2100)])
+    (first, places), (last, _) = prefill.chunks([range(2100)], backend=gpu)
     assert (first.shape, last.shape) == ((1, 2048), (1, 64))
     np.testing.assert_array_equal(places[0], np.arange(2048))
 
@@ -216,21 +216,20 @@ def test_a_cache_that_lies_by_heads_makes_the_same_text(mistral, monkeypatch, ke
     """As on a GPU, where no array of the cache is turned by a loop of steps."""
     model = mistral[0].clone(kv_cache_dtype=kept)
 
-    def texts():
+    def texts(model):
         whole = generate(model, mistral[1], PROMPTS, 30, sampling=[WARM] * 3, stop_ids=())
         streamed = stream_tokens(model, mistral[1], PROMPTS[1], 30, sampling=WARM, stop_ids=())
         return [row.tokens for row in whole], [token.id for token in streamed]
 
-    expected = texts()
+    expected = texts(model)
     shapes, loop = [], drivers.decode
 
     def looked_at(model, params, state, *rest):
         shapes.append(jax.tree.map(jnp.shape, state.cache[0]))
         return loop(model, params, state, *rest)
 
-    monkeypatch.setattr(decode, "by_heads", lambda: True)
     monkeypatch.setattr(drivers, "decode", looked_at)
-    assert texts() == expected
+    assert texts(model.clone(backend=Backend("gpu"))) == expected
     numbers = {
         jax.tree.leaves(layer.k, is_leaf=lambda x: isinstance(x, tuple))[0] for layer in shapes
     }

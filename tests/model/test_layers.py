@@ -4,9 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
+from flax.traverse_util import flatten_dict
 
-from mistral_jax.model.layers import RMSNorm
+from mistral_jax.checkpoint.lora import Lora, init_adapters
+from mistral_jax.checkpoint.quantization import matrices
+from mistral_jax.model.layers import MATRICES, RMSNorm
+from mistral_jax.model.transformer import stack_layers
 from mistral_jax.ops.products import multiply
+from mistral_jax.parallel.sharding import abstract_params
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
@@ -46,3 +52,23 @@ def test_rms_norm_scales_after_the_cast():
     plain = RMSNorm(1e-5, jnp.bfloat16).apply({"params": {"scale": jnp.ones(300)}}, x)
     scaled = RMSNorm(1e-5, jnp.bfloat16).apply({"params": {"scale": scale}}, x)
     np.testing.assert_array_equal(scaled, plain * scale[None, None])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_axes_of_every_matrix_are_those_that_the_model_declares(tied):
+    """Scales and adapters follow them, and scales those of stacked layers too."""
+    model, _ = tiny.build(tied=tied)
+    shapes = abstract_params(model)
+    flat = flatten_dict(shapes)
+    for path, array in flat.items():
+        if array.ndim > 1:
+            outputs, inputs = MATRICES[path[-2]].divide(array.shape)
+            assert (*outputs, *inputs) == MATRICES[path[-2]].shape(model.config) == array.shape
+            assert len(outputs) == len(MATRICES[path[-2]].outputs)
+    for tree in (shapes, jax.eval_shape(stack_layers, shapes)):
+        for path, outputs in matrices(tree, output=True).items():
+            assert outputs == len(MATRICES[path[-2]].outputs) + (path[0] == "layers")
+    adapters = jax.eval_shape(lambda: init_adapters(Lora(rank=3), shapes, jax.random.key(0)))
+    for path, adapter in flatten_dict(adapters).items():
+        outputs, inputs = MATRICES[path[-2]].divide(flat[*path[:-1], "kernel"].shape)
+        assert adapter.shape == ((3, *inputs) if path[-1] == "lora_a" else (*outputs, 3))

@@ -28,7 +28,7 @@ samplings = Sampling(1.0, seed=7), Sampling(0.9, top_k=9, top_p=0.8, min_p=0.01,
     repetition_penalty=1.2, presence_penalty=0.1, frequency_penalty=0.1, logit_bias={3: 1.0})
 model, params = tiny.build(sliding_window=[5, None])
 copied = jax.tree.map(jnp.copy, params)
-rounded = quantization.quantize(copied, "int8", quantization.kernels(params, output=True))
+rounded = quantization.quantize(copied, "int8", quantization.matrices(params, output=True))
 for clone, weights in ((model, params), (model.clone(kv_cache_dtype="int8"), rounded)):
     for one in samplings:
         for row in generate(clone, weights, rows, 12, sampling=one, stop_ids=(), top_logprobs=2):

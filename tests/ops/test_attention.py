@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mistral_jax.model.attention import attend, visible
 from mistral_jax.ops import attention
-from mistral_jax.ops.attention import attend, visible
 
 # Windows and their dilations.
 PATTERNS = ((None, 1), (1, 1), (4, 1), (5, 1), (9, 1), (None, 2), (1, 3), (3, 2), (2, 5))

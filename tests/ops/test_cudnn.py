@@ -1,6 +1,7 @@
 """When cuDNN's kernel attends to a prompt, and what it is given; XLA's product takes its place."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,14 @@ import pytest
 from jax.sharding import PartitionSpec
 from test_splash import RULES, by_rules, on_mesh
 
+from mistral_jax.model.attention import attend
 from mistral_jax.ops import cudnn
-from mistral_jax.ops.attention import attend
-from mistral_jax.ops.quantized import QuantizedKernel, to_int8
-from mistral_jax.ops.scores import weigh
+from mistral_jax.ops.backend import Backend
+from mistral_jax.ops.pieces import weigh
+from mistral_jax.ops.quantized import QuantizedMatrix, to_int8
 
 LENGTH, KEYS = 16, 45  # Keys are filled up to 48.
+H100 = Backend("gpu", "9.0", True, ("cudnn",))
 
 
 @pytest.fixture(autouse=True)
@@ -57,8 +60,7 @@ def test_it_attends_by_any_mask_and_reads_no_further_than_it_shows(monkeypatch):
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (4, 1, 1)])
-def test_on_a_mesh_each_device_attends_for_its_rows_and_heads(monkeypatch, sizes):
-    monkeypatch.setattr(cudnn, "_has_kernel", lambda: True)
+def test_on_a_mesh_each_device_attends_for_its_rows_and_heads(sizes):
     arrays, mask = qkv(jnp.bfloat16), some()
     expected = cudnn.attend(*arrays, mask)
     with on_mesh(*sizes):
@@ -74,35 +76,38 @@ def test_on_a_mesh_each_device_attends_for_its_rows_and_heads(monkeypatch, sizes
 
 
 @pytest.mark.parametrize(
-    ("backend", "capability", "taken"),
+    ("platform", "capability", "taken"),
     [
         ("gpu", "9.0", True),
         ("gpu", "12.0", True),
         ("gpu", "7.5", False),  # a T4
         ("gpu", "gfx90a", False),  # of AMD
         ("gpu", None, False),
+        ("cuda", "9.0", True),  # as a GPU that is described to its compiler calls itself
         ("cpu", "9.0", False),
         ("tpu", "9.0", False),
     ],
 )
-def test_it_takes_prompts_on_a_gpu_that_has_the_kernel(monkeypatch, backend, capability, taken):
-    device = type("Device", (), {"compute_capability": capability} if capability else {})()
-    monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(cudnn, "_runs", lambda: True)
-    assert cudnn.fits(*qkv(jnp.bfloat16), ()) == taken
-    monkeypatch.setattr(cudnn, "_runs", lambda: False)
-    assert not cudnn.fits(*qkv(jnp.bfloat16), ())
+def test_a_gpu_has_the_kernel_if_it_may_be_planned_for_or_runs(
+    monkeypatch, platform, capability, taken
+):
+    fields = {"platform": platform} | ({"compute_capability": capability} if capability else {})
+    devices = [SimpleNamespace(**fields)]
+    monkeypatch.setattr(cudnn, "runs", lambda: True)
+    assert ("cudnn" in Backend.of(devices).kernels) == taken
+    monkeypatch.setattr(cudnn, "runs", lambda: False)
+    assert "cudnn" not in Backend.of(devices).kernels
+    assert ("cudnn" in Backend.of(devices, planned=True).kernels) == taken
 
 
 @pytest.mark.parametrize(("implementation", "runs"), [("xla", True), ("cudnn", False)])
 def test_it_is_tried_before_it_is_taken(monkeypatch, implementation, runs):
     """While a program is traced, too; here cuDNN is missing."""
     monkeypatch.setattr(cudnn, "IMPLEMENTATION", implementation)
-    cudnn._runs.cache_clear()
+    cudnn.runs.cache_clear()
     found = []
-    jax.jit(lambda x: found.append(cudnn._runs()) or x)(1.0)
-    cudnn._runs.cache_clear()
+    jax.jit(lambda x: found.append(cudnn.runs()) or x)(1.0)
+    cudnn.runs.cache_clear()
     assert found == [runs]
 
 
@@ -117,8 +122,7 @@ def test_it_is_tried_before_it_is_taken(monkeypatch, implementation, runs):
         ("bfloat16", {"head_dim": 136}, False),
     ],
 )
-def test_it_says_which_arrays_it_takes(monkeypatch, dtype, fields, taken):
-    monkeypatch.setattr(cudnn, "_has_kernel", lambda: True)
+def test_it_says_which_arrays_it_takes(dtype, fields, taken):
     q, k, v = qkv(jnp.dtype(dtype), **fields)
     assert cudnn.fits(q, k, v, ()) == taken
     assert not cudnn.fits(q.astype(jnp.float32), k, v, ())
@@ -127,16 +131,15 @@ def test_it_says_which_arrays_it_takes(monkeypatch, dtype, fields, taken):
 def test_prompts_alone_are_its_own(monkeypatch):
     """Neither a single token, nor training, whose texts have no origin."""
     taken, kernel = [], cudnn.attend
-    monkeypatch.setattr(cudnn, "_has_kernel", lambda: True)
-    monkeypatch.setattr("mistral_jax.ops.attention._decides", lambda: False)
+    look = functools.partial(attend, backend=H100)
     monkeypatch.setattr(cudnn, "attend", lambda *a: taken.append(a[0].shape) or kernel(*a))
     q, k, v = qkv(jnp.bfloat16)
     places = jnp.tile(jnp.arange(KEYS), (4, 1))
     origin = jnp.zeros(4, jnp.int32)
-    attend(q[:, :1], k, v, places[:, -1:], places, None, origin=origin)
-    attend(q, k[:, :LENGTH], v[:, :LENGTH], places[:, :LENGTH], places[:, :LENGTH], 5, aligned=True)
+    look(q[:, :1], k, v, places[:, -1:], places, None, origin=origin)
+    look(q, k[:, :LENGTH], v[:, :LENGTH], places[:, :LENGTH], places[:, :LENGTH], 5, aligned=True)
     assert not taken
-    found = attend(q, k, v, places[:, -LENGTH:], places, 5, aligned=True, origin=origin)
+    found = look(q, k, v, places[:, -LENGTH:], places, 5, aligned=True, origin=origin)
     assert taken == [q.shape]
     exact = attend(
         *(x.astype(jnp.float32) for x in (q, k, v)), places[:, -LENGTH:], places, 5, aligned=True
@@ -144,15 +147,13 @@ def test_prompts_alone_are_its_own(monkeypatch):
     assert np.abs(found - exact).max() <= 2.0**-7 * np.abs(v).max()  # weights and result: 8 bits
 
 
-def test_a_cache_in_8_bits_is_widened_for_it(monkeypatch):
+def test_a_cache_in_8_bits_is_widened_for_it():
     q, k, v = qkv(jnp.bfloat16)
-    small = [QuantizedKernel(*to_int8(x.astype(jnp.float32), 3, jnp)) for x in (k, v)]
+    small = [QuantizedMatrix(*to_int8(x.astype(jnp.float32), 3, jnp)) for x in (k, v)]
     places = jnp.tile(jnp.arange(KEYS), (4, 1))
     look = functools.partial(attend, q_positions=places[:, -LENGTH:], kv_positions=places)
     look = functools.partial(look, window=None, origin=jnp.zeros(4, jnp.int32))
     expected = look(q.astype(jnp.float32), *small)
-    monkeypatch.setattr(cudnn, "_has_kernel", lambda: True)
-    monkeypatch.setattr("mistral_jax.ops.attention._decides", lambda: False)
-    found = look(q, *small)
+    found = look(q, *small, backend=H100)
     assert found.dtype == jnp.bfloat16
     assert np.abs(found - expected).max() <= 2.0**-6 * np.abs(v).max()

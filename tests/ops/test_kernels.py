@@ -1,6 +1,7 @@
 """The compiled kernels: against float64, and in the model against XLA's operations."""
 
 import dataclasses
+import functools
 import platform
 import re
 import subprocess
@@ -16,9 +17,12 @@ import tiny
 
 from mistral_jax.base import machine
 from mistral_jax.checkpoint import quantization
-from mistral_jax.ops import kernels, library, products
-from mistral_jax.ops.attention import attend, visible
-from mistral_jax.ops.quantized import QuantizedKernel, to_int8
+from mistral_jax.model import attention
+from mistral_jax.model.attention import visible
+from mistral_jax.ops import backend, kernels, library, products
+from mistral_jax.ops.backend import PLAIN
+from mistral_jax.ops.quantized import QuantizedMatrix, to_int8
+from mistral_jax.ops.rows import look_up, once
 
 # Without one, what stands in is tested here, and runs in all other tests.
 COMPILER = pytest.mark.skipif(
@@ -26,10 +30,8 @@ COMPILER = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compiled():
-    """Has JAX know the kernels, whichever test is the first."""
-    kernels.available()
+NATIVE = backend.default()
+attend = functools.partial(attention.attend, backend=NATIVE)
 
 
 def case(dtype, rows, outputs, width):
@@ -55,7 +57,7 @@ def relative_error(found, x, matrix):
 @pytest.mark.parametrize("rows", range(1, kernels.MOST_ROWS + 1))
 def test_products_are_exact_to_the_rounding_of_float32(dtype, rows):
     """For widths and outputs that fill no vector, group or block, too."""
-    assert kernels.available()
+    assert NATIVE.has_native
     for outputs, width in ((1, 1), (5, 7), (97, 33), (64, 256), (4, 4097), (3, 9000)):
         x, matrix = case(dtype, rows, outputs, width)
         # The worst order of summing would be off by `width` roundings; lanes sum a 16th of it.
@@ -114,10 +116,10 @@ def test_another_processor_computes_the_same_by_other_instructions(flags, needed
     code = f"""
 import sys
 sys.path[:0] = {folders}
-import test_kernels
 from mistral_jax.ops import kernels, library
 
 library._FLAGS = [flag for flag in library._FLAGS if flag != "-march=native"] + {list(flags)}
+import test_kernels
 for dtype in kernels.DTYPES:
     for rows in (1, 2, 3, 5, 8):
         test_kernels.test_products_are_exact_to_the_rounding_of_float32(dtype, rows)
@@ -166,7 +168,7 @@ def seen(rng, rows, slots, kv_heads, group, dim, dtype):
     at = rng.integers(slots // 2, slots, (rows, 1))
     places[:, 0] = at[:, 0]
     if dtype == "int8":
-        k, v = (QuantizedKernel(*to_int8(jnp.asarray(x, jnp.float32), 3, jnp)) for x in (k, v))
+        k, v = (QuantizedMatrix(*to_int8(jnp.asarray(x, jnp.float32), 3, jnp)) for x in (k, v))
     else:
         q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
     return jnp.asarray(q), k, v, jnp.asarray(at), jnp.asarray(places)
@@ -210,15 +212,17 @@ def test_keys_that_are_not_seen_do_not_count_and_what_is_not_finite_shows():
 
 @COMPILER
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_token_attends_with_the_plain_gradient(dtype, monkeypatch):
+def test_a_token_attends_with_the_plain_gradient(dtype):
     *qkv, at, places = seen(np.random.default_rng(2), 2, 12, 2, 2, 8, dtype)
 
-    def gradient():
-        return jax.grad(lambda x: jnp.sum(attend(*x, at, places, 7).astype(jnp.float32) ** 2))(qkv)
+    def gradient(backend):
+        def total(x):
+            mixed = attend(*x, at, places, 7, backend=backend)
+            return jnp.sum(mixed.astype(jnp.float32) ** 2)
 
-    found = gradient()
-    monkeypatch.setattr(kernels, "available", lambda: False)
-    for ours, plain in zip(found, gradient(), strict=True):
+        return jax.grad(total)(qkv)
+
+    for ours, plain in zip(gradient(NATIVE), gradient(PLAIN), strict=True):
         ours, plain = (np.asarray(x.astype(jnp.float32)) for x in (ours, plain))
         bound = 1e-5 if dtype == "float32" else 3e-2
         np.testing.assert_allclose(ours, plain, atol=bound * np.abs(plain).max())
@@ -240,9 +244,9 @@ def test_a_prompt_is_multiplied_in_float32_where_bfloat16_has_no_instructions(mo
     monkeypatch.setattr(kernels, "_constant", {"multiplies_bfloat16": 0}.get)
     x, matrix = case("bfloat16", 100, 60, 700)
     x = jnp.expand_dims(x, 0)
-    quantized = QuantizedKernel(*to_int8(matrix.astype(jnp.float32), 1, jnp))
+    quantized = QuantizedMatrix(*to_int8(matrix.astype(jnp.float32), 1, jnp))
     for kernel, exact in ((matrix, matrix), (quantized, quantized.dequantize(jnp.float32))):
-        run = jax.jit(lambda x, kernel: products.multiply(x, kernel, 1, jnp.bfloat16))
+        run = jax.jit(lambda x, kernel: products.multiply(x, kernel, 1, jnp.bfloat16, NATIVE))
         assert "mistral_jax_widen" in run.lower(x, kernel).as_text()
         assert relative_error(run(x, kernel)[0], x[0], exact) < 60 * np.finfo(np.float32).eps
     assert not kernels.should_widen(x[:, :9], matrix)
@@ -308,21 +312,20 @@ def test_decoding_does_not_copy_a_cache():
 @COMPILER
 @pytest.mark.parametrize("quantize", [None, "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_model_computes_the_same_with_and_without(dtype, quantize, monkeypatch):
+def test_the_model_computes_the_same_with_and_without(dtype, quantize):
     model, params = tiny.build(dim=64)
     model = dataclasses.replace(model, dtype=jnp.dtype(dtype))
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     if quantize:
-        which = quantization.kernels(params, output=True)
+        which = quantization.matrices(params, output=True)
         params = quantization.quantize(params, quantize, which)
     tokens = jnp.array([[3, 1, 4, 1]])
 
-    def logits():
-        return jax.jit(lambda: model.apply({"params": params}, tokens, jnp.arange(4)[None])[0])()
+    def logits(backend):
+        traced = model.clone(backend=backend)
+        return jax.jit(lambda: traced.apply({"params": params}, tokens, jnp.arange(4)[None])[0])()
 
-    with_kernels = logits()
-    monkeypatch.setattr(kernels, "available", lambda: False)
-    without = logits()
+    with_kernels, without = logits(NATIVE), logits(PLAIN)
     # Roundings of activations to bfloat16 may fall the other way.
     bound = 1e-5 if dtype == "float32" else 2e-2
     assert jnp.max(jnp.abs(with_kernels - without)) < bound * jnp.max(jnp.abs(without))
@@ -332,14 +335,14 @@ def test_the_model_computes_the_same_with_and_without(dtype, quantize, monkeypat
 def test_rows_are_named_by_integers_of_any_width(integers):
     table = jnp.arange(6, dtype=jnp.bfloat16).reshape(3, 2)
     tokens = jnp.array([[2, 0]]).astype(integers)
-    np.testing.assert_array_equal(products.look_up(table, tokens), table[jnp.array([[2, 0]])])
+    np.testing.assert_array_equal(look_up(table, tokens, NATIVE), table[jnp.array([[2, 0]])])
 
 
 def test_what_is_computed_once_keeps_its_bits_and_its_gradient():
     x = jnp.array([[[0.0, -0.0], [jnp.nan, jnp.inf]], [[1.5, 0.25], [3.0, -7.0]]])
-    same = jax.jit(kernels.once)(x)
+    same = jax.jit(once, static_argnums=1)(x, NATIVE)
     np.testing.assert_array_equal(*(np.asarray(a).view(np.uint32) for a in (same, x)))
-    np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(kernels.once(x) * same))(x), x)
+    np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(once(x, NATIVE) * same))(x), x)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -347,7 +350,7 @@ def test_rows_of_a_table_are_taken_as_they_are_with_their_gradient(dtype):
     table = jnp.arange(12, dtype=jnp.float32).reshape(4, 3).astype(dtype)
     tokens = jnp.array([[2, 0], [2, 9]])  # what is beyond the last is the last
     np.testing.assert_array_equal(
-        products.look_up(table, tokens), table[jnp.array([[2, 0], [2, 3]])]
+        look_up(table, tokens, NATIVE), table[jnp.array([[2, 0], [2, 3]])]
     )
-    gradient = jax.grad(lambda table: products.look_up(table, tokens).sum().astype(jnp.float32))
+    gradient = jax.grad(lambda table: look_up(table, tokens, NATIVE).sum().astype(jnp.float32))
     np.testing.assert_array_equal(gradient(table)[:, 0].astype(jnp.float32), [1, 0, 2, 1])

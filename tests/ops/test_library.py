@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 from mistral_jax.engine.generate import generate
-from mistral_jax.ops import kernels, library
+from mistral_jax.ops import library
 
 COMPILER = pytest.mark.skipif(library.find_compiler() is None, reason="there is no C++ compiler")
 
@@ -135,7 +135,7 @@ def test_without_a_library_one_line_says_why_and_xla_computes(
     monkeypatch.setenv("CXX", compiler)
     began = time.monotonic()
     for _ in range(2):
-        assert not kernels.available()
+        assert library.load() is None
     assert time.monotonic() - began < 20
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
@@ -154,7 +154,7 @@ def test_a_library_that_xla_refuses_is_not_used(monkeypatch, caplog):
 
     monkeypatch.setattr(library, "TARGETS", ("number",))
     monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
-    assert not kernels.available()
+    assert library.load() is None
     (record,) = caplog.records
     assert "API version mismatch" in record.getMessage()
 
@@ -162,8 +162,8 @@ def test_a_library_that_xla_refuses_is_not_used(monkeypatch, caplog):
 def test_a_command_says_it_in_one_line():
     environment = os.environ | {"CXX": "false", "JAX_PLATFORMS": "cpu"}
     code = (
-        "from mistral_jax.cli import command; from mistral_jax.ops import kernels\n"
-        "command.run(lambda: print(kernels.available()))"
+        "from mistral_jax.cli import command; from mistral_jax.ops import backend\n"
+        "command.run(lambda: print(backend.default().has_native))"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

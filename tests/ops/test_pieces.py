@@ -1,5 +1,6 @@
 """Laws of attention in pieces, over a ring or a cache that holds all, against loops in float64."""
 
+import functools
 import re
 
 import jax
@@ -9,13 +10,19 @@ import pytest
 import tiny
 from test_attention import PATTERNS, dense, qkv
 
+from mistral_jax.model.attention import attend
 from mistral_jax.model.cache import LayerCache, init_cache, line_up, write
 from mistral_jax.ops import attention, cudnn, pieces
-from mistral_jax.ops.attention import attend
+from mistral_jax.ops.backend import PLAIN, Backend
 
 # Of each row: tokens already in the cache, and columns of padding before and after the chunk's.
 ROWS = [(30, 0, 0), (3, 2, 1), (7, 99, 0), (0, 3, 0), (0, 0, 2), (1, 1, 0)]
 END = 48
+WAYS = {
+    "pieces": Backend(alone=True),
+    "blocks": PLAIN,
+    "cudnn": Backend("gpu", "9.0", True, ("cudnn",)),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +64,7 @@ def chunk_of(x, positions):
 def test_a_chunk_sees_through_ring_and_cache_what_it_sees_in_the_whole_text(
     monkeypatch, length, way
 ):
-    monkeypatch.setattr(attention, "_decides", lambda: way == "pieces")
+    look = functools.partial(attend, backend=WAYS[way])
     # XLA's product takes the kernel's place, and float32.
     monkeypatch.setattr(cudnn, "fits", lambda *_: way == "cudnn")
     monkeypatch.setattr(cudnn, "IMPLEMENTATION", "xla")
@@ -71,12 +78,12 @@ def test_a_chunk_sees_through_ring_and_cache_what_it_sees_in_the_whole_text(
         found = []
         for pattern, ring in zip(PATTERNS, rings, strict=True):
             in_place = whole.k, whole.v, positions, whole.positions
-            found.append([attend(q, *in_place, *pattern, origin=origin)])
+            found.append([look(q, *in_place, *pattern, origin=origin)])
             if ring is not None:
                 seen, origin_of_ring = line_up(ring, new_k, new_v, positions)
                 lined = seen.k, seen.v, positions, seen.positions
                 given = {"aligned": True, "origin": origin_of_ring}
-                found[-1].append(attend(q, *lined, *pattern, **given))
+                found[-1].append(look(q, *lined, *pattern, **given))
         return found
 
     spans = [None if window is None else (window - 1) * by + 1 for window, by in PATTERNS]
@@ -101,9 +108,9 @@ def test_keys_that_nobody_can_see_are_not_read():
         # A piece is of 4 keys, and begins with the first that the first query sees.
         near = (places >= max(0, start - 4)) & (places < stop + 3)
         spoilt = [jnp.where(near[None, :, None, None], x, np.nan) for x in (k, v)]
-        ours = attend(
-            q, *spoilt, positions, whole.positions, 5, origin=jnp.zeros(len(ROWS), jnp.int32)
-        )[row]
+        origin = jnp.zeros(len(ROWS), jnp.int32)
+        given = q, *spoilt, positions, whole.positions, 5
+        ours = attend(*given, origin=origin, backend=WAYS["pieces"])[row]
         real = positions[row] >= 0
         np.testing.assert_allclose(ours[real], expected[row, real], atol=2e-6)
 
@@ -132,13 +139,11 @@ def test_a_ring_and_a_chunk_are_lined_up_by_their_places(slots, length):
             np.testing.assert_array_equal(lined.v[row, entry], v[row, place])
 
 
-@pytest.mark.parametrize("decides", [True, False])
-def test_chunks_of_any_padding_with_rows_at_their_own_places_give_the_full_pass(
-    monkeypatch, decides
-):
-    monkeypatch.setattr(attention, "_decides", lambda: decides)
+@pytest.mark.parametrize("way", ["pieces", "blocks"])
+def test_chunks_of_any_padding_with_rows_at_their_own_places_give_the_full_pass(way):
     fields = {"n_layers": 4, "sliding_window": [None, 5, 1, 3], "dilation": [1, 1, 1, 2]}
     model, params = tiny.build(**fields)
+    model = model.clone(backend=WAYS[way])
     forward = jax.jit(lambda *inputs: model.apply({"params": params}, *inputs))
     rng = np.random.default_rng(0)
     texts = [rng.integers(53, size=size) for size in (31, 17, 40)]

@@ -1,5 +1,6 @@
 """Quantised kernels: how far off they may be, the paper's levels, and all else as it was."""
 
+import dataclasses
 import functools
 import statistics
 import sys
@@ -24,14 +25,14 @@ from mistral_jax.checkpoint.lora import (
     init_adapters,
     merge,
 )
-from mistral_jax.checkpoint.quantization import KINDS, abstract, kernels, quantize
+from mistral_jax.checkpoint.quantization import KINDS, abstract, matrices, quantize
 from mistral_jax.config import ModelConfig
 from mistral_jax.engine.generate import generate
 from mistral_jax.engine.sampling import Sampling
 from mistral_jax.model.transformer import stack_layers
-from mistral_jax.ops import kernels as model_kernels
+from mistral_jax.ops import backend
 from mistral_jax.ops.products import multiply
-from mistral_jax.ops.quantized import NF4_LEVELS, QuantizedKernel
+from mistral_jax.ops.quantized import NF4_LEVELS, QuantizedMatrix
 from mistral_jax.parallel.sharding import abstract_params, on_mesh
 
 # Wide enough for several blocks of 64 in a row, and one axis (96) that has none.
@@ -46,7 +47,7 @@ def quantized(kind):
 
 
 def is_quantized(x):
-    return isinstance(x, QuantizedKernel)
+    return isinstance(x, QuantizedMatrix)
 
 
 def dequantized(params, dtype=jnp.float32):
@@ -113,7 +114,7 @@ def test_loading_quantises_projections_and_the_output(tied, layout, tmp_path):
     model, params = tiny.build(tied=tied, **fields)
     checkpoint.save(tmp_path / "x", model.config, params)
     model, found, _ = checkpoint.load(tmp_path / "x", quantize="int8", sharding=layout)
-    places = kernels(params, output=True)
+    places = matrices(params, output=True)
     assert ("embed", "embedding") in places if tied else ("lm_head", "kernel") in places
     assert {path for path, x in flatten_dict(found).items() if is_quantized(x)} == set(places)
     expected = quantize(params, "int8", places)
@@ -163,7 +164,7 @@ def test_a_checkpoint_holds_int8(tied, tmp_path):
 @pytest.mark.parametrize(("dtype", "gigabytes"), [("bfloat16", 7.4), ("float32", 7.7)])
 def test_7b_takes_what_the_readme_says(dtype, gigabytes):
     shapes = abstract_params(MODEL.clone(config=ModelConfig.from_name("mistral-7b-v0.3")))
-    small = precision.typed(abstract(shapes, kernels(shapes, output=True)), dtype)
+    small = precision.typed(abstract(shapes, matrices(shapes, output=True)), dtype)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(small))
     assert round(size / 1e9, 1) == gigabytes
 
@@ -202,30 +203,29 @@ def test_qwix_sees_the_same_kernel(kind):
 @pytest.mark.parametrize("shape", [(6, 40), (6, 5, 8), (6, 5, 80)])
 @pytest.mark.parametrize("rows", [3, 200])
 @pytest.mark.parametrize("compiler", [True, False])
-def test_products_are_those_of_the_dequantised_kernel(kind, shape, rows, compiler, monkeypatch):
+def test_products_are_those_of_the_dequantised_kernel(kind, shape, rows, compiler):
     """With one block of nf4 in a row, or several; few rows of int8 go by kernels or integers."""
-    if not compiler:
-        monkeypatch.setattr(model_kernels, "available", lambda: False)
+    here = backend.default()
+    here = here if compiler else dataclasses.replace(here, kernels=())
     rng = np.random.default_rng(0)
     kernel = jnp.asarray(rng.normal(size=shape), jnp.float32)
     path = ("a", "kernel")
     made = quantize({"a": {"kernel": kernel}}, kind, {path: 1})["a"]["kernel"]
     x = rng.normal(size=(1, rows, made.values[0].size)).astype(np.float32)
     expected = x.astype(np.float64) @ np.float64(made.dequantize(jnp.float32)).reshape(6, -1).T
-    close(multiply(jnp.asarray(x), made, 1, jnp.float32), expected, 1e-6)
+    close(multiply(jnp.asarray(x), made, 1, jnp.float32, here), expected, 1e-6)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7])
-def test_a_product_in_integers_rounds_each_row_to_24_bits_and_no_more(rows, monkeypatch):
-    monkeypatch.setattr(model_kernels, "available", lambda: False)
+def test_a_product_in_integers_rounds_each_row_to_24_bits_and_no_more(rows):
     rng = np.random.default_rng(rows)
     x = rng.normal(size=(rows, 3, 40)) * 10.0 ** rng.integers(-9, 9, (rows, 3, 1))
     x[0, 0], x[0, 1, :2] = 0, (9e9, -9e9)  # nothing, and the largest numbers of either sign
     values = rng.integers(-127, 128, (30, 40)).astype(np.int8)
     values[0] = 127
     scale = rng.random((30, 1)).astype(np.float32)
-    x, kernel = x.astype(np.float32), QuantizedKernel(jnp.asarray(values), jnp.asarray(scale))
-    found = jax.jit(kernel.product)(x)
+    x, kernel = x.astype(np.float32), QuantizedMatrix(jnp.asarray(values), jnp.asarray(scale))
+    found = jax.jit(functools.partial(kernel.product, in_integers=True))(x)
     exact = x.astype(np.float64) @ (values * scale.astype(np.float64)).T
     step = np.abs(x).max(-1, keepdims=True) / (127 << 16)
     bound = step / 2 * np.abs(values * scale).sum(-1)

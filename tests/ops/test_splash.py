@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+from mistral_jax.model.attention import attend
 from mistral_jax.ops import splash
-from mistral_jax.ops.attention import attend
+from mistral_jax.ops.backend import PLAIN, Backend
 
 LENGTH = 300
 # Of one key, of less than a block, a block, and more than there are queries.
@@ -182,7 +184,7 @@ def test_on_a_mesh_each_device_attends_for_its_rows_and_heads(sizes):
     run = kernel(CACHED, 100, RULES)
     with on_mesh(*sizes):
         split = by_rules(arrays)
-        assert splash.fits(*split, RULES)
+        assert splash.fits(*split, RULES, alone=False)
         found = with_gradients(run, CACHED)(*split)
         program = jax.jit(run).lower(*split).compile().as_text()
     for ours, theirs in zip(found, expected, strict=True):
@@ -190,16 +192,16 @@ def test_on_a_mesh_each_device_attends_for_its_rows_and_heads(sizes):
     assert not re.findall(r"all-\w+|collective-permute|reduce-scatter", program)
 
 
-def test_it_says_which_arrays_it_takes(monkeypatch):
+def test_it_says_which_arrays_it_takes():
     q, k, v = qkv(CACHED.shape[1])
-    assert not splash.fits(q, k, v, ())  # eight devices and no mesh: XLA may have to split q
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert splash.fits(q, k, v, ())
-    assert splash.fits(*(x.astype(jnp.bfloat16) for x in (q, k, v)), ())
-    assert splash.fits(q[:, :128], k, v, ())
-    assert not splash.fits(q[:, :127], k, v, ())
-    assert not splash.fits(q.astype(jnp.bfloat16), k, v, ())
-    assert not splash.fits(*(x.astype(jnp.float16) for x in (q, k, v)), ())
+    assert not splash.fits(q, k, v, (), alone=False)  # without a mesh XLA may have to split q
+    fits = functools.partial(splash.fits, rules=(), alone=True)
+    assert fits(q, k, v)
+    assert fits(*(x.astype(jnp.bfloat16) for x in (q, k, v)))
+    assert fits(q[:, :128], k, v)
+    assert not fits(q[:, :127], k, v)
+    assert not fits(q.astype(jnp.bfloat16), k, v)
+    assert not fits(*(x.astype(jnp.float16) for x in (q, k, v)))
 
 
 @pytest.mark.parametrize(
@@ -220,20 +222,20 @@ def test_it_says_which_arrays_it_takes(monkeypatch):
 def test_it_takes_a_mesh_that_gives_queries_their_keys(sizes, rules, taken):
     arrays = qkv(CACHED.shape[1])
     with on_mesh(*sizes):
-        assert splash.fits(*arrays, rules) == taken
+        assert splash.fits(*arrays, rules, alone=False) == taken
     with on_mesh(*sizes, AxisType.Explicit):
-        assert not splash.fits(*arrays, rules)
+        assert not splash.fits(*arrays, rules, alone=True)
 
 
 def test_attention_picks_the_kernel_on_a_tpu_alone(monkeypatch):
     taken = []
     monkeypatch.setattr(splash, "attend", lambda *arguments: taken.append(arguments[5]))
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    tpus = [SimpleNamespace(platform="tpu")] * 2
+    tpu, several = Backend.of(tpus[:1]), Backend.of(tpus)
     q, k, v = qkv(CACHED.shape[1])
-    look = functools.partial(attend, q, k, v, CACHED[:, -LENGTH:], CACHED)
-    look(100, aligned=True)
-    assert not taken
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    look = functools.partial(attend, q, k, v, CACHED[:, -LENGTH:], CACHED, backend=tpu)
+    look(100, aligned=True, backend=PLAIN)
+    look(100, aligned=True, backend=several)
     look(100)
     look(100, 2, aligned=True)
     look(100, aligned=True, sections=2)

@@ -18,8 +18,8 @@ from mistral_jax.config import CHECKOUT, CONFIG_DIR, ModelConfig
 from mistral_jax.engine.decode import MOST_STEPS
 from mistral_jax.engine.prefill import empty_cache
 from mistral_jax.engine.sampling import MOST_TOP
+from mistral_jax.model.attention import visible
 from mistral_jax.model.transformer import Transformer
-from mistral_jax.ops.attention import visible
 from mistral_jax.parallel import hardware
 from mistral_jax.parallel.sharding import Layout, abstract_params, read_layout
 from mistral_jax.planning import arithmetic, forecast, programs, report
@@ -50,7 +50,7 @@ def prepare(name, config=CONFIG, remat=None, int8=False, dtype="float32", cache=
     """Returns the layout, the model and the sizes."""
     layout = read_layout(name, config)
     model = Transformer(config, jnp.dtype(dtype), layout.rules, remat, kv_cache_dtype=cache)
-    small = quantization.kernels(abstract_params(model), output=True) if int8 else None
+    small = quantization.matrices(abstract_params(model), output=True) if int8 else None
     return layout, model, programs.shapes(layout, 8, 32, dtype, small, cache)
 
 
@@ -164,7 +164,7 @@ def test_int8_is_planned_as_quantize_makes_it(name, tied):
 def test_int8_spares_a_byte_or_three_a_weight_for_a_scale_an_output(program, dtype):
     config, mesh = CONFIG, jax.make_mesh((1,), ("device",), devices=jax.devices()[:1])
     layout, model = Layout(mesh, ()), Transformer(config, jnp.dtype(dtype))
-    small, moved = quantization.kernels(abstract_params(model), output=True), []
+    small, moved = quantization.matrices(abstract_params(model), output=True), []
     for which in (None, small):
         of = programs.shapes(layout, 4, 256, dtype, which)
         held = programs.arguments(program, model, layout, of)
@@ -410,7 +410,7 @@ def test_the_documents_tell_what_7b_takes_of_16_gb():
         chip, dtype = hardware.known()[name], {"v5e": "bfloat16", "T4": "float16"}[name]
         assert kind in (dtype, "int8")
         model = Transformer(config, jnp.dtype(dtype), kv_cache_dtype="int8" if cache else None)
-        small = quantization.kernels(abstract_params(model), output=True) if kind == "int8" else {}
+        small = quantization.matrices(abstract_params(model), output=True) if kind == "int8" else {}
         of = programs.shapes(layout, int(batch), int(length.replace(",", "")), dtype, small)
         held = programs.arguments("decode", model, layout, of)
         sizes = arithmetic.state_sizes("decode", held)

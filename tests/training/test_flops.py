@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from mistral_jax.config import ModelConfig
-from mistral_jax.ops.attention import visible
+from mistral_jax.model.attention import visible
 from mistral_jax.parallel import hardware
 from mistral_jax.training import flops
 from mistral_jax.training.loss import cross_entropy

@@ -1,0 +1,89 @@
+"""What is planned for a TPU is what a TPU would trace, text for text; no TPU is needed here."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mistral_jax.config import ModelConfig
+from mistral_jax.engine import decode as steps
+from mistral_jax.engine import generate as drivers
+from mistral_jax.engine import prefill
+from mistral_jax.engine.generate import generate
+from mistral_jax.model.transformer import Transformer
+from mistral_jax.ops.backend import Backend
+from mistral_jax.parallel.sharding import Layout, abstract_params, read_layout
+from mistral_jax.planning import programs
+
+CONFIG = ModelConfig(
+    vocab_size=96,
+    num_layers=2,
+    embed_dim=64,
+    mlp_dim=96,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=8,
+    rope_theta=1e4,
+    sliding_window=64,
+)
+PROMPT, NEW = 512, 8
+
+
+def devices(platform, count=1, **fields):
+    """Returns stand-ins for devices that are only looked at."""
+    return [SimpleNamespace(platform=platform, **fields)] * count
+
+
+def layout_of(name):
+    """Returns a layout, and one device's as the planner makes it."""
+    if name is not None:
+        return read_layout(name, CONFIG)
+    return Layout(jax.make_mesh((1,), ("device",), devices=jax.devices()[:1]), ())
+
+
+def tpu_text(traced):
+    return traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
+def generated(monkeypatch, name, backend, rows, kv_cache_dtype):
+    """Returns the texts of what `generate` runs, traced for a backend instead of this machine."""
+    layout, texts = layout_of(name), {}
+    model = Transformer(CONFIG, jnp.bfloat16, layout.rules, kv_cache_dtype=kv_cache_dtype)
+
+    def traces(program, run):
+        def traced(model, *arguments):
+            texts[program] = tpu_text(run.trace(model.clone(backend=backend), *arguments))
+            return run(model, *arguments)
+
+        return traced
+
+    places = abstract_params(model, layout)
+    where = jax.tree.map(lambda x: x.sharding if name else jax.devices()[0], places)
+    params = jax.tree.map(
+        lambda x, place: jax.device_put(jnp.zeros(x.shape, jnp.bfloat16), place), places, where
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr(prefill, "read_chunk", traces("prefill", prefill.read_chunk))
+        patched.setattr(drivers, "decode", traces("decode", steps.decode))
+        generate(model, params, [[1] * PROMPT] * rows, NEW)
+    return texts
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "kv_cache_dtype"),
+    [(None, 1, None), (None, 2, "int8"), ("tensor", 1, None), ("data_tensor", 8, None)],
+)
+def test_what_is_planned_is_what_generate_traces(monkeypatch, name, rows, kv_cache_dtype):
+    layout = layout_of(name)
+    backend = Backend.of(devices("tpu", layout.mesh.size), planned=True)
+    assert backend == Backend.of(devices("tpu", layout.mesh.size))
+    expected = generated(monkeypatch, name, backend, rows, kv_cache_dtype)
+    of = programs.shapes(layout, rows, PROMPT + NEW, "bfloat16", None, kv_cache_dtype)
+    model = programs.model(CONFIG, layout, of).clone(backend=backend)
+    for program, text in expected.items():
+        planned = tpu_text(programs.trace(program, model, layout, of))
+        assert planned == text, program
+        # Both layers call one function.
+        kernels = planned.count("stablehlo.custom_call @tpu_custom_call")
+        assert kernels == (1 if program == "prefill" else 0)
