@@ -16,17 +16,17 @@ def convert():
 
 def train():
     """Returns the parser of `python -m mistral_jax.train`."""
-    return _for_page("mistral_jax.train", "_parser")
+    return _for_page("mistral_jax.cli.train", "_parser")
 
 
 def evaluate():
     """Returns the parser of `python -m mistral_jax.evaluate`."""
-    return _for_page("mistral_jax.evaluate", "_parser")
+    return _for_page("mistral_jax.cli.evaluate", "_parser")
 
 
 def plan():
     """Returns the parser of `python -m mistral_jax.plan`."""
-    return _for_page("mistral_jax.plan", "_parser")
+    return _for_page("mistral_jax.cli.plan", "_parser")
 
 
 def _for_page(module: str, function: str) -> argparse.ArgumentParser:
