@@ -1,5 +1,6 @@
 """An installation holds every file of the package, is built without a warning, and runs."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -48,3 +49,27 @@ def test_an_installation_has_every_file(installed, folder, inside):
         if path.is_file() and "__pycache__" not in path.parts:
             shipped = installed / inside / path.relative_to(CHECKOUT / folder)
             assert shipped.read_bytes() == path.read_bytes(), path
+
+
+def test_an_installation_runs_outside_a_checkout(installed, tmp_path):
+    (entries,) = installed.glob("*.dist-info/entry_points.txt")
+    assert entries.read_text().split() == [
+        "[console_scripts]",
+        *("mistral-jax", "=", "mistral_jax.cli.console:main"),
+    ]
+    configs = str(installed / "mistral_jax" / "configs")
+    code = (
+        "import sys; from mistral_jax import config; from mistral_jax.cli.console import main\n"
+        f"assert config.CONFIG_DIR.samefile({configs!r})\n"
+        "sys.exit(main())"
+    )
+    folder = installed / "mistral_jax" / "assets" / "nano"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "convert", "inspect", folder],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(installed), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "checkpoint of mistral_jax" in done.stdout

@@ -83,17 +83,24 @@ def interruptible() -> Iterator[None]:
             signal.signal(signal.SIGINT, _leave)
 
 
+def called(name: str) -> str:
+    """Returns what the user types to run a command: by the console script, or by its module."""
+    script = os.path.basename(sys.argv[0]).startswith("mistral-jax")
+    return f"mistral-jax {name}" if script else f"python -m mistral_jax.{name}"
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, like all others of a command."""
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args, add_traceback: bool = True, **options):
         super().__init__(*args, **options)
-        self.add_argument(
-            "--traceback",
-            action="store_true",
-            default=argparse.SUPPRESS,
-            help="show where in the program an error arose",
-        )
+        if add_traceback:
+            self.add_argument(
+                "--traceback",
+                action="store_true",
+                default=argparse.SUPPRESS,
+                help="show where in the program an error arose",
+            )
 
     def error(self, message: str):
         """Ends the program."""
