@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -208,6 +207,8 @@ def run(
         status = 130
     except Exception as error:
         if show_traceback:
+            import traceback
+
             traceback.print_exc(file=errors)
         said, status = _explain(error)
         print(f"error: {name}{one_line(said)}", file=errors)
@@ -221,6 +222,8 @@ def run(
 
 def _explain(error: Exception) -> tuple[str, int]:
     """Returns a sentence on an error, and the exit status."""
+    import traceback  # Slow on Python 3.14, whose module colors its text.
+
     if isinstance(error, ValueError | OSError) and str(error):
         return str(error), 2
     said = str(error).strip().partition("\n")[0]
