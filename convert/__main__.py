@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from mistral_jax.base import DTYPES, VERSION
 from mistral_jax.base.output import one_line
-from mistral_jax.cli.command import Parser, count, interruptible, run
+from mistral_jax.cli.command import Parser, called, count, interruptible, run
 
 FORMATS = ("hf", "official")
 FILES = ("safetensors", "torch")
@@ -83,7 +83,7 @@ def _inspect(arguments: argparse.Namespace) -> Callable[[], None]:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="python -m mistral_jax.convert",
+        prog=called("convert"),
         description="Converts checkpoints of Mistral between PyTorch and Orbax, without PyTorch.",
     )
     parser.add_argument("--version", action="version", version=f"mistral_jax {VERSION}")

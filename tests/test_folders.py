@@ -2,10 +2,6 @@
 
 import ast
 import re
-import shutil
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -27,12 +23,6 @@ ORDER = [
     {"cli"},
     {"", "evaluate", "plan", "sample", "train"},
 ]
-# Folders of a checkout, and where an installation has them.
-PLACES = {
-    "mistral_jax": "mistral_jax",
-    "convert": "mistral_jax/convert",
-    "configs": "mistral_jax/configs",
-}
 HEIGHT = {name: height for height, names in enumerate(ORDER) for name in names}
 FILES = {
     f"{top}.{'.'.join(path.relative_to(CHECKOUT / top).with_suffix('').parts)}": path
@@ -121,26 +111,3 @@ def test_no_torch_outside_the_tests():
 def test_no_file_is_long(name):
     lines = MODULES[name].read_text(encoding="utf-8").count("\n")
     assert lines <= 400, f"{MODULES[name]} has {lines} lines"
-
-
-def test_an_installation_has_all_data_and_is_built_without_a_warning(tmp_path):
-    """A pattern of setuptools skips hidden files unless it names their dot."""
-    source, built = tmp_path / "source", tmp_path / "built"
-    for name in PLACES:
-        skipped = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(CHECKOUT / name, source / name, ignore=skipped)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(CHECKOUT / name, source / name)
-    build = f"from setuptools.build_meta import build_wheel; build_wheel({str(built)!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", build], cwd=source, capture_output=True, text=True, check=True
-    )
-    assert "Warning" not in done.stdout + done.stderr
-    (wheel,) = built.iterdir()
-    with zipfile.ZipFile(wheel) as archive:
-        shipped = {name: archive.read(name) for name in archive.namelist()}
-    for folder, inside in PLACES.items():
-        for path in (CHECKOUT / folder).rglob("*"):
-            if path.is_file() and "__pycache__" not in path.parts:
-                name = f"{inside}/{path.relative_to(CHECKOUT / folder).as_posix()}"
-                assert shipped[name] == path.read_bytes(), name

@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -84,17 +83,24 @@ def interruptible() -> Iterator[None]:
             signal.signal(signal.SIGINT, _leave)
 
 
+def called(name: str) -> str:
+    """Returns what the user types to run a command: by the console script, or by its module."""
+    script = os.path.basename(sys.argv[0]).startswith("mistral-jax")
+    return f"mistral-jax {name}" if script else f"python -m mistral_jax.{name}"
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, like all others of a command."""
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args, add_traceback: bool = True, **options):
         super().__init__(*args, **options)
-        self.add_argument(
-            "--traceback",
-            action="store_true",
-            default=argparse.SUPPRESS,
-            help="show where in the program an error arose",
-        )
+        if add_traceback:
+            self.add_argument(
+                "--traceback",
+                action="store_true",
+                default=argparse.SUPPRESS,
+                help="show where in the program an error arose",
+            )
 
     def error(self, message: str):
         """Ends the program."""
@@ -202,6 +208,8 @@ def run(
         status = 130
     except Exception as error:
         if show_traceback:
+            import traceback
+
             traceback.print_exc(file=errors)
         said, status = _explain(error)
         print(f"error: {name}{one_line(said)}", file=errors)
@@ -215,6 +223,8 @@ def run(
 
 def _explain(error: Exception) -> tuple[str, int]:
     """Returns a sentence on an error, and the exit status."""
+    import traceback  # Slow on Python 3.14, whose module colors its text.
+
     if isinstance(error, ValueError | OSError) and str(error):
         return str(error), 2
     said = str(error).strip().partition("\n")[0]

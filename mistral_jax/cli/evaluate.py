@@ -24,11 +24,11 @@ lm-evaluation-harness. Values in brackets are defaults.
 """
 EPILOG = """\
 for instance:
-  python -m mistral_jax.evaluate README.md docs/*.md
-  python -m mistral_jax.evaluate --checkpoint mistral-7b-v0.1 book.txt --positions 16 \\
+  %(prog)s README.md docs/*.md
+  %(prog)s --checkpoint mistral-7b-v0.1 book.txt --positions 16 \\
       --circle 16384 --plot loss.png
-  python -m mistral_jax.evaluate --choices questions.jsonl
-  python -m mistral_jax.evaluate --checkpoint mistral-7b-v0.3 --tasks hellaswag,arc_easy
+  %(prog)s --choices questions.jsonl
+  %(prog)s --checkpoint mistral-7b-v0.3 --tasks hellaswag,arc_easy
 
 A .jsonl file has texts as {"text": ...}, one a line, each read from its own beginning. A line of
 --choices is {"question": "1 + 1 =", "choices": ["2", "3"], "answer": 0}, or "answer": "A".
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> command.Parser:
     parser = command.Parser(
-        prog="python -m mistral_jax.evaluate",
+        prog=command.called("evaluate"),
         usage="%(prog)s [FILE ...] [options]",
         description=DESCRIPTION,
         epilog=EPILOG,

@@ -5,7 +5,7 @@ import functools
 from pathlib import Path
 
 from mistral_jax.base import VERSION
-from mistral_jax.cli.command import Parser, add_cache, add_layout, add_model
+from mistral_jax.cli.command import Parser, add_cache, add_layout, add_model, called
 
 DESCRIPTION = """\
 Continues prompts with a Mistral model, or answers them (--chat). Standard output carries the text
@@ -14,18 +14,18 @@ several prompts are separated by an empty line. Values in brackets are defaults.
 """
 EPILOG = """\
 for instance:
-  python -m mistral_jax.sample "def read_json(path):" --max-tokens 100
-  python -m mistral_jax.sample --checkpoint mistral-7b-instruct-v0.3 --chat
-  python -m mistral_jax.sample --checkpoint mistral-7b-v0.3 --lora my-adapters "def main"
-  echo "class Stack:" | python -m mistral_jax.sample - --json
-  python -m mistral_jax.sample --prompts-file prompts.txt --temperature 0 --stats
+  %(prog)s "def read_json(path):" --max-tokens 100
+  %(prog)s --checkpoint mistral-7b-instruct-v0.3 --chat
+  %(prog)s --checkpoint mistral-7b-v0.3 --lora my-adapters "def main"
+  echo "class Stack:" | %(prog)s - --json
+  %(prog)s --prompts-file prompts.txt --temperature 0 --stats
 """
 
 
 def parser() -> Parser:
     """Returns the command's parser."""
     made = Parser(
-        prog="python -m mistral_jax.sample",
+        prog=called("sample"),
         usage="%(prog)s [PROMPT ...] [options]",
         description=DESCRIPTION,
         epilog=EPILOG,

@@ -16,9 +16,9 @@ exchanges, with the time that hardware takes at best.
 """
 EPILOG = """\
 for instance:
-  python -m mistral_jax.plan mistral-7b-v0.3 --sharding tensor --devices 4 --hardware v5e \\
+  %(prog)s mistral-7b-v0.3 --sharding tensor --devices 4 --hardware v5e \\
       --batch 32 --length 32768
-  python -m mistral_jax.plan mistral-7b-v0.3 --sharding fsdp --devices 64 --hardware v5p \\
+  %(prog)s mistral-7b-v0.3 --sharding fsdp --devices 64 --hardware v5p \\
       --batch 128 --length 4096 --train
 
 With a TPU as --hardware and libtpu installed (pip install libtpu), the TPU's own compiler is asked,
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> command.Parser:
     parser = command.Parser(
-        prog="python -m mistral_jax.plan",
+        prog=command.called("plan"),
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

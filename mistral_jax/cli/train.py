@@ -19,10 +19,10 @@ again.
 """
 EPILOG = """\
 for instance:
-  python -m mistral_jax.train lora --data train.jsonl --preview 3
-  python -m mistral_jax.train lora --checkpoint mistral-7b-v0.3 --data train.jsonl \\
+  %(prog)s lora --data train.jsonl --preview 3
+  %(prog)s lora --checkpoint mistral-7b-v0.3 --data train.jsonl \\
       --validation valid.jsonl --set learning_rate=1e-4 --set lora.rank=32
-  python -m mistral_jax.train nano
+  %(prog)s nano
 """
 
 
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> command.Parser:
     parser = command.Parser(
-        prog="python -m mistral_jax.train",
+        prog=command.called("train"),
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
