@@ -503,6 +503,7 @@ def test_a_checkpoint_or_a_file_names_the_model(capsys):
         assert json.loads(capsys.readouterr().out)["weights_bytes"] > 1e7
 
 
+@pytest.mark.slow
 def test_more_devices_than_there_are():
     """256 of them, for a program that is compiled whole."""
     arguments = "nano", "--sharding", "fsdp", "--devices", "256", "--batch", "256", "--length", "64"
