@@ -117,7 +117,7 @@ def test_int8_is_that_of_qwix_to_the_bit(outputs):
     ],
 )
 def test_loading_quantises_projections_and_the_output(tied, layout, tmp_path):
-    fields = {"dim": 128, "hidden_dim": 96, "vocab_size": 56, "n_heads": 8, "n_layers": 2}
+    fields = {"dim": 128, "hidden_dim": 96, "vocab_size": 56, "n_heads": 8, "n_layers": 1}
     model, params = tiny.build(tied=tied, **fields)
     checkpoint.save(tmp_path / "x", model.config, params)
     model, found, _ = checkpoint.load(tmp_path / "x", quantize="int8", sharding=layout)
