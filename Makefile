@@ -1,19 +1,25 @@
-# make demo    set up, and run the main job on the bundled model
-# make test    set up, and run the tests (no torch, no network, no GPU)
-# make parity  set up with PyTorch and Transformers, and compare with them live
-# make lint    check style and formatting
-# make docs    set up, run the notebooks, and build the documentation into build/site
-# make links   look whether the addresses that the documentation names are there (needs the network)
+# make demo      set up, and run the main job on the bundled model
+# make test      set up, and run the fast tests in a few minutes (no torch, no network, no GPU)
+# make test-all  set up, and run all tests: also documents, notebooks, several processes, long runs
+# make parity    set up with PyTorch and Transformers, and compare with them live
+# make lint      check style and formatting
+# make docs      set up, run the notebooks, and build the documentation into build/site
+# make links     check the addresses that the documentation names (needs the network)
 # Each makes a virtual environment of its own for the Python that PYTHON= names (3.11 to 3.14).
+#
+# Two things keep a test out of `make test`: the marker `slow`, and its place in tests/documents, in
+# a document or in a notebook. `pytest` itself runs all that it is given, as `make test-all` does.
+# Compiled programs are kept in .pytest_cache for the next run; `pytest --cache-clear` removes them.
 
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 VENV := .venv-$(VERSION)
 PARITY := .venv-$(VERSION)-parity
 DEMO := runs/demo
+SPREAD := --numprocesses 2 --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test parity lint docs links clean
+.PHONY: demo test test-all parity lint docs links clean
 
 demo: $(VENV)/installed
 	@echo "# The bundled model as a PyTorch user would have it: a Hugging Face folder"
@@ -25,7 +31,10 @@ demo: $(VENV)/installed
 	$(VENV)/bin/python -m mistral_jax.sample --checkpoint $(DEMO)/orbax --seed 12 --max-tokens 120 --stats "def read_json(path):"
 
 test: $(VENV)/tested-with
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
+	$(VENV)/bin/python -m pytest $(SPREAD) -m "not slow" --ignore tests/documents tests
+
+test-all: $(VENV)/tested-with
+	$(VENV)/bin/python -m pytest $(SPREAD)
 
 parity: $(PARITY)/installed
 	$(PARITY)/bin/python -m pytest tests/parity

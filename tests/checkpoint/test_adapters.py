@@ -221,6 +221,7 @@ def test_adapters_on_many_devices_are_saved_whole(tmp_path):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "many" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_use_and_save_them_as_one_does(tmp_path):
     model, params = tiny.build(vocab_size=96, n_layers=1, n_heads=8, n_kv_heads=2, hidden_dim=48)
     checkpoint.save(tmp_path / "base", model.config, params)
@@ -239,7 +240,7 @@ def test_two_processes_use_and_save_them_as_one_does(tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"sharding": "data_tensor", "mesh": {"tensor": 2}}])
 def test_a_model_is_loaded_with_its_adapters_beside_or_merged(tmp_path, options):
-    model, params = tiny.build(vocab_size=56)
+    model, params = tiny.build(vocab_size=56, n_layers=1)
     checkpoint.save(tmp_path / "base", model.config, params)
     made = random_adapters(ALL, params)
     adapters.save(tmp_path / "x", model.config, ALL, made)

@@ -203,6 +203,7 @@ def test_ctrl_c_ends_a_command_at_once_unless_it_has_something_to_clean(work, st
 @pytest.mark.parametrize("kept", [True, False])
 def test_who_waits_for_programs_is_told_once_they_are_kept(capsys, monkeypatch, tmp_path, kept):
     monkeypatch.setattr(command, "_PATIENCE", 0.1)
+    before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path) if kept else None)
     try:
         with command.announced() as seen:
@@ -219,7 +220,7 @@ def test_who_waits_for_programs_is_told_once_they_are_kept(capsys, monkeypatch, 
             time.sleep(0.3)
         assert capsys.readouterr().err == ""
     finally:
-        jax.config.update("jax_compilation_cache_dir", None)
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_a_command_begins_before_anything_slow_is_imported():

@@ -289,6 +289,7 @@ def test_version(command):
     assert command("--version") == (0, f"mistral_jax {mistral_jax.__version__}\n", "")
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_ends_it_silently_and_programs_are_kept(folder, tmp_path):
     cache = tmp_path / "cache"
     with subprocess.Popen(

@@ -230,6 +230,7 @@ def large():
     return sources.tensors(**fields), fields
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("format", "options"), [("hf-safetensors", {"dtype": "bfloat16"}), ("official-torch", {})]
 )

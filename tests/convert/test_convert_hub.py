@@ -82,7 +82,13 @@ def test_a_hub_that_does_not_answer(server, tmp_path):
 OFFLINE = ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"})
 
 
-@pytest.mark.parametrize("variables", OFFLINE, ids=["told so", "no network"])
+@pytest.mark.parametrize(
+    "variables",
+    [
+        pytest.param(OFFLINE[0], id="told so"),
+        pytest.param(OFFLINE[1], id="no network", marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_cached_is_read_without_a_network(server, tmp_path, variables):
     """Also what another program fetched, by the name of a branch."""
     sources.write(tmp_path / "repository", "hf-safetensors", parts=2)
@@ -116,6 +122,7 @@ def test_what_is_not_cached_is_not_read_without_a_network(tmp_path, monkeypatch)
         hub.fetch("nobody/other")
 
 
+@pytest.mark.slow
 def test_what_was_fetched_once_is_read_without_a_network(server, tmp_path):
     sources.write(server.root, "official-safetensors")
     for name, variables in (("x", {}), ("y", OFFLINE[0])):

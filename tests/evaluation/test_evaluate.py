@@ -229,6 +229,7 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(folder, tmp_path, capsys):
     assert "has no tokenizer.model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_several_processes_find_what_one_does(command, folder):
     """Over eight devices; the first alone prints."""
     given = folder / "a.txt", folder / "b.jsonl", "--choices", folder / "questions.jsonl", "--json"

@@ -65,8 +65,25 @@ def test_the_mask_reads_positions_not_places_in_the_array():
     np.testing.assert_array_equal(dilated[:, 0], [[0, 1, 1, 0, 1], [0, 0, 0, 1, 0]])
 
 
-@pytest.mark.parametrize("keys", [3, 8192])
-@pytest.mark.parametrize("length", [4, 5, 8, 9, 12, 15])
+@pytest.mark.parametrize(
+    ("length", "keys"),
+    [
+        *((8, 3), (15, 3), (5, 8192), (12, 8192)),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (4, 3),
+                (5, 3),
+                (9, 3),
+                (12, 3),
+                (4, 8192),
+                (8, 8192),
+                (9, 8192),
+                (15, 8192),
+            )
+        ),
+    ],
+)
 def test_blocks_equal_dense_attention_for_every_pattern_and_border(monkeypatch, length, keys):
     monkeypatch.setattr(attention, "KEYS", keys)
     monkeypatch.setattr(attention, "BLOCK", 4)

@@ -14,7 +14,11 @@ from mistral_jax.ops.backend import PLAIN
 from mistral_jax.parallel.sharding import abstract_params, read_layout
 
 TEXT = np.arange(23) * 7 % 53
-FIELDS = [{"sliding_window": None}, {"sliding_window": 5}, {"sliding_window": 3, "dilation": 2}]
+FIELDS = [
+    {"n_layers": 1, "sliding_window": None},
+    {"n_layers": 1, "sliding_window": 5},
+    pytest.param({"sliding_window": 3, "dilation": 2}, marks=pytest.mark.slow),
+]
 
 
 def build(**fields):

@@ -60,7 +60,10 @@ def chunk_of(x, positions):
 
 
 @pytest.mark.parametrize("way", ["pieces", "blocks", "cudnn"])
-@pytest.mark.parametrize("length", [2, 4, 7, 11])
+@pytest.mark.parametrize(
+    "length",
+    [2, 7, pytest.param(4, marks=pytest.mark.slow), pytest.param(11, marks=pytest.mark.slow)],
+)
 def test_a_chunk_sees_through_ring_and_cache_what_it_sees_in_the_whole_text(
     monkeypatch, length, way
 ):

@@ -107,10 +107,18 @@ def test_int8_is_that_of_qwix_to_the_bit(outputs):
     np.testing.assert_array_equal(made.scale, theirs.scale)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("layout", [None, "tensor", "fsdp"])
+@pytest.mark.parametrize(
+    ("layout", "tied"),
+    [
+        *((None, False), ("fsdp", True)),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((None, True), ("tensor", False), ("tensor", True), ("fsdp", False))
+        ),
+    ],
+)
 def test_loading_quantises_projections_and_the_output(tied, layout, tmp_path):
-    fields = {"dim": 128, "hidden_dim": 96, "vocab_size": 56, "n_heads": 8, "n_layers": 2}
+    fields = {"dim": 128, "hidden_dim": 96, "vocab_size": 56, "n_heads": 8, "n_layers": 1}
     model, params = tiny.build(tied=tied, **fields)
     checkpoint.save(tmp_path / "x", model.config, params)
     model, found, _ = checkpoint.load(tmp_path / "x", quantize="int8", sharding=layout)
@@ -286,7 +294,10 @@ def test_models_in_16_bits(kind, dtype):
     close(logits, tiny.alone(model, dequantized(params, dtype), TEXT), 1e-2)
 
 
-@pytest.mark.parametrize(("kind", "name"), [("int8", "tensor"), ("nf4", "fsdp_tensor")])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("int8", "tensor"), pytest.param("nf4", "fsdp_tensor", marks=pytest.mark.slow)],
+)
 def test_it_lies_where_the_kernels_lay(kind, name, tmp_path):
     model, params = tiny.build(dim=128, hidden_dim=96, vocab_size=56, n_heads=8, n_layers=1)
     checkpoint.save(tmp_path / "x", model.config, params)

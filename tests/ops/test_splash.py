@@ -82,8 +82,15 @@ def with_gradients(function, positions):
     return run
 
 
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("positions", [ALONE, CACHED], ids=["alone", "cached"])
+@pytest.mark.parametrize(
+    ("positions", "window"),
+    [
+        *((CACHED, window) for window in WINDOWS),
+        (ALONE, 100),
+        *(pytest.param(ALONE, w, marks=pytest.mark.slow) for w in WINDOWS if w != 100),
+    ],
+    ids=lambda x: {id(ALONE): "alone", id(CACHED): "cached"}.get(id(x), str(x)),
+)
 def test_results_and_gradients_equal_the_plain_path(positions, window):
     arrays = qkv(positions.shape[1])
     expected = with_gradients(plain(positions, window), positions)(*arrays)

@@ -58,6 +58,7 @@ def on_one_device(saved, tmp_path_factory):
     return processes.work(saved, tmp_path_factory.mktemp("one") / "again", None, "null")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sharding", "mesh"), [("tensor", {}), ("fsdp_tensor", {}), ("data_tensor", {"tensor": 4})]
 )
@@ -75,6 +76,7 @@ def test_two_processes_compute_what_one_does(saved, on_one_device, tmp_path, sha
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["tensor", "fsdp"])
 def test_each_process_reads_its_own_part(tmp_path, monkeypatch, sharding):
     """To within a chunk of an array for each device, and what Orbax reads about them."""
@@ -128,6 +130,7 @@ def losses(run):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dies", "before", "after"), [(0, "fsdp_tensor", "tensor"), (1, "fsdp", "data_tensor")]
 )
@@ -151,6 +154,7 @@ def test_a_process_that_dies_ends_the_other_and_the_run_goes_on(
     assert mj.load(run / "checkpoint")[0].config.vocab_size == 304
 
 
+@pytest.mark.slow
 def test_a_run_that_one_process_is_told_to_stop_is_saved_by_all(configs, tmp_path):
     options = "--sharding", "fsdp"
     ends = train(configs, tmp_path, *options, process=1, number=signal.SIGTERM.value)
@@ -159,6 +163,7 @@ def test_a_run_that_one_process_is_told_to_stop_is_saved_by_all(configs, tmp_pat
     assert {state.name for state in (tmp_path / "states").iterdir()} == {"00000010", "00000014"}
 
 
+@pytest.mark.slow
 def test_the_command_reads_and_prints_in_the_first_process_alone():
     arguments = "--temperature", "0", "--max-tokens", "12"
     command = "-m", "mistral_jax.sample", "-", *arguments
@@ -170,6 +175,7 @@ def test_the_command_reads_and_prints_in_the_first_process_alone():
     assert second == (0, "", "")
 
 
+@pytest.mark.slow
 def test_a_conversation_is_held_by_the_first_process():
     command = "-m", "mistral_jax.sample", "--chat", "--max-tokens", "4", "--sharding", "data_tensor"
     first, second = together(*command, stdin="hello\n/reset\nagain\n/exit\n")
@@ -177,6 +183,7 @@ def test_a_conversation_is_held_by_the_first_process():
     assert first.out.count("\n") >= 2
 
 
+@pytest.mark.slow
 def test_a_conversion_is_made_once(tmp_path):
     convert = "-m", "mistral_jax.convert"
     for command in (
@@ -190,11 +197,13 @@ def test_a_conversion_is_made_once(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_the_others_wait_for_the_first_as_long_as_it_takes():
     first, second = together(PROGRAM, "late")
     assert (first, second) == ((0, "7\n", ""), (0, "", ""))
 
 
+@pytest.mark.slow
 def test_a_signal_ends_all():
     """SIGTERM, a scheduler's way to end a job, which JAX's runtime would keep to itself."""
     began = time.monotonic()
@@ -203,6 +212,7 @@ def test_a_signal_ends_all():
     assert time.monotonic() - began < 30
 
 
+@pytest.mark.slow
 def test_an_error_of_all_ends_all_with_its_sentence(tmp_path):
     command = "-m", "mistral_jax.sample", "x", "--sharding", "tensor"
     ends = together(*command, "--checkpoint", tmp_path / "absent", timeout=60)
@@ -212,12 +222,14 @@ def test_an_error_of_all_ends_all_with_its_sentence(tmp_path):
         assert end.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_prompts_that_cannot_be_read_end_all():
     ends = together("-m", "mistral_jax.sample", "--sharding", "tensor", timeout=60)
     assert [end.status for end in ends] == [2, 2]
     assert all("there is no prompt" in end.err for end in ends)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -104,10 +104,10 @@ def made_on_one_device():
 @pytest.mark.parametrize(
     ("name", "shard"),
     [
-        ("tensor", (3, 8, 1, 10)),
-        ("fsdp", (1, 8, 2, 10)),
+        pytest.param("tensor", (3, 8, 1, 10), marks=pytest.mark.slow),
+        pytest.param("fsdp", (1, 8, 2, 10), marks=pytest.mark.slow),
         ("fsdp_tensor", (1, 8, 1, 10)),
-        ("data_tensor", (1, 8, 1, 10)),
+        pytest.param("data_tensor", (1, 8, 1, 10), marks=pytest.mark.slow),
         ("long", (3, 8, 2, 10)),
     ],
 )
@@ -137,6 +137,7 @@ def test_more_devices_than_key_value_heads(whole):
         assert held["k_proj"][device] == query_head // groups
 
 
+@pytest.mark.slow
 def test_eight_key_value_heads_on_sixteen_devices(tmp_path):
     """Mistral 7B's K on more devices than that: two share each, and compute what one would."""
     model, params = tiny.build(n_kv_heads=8, n_heads=32, hidden_dim=48, vocab_size=96)

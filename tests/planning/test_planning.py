@@ -375,6 +375,7 @@ def test_int8_is_planned_where_it_is_asked_for_or_stored(capsys, tmp_path):
     assert ", bfloat16, matrices in int8: device = 1\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_cache_in_int8_is_planned_as_it_is_made(capsys):
     found = []
     for more in ([], ["--kv-cache-dtype", "int8"]):
@@ -497,6 +498,7 @@ def test_a_compiler_that_is_not_there_is_named(capsys, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_a_checkpoint_or_a_file_names_the_model(capsys):
     for model in ("mistral_jax/assets/nano", "configs/models/nano.toml"):
         path = CONFIG_DIR.parent / model
@@ -504,6 +506,7 @@ def test_a_checkpoint_or_a_file_names_the_model(capsys):
         assert json.loads(capsys.readouterr().out)["weights_bytes"] > 1e7
 
 
+@pytest.mark.slow
 def test_more_devices_than_there_are():
     """256 of them, for a program that is compiled whole."""
     arguments = "nano", "--sharding", "fsdp", "--devices", "256", "--batch", "256", "--length", "64"

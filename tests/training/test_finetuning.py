@@ -47,12 +47,7 @@ def folder(tmp_path_factory):
     with (folder / "validation.jsonl").open("w") as file:
         for i in range(60, 70):
             file.write(json.dumps({"messages": chat(i, WORDS[i % 4])}) + "\n")
-    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    yield folder
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
-    jax.config.update("jax_compilation_cache_dir", None)
+    return folder
 
 
 def recipe(folder, **fields):
@@ -127,6 +122,7 @@ def test_a_result_is_the_model_that_was_trained(folder, adapted):
     np.testing.assert_allclose(tiny.alone(model, merged, ids), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_all_parameters_learn_in_float32_and_are_saved_as_a_checkpoint(folder):
     path = folder / "full"
     outcome, _ = train(recipe(folder), path)
@@ -142,6 +138,7 @@ def test_all_parameters_learn_in_float32_and_are_saved_as_a_checkpoint(folder):
     assert notes["recipe"]["data"]["train"] == [str(folder / "train.jsonl")]
 
 
+@pytest.mark.slow
 def test_it_learns_to_stop(folder):
     """EOS is an answer's last token, and learnt as such."""
     outcome, _ = train(recipe(folder, steps=60, learning_rate=2e-2), folder / "stops")
@@ -154,9 +151,9 @@ def test_it_learns_to_stop(folder):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"scan": True},
-        {"remat": "dots_saveable"},
-        {"microbatches": 4},
+        pytest.param({"scan": True}, marks=pytest.mark.slow),
+        pytest.param({"remat": "dots_saveable"}, marks=pytest.mark.slow),
+        pytest.param({"microbatches": 4}, marks=pytest.mark.slow),
         {"scan": True, "remat": "nothing_saveable", "microbatches": 2},
     ],
 )
@@ -199,6 +196,7 @@ def interrupted(recipe, path, number, step):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 7, 9])
 def test_killed_at_any_step_it_goes_on_to_the_bit(folder, adapted, tmp_path, step):
     """Order of data and dropout included."""
@@ -213,6 +211,7 @@ def test_killed_at_any_step_it_goes_on_to_the_bit(folder, adapted, tmp_path, ste
     assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.slow
 def test_told_to_stop_it_saves_and_goes_on_to_the_bit(folder, adapted, tmp_path):
     changed = recipe(folder, **LORA)
     ended = interrupted(changed, tmp_path / "run", signal.SIGTERM, 5)
@@ -222,6 +221,7 @@ def test_told_to_stop_it_saves_and_goes_on_to_the_bit(folder, adapted, tmp_path)
     assert losses(tmp_path / "run") == losses(adapted[0])
 
 
+@pytest.mark.slow
 def test_it_goes_on_under_another_layout(folder, adapted, tmp_path):
     changed = recipe(folder, **LORA)
     interrupted(changed, tmp_path / "run", signal.SIGTERM, 5)
@@ -233,6 +233,7 @@ def test_it_goes_on_under_another_layout(folder, adapted, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(folder, adapted, tmp_path):
     """Each reads its own rows, and the first alone writes what comes of them."""
     arguments = (
@@ -264,6 +265,7 @@ def test_parameters_are_float32_and_what_is_frozen_is_of_the_dtype_of_computatio
     assert not jax.tree.leaves(job.state.frozen)
 
 
+@pytest.mark.slow
 def test_the_latest_states_are_kept_and_the_best(folder, tmp_path, monkeypatch):
     values = iter([5.0, 4.0, 3.0, 6.0, 7.0, 8.0, 9.0])
 
@@ -281,6 +283,7 @@ def test_the_latest_states_are_kept_and_the_best(folder, tmp_path, monkeypatch):
     assert kept == [4, 9, 12]
 
 
+@pytest.mark.slow
 def test_the_result_may_be_the_best(folder, tmp_path):
     """With a rate that first helps and then destroys."""
     fields = {
@@ -300,6 +303,7 @@ def test_the_result_may_be_the_best(folder, tmp_path):
     assert notes["step"] == best
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite_are_skipped_and_too_many_end_the_run(folder, tmp_path):
     growing = {"learning_rate": 1e3, "weight_decay": 1e3, "clip_norm": 0, "warmup_steps": 0}
     wild = recipe(folder, most_skipped=3, **growing)
@@ -312,7 +316,7 @@ def test_steps_that_are_not_finite_are_skipped_and_too_many_end_the_run(folder, 
     assert sum(e.get("skipped", 0) for e in curve.read(tmp_path / "run/curve.jsonl")) == 3
 
 
-@pytest.mark.parametrize("adapted", [True, False])
+@pytest.mark.parametrize("adapted", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_preferences_are_learnt_from_where_the_model_began(folder, tmp_path, adapted):
     pairs = {"train": [str(folder / "pairs.jsonl")], "validation": [str(folder / "pairs.jsonl")]}
     fields = {"data": pairs, "dpo": {"beta": 0.5}, "learning_rate": 1e-2 if adapted else 1e-3}
@@ -325,6 +329,7 @@ def test_preferences_are_learnt_from_where_the_model_began(folder, tmp_path, ada
     assert losses(tmp_path / "run", "validation_margin")[-1][1] > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_adapters_learn_beside_quantised_weights(folder, tmp_path, kind):
     outcome, _ = train(recipe(folder, quantize=kind, **LORA), tmp_path / "run")
@@ -334,6 +339,7 @@ def test_adapters_learn_beside_quantised_weights(folder, tmp_path, kind):
     assert jnp.isfinite(tiny.alone(model, params, [1, 5, 9])).all()
 
 
+@pytest.mark.slow
 def test_epochs_count_rows_of_the_data(folder, tmp_path):
     fields = {"steps": None, "epochs": 2, "warmup_steps": 0, **LORA}
     train(recipe(folder, **fields), tmp_path / "run")
@@ -341,7 +347,9 @@ def test_epochs_count_rows_of_the_data(folder, tmp_path):
     assert losses(tmp_path / "run")[-1][0] == -(-2 * notes["train"]["rows"] // 4)
 
 
-@pytest.mark.parametrize("layout", [(), ("fsdp", {"fsdp": 4})])
+@pytest.mark.parametrize(
+    "layout", [(), pytest.param(("fsdp", {"fsdp": 4}), marks=pytest.mark.slow)]
+)
 def test_a_step_is_compiled_once(folder, tmp_path, monkeypatch, layout):
     made, make_train_step = [], run.make_train_step
 
@@ -355,6 +363,7 @@ def test_a_step_is_compiled_once(folder, tmp_path, monkeypatch, layout):
     assert [step._cache_size() for step in made] == [1, 1]
 
 
+@pytest.mark.slow
 def test_samples_are_written_as_it_goes(folder, tmp_path):
     fields = {"sample_every": 6, "sample_prompts": ["say"], **LORA}
     _, entries = train(recipe(folder, **fields), tmp_path / "run")
@@ -392,6 +401,7 @@ def test_a_bad_line_is_named_and_nothing_is_left_behind(folder, tmp_path):
     assert "bad.jsonl, line 61: " in rest[1]
 
 
+@pytest.mark.slow
 def test_nothing_trained_yet_a_run_takes_another_recipe_and_other_files(folder, tmp_path):
     file = tmp_path / "train.jsonl"
     file.write_text((folder / "train.jsonl").read_text())
@@ -443,6 +453,7 @@ def test_stopped_before_its_first_step_it_ends_at_once(folder, tmp_path):
     assert not (tmp_path / "run" / "states").exists()
 
 
+@pytest.mark.slow
 def test_the_best_is_that_of_a_run_never_stopped(folder, tmp_path):
     """Whose first state, which is not kept, was better than all others."""
     fields = {"learning_rate": 0.3, "warmup_steps": 0, "validate_every": 2, "export_best": True}

@@ -161,6 +161,7 @@ def test_a_pair_has_a_row_of_its_own_with_the_chosen_first(tmp_path):
         assert lessons([one_side]) == expected_lessons([getattr(p, name) for p in pairs], CONTEXT)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_examples(tmp_path):
     program = """
 import resource, sys

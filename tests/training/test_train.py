@@ -73,13 +73,7 @@ def recipe_file(tmp_path_factory):
         patch.setattr(corpus, "gather", lambda roots: [SOURCE])
         # One document in a few, of so few.
         patch.setattr(corpus, "_VALIDATION_SHARE", 5)
-        # All runs here are of the same programs: they are compiled once.
-        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-        seconds = jax.config.jax_persistent_cache_min_compile_time_secs
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         yield folder / "tiny.toml"
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
-        jax.config.update("jax_compilation_cache_dir", None)
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +227,7 @@ def test_a_run_that_was_killed_before_its_data_were_made_goes_on(recipe_file, tm
     assert run.train(recipe, path, stop).stopped == signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_a_run_can_be_in_any_thread(finished, recipe_file, tmp_path):
     path = shutil.copytree(finished, tmp_path / "run")
     with ThreadPoolExecutor(1) as pool:
@@ -247,6 +242,7 @@ def test_the_command_works_without_standard_streams(finished, recipe_file, tmp_p
     assert train._run(train._parser().parse_args([str(recipe_file), "--run", str(path)])) == 0
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_under_another_layout(finished, recipe_file, tmp_path):
     recipe, path = Recipe.from_file(recipe_file), tmp_path / "run"
     with contextlib.suppress(KeyboardInterrupt):
@@ -280,10 +276,10 @@ def on_one_device(recipe_file):
 @pytest.mark.parametrize(
     ("sharding", "mesh"),
     [
-        ("tensor", {"tensor": 4}),
-        ("fsdp", {}),
+        pytest.param("tensor", {"tensor": 4}, marks=pytest.mark.slow),
+        pytest.param("fsdp", {}, marks=pytest.mark.slow),
         ("fsdp_tensor", {}),
-        ("data_tensor", {"tensor": 4}),
+        pytest.param("data_tensor", {"tensor": 4}, marks=pytest.mark.slow),
         ("long", {"sequence": 4}),
     ],
 )
@@ -335,6 +331,7 @@ def test_validates_with_the_mean_over_all_windows(finished, recipe_file):
     np.testing.assert_allclose(entry["validation_loss"], np.mean(losses), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_finished_run_trained_longer_goes_on(finished, recipe_file, tmp_path):
     recipe = dataclasses.replace(Recipe.from_file(recipe_file), steps=30)
     longer = shutil.copytree(finished, tmp_path / "run")
@@ -344,6 +341,7 @@ def test_a_finished_run_trained_longer_goes_on(finished, recipe_file, tmp_path):
     assert json.loads((longer / "checkpoint/config.json").read_text())["provenance"]["step"] == 30
 
 
+@pytest.mark.slow
 def test_losses_that_are_no_numbers_end_the_run(recipe_file, tmp_path):
     wild = {"learning_rate": 1e3, "weight_decay": 1e3}
     recipe = dataclasses.replace(Recipe.from_file(recipe_file), **wild)
