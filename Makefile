@@ -7,8 +7,8 @@
 # make links     check the addresses that the documentation names (needs the network)
 # Each makes a virtual environment of its own for the Python that PYTHON= names (3.11 to 3.14).
 #
-# Two things keep a test out of `make test`: the marker `slow`, and its place in tests/documents, in
-# a document or in a notebook. `pytest` itself runs all that it is given, as `make test-all` does.
+# `make test` leaves out tests with the marker `slow`, which conftest.py also gives to documents and
+# notebooks. `pytest` itself runs everything that it is given.
 # Compiled programs are kept in .pytest_cache for the next run; `pytest --cache-clear` removes them.
 
 PYTHON ?= python3
@@ -33,8 +33,8 @@ demo: $(VENV)/installed
 test: $(VENV)/tested-with
 	$(VENV)/bin/python -m pytest $(SPREAD) -m "not slow" --ignore tests/documents tests
 
-test-all: $(VENV)/tested-with
-	$(VENV)/bin/python -m pytest $(SPREAD)
+test-all: test
+	$(VENV)/bin/python -m pytest $(SPREAD) -m slow
 
 parity: $(PARITY)/installed
 	$(PARITY)/bin/python -m pytest tests/parity
@@ -50,7 +50,7 @@ links: $(VENV)/documented-with
 	$(VENV)/bin/python -m sphinx -c docs -b linkcheck -D nb_execution_mode=off . build/links
 
 clean:
-	rm -rf .venv-* runs build *.egg-info
+	rm -rf .venv-* runs build
 
 # A stamp stands for a finished install; it is made anew when pyproject.toml changes.
 define install

@@ -1,6 +1,7 @@
 """Runs the commands and snippets of all documents as tests; tests/snippets says how."""
 
 import os
+from pathlib import Path
 
 import pytest
 from snippets import blocks
@@ -12,6 +13,16 @@ pytest_collect_file = Sybil(
     teardown=blocks.close,
     fixtures=["snippet_cache"],
 ).pytest()
+
+
+TESTS = Path(__file__).parent / "tests"
+
+
+def pytest_collection_modifyitems(items):
+    """Marks documents, notebooks and the tests about them as slow."""
+    for item in items:
+        if TESTS not in item.path.parents or TESTS / "documents" in item.path.parents:
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session")
