@@ -84,23 +84,97 @@ def chunks(
       Tokens and positions of a chunk, [B, T] int32 both; -1 = padding, after a row's end.
     """
     longest, start = max(map(len, rows)), 0
-    size = chunk_size(len(rows))
     while start < longest:
-        width = _width(longest - start, [*(width for width in widths if width < size), size])
-        tokens = np.zeros((len(rows), width), np.int32)
-        positions = np.full((len(rows), width), -1, np.int32)
-        for i, row in enumerate(rows):
-            part = row[start : start + width]
-            tokens[i, : len(part)] = part
-            positions[i, : len(part)] = range(start, start + len(part))
-        yield tokens, positions
+        width = chunk_width(len(rows), longest - start, widths)
+        yield cut(rows, start, width)
         start += width
+
+
+def cut(rows: Sequence[Sequence[int]], start: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens and positions of one chunk of rows, [B, T] int32 both; see `chunks`."""
+    tokens = np.zeros((len(rows), width), np.int32)
+    positions = np.full((len(rows), width), -1, np.int32)
+    for i, row in enumerate(rows):
+        part = row[start : start + width]
+        tokens[i, : len(part)] = part
+        positions[i, : len(part)] = range(start, start + len(part))
+    return tokens, positions
+
+
+def chunk_width(
+    rows: int, rest: int, widths: Sequence[int] = _WIDTHS, most: int | None = None
+) -> int:
+    """Returns the width of the next chunk.
+
+    Args:
+      rows: B.
+      rest: tokens of the longest row that are still to be read.
+      widths: the smaller widths, rising.
+      most: widest chunk that is wanted, if there is a narrower one; None = C.
+    """
+    size = chunk_size(rows)
+    known = [*(width for width in widths if width < size), size]
+    if most is not None:
+        known = [width for width in known if width <= most] or known[:1]
+    return _width(rest, known)
+
+
+def padded(length: int) -> int:
+    """Returns how many places the chunks of one prompt of `length` tokens have in all."""
+    total = 0
+    while total < length:
+        total += chunk_width(1, length - total)
+    return total
 
 
 def _width(rest: int, widths: Sequence[int]) -> int:
     """Returns the width of the next chunk: at most half of it is padding, but of the narrowest."""
     least = next((i for i, width in enumerate(widths) if width >= rest), len(widths) - 1)
     return widths[least - 1 if least and widths[least] > 2 * rest else least]
+
+
+class Reading:
+    """Prompts that are being read together, chunk by chunk.
+
+    Attributes:
+      cache: what has been read so far of each row.
+      logits: of the token after each prompt that has been read, [B, V] float32.
+      start: tokens of the longest prompt that have been read.
+    """
+
+    def __init__(
+        self, model: Transformer, params: Params, prompts: Sequence[Sequence[int]], length: int
+    ):
+        """Begins.
+
+        Args:
+          model: the model.
+          params: its parameters.
+          prompts: token ids, B rows; an empty one has logits that mean nothing.
+          length: tokens that the cache has room for where no window is shorter.
+        """
+        self._model, self._params, self._prompts = model, params, prompts
+        self._lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        self.start = 0
+        with on_mesh(params):
+            self.cache, self.logits = start_reading(model, params, len(prompts), length)
+
+    @property
+    def done(self) -> bool:
+        """Whether all prompts have been read."""
+        return self.start >= max(self._lengths)
+
+    def read(self, most: int | None = None) -> None:
+        """Reads the next chunk, of not much more than `most` tokens a row."""
+        rest = int(max(self._lengths)) - self.start
+        width = chunk_width(len(self._prompts), rest, most=most)
+        tokens, positions = cut(self._prompts, self.start, width)
+        with on_mesh(self._params):
+            self.cache, self.logits = read_chunk(
+                *(self._model, self._params, tokens, positions),
+                *(self._lengths, self.cache, self.logits),
+            )
+        self.start += width
 
 
 def prefill(
@@ -117,12 +191,10 @@ def prefill(
     Returns:
       The cache, and the logits of the token after each prompt, [B, V] float32.
     """
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    with on_mesh(params):
-        cache, logits = start_reading(model, params, len(prompts), slots(model, length))
-        for tokens, positions in chunks(prompts):
-            cache, logits = read_chunk(model, params, tokens, positions, lengths, cache, logits)
-    return cache, logits
+    reading = Reading(model, params, prompts, slots(model, length))
+    while not reading.done:
+        reading.read()
+    return reading.cache, reading.logits
 
 
 @functools.partial(jax.jit, static_argnames=("model", "rows", "length"), keep_unused=True)
