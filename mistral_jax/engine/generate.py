@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from mistral_jax.engine.admission import Row
 from mistral_jax.engine.completion import Completion, Token
 from mistral_jax.engine.prefill import NOT_FINITE, Params, slots
 from mistral_jax.engine.request import Request, check
 from mistral_jax.engine.sampling import DEFAULT, Sampling, settle
-from mistral_jax.engine.scheduler import Row, Scheduler
+from mistral_jax.engine.scheduler import Scheduler
 from mistral_jax.model.transformer import Transformer
 
 # Seconds for which a reader of a stream waits without noticing, and those for which a program does
@@ -71,6 +72,8 @@ def generate(
     seconds: list[list[float]] = [[] for _ in rows]
     while scheduler.busy:
         for row, token in scheduler.step():
+            if token is None:
+                continue
             number = numbers[row]
             tokens[number].append(token)
             seconds[number].append(time.perf_counter() - began)
@@ -105,7 +108,8 @@ def stream_tokens(
     def tokens():
         while scheduler.busy:
             for _, token in scheduler.step():
-                yield token
+                if token is not None:
+                    yield token
         if row.finish_reason == "error":
             raise ValueError(NOT_FINITE)
 

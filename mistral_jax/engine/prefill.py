@@ -102,21 +102,26 @@ def cut(rows: Sequence[Sequence[int]], start: int, width: int) -> tuple[np.ndarr
 
 
 def chunk_width(
-    rows: int, rest: int, widths: Sequence[int] = _WIDTHS, most: int | None = None
+    rows: int, rest: int, smaller: Sequence[int] = _WIDTHS, most: int | None = None
 ) -> int:
     """Returns the width of the next chunk.
 
     Args:
       rows: B.
       rest: tokens of the longest row that are still to be read.
-      widths: the smaller widths, rising.
+      smaller: the smaller widths, rising.
       most: widest chunk that is wanted, if there is a narrower one; None = C.
     """
     size = chunk_size(rows)
-    known = [*(width for width in widths if width < size), size]
+    known = [*(width for width in smaller if width < size), size]
     if most is not None:
         known = [width for width in known if width <= most] or known[:1]
     return _width(rest, known)
+
+
+def widths(rows: int) -> list[int]:
+    """Returns the widths of all chunks in which so many rows are read."""
+    return [*(width for width in _WIDTHS if width < chunk_size(rows)), chunk_size(rows)]
 
 
 def padded(length: int) -> int:

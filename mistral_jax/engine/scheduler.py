@@ -6,8 +6,6 @@ of rows that wait. Several processes must make the same calls.
 """
 
 import collections
-import dataclasses
-import itertools
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -16,44 +14,16 @@ import jax
 import numpy as np
 
 from mistral_jax.engine import prefill
+from mistral_jax.engine.admission import Group, Queue, Row
 from mistral_jax.engine.completion import Token
 from mistral_jax.engine.decode import MOST_STEPS, Made, State, decode, first_step, start
-from mistral_jax.engine.prefill import Params, Reading, pad_rows, padded, row_count
-from mistral_jax.engine.sampling import DEFAULT, RowSampling, Sampling
+from mistral_jax.engine.prefill import Params, Reading, pad_rows, row_count
+from mistral_jax.engine.sampling import DEFAULT, RowSampling
 from mistral_jax.engine.slots import empty_state, erase, insert
 from mistral_jax.model.cache import Cache
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.parallel.distributed import from_first
 from mistral_jax.parallel.sharding import on_mesh
-
-# Prompts that are read together where their cache cannot become the state's, and cache slots that
-# all of them may have in any case.
-_TOGETHER, _SMALL = 8, 2048
-
-
-@dataclasses.dataclass(eq=False)
-class Row:
-    """A row to be generated.
-
-    Attributes:
-      prompt: token ids.
-      new_tokens: most tokens to add.
-      sampling: how to choose them.
-      draw: number of the row among those that share its seed.
-      stop_ids: tokens that end it.
-      top: number of likeliest tokens whose log-probabilities are wanted.
-      made: tokens that its reader has got.
-      finish_reason: as of a `Completion`; None while it goes on.
-    """
-
-    prompt: tuple[int, ...]
-    new_tokens: int
-    sampling: Sampling
-    draw: int
-    stop_ids: Sequence[int]
-    top: int
-    made: int = 0
-    finish_reason: str | None = None
 
 
 class _Call(NamedTuple):
@@ -65,25 +35,17 @@ class _Call(NamedTuple):
     is_loop: bool
 
 
-class _Group:
-    """Rows whose prompts are read together.
-
-    Attributes:
-      reading: where their prompts are being read.
-      adopted: whether the cache in which they are read is to be the state's.
-      ready: the rows that do not run yet, each with the number of its prompt.
-    """
-
-    def __init__(self, prompts: list[list[Row]], reading: Reading, adopted: bool):
-        self.reading, self.adopted = reading, adopted
-        self.ready = collections.deque((i, row) for i, rows in enumerate(prompts) for row in rows)
-
-
 class Scheduler:
     """Rows that wait, that are read, and that run in a bounded number of slots."""
 
     def __init__(
-        self, model: Transformer, params: Params, slots: int, length: int, patience: float
+        self,
+        model: Transformer,
+        params: Params,
+        slots: int,
+        length: int,
+        patience: float,
+        stall: float | None = None,
     ):
         """Makes one without rows; it allocates nothing.
 
@@ -93,22 +55,25 @@ class Scheduler:
           slots: most rows that run at a time; filled up to what devices share evenly.
           length: most tokens of a row, prompt and answer together.
           patience: seconds for which readers do not mind to wait for the next tokens.
+          stall: seconds for which rows that run may wait while prompts are read: then each turn
+            reads one chunk, and all programs are of a closed set, which `warm_up` compiles. None =
+            each turn reads as many prompts as there are slots, in the shapes that suit them best.
         """
         self._model, self._params = model, params
-        self._slots: list[Row | None] = [None] * self._filled(slots)
+        count = len(pad_rows(model, params, [None] * row_count(slots), None))
+        self._slots: list[Row | None] = [None] * count
         self._length = prefill.slots(model, length)
-        self._patience = patience
+        self._patience, self._stall = patience, stall
+        self._queue = Queue(model, params, count, self._length, stall is not None)
         self._state: State | None = None
-        self._waiting: collections.deque[Row] = collections.deque()
-        self._group: _Group | None = None
+        self._group: Group | None = None
         self._calls: collections.deque[_Call] = collections.deque()
-        self._ended = np.zeros(len(self._slots), bool)
-        self._limit = 1
-        self._clock = 0.0
+        self._ended = np.zeros(count, bool)
+        self._limit, self._chunk = 1, 1
 
     def add(self, row: Row) -> None:
         """Has a row wait for its turn."""
-        self._waiting.append(row)
+        self._queue.add(row)
 
     def end(self, row: Row, reason: str) -> None:
         """Ends a row before its time, wherever it is."""
@@ -121,74 +86,73 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether a row waits, is read or runs, or a call has not been looked at."""
-        return bool(self._waiting or self._group or any(self._slots) or self._calls)
+        return bool(len(self._queue) or self._group or any(self._slots) or self._calls)
 
-    def step(self) -> Iterator[tuple[Row, Token]]:
+    @property
+    def running(self) -> int:
+        """The number of rows in slots."""
+        return sum(row is not None for row in self._slots)
+
+    def step(self) -> Iterator[tuple[Row, Token | None]]:
         """Takes a turn; yields rows and their tokens as they are made, call by call, by slots.
 
-        The caller may `end` rows between two tokens. It asks for all of them.
+        A row that ends, but by `end`, is yielded once more with None. The caller may `end` rows
+        between two tokens. It asks for all of them.
         """
         while self.read():
             yield from self._take()
+            if self._stall is not None:
+                break
         self._decode()
         yield from self._take()
 
     def read(self) -> bool:
-        """Reads prompts that wait, and has their rows run where slots are free.
+        """Reads prompts that wait, or one chunk; has their rows run where slots are free.
 
         Returns:
           Whether any row began to run.
         """
         if self._group is None:
-            self._group = self._next_group()
+            self._group = self._queue.next(self._state is None)
         if self._group is None:
             return False
-        while not self._group.reading.done:
-            self._group.reading.read()
-        return self._place(self._group)
+        if all(row.finish_reason is not None for _, row in self._group.ready):
+            self._group = None
+            return False
+        reading = self._group.reading
+        if self._stall is None:
+            while not reading.done:
+                reading.read()
+        elif not reading.done:
+            self._read_chunk(reading)
+        return reading.done and self._place(self._group)
 
-    def _next_group(self) -> _Group | None:
-        """Begins to read the prompt that has waited the longest, and others nearly as long."""
-        count, length = len(self._slots), self._length
-        prompts = self._alike(count, count * length)
-        if not prompts:
-            self._waiting.clear()
-            return None
-        alone = all(len(rows) == 1 for rows in prompts)
-        # The cache of a whole batch becomes the state's as it is.
-        adopted = self._state is None and alone and self._filled(len(prompts)) == count
-        if not adopted:
-            prompts = self._alike(min(_TOGETHER, count), max(_SMALL, count * length // 2))
-            length = prefill.slots(self._model, max(len(rows[0].prompt) for rows in prompts))
-        chosen = {row for rows in prompts for row in rows}
-        self._waiting = collections.deque(row for row in self._waiting if row not in chosen)
-        texts = [rows[0].prompt for rows in prompts]
-        texts += [()] * (self._filled(len(texts)) - len(texts))
-        return _Group(prompts, Reading(self._model, self._params, texts, length), adopted)
+    def warm_up(self) -> None:
+        """Compiles all programs that a closed set has; no row may be in a slot."""
+        for count, room in self._queue.shapes():
+            for width in prefill.widths(count):
+                prompt = (0,) * width
+                reading = Reading(self._model, self._params, [prompt] * count, room)
+                reading.read()
+            row = Row(prompt, 1, DEFAULT, 0, (), 0)
+            self._place(Group([[row]], reading, adopted=False))
+            self.end(row, "stop")
+            self._decode(always=True)
+        jax.block_until_ready(self._state)
+        self._calls.clear()
 
-    def _alike(self, most: int, places: int) -> list[list[Row]]:
-        """Returns the rows of the first prompt that waits, and of others nearly as long.
+    def _read_chunk(self, reading: Reading) -> None:
+        """Reads a chunk, while nothing runs the widest, else one that takes little time."""
+        if not self.running:
+            reading.read()
+            return
+        began, start = time.perf_counter(), reading.start
+        reading.read(self._chunk)
+        jax.block_until_ready(reading.logits)
+        rate = (time.perf_counter() - began) / (reading.start - start)
+        self._chunk = int(self._stall / rate)
 
-        Args:
-          most: prompts, at most.
-          places: cache slots that they may have in all, if they are more than one.
-        """
-        found: dict[Sequence[int], list[Row]] = {}
-        least = largest = 0
-        waiting = (row for row in self._waiting if row.finish_reason is None)
-        for row in itertools.islice(waiting, 4 * most):
-            if row.prompt in found:
-                found[row.prompt].append(row)
-                continue
-            size = padded(len(row.prompt))
-            low, high = (min(least, size), max(largest, size)) if found else (size, size)
-            room = self._filled(len(found) + 1) * prefill.slots(self._model, high)
-            if not found or (len(found) < most and room <= places and high <= 2 * low):
-                found[row.prompt] = [row]
-                least, largest = low, high
-        return list(found.values())
-
-    def _place(self, group: _Group) -> bool:
+    def _place(self, group: Group) -> bool:
         """Has rows whose prompts have been read run, where slots are free."""
         placed = False
         with on_mesh(self._params):
@@ -207,7 +171,7 @@ class Scheduler:
             self._group = None
         return placed
 
-    def _adopt(self, group: _Group) -> None:
+    def _adopt(self, group: Group) -> None:
         rows = [row for _, row in group.ready]
         group.ready.clear()
         self._slots[: len(rows)] = rows
@@ -240,13 +204,13 @@ class Scheduler:
             size,
         )
 
-    def _decode(self) -> None:
+    def _decode(self, always: bool = False) -> None:
         """Has the rows that run go on, without waiting for their tokens."""
         rows = [(slot, row) for slot, row in enumerate(self._slots) if row is not None]
-        if not any(row.made + self._coming(row) < row.new_tokens for _, row in rows):
+        if not always and not any(self._left(row) > 0 for _, row in rows):
             return
         # Where another waits for a slot, it comes in as soon as one is free.
-        least = len(rows) if self._waiting or self._group else 1
+        least = len(rows) if len(self._queue) or self._group else 1
         with on_mesh(self._params):
             if self._ended.any():
                 self._state = erase(self._model, self._state, self._ended)
@@ -255,11 +219,12 @@ class Scheduler:
             self._state, made = decode(self._model, self._params, self._state, *bounds)
         self._calls.append(_Call(made, rows, self._limit, True))
 
-    def _coming(self, row: Row) -> int:
-        """Returns how many tokens calls that have not been looked at may bring a row."""
-        return sum(call.steps for call in self._calls if any(own is row for _, own in call.rows))
+    def _left(self, row: Row) -> int:
+        """Returns how many tokens a row will lack after all calls that are on their way."""
+        calls = (call for call in self._calls if any(own is row for _, own in call.rows))
+        return row.new_tokens - row.made - sum(call.steps for call in calls)
 
-    def _take(self) -> Iterator[tuple[Row, Token]]:
+    def _take(self) -> Iterator[tuple[Row, Token | None]]:
         """Yields what the calls made."""
         while self._calls:
             began = time.perf_counter()
@@ -276,6 +241,7 @@ class Scheduler:
                     failed = made.left[entry] < 0
                     row.finish_reason = "error" if failed else "length" if whole else "stop"
                     self._slots[self._slots.index(row)] = None
+                    yield row, None
 
     def _pace(self, call: _Call, made: Made, seconds: float) -> None:
         """Has later calls take more steps, if readers do not mind to wait for so many."""
@@ -291,7 +257,3 @@ class Scheduler:
 
         # By one clock: of two processes that take different numbers of steps, one waits forever.
         self._limit = from_first(paced)
-
-    def _filled(self, rows: int) -> int:
-        """Rounds a number of rows up to one of few, which devices share evenly."""
-        return len(pad_rows(self._model, self._params, [None] * row_count(rows), None))
