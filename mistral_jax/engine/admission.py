@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from mistral_jax.engine import prefill
 from mistral_jax.engine.prefill import Params, Reading, pad_rows, padded, row_count
+from mistral_jax.engine.prefixes import Prefixes
 from mistral_jax.engine.sampling import Sampling
 from mistral_jax.model.transformer import Transformer
 
@@ -28,7 +29,8 @@ class Row:
       draw: number of the row among those that share its seed.
       stop_ids: tokens that end it.
       top: number of likeliest tokens whose log-probabilities are wanted.
-      made: tokens that its reader has got.
+      tokens: ids that its reader has got.
+      chosen: tokens that were chosen, those too that end it or that no reader wants.
       finish_reason: as of a `Completion`; None while it goes on.
     """
 
@@ -38,7 +40,8 @@ class Row:
     draw: int
     stop_ids: Sequence[int]
     top: int
-    made: int = 0
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    chosen: int = 0
     finish_reason: str | None = None
 
 
@@ -64,7 +67,13 @@ class Queue:
     """
 
     def __init__(
-        self, model: Transformer, params: Params, slots: int, length: int, is_closed: bool
+        self,
+        model: Transformer,
+        params: Params,
+        slots: int,
+        length: int,
+        is_closed: bool,
+        prefixes: Prefixes | None,
     ):
         """Makes an empty one.
 
@@ -74,8 +83,9 @@ class Queue:
           slots: rows that may run at a time (B).
           length: tokens that the state's cache has room for.
           is_closed: whether all that is read has one of the few `shapes`.
+          prefixes: texts whose keys and values need not be computed again.
         """
-        self._model, self._params = model, params
+        self._model, self._params, self._prefixes = model, params, prefixes
         self._slots, self._length, self._is_closed = slots, length, is_closed
         self._rows: collections.deque[Row] = collections.deque()
 
@@ -117,7 +127,8 @@ class Queue:
         texts = [rows[0].prompt for rows in prompts]
         length = self._length if adopted else self._room(max(map(len, texts)))
         texts += [()] * (self._filled(len(texts)) - len(texts))
-        return Group(prompts, Reading(self._model, self._params, texts, length), adopted)
+        reading = Reading(self._model, self._params, texts, length, self._prefixes)
+        return Group(prompts, reading, adopted)
 
     def _alike(self, most: int, places: int) -> list[list[Row]]:
         """Returns the rows of the first prompt that waits, and of others nearly as long.

@@ -15,6 +15,7 @@ from mistral_jax.engine.admission import Row
 from mistral_jax.engine.answer import Answer
 from mistral_jax.engine.generate import NEW_TOKENS
 from mistral_jax.engine.prefill import Params
+from mistral_jax.engine.prefixes import Prefixes
 from mistral_jax.engine.request import check, listed, whole
 from mistral_jax.engine.sampling import DEFAULT, Sampling
 from mistral_jax.engine.scheduler import Scheduler
@@ -49,6 +50,7 @@ class Engine:
         slots: int = 8,
         length: int | None = None,
         most_waiting: int = 1024,
+        prefix_bytes: int = 2**28,
     ):
         """Starts the engine's thread.
 
@@ -60,6 +62,8 @@ class Engine:
           length: most tokens of a request, prompt and answer together; None = the model's
             `max_positions`, or 4096 if that is less and a layer has no window.
           most_waiting: requests that may wait for a slot.
+          prefix_bytes: most memory of keys and values that are kept of earlier prompts and answers,
+            for prompts that begin with the same tokens; 0 = none are.
 
         Raises:
           ValueError: an argument is out of range, or there are several processes.
@@ -67,6 +71,8 @@ class Engine:
         for name, value in (("slots", slots), ("most_waiting", most_waiting)):
             if whole(value) is None or value < 1:
                 raise ValueError(f"{name} is {show(value)}; expected an integer above 0")
+        if whole(prefix_bytes) is None or prefix_bytes < 0:
+            raise ValueError(f"prefix_bytes is {show(prefix_bytes)}; expected an integer from 0")
         most = model.config.max_positions
         if length is None:
             length = min(most, _LENGTH) if None in model.config.spans else most
@@ -81,7 +87,9 @@ class Engine:
                 "Engine is for one process (`generate` runs in several)"
             )
         self._model, self._tokenizer, self._length = model, tokenizer, length
-        scheduler = Scheduler(model, params, slots, length, _PATIENCE, _STALL)
+        self._prefixes = Prefixes(model, params, prefix_bytes) if prefix_bytes else None
+        options = {"stall": _STALL, "prefixes": self._prefixes}
+        scheduler = Scheduler(model, params, slots, length, _PATIENCE, **options)
         self._slots, self._warm_up = slots, scheduler.warm_up
         self._worker = _Worker(scheduler, slots + most_waiting)
         thread = threading.Thread(target=self._worker.run, name="engine", daemon=True)
@@ -171,9 +179,13 @@ class Engine:
         Returns:
           "slots"; "running" and "waiting": requests now; "finished", "cancelled" and "failed":
           requests that have ended, with "prompt_tokens" and "new_tokens" of all of them;
+          "reused_tokens" of prompts, which were not read again, and "prefix_bytes" of memory now;
           "seconds_since_step": how long ago the last turn ended, or 0 if there is nothing to do.
         """
-        return {"slots": self._slots} | self._worker.stats()
+        kept = self._prefixes and self._prefixes.stats()
+        tokens, size = (kept.tokens, kept.nbytes) if kept else (0, 0)
+        known = {"slots": self._slots, "reused_tokens": tokens, "prefix_bytes": size}
+        return known | self._worker.stats()
 
     def __enter__(self) -> "Engine":
         return self
@@ -338,7 +350,7 @@ class _Worker:
                 del self._live[row]
                 self._totals[kinds.get(row.finish_reason, "finished")] += 1
                 self._totals["prompt_tokens"] += len(row.prompt)
-                self._totals["new_tokens"] += row.made
+                self._totals["new_tokens"] += len(row.tokens)
                 self._changed.notify_all()
 
 

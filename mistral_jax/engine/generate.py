@@ -10,6 +10,7 @@ from typing import Any
 from mistral_jax.engine.admission import Row
 from mistral_jax.engine.completion import Completion, Token
 from mistral_jax.engine.prefill import NOT_FINITE, Params, slots
+from mistral_jax.engine.prefixes import Prefixes
 from mistral_jax.engine.request import Request, check
 from mistral_jax.engine.sampling import DEFAULT, Sampling, settle
 from mistral_jax.engine.scheduler import Scheduler
@@ -24,7 +25,7 @@ NEW_TOKENS = 256
 
 # Rows that run at a time: at most so many, fewer where their caches would hold more tokens in all
 # than this, but never less than the last.
-_MOST_SLOTS, _MOST_PLACES, _FEWEST_SLOTS = 32, 32 * 4096, 8
+MOST_SLOTS, MOST_PLACES, FEWEST_SLOTS = 32, 32 * 4096, 8
 
 
 def generate(
@@ -37,9 +38,12 @@ def generate(
     stop_ids: Sequence[int] | None = None,
     top_logprobs: int = 0,
     until: Callable[[int, int], bool] | None = None,
+    prefixes: Prefixes | None = None,
     **fields: Any,
 ) -> list[Completion]:
     """Continues token ids.
+
+    Any number of prompts run in a bounded number of slots: a row that ends makes room for the next.
 
     Args:
       model: the model.
@@ -52,6 +56,8 @@ def generate(
       top_logprobs: number of likeliest tokens whose log-probabilities are wanted at each place, 0
         to 20.
       until: called with the row and the token for each token in turn; True ends the row after it.
+      prefixes: what earlier calls have read, for prompts that begin with the same tokens; None =
+        each prompt is read.
       **fields: fields of `Sampling` by name, such as temperature=0.2; they replace those of
         `sampling`.
 
@@ -66,7 +72,7 @@ def generate(
     sampling = settle(sampling, fields)
     request = check(model.config, prompts, max_new_tokens, sampling, stop_ids, top_logprobs)
     patience = _LONG_PATIENCE if until is None else _PATIENCE
-    scheduler, rows = _begin(model, params, request, patience)
+    scheduler, rows = _begin(model, params, request, patience, prefixes)
     numbers = {row: number for number, row in enumerate(rows)}
     tokens: list[list[Token]] = [[] for _ in rows]
     seconds: list[list[float]] = [[] for _ in rows]
@@ -117,12 +123,17 @@ def stream_tokens(
 
 
 def _begin(
-    model: Transformer, params: Params, request: Request, patience: float
+    model: Transformer,
+    params: Params,
+    request: Request,
+    patience: float,
+    prefixes: Prefixes | None = None,
 ) -> tuple[Scheduler, list[Row]]:
     """Returns what will run a request, and its rows."""
     length = max(map(len, request.prompts)) + request.new_tokens
-    most = max(_FEWEST_SLOTS, min(_MOST_SLOTS, _MOST_PLACES // slots(model, length)))
-    scheduler = Scheduler(model, params, min(most, len(request.prompts)), length, patience)
+    most = max(FEWEST_SLOTS, min(MOST_SLOTS, MOST_PLACES // slots(model, length)))
+    count = min(most, len(request.prompts))
+    scheduler = Scheduler(model, params, count, length, patience, prefixes=prefixes)
     each = zip(request.prompts, request.samplings, request.draws, strict=True)
     rows = [
         Row(tuple(prompt), request.new_tokens, sampling, draw, request.stop_ids, request.top)

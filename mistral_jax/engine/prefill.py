@@ -4,6 +4,7 @@ Shapes come in buckets, so prompts of many lengths share a few compiled programs
 """
 
 import functools
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from mistral_jax.engine.prefixes import Prefixes
 from mistral_jax.model.cache import Cache, init_cache
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.parallel.sharding import Layout, mesh_of, on_mesh
@@ -86,15 +88,17 @@ def chunks(
     longest, start = max(map(len, rows)), 0
     while start < longest:
         width = chunk_width(len(rows), longest - start, widths)
-        yield cut(rows, start, width)
+        yield cut(rows, [start] * len(rows), width)
         start += width
 
 
-def cut(rows: Sequence[Sequence[int]], start: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns tokens and positions of one chunk of rows, [B, T] int32 both; see `chunks`."""
+def cut(
+    rows: Sequence[Sequence[int]], starts: Sequence[int], width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens and positions [B, T] int32 of a chunk that begins at a place of each row."""
     tokens = np.zeros((len(rows), width), np.int32)
     positions = np.full((len(rows), width), -1, np.int32)
-    for i, row in enumerate(rows):
+    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
         part = row[start : start + width]
         tokens[i, : len(part)] = part
         positions[i, : len(part)] = range(start, start + len(part))
@@ -144,11 +148,16 @@ class Reading:
     Attributes:
       cache: what has been read so far of each row.
       logits: of the token after each prompt that has been read, [B, V] float32.
-      start: tokens of the longest prompt that have been read.
+      rest: most tokens of a prompt that are still to be read.
     """
 
     def __init__(
-        self, model: Transformer, params: Params, prompts: Sequence[Sequence[int]], length: int
+        self,
+        model: Transformer,
+        params: Params,
+        prompts: Sequence[Sequence[int]],
+        length: int,
+        prefixes: Prefixes | None = None,
     ):
         """Begins.
 
@@ -157,29 +166,59 @@ class Reading:
           params: its parameters.
           prompts: token ids, B rows; an empty one has logits that mean nothing.
           length: tokens that the cache has room for where no window is shorter.
+          prefixes: texts whose keys and values need not be computed again.
         """
         self._model, self._params, self._prompts = model, params, prompts
-        self._lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        self.start = 0
+        self._prefixes = prefixes
+        lengths = [len(prompt) for prompt in prompts]
+        self._lengths = np.array(lengths, np.int32)
+        self._starts = [0] * len(prompts)
         with on_mesh(params):
             self.cache, self.logits = start_reading(model, params, len(prompts), length)
+        for row, prompt in enumerate(prompts if prefixes is not None else ()):
+            if hit := prefixes.find((), prompt):
+                self.cache = prefixes.restore(hit, self.cache, row)
+                self._starts[row] = hit.tokens
+        self.rest = max(map(operator.sub, lengths, self._starts))
 
-    @property
-    def done(self) -> bool:
-        """Whether all prompts have been read."""
-        return self.start >= max(self._lengths)
-
-    def read(self, most: int | None = None) -> None:
-        """Reads the next chunk, of not much more than `most` tokens a row."""
-        rest = int(max(self._lengths)) - self.start
-        width = chunk_width(len(self._prompts), rest, most=most)
-        tokens, positions = cut(self._prompts, self.start, width)
+    def read(self, most: int | None = None) -> int:
+        """Reads the next chunk, of not much more than `most` tokens a row; returns its width."""
+        width = chunk_width(len(self._prompts), self.rest, most=most)
+        tokens, positions = cut(self._prompts, self._starts, width)
         with on_mesh(self._params):
             self.cache, self.logits = read_chunk(
                 *(self._model, self._params, tokens, positions),
                 *(self._lengths, self.cache, self.logits),
             )
-        self.start += width
+        read, self._starts = self._starts, [start + width for start in self._starts]
+        self.rest -= width
+        if self._prefixes is None:
+            return width
+        # A ring has its latest tokens alone: what it holds now is of use to texts that part here.
+        rings = any(self._model.config.spans)
+        if rings or self.rest <= 0:
+            self._keep([start if rings else 0 for start in read])
+        return width
+
+    def _keep(self, known: Sequence[int]) -> None:
+        """Keeps what rows have read, for prompts that begin like theirs.
+
+        Args:
+          known: tokens of each row that need not be kept.
+        """
+        with on_mesh(self._params):
+            whole = jax.device_get(sound(self.cache))
+        for row, (prompt, start) in enumerate(zip(self._prompts, known, strict=True)):
+            if start < len(prompt) and whole[row]:
+                self._prefixes.save((), prompt[: self._starts[row]], self.cache, row)
+
+
+@jax.jit
+def sound(cache: Cache) -> jax.Array:
+    """Tells of each row [B] whether its keys and values are finite: NaN spoils a whole chunk."""
+    leaves = [x for x in jax.tree.leaves(cache[-1]) if jnp.issubdtype(x.dtype, jnp.floating)]
+    finite = (jnp.isfinite(x).all((1, 2, 3)) for x in leaves)
+    return replicate(functools.reduce(jnp.logical_and, finite))
 
 
 def prefill(
@@ -197,7 +236,7 @@ def prefill(
       The cache, and the logits of the token after each prompt, [B, V] float32.
     """
     reading = Reading(model, params, prompts, slots(model, length))
-    while not reading.done:
+    while reading.rest > 0:
         reading.read()
     return reading.cache, reading.logits
 

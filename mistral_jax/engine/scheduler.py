@@ -16,8 +16,9 @@ import numpy as np
 from mistral_jax.engine import prefill
 from mistral_jax.engine.admission import Group, Queue, Row
 from mistral_jax.engine.completion import Token
-from mistral_jax.engine.decode import MOST_STEPS, Made, State, decode, first_step, start
+from mistral_jax.engine.decode import MOST_STEPS, Made, State, by_heads, decode, first_step, start
 from mistral_jax.engine.prefill import Params, Reading, pad_rows, row_count
+from mistral_jax.engine.prefixes import Prefixes
 from mistral_jax.engine.sampling import DEFAULT, RowSampling
 from mistral_jax.engine.slots import empty_state, erase, insert
 from mistral_jax.model.cache import Cache
@@ -46,6 +47,7 @@ class Scheduler:
         length: int,
         patience: float,
         stall: float | None = None,
+        prefixes: Prefixes | None = None,
     ):
         """Makes one without rows; it allocates nothing.
 
@@ -58,13 +60,15 @@ class Scheduler:
           stall: seconds for which rows that run may wait while prompts are read: then each turn
             reads one chunk, and all programs are of a closed set, which `warm_up` compiles. None =
             each turn reads as many prompts as there are slots, in the shapes that suit them best.
+          prefixes: where to look for what prompts begin with, and to keep what rows hold.
         """
         self._model, self._params = model, params
         count = len(pad_rows(model, params, [None] * row_count(slots), None))
         self._slots: list[Row | None] = [None] * count
         self._length = prefill.slots(model, length)
         self._patience, self._stall = patience, stall
-        self._queue = Queue(model, params, count, self._length, stall is not None)
+        self._prefixes = prefixes
+        self._queue = Queue(model, params, count, self._length, stall is not None, prefixes)
         self._state: State | None = None
         self._group: Group | None = None
         self._calls: collections.deque[_Call] = collections.deque()
@@ -79,9 +83,7 @@ class Scheduler:
         """Ends a row before its time, wherever it is."""
         row.finish_reason = reason
         if row in self._slots:
-            slot = self._slots.index(row)
-            self._slots[slot] = None
-            self._ended[slot] = True
+            self._ended[self._leave(row)] = True
 
     @property
     def busy(self) -> bool:
@@ -121,11 +123,11 @@ class Scheduler:
             return False
         reading = self._group.reading
         if self._stall is None:
-            while not reading.done:
+            while reading.rest > 0:
                 reading.read()
-        elif not reading.done:
+        elif reading.rest > 0:
             self._read_chunk(reading)
-        return reading.done and self._place(self._group)
+        return reading.rest <= 0 and self._place(self._group)
 
     def warm_up(self) -> None:
         """Compiles all programs that a closed set has; no row may be in a slot."""
@@ -134,10 +136,16 @@ class Scheduler:
                 prompt = (0,) * width
                 reading = Reading(self._model, self._params, [prompt] * count, room)
                 reading.read()
+            if self._prefixes is not None:
+                reading.cache = self._prefixes.warm(reading.cache)
+                prefill.sound(reading.cache)
             row = Row(prompt, 1, DEFAULT, 0, (), 0)
             self._place(Group([[row]], reading, adopted=False))
             self.end(row, "stop")
             self._decode(always=True)
+        if self._prefixes is not None:
+            cache = self._prefixes.warm(self._state.cache, by_heads=by_heads())
+            self._state = self._state.replace(cache=cache)
         jax.block_until_ready(self._state)
         self._calls.clear()
 
@@ -146,11 +154,10 @@ class Scheduler:
         if not self.running:
             reading.read()
             return
-        began, start = time.perf_counter(), reading.start
-        reading.read(self._chunk)
+        began = time.perf_counter()
+        width = reading.read(self._chunk)
         jax.block_until_ready(reading.logits)
-        rate = (time.perf_counter() - began) / (reading.start - start)
-        self._chunk = int(self._stall / rate)
+        self._chunk = int(self._stall * width / (time.perf_counter() - began))
 
     def _place(self, group: Group) -> bool:
         """Has rows whose prompts have been read run, where slots are free."""
@@ -222,7 +229,7 @@ class Scheduler:
     def _left(self, row: Row) -> int:
         """Returns how many tokens a row will lack after all calls that are on their way."""
         calls = (call for call in self._calls if any(own is row for _, own in call.rows))
-        return row.new_tokens - row.made - sum(call.steps for call in calls)
+        return row.new_tokens - len(row.tokens) - sum(call.steps for call in calls)
 
     def _take(self) -> Iterator[tuple[Row, Token | None]]:
         """Yields what the calls made."""
@@ -232,16 +239,43 @@ class Scheduler:
             made = jax.device_get(call.made)
             self._pace(call, made, time.perf_counter() - began)
             for entry, row in call.rows:
-                for column in np.flatnonzero(made.tokens[entry] >= 0):
+                columns = np.flatnonzero(made.tokens[entry] >= 0)
+                row.chosen += len(columns)
+                for column in columns:
                     if row.finish_reason is None:
-                        row.made += 1
+                        row.tokens.append(int(made.tokens[entry, column]))
                         yield row, Token.of(made, entry, column, row.top)
-                if row.finish_reason is None and made.left[entry] <= 0:
-                    whole = row.made == row.new_tokens
-                    failed = made.left[entry] < 0
-                    row.finish_reason = "error" if failed else "length" if whole else "stop"
-                    self._slots[self._slots.index(row)] = None
-                    yield row, None
+                if row.finish_reason is not None:
+                    continue
+                left = int(made.left[entry])
+                if left > 0:
+                    continue
+                whole = len(row.tokens) == row.new_tokens
+                row.chosen += not whole
+                row.finish_reason = "error" if left < 0 else "length" if whole else "stop"
+                self._leave(row)
+                yield row, None
+
+    def _leave(self, row: Row) -> int:
+        """Frees the slot of a row, and returns its number."""
+        self._keep(row)
+        slot = self._slots.index(row)
+        self._slots[slot] = None
+        return slot
+
+    def _keep(self, row: Row) -> None:
+        """Keeps what a row holds for prompts that begin with the same tokens."""
+        if self._prefixes is None or not row.chosen or row.finish_reason == "error":
+            return
+        coming = row.new_tokens - len(row.tokens) - self._left(row)
+        self._prefixes.save(
+            (),
+            # The token that was chosen last has no keys yet.
+            [*row.prompt, *row.tokens[: row.chosen - 1]],
+            *(self._state.cache, self._slots.index(row)),
+            written=len(row.prompt) + row.chosen + coming,
+            by_heads=by_heads(),
+        )
 
     def _pace(self, call: _Call, made: Made, seconds: float) -> None:
         """Has later calls take more steps, if readers do not mind to wait for so many."""

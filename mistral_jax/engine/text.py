@@ -16,6 +16,7 @@ from mistral_jax.engine.generate import (
     stream_tokens,
 )
 from mistral_jax.engine.prefill import Params
+from mistral_jax.engine.prefixes import Prefixes
 from mistral_jax.engine.request import listed
 from mistral_jax.engine.sampling import ALL_BANNED, DEFAULT, Sampling, settle
 from mistral_jax.model.transformer import Transformer
@@ -148,6 +149,7 @@ def completions(
     top_logprobs: int = 0,
     is_new: bool | Sequence[bool] = False,
     on_text: Callable[[int, str], None] | None = None,
+    prefixes: Prefixes | None = None,
     **fields: Any,
 ) -> list[Completion]:
     """Continues prompts of token ids, with their texts.
@@ -158,6 +160,7 @@ def completions(
       is_new: whether a text begins with the first new token (an answer does), rather than follows
         its prompt's, for all rows or for each; a word that begins a text has no space in front.
       on_text: called with the row and each piece of its text, as soon as it is certain.
+      prefixes: see `generate`.
 
     The other arguments and errors are those of `complete`.
 
@@ -193,6 +196,7 @@ def completions(
         sampling=sampling,
         top_logprobs=top_logprobs,
         until=until if urgent else None,
+        prefixes=prefixes,
     )
     for row, text in enumerate(texts):
         for token in () if urgent else rows[row].tokens:

@@ -63,7 +63,9 @@ def compiled():
 
 def request_of(rng: random.Random, size: int) -> dict:
     """Returns the arguments of a random request."""
-    prompt = [rng.randrange(size) for _ in range(rng.choice([1, 3, 20, 33, 70, 150]))]
+    prompt = [rng.randrange(size) for _ in range(rng.choice([1, 3, 20, 33, 70]))]
+    if rng.random() < 0.3:  # Some begin with the same tokens.
+        prompt = [*range(3, 3 + rng.choice([32, 64, 80])), *prompt]
     sampling = Sampling(
         temperature=rng.choice([0, 1]),
         top_k=rng.choice([0, 9]),
@@ -129,6 +131,7 @@ def test_after_warming_up_no_request_compiles_anything(mistral, engine, compiled
     for answer in answers:
         answer.result(300)
     assert compiled == []
+    assert engine.stats()["reused_tokens"] > 0
 
 
 def test_a_request_is_read_piece_by_piece(mistral, engine):
@@ -163,6 +166,28 @@ def test_answers_to_one_prompt_draw_apart_as_rows_of_a_batch_do(mistral, engine)
     rows = generate(*mistral[:2], [prompt] * 3, 12, sampling=WARM, stop_ids=())
     answers = engine.submit(prompt, 12, sampling=WARM, stop_ids=(), n=3)
     assert [answer.result(300).tokens for answer in answers] == [row.tokens for row in rows]
+
+
+def test_what_was_read_before_is_not_read_again(mistral, engine):
+    """Turn by turn of a conversation; the answers are the same as without it."""
+    rng = random.Random(2)
+    ids = [rng.randrange(400) for _ in range(40)]
+    reused = engine.stats()["reused_tokens"]
+    for seed in range(4):
+        sampling = Sampling(1, seed=seed)
+        answer = engine.submit(ids, 9, sampling=sampling, stop_ids=()).result(300)
+        assert_same(answer, alone(mistral, ids, max_new_tokens=9, sampling=sampling, stop_ids=()))
+        before, reused = reused, engine.stats()["reused_tokens"]
+        # All but the last token of the answer, which was never fed, and of the question.
+        assert reused - before == (len(ids) - 21 if seed else 0)
+        ids = [*ids, *answer.tokens, *(rng.randrange(400) for _ in range(20))]
+
+
+def test_without_memory_for_prefixes_all_is_read(mistral, warm):
+    with Engine(*mistral[:2], slots=1, length=64, prefix_bytes=0) as engine:
+        answers = [engine.submit([7] * 30, 3, stop_ids=(), sampling=WARM) for _ in range(2)]
+        assert answers[0].result(300) == answers[1].result(300)
+        assert engine.stats()["reused_tokens"] == engine.stats()["prefix_bytes"] == 0
 
 
 def test_a_cancelled_request_ends_with_what_it_has(mistral, engine):
@@ -266,6 +291,7 @@ def test_the_public_name():
     [
         ({"slots": 0}, "slots is 0; expected an integer above 0"),
         ({"most_waiting": "x"}, "most_waiting is 'x'; expected an integer above 0"),
+        ({"prefix_bytes": -1}, "prefix_bytes is -1; expected an integer from 0"),
         ({"length": 1}, "length is 1; expected an integer from 2 to the model's 32768 positions"),
         ({"length": 10**6}, "length is 1000000; expected an integer from 2"),
     ],

@@ -22,8 +22,8 @@ def mistral():
 
 @pytest.fixture
 def few_slots(monkeypatch):
-    monkeypatch.setattr(generation, "_MOST_SLOTS", 3)
-    monkeypatch.setattr(generation, "_FEWEST_SLOTS", 3)
+    monkeypatch.setattr(generation, "MOST_SLOTS", 3)
+    monkeypatch.setattr(generation, "FEWEST_SLOTS", 3)
     monkeypatch.setattr(prefill, "CHUNK", 32)
 
 
