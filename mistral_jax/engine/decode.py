@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mistral_jax.base import machine
 from mistral_jax.engine.logits import choose
 from mistral_jax.engine.prefill import Params, replicate, whole_rows
 from mistral_jax.engine.sampling import MOST_TOP, RowSampling
@@ -234,9 +235,14 @@ def _choose(logits, sampling, positions, counts, wants_top):
     return tokens, chosen[:, 0], *jax.lax.cond(jnp.any(wants_top), find, spare)
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("model", "rows"), donate_argnames="state")
 def decode(
-    model: Transformer, params: Params, state: State, limit: np.int32, least: np.int32
+    model: Transformer,
+    params: Params,
+    state: State,
+    limit: np.int32,
+    least: np.int32,
+    rows: int | None = None,
 ) -> tuple[State, Made]:
     """Takes up to `limit` steps, while at least `least` rows go on.
 
@@ -247,9 +253,10 @@ def decode(
       limit: at most `MOST_STEPS`.
       least: 1 to go on until all rows have ended; the number of rows that have not, to stop when
         one of them ends, whose place another is to take.
+      rows: run only so many, the first; None = all.
 
     Returns:
-      The new state, and what these steps made.
+      The new state, and what these steps made of the rows that they ran.
     """
 
     def goes_on(carry):
@@ -260,10 +267,40 @@ def decode(
         state, made, step = carry
         return *decode_step(model, params, state, made, step), step + 1
 
+    whole = state
+    if rows is not None:
+        state = jax.tree.map(lambda x: from_bits(as_bits(x)[:rows], x.dtype), state)
     made = nothing(*state.counts.shape, MOST_STEPS).replace(left=state.left)
     state = state.replace(cache=turn(state.cache))
     state, made, _ = jax.lax.while_loop(goes_on, take_step, (state, made, jnp.int32(0)))
+    if rows is not None:
+        state = jax.tree.map(lambda old, new: put_rows(old, new, jnp.int32(0)), whole, state)
     return release(state.replace(cache=turn(state.cache))), replicate(made)
+
+
+def shrinks() -> bool:
+    """Whether steps of fewer rows take less time, with the time to copy their caches."""
+    return machine.is_one_cpu()
+
+
+def put_rows(old: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
+    """Writes `new` [R, ...] over rows of `old` [B, ...], from the row `first` on."""
+    starts = (first, *[jnp.int32(0)] * (old.ndim - 1))
+    return from_bits(jax.lax.dynamic_update_slice(as_bits(old), as_bits(new), starts), old.dtype)
+
+
+def as_bits(x: jax.Array) -> jax.Array:
+    """Returns numbers of 16 bits as integers: XLA's CPU backend would move them as float32."""
+    if x.dtype.itemsize != 2:
+        return x
+    return jax.lax.optimization_barrier(jax.lax.bitcast_convert_type(x, jnp.uint16))
+
+
+def from_bits(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Undoes `as_bits`."""
+    if x.dtype == dtype:
+        return x
+    return jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(x), dtype)
 
 
 def release(state: State) -> State:

@@ -16,7 +16,16 @@ import numpy as np
 from mistral_jax.engine import prefill
 from mistral_jax.engine.admission import Group, Queue, Row
 from mistral_jax.engine.completion import Token
-from mistral_jax.engine.decode import MOST_STEPS, Made, State, by_heads, decode, first_step, start
+from mistral_jax.engine.decode import (
+    MOST_STEPS,
+    Made,
+    State,
+    by_heads,
+    decode,
+    first_step,
+    shrinks,
+    start,
+)
 from mistral_jax.engine.prefill import Params, Reading, pad_rows, row_count
 from mistral_jax.engine.prefixes import Prefixes
 from mistral_jax.engine.sampling import DEFAULT, RowSampling
@@ -26,6 +35,10 @@ from mistral_jax.model.transformer import Transformer
 from mistral_jax.parallel.distributed import from_first
 from mistral_jax.parallel.sharding import on_mesh
 
+# Calls that are sent before the tokens of the one before them are read: the device has work while
+# the host reads.
+_AHEAD = 1
+
 
 class _Call(NamedTuple):
     """What the device made, or will have: steps at most, and which row has which entry."""
@@ -34,6 +47,7 @@ class _Call(NamedTuple):
     rows: list[tuple[int, Row]]
     steps: int
     is_loop: bool
+    began: float
 
 
 class Scheduler:
@@ -74,6 +88,7 @@ class Scheduler:
         self._calls: collections.deque[_Call] = collections.deque()
         self._ended = np.zeros(count, bool)
         self._limit, self._chunk = 1, 1
+        self._clock = 0.0
 
     def add(self, row: Row) -> None:
         """Has a row wait for its turn."""
@@ -105,8 +120,8 @@ class Scheduler:
             yield from self._take()
             if self._stall is not None:
                 break
-        self._decode()
-        yield from self._take()
+        sent = self._go_on()
+        yield from self._take(_AHEAD if sent else 0)
 
     def read(self) -> bool:
         """Reads prompts that wait, or one chunk; has their rows run where slots are free.
@@ -142,7 +157,10 @@ class Scheduler:
             row = Row(prompt, 1, DEFAULT, 0, (), 0)
             self._place(Group([[row]], reading, adopted=False))
             self.end(row, "stop")
-            self._decode(always=True)
+        self._state = erase(self._model, self._state, self._ended)
+        self._ended = np.zeros_like(self._ended)
+        for slot in range(len(self._slots)):
+            self._decode([(slot, row)])
         if self._prefixes is not None:
             cache = self._prefixes.warm(self._state.cache, by_heads=by_heads())
             self._state = self._state.replace(cache=cache)
@@ -184,7 +202,7 @@ class Scheduler:
         self._slots[: len(rows)] = rows
         state = self._fields(rows, len(self._slots), group.reading.cache)
         self._state, made = first_step(self._model, state, group.reading.logits)
-        self._calls.append(_Call(made, list(enumerate(rows)), 1, False))
+        self._calls.append(_Call(made, list(enumerate(rows)), 1, False, 0.0))
 
     def _insert(self, row: Row, reading: Reading, number: int) -> None:
         slot = self._slots.index(None)
@@ -194,7 +212,7 @@ class Scheduler:
             *(self._model, self._state, np.int32(slot), new),
             *(reading.cache, reading.logits, np.int32(number)),
         )
-        self._calls.append(_Call(made, [(0, row)], 1, False))
+        self._calls.append(_Call(made, [(0, row)], 1, False, 0.0))
 
     def _fields(self, rows: Sequence[Row], count: int, cache: Cache) -> State:
         """Returns the state of rows none of whose tokens is chosen, filled up with empty ones."""
@@ -211,11 +229,15 @@ class Scheduler:
             size,
         )
 
-    def _decode(self, always: bool = False) -> None:
-        """Has the rows that run go on, without waiting for their tokens."""
+    def _go_on(self) -> bool:
+        """Has the rows that run go on, without waiting for their tokens; says whether any do."""
         rows = [(slot, row) for slot, row in enumerate(self._slots) if row is not None]
-        if not always and not any(self._left(row) > 0 for _, row in rows):
-            return
+        goes_on = any(self._left(row) > 0 for _, row in rows)
+        if goes_on:
+            self._decode(rows)
+        return goes_on
+
+    def _decode(self, rows: list[tuple[int, Row]]) -> None:
         # Where another waits for a slot, it comes in as soon as one is free.
         least = len(rows) if len(self._queue) or self._group else 1
         with on_mesh(self._params):
@@ -223,21 +245,30 @@ class Scheduler:
                 self._state = erase(self._model, self._state, self._ended)
                 self._ended = np.zeros_like(self._ended)
             bounds = np.int32(self._limit), np.int32(least)
-            self._state, made = decode(self._model, self._params, self._state, *bounds)
-        self._calls.append(_Call(made, rows, self._limit, True))
+            count = self._count(rows)
+            self._state, made = decode(self._model, self._params, self._state, *bounds, count)
+        self._calls.append(_Call(made, rows, self._limit, True, time.perf_counter()))
+
+    def _count(self, rows: list[tuple[int, Row]]) -> int | None:
+        """Returns how many of the first slots a call shall run; None = all."""
+        if self._stall is None or not shrinks():
+            return None  # A program more would take longer than it saves.
+        used = 1 + max((slot for slot, _ in rows), default=0)
+        count = 1 << (used - 1).bit_length()
+        return count if count < len(self._slots) else None
 
     def _left(self, row: Row) -> int:
         """Returns how many tokens a row will lack after all calls that are on their way."""
         calls = (call for call in self._calls if any(own is row for _, own in call.rows))
         return row.new_tokens - len(row.tokens) - sum(call.steps for call in calls)
 
-    def _take(self) -> Iterator[tuple[Row, Token | None]]:
-        """Yields what the calls made."""
-        while self._calls:
-            began = time.perf_counter()
+    def _take(self, ahead: int = 0) -> Iterator[tuple[Row, Token | None]]:
+        """Yields what the calls made, but for those that are `ahead`."""
+        while len(self._calls) > ahead:
             call = self._calls.popleft()
             made = jax.device_get(call.made)
-            self._pace(call, made, time.perf_counter() - began)
+            began, self._clock = max(call.began, self._clock), time.perf_counter()
+            self._pace(call, made, self._clock - began)
             for entry, row in call.rows:
                 columns = np.flatnonzero(made.tokens[entry] >= 0)
                 row.chosen += len(columns)

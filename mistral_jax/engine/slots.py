@@ -13,7 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from mistral_jax.engine.decode import Made, State, advance, cache_axes, nothing, release, turn
+from mistral_jax.engine.decode import (
+    Made,
+    State,
+    advance,
+    cache_axes,
+    nothing,
+    put_rows,
+    release,
+    turn,
+)
 from mistral_jax.engine.prefill import Params, empty_cache, replicate
 from mistral_jax.engine.sampling import Penalties, RowSampling
 from mistral_jax.model.cache import Cache
@@ -93,7 +102,7 @@ def insert(
     new, made = advance(new, made, jnp.int32(0), replicate(own), ())
 
     def put(old, one):
-        return jax.lax.dynamic_update_slice_in_dim(old, one.astype(old.dtype), slot, 0)
+        return put_rows(old, one.astype(old.dtype), slot)
 
     fields = jax.tree.map(put, state.replace(cache=()), new)
     cache = turn(cache)
@@ -151,11 +160,10 @@ def _put_row(state, cache, slot, row, axes):
         at = jnp.clip(at, 0, old.shape[0] - 1)
         if new.ndim == 2:  # Positions.
             new = jnp.pad(new, ((0, 0), (0, old.shape[1] - new.shape[1])), constant_values=-1)
-        starts = (at, *[jnp.int32(0)] * (old.ndim - 1))
         if axes:
-            kept = jax.lax.dynamic_slice(old, starts, new.shape)
-            new = jnp.where(mine, new, kept)
-        return jax.lax.dynamic_update_slice(old, new, starts)
+            starts = (at, *[jnp.int32(0)] * (old.ndim - 1))
+            new = jnp.where(mine, new, jax.lax.dynamic_slice(old, starts, new.shape))
+        return put_rows(old, new, at)
 
     return jax.tree.map(put, state, _take_row(cache, row, axes))
 

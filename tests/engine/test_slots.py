@@ -90,6 +90,25 @@ def test_a_row_makes_the_same_whatever_its_neighbours_do(mistral, running):
     assert (np.asarray(made_beside.tokens)[0, :9] >= 0).all()
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_first_rows_may_go_on_alone(mistral, dtype):
+    model, params = mistral[0].clone(dtype=dtype), mistral[1]
+    both, size = read(model, params), np.int32(9)
+    states = []
+    for count in (None, 2):
+        state = slots.empty_state(model, params, 3, LENGTH)
+        state, _ = put(model, state, 1, 1, both)
+        before = of_row(state, 2)
+        state, made = decode.decode(model, params, state, size, np.int32(1), count)
+        assert made.tokens.shape[0] == (count or 3)
+        if count:
+            assert_equal(of_row(state, 2), before)
+        states.append(state)
+    whole, part = (of_row(state, 1) for state in states)
+    assert_equal(whole.counts, part.counts)
+    assert whole.tokens == part.tokens
+
+
 def test_a_slot_that_was_used_needs_no_clearing(mistral):
     """The row before has gone through laps of the ring, and past where the new one will come."""
     model, params = mistral
