@@ -19,6 +19,7 @@ if os.path.isfile(os.path.join(_root, "pyproject.toml")):
 _HOMES = {
     "checkpoint.checkpoint": ("load", "save"),
     "config": ("ModelConfig",),
+    "engine.engine": ("Engine",),
     "engine.generate": ("Completion", "generate"),
     "engine.sampling": ("Sampling",),
     "engine.score": ("Score", "score"),

@@ -43,7 +43,7 @@ def parser() -> Parser:
         "--prompts-file",
         type=Path,
         metavar="FILE",
-        help="more prompts, one a line; all prompts make one batch",
+        help="more prompts, one a line; any number, computed together",
     )
     add(
         "--chat",

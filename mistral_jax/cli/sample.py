@@ -15,6 +15,9 @@ _SAMPLING = (
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
 )
 
+# Most memory of the earlier turns of a conversation, which are not read again.
+_PREFIX_BYTES = 2**29
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
@@ -99,6 +102,10 @@ class _Model:
 
     def answer(self, messages, show) -> None:
         """Answers a conversation; `show` is called with each piece of the answer."""
+        from mistral_jax.engine.prefixes import Prefixes
+
+        if "prefixes" not in self._options:  # A turn repeats those before it.
+            self._options["prefixes"] = Prefixes(self._model, self._params, _PREFIX_BYTES)
         _check(self._run([self._tokenizer.encode_chat(messages)], lambda _, piece: show(piece)))
 
     def complete(self, texts: list[str]) -> None:

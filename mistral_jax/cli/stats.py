@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 
 from mistral_jax.base.machine import read_bandwidth
-from mistral_jax.engine.generate import Completion
+from mistral_jax.engine.generate import FEWEST_SLOTS, Completion
 from mistral_jax.engine.prefill import Params
 
 
@@ -49,6 +49,8 @@ def report(
     """
     first = max(completion.first_seconds for completion in completions)
     total = max(completion.seconds for completion in completions)
+    if len(completions) > FEWEST_SLOTS and first > min(row.seconds for row in completions):
+        return _report_in_turns(prompts, completions, total, clock.seconds(began, began + total))
     compile_first = clock.seconds(began, began + first)
     compile_rest = clock.seconds(began + first, began + total)
     read = sum(map(len, prompts))
@@ -71,6 +73,19 @@ def report(
             f"memory       weights are read at {speed / 1e9:.1f} GB/s, {speed / roof:.0%} of the "
             f"{roof / 1e9:.1f} GB/s that it gives",
         ]
+    return "\n".join(lines)
+
+
+def _report_in_turns(prompts, completions, total: float, compilation: float) -> str:
+    """Describes rows that took turns: prompts were read while other rows went on."""
+    first = min(completion.first_seconds for completion in completions)
+    made = sum(len(completion.tokens) for completion in completions)
+    lines = [
+        f"compile      {compilation:.2f} s",
+        f"first token  {first:.2f} s after the request",
+        f"read         {sum(map(len, prompts))} tokens",
+        f"made         {_rate(made, total - compilation)}, with the time to read the prompts",
+    ]
     return "\n".join(lines)
 
 

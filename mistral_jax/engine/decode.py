@@ -1,7 +1,7 @@
 """Decoding on the device: its `State`, one step, and the loop of steps. It reads nothing back.
 
-The loop serves batches and streams alike: it makes up to `limit` tokens a row before the host
-looks, and stops when every row has ended.
+The loop makes up to `limit` tokens a row before the host looks, and stops when too few rows are
+left to go on with.
 """
 
 import functools
@@ -17,7 +17,7 @@ from mistral_jax.engine.prefill import Params, replicate, whole_rows
 from mistral_jax.engine.sampling import MOST_TOP, RowSampling
 from mistral_jax.model.cache import Cache
 from mistral_jax.model.transformer import Transformer
-from mistral_jax.ops.partition import by_rows
+from mistral_jax.ops.partition import Rules, by_rows
 
 # Most tokens a row that the loop makes before the host looks.
 MOST_STEPS = 64
@@ -25,95 +25,82 @@ MOST_STEPS = 64
 
 @flax.struct.dataclass
 class Made:
-    """The tokens that rows made since the host last looked; -1 = none.
+    """What one call of the loop made, for the host to read.
 
     Attributes:
-      tokens: ids, [B, T] int32.
+      tokens: ids, [B, T] int32; -1 = none.
       logprobs: their log-probabilities, [B, T] float32.
       top_tokens: the `MOST_TOP` likeliest tokens' ids, [B, T, n] int32; 0 if not wanted.
       top_logprobs: their log-probabilities, [B, T, n] float32.
+      left: tokens that each row may still make, [B] int32; 0 = it has ended, -1 = it has ended
+        since its logits were not finite.
     """
 
     tokens: jax.Array
     logprobs: jax.Array
     top_tokens: jax.Array
     top_logprobs: jax.Array
+    left: jax.Array
 
 
 @flax.struct.dataclass
 class State:
-    """All that decoding carries from one step to the next.
+    """All that decoding carries from one step to the next. Every field has one entry a row.
 
     Attributes:
       cache: the keys and values of all tokens but the last; see `by_heads`.
       tokens: the last token of each row, [B] int32.
       positions: its place in the row's text, [B] int32.
-      left: tokens that the row may still make, [B] int32; 0 = it has ended.
-      failed: whether it ended since its logits were not finite, [B] bool.
+      left: tokens that the row may still make, [B] int32; 0 or less = it has ended, as in `Made`.
       counts: how often each token stands in the answer, [B, V] int32.
       sampling: how each row chooses.
       wants_top: whether the likeliest tokens are wanted, too, [B] bool.
-      stop_ids: tokens that end a row, [n] int32; -1 = none.
-      made: what the host has not seen yet.
-      steps: columns of `made` that are filled, int32.
+      stops: whether a token ends the row, [B, V] bool.
     """
 
     cache: Cache
     tokens: jax.Array
     positions: jax.Array
     left: jax.Array
-    failed: jax.Array
     counts: jax.Array
     sampling: RowSampling
     wants_top: jax.Array
-    stop_ids: jax.Array
-    made: Made
-    steps: jax.Array
+    stops: jax.Array
 
 
 def start(
     cache: Cache,
     lengths: Sequence[int],
-    left: int,
+    left: Sequence[int],
     sampling: RowSampling,
-    stop_ids: Sequence[int],
-    wants_top: bool,
+    stop_ids: Sequence[Sequence[int]],
+    wants_top: Sequence[bool],
     vocab_size: int,
 ) -> State:
-    """Builds the state after `prefill`, in which no token is chosen yet.
+    """Builds the state after `prefill`, in which no token is chosen yet; all but the cache on host.
 
     Args:
       cache: what the prompts left; by heads, if `by_heads`.
       lengths: tokens of each prompt, one a row (B); 0 for a row that is to stay empty.
-      left: tokens that a row may make.
+      left: tokens that each row may make.
       sampling: how each row chooses.
-      stop_ids: tokens that end a row.
-      wants_top: whether the likeliest tokens are wanted, too.
+      stop_ids: tokens that end each row, any number of them.
+      wants_top: whether each row's likeliest tokens are wanted, too.
       vocab_size: V.
     """
     lengths = np.array(lengths, np.int32)
-    shape = (len(lengths), MOST_STEPS)
-    top = (*shape, min(MOST_TOP, vocab_size))
-    # A few more stop ids shall not change the shape.
-    stops = np.full(-(-max(1, len(stop_ids)) // 8) * 8, -1, np.int32)
-    stops[: len(stop_ids)] = stop_ids
+    stops = np.zeros((len(lengths), vocab_size), bool)
+    for row, ids in enumerate(stop_ids):
+        stops[row, list(ids)] = True
     return State(
         cache=cache,
         tokens=np.zeros_like(lengths),
         positions=lengths - 1,
-        left=np.where(lengths > 0, np.int32(left), np.int32(0)),
-        failed=np.zeros(lengths.shape, bool),
+        left=np.where(lengths > 0, np.array(left, np.int32), np.int32(0)),
         counts=np.zeros((len(lengths), vocab_size), np.int32),
         sampling=sampling,
-        wants_top=np.full(lengths.shape, wants_top),
-        stop_ids=stops,
-        made=Made(
-            tokens=np.full(shape, -1, np.int32),
-            logprobs=np.zeros(shape, np.float32),
-            top_tokens=np.zeros(top, np.int32),
-            top_logprobs=np.zeros(top, np.float32),
-        ),
-        steps=np.int32(0),
+        wants_top=np.array(wants_top, bool),
+        stops=stops,
     )
 
 
@@ -123,6 +110,12 @@ def by_heads(model: Transformer) -> bool:
     XLA would else turn them before each loop of steps and back behind it, and need room for both.
     """
     return model.backend.platform == "gpu"
+
+
+def cache_axes(model: Transformer, ndim: int) -> tuple[str | None, ...]:
+    """Returns the logical axes of an array of a state's cache with so many axes."""
+    heads = ("kv_heads", None) if by_heads(model) else (None, "kv_heads")
+    return ("batch", *heads, "head_dim") if ndim == 4 else ("batch", None)
 
 
 def turn(model: Transformer, cache: Cache) -> Cache:
@@ -146,7 +139,9 @@ def hold(model: Transformer, cache: Cache) -> Cache:
     return jax.tree.map(turned, cache) if by_heads(model) else cache
 
 
-def decode_step(model: Transformer, params: Params, state: State) -> State:
+def decode_step(
+    model: Transformer, params: Params, state: State, made: Made, step: jax.Array
+) -> tuple[State, Made]:
     """Runs the model on each row's last token and chooses the next; ended rows do not change."""
     if not jax.sharding.get_abstract_mesh().empty:
         # Else weights that are split are gathered before the loop of steps, and held whole in it.
@@ -156,42 +151,69 @@ def decode_step(model: Transformer, params: Params, state: State) -> State:
     logits, cache = model.apply(
         {"params": params}, state.tokens[:, None], positions[:, None], state.cache
     )
-    return _advance(model, state.replace(cache=cache), whole_rows(model, logits[:, 0]))
+    logits = whole_rows(model, logits[:, 0])
+    return advance(state.replace(cache=cache), made, step, logits, model.rules)
 
 
-def first_step(model: Transformer, state: State, logits: jax.Array) -> State:
+def first_step(model: Transformer, state: State, logits: jax.Array) -> tuple[State, Made]:
     """Chooses each row's first token by the logits [B, V] of `prefill`."""
     # The cache stays out of it: the program is then one for caches of all sizes.
-    return _first_step(model, state.replace(cache=()), logits).replace(cache=state.cache)
+    new, made = _first_step(model, state.replace(cache=()), logits)
+    return new.replace(cache=state.cache), made
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
 def _first_step(model, state, logits):
-    return replicate(_advance(model, replicate(state), logits))
+    state, made = replicate(state), nothing(*logits.shape, 1)
+    return replicate(advance(state, made, jnp.int32(0), logits, model.rules))
 
 
-def _advance(model: Transformer, state: State, logits: jax.Array) -> State:
-    """Appends a token, chosen by `logits` [B, V], to each row that has not ended."""
-    positions = state.positions + 1
+def nothing(rows: int, vocab_size: int, steps: int) -> Made:
+    """Returns what no step of `steps` has made yet."""
+    shape, top = (rows, steps), (rows, steps, min(MOST_TOP, vocab_size))
+    return Made(
+        tokens=jnp.full(shape, -1, jnp.int32),
+        logprobs=jnp.zeros(shape, jnp.float32),
+        top_tokens=jnp.zeros(top, jnp.int32),
+        top_logprobs=jnp.zeros(top, jnp.float32),
+        left=jnp.zeros(rows, jnp.int32),
+    )
+
+
+def advance(
+    state: State, made: Made, step: jax.Array, logits: jax.Array, rules: Rules
+) -> tuple[State, Made]:
+    """Appends a token, chosen by `logits` [B, V], to each row that has not ended.
+
+    Args:
+      state: the rows.
+      made: receives the tokens, in column `step`.
+      step: column of `made`, int32.
+      logits: the model's, [B, V] float32.
+      rules: mesh axes of the logical axes: devices choose for the rows that they hold.
+    """
+    positions, alive = state.positions + 1, state.left > 0
     # Else devices would wait for each other at every try to draw any row's token.
-    weigh = by_rows(_choose, model.rules)
-    tokens, *odds = weigh(logits, state.sampling, positions, state.counts, state.wants_top)
-    stopped = jnp.any(tokens[:, None] == state.stop_ids[None], axis=1)
+    weigh = by_rows(_choose, rules)
+    sampling, wants_top = state.sampling.only(alive), state.wants_top & alive
+    tokens, *odds = weigh(logits, sampling, positions, state.counts, wants_top)
+    stopped = jnp.take_along_axis(state.stops, tokens[:, None], axis=1)[:, 0]
     # A NaN, an infinity, or nothing but its negative makes NaN of all log-probabilities.
-    failed = (state.left > 0) & jnp.isnan(odds[0])
-    going = (state.left > 0) & ~stopped & ~failed
-    new = Made(jnp.where(going, tokens, -1), *odds)
-    put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=state.steps, axis=1)
+    failed = alive & jnp.isnan(odds[0])
+    going = alive & ~stopped & ~failed
+    ended = jnp.where(failed, -1, jnp.minimum(state.left, 0))
+    left = jnp.where(going, state.left - 1, ended)
+    put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=step, axis=1)
+    new = (jnp.where(going, tokens, -1), *odds)
+    old = made.tokens, made.logprobs, made.top_tokens, made.top_logprobs
     rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-    return state.replace(
+    state = state.replace(
         tokens=tokens,
         positions=positions,
-        left=jnp.where(going, state.left - 1, 0),
-        failed=state.failed | failed,
+        left=left,
         counts=state.counts.at[rows, tokens].add(going.astype(jnp.int32)),
-        made=jax.tree.map(put, state.made, new),
-        steps=state.steps + 1,
     )
+    return state, Made(*map(put, old, new), left)
 
 
 def _choose(logits, sampling, positions, counts, wants_top):
@@ -204,44 +226,82 @@ def _choose(logits, sampling, positions, counts, wants_top):
 
     def find():
         values, likeliest = jax.lax.top_k(logits, shape[1])
-        return values - largest - total, likeliest
+        return likeliest, values - largest - total
 
     def spare():
-        return jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32)
+        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
 
-    top_logprobs, top_tokens = jax.lax.cond(jnp.any(wants_top), find, spare)
-    return tokens, chosen[:, 0], top_tokens, top_logprobs
+    return tokens, chosen[:, 0], *jax.lax.cond(jnp.any(wants_top), find, spare)
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("model", "rows"), donate_argnames="state")
 def decode(
-    model: Transformer, params: Params, state: State, limit: np.int32, ended: np.ndarray
-) -> State:
-    """Takes up to `limit` steps, fewer if all rows end.
+    model: Transformer,
+    params: Params,
+    state: State,
+    limit: np.int32,
+    least: np.int32,
+    rows: int | None = None,
+) -> tuple[State, Made]:
+    """Takes up to `limit` steps, while at least `least` rows go on.
 
     Args:
       model: the model.
       params: its parameters.
       state: where to begin; its buffers are consumed.
       limit: at most `MOST_STEPS`.
-      ended: rows that the host has ended, [B] bool.
+      least: 1 to go on until all rows have ended; the number of rows that have not, to stop when
+        one of them ends, whose place another is to take.
+      rows: run only so many, the first; None = all.
 
     Returns:
-      The new state; its `made` holds what these steps made.
+      The new state, and what these steps made of the rows that they ran.
     """
-    state = state.replace(
-        left=jnp.where(ended, 0, state.left),
-        made=state.made.replace(tokens=jnp.full_like(state.made.tokens, -1)),
-        steps=jnp.zeros_like(state.steps),
-    )
-    state = jax.lax.while_loop(
-        lambda state: (state.steps < limit) & jnp.any(state.left > 0),
-        functools.partial(decode_step, model, params),
-        state.replace(cache=turn(model, state.cache)),
-    )
-    return _replicate(state.replace(cache=turn(model, state.cache)))
+
+    def goes_on(carry):
+        state, _, step = carry
+        return (step < limit) & (jnp.sum(state.left > 0, dtype=jnp.int32) >= jnp.maximum(least, 1))
+
+    def take_step(carry):
+        state, made, step = carry
+        return *decode_step(model, params, state, made, step), step + 1
+
+    whole = state
+    if rows is not None:
+        state = jax.tree.map(lambda x: from_bits(as_bits(x)[:rows], x.dtype), state)
+    made = nothing(*state.counts.shape, MOST_STEPS).replace(left=state.left)
+    state = state.replace(cache=turn(model, state.cache))
+    state, made, _ = jax.lax.while_loop(goes_on, take_step, (state, made, jnp.int32(0)))
+    if rows is not None:
+        state = jax.tree.map(lambda old, new: put_rows(old, new, jnp.int32(0)), whole, state)
+    return release(state.replace(cache=turn(model, state.cache))), replicate(made)
 
 
-def _replicate(state: State) -> State:
+def shrinks(model: Transformer) -> bool:
+    """Whether steps of fewer rows take less time, with the time to copy their caches."""
+    return model.backend.is_one_cpu
+
+
+def put_rows(old: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
+    """Writes `new` [R, ...] over rows of `old` [B, ...], from the row `first` on."""
+    starts = (first, *[jnp.int32(0)] * (old.ndim - 1))
+    return from_bits(jax.lax.dynamic_update_slice(as_bits(old), as_bits(new), starts), old.dtype)
+
+
+def as_bits(x: jax.Array) -> jax.Array:
+    """Returns numbers of 16 bits as integers: XLA's CPU backend would move them as float32."""
+    if x.dtype.itemsize != 2:
+        return x
+    return jax.lax.optimization_barrier(jax.lax.bitcast_convert_type(x, jnp.uint16))
+
+
+def from_bits(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Undoes `as_bits`."""
+    if x.dtype == dtype:
+        return x
+    return jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(x), dtype)
+
+
+def release(state: State) -> State:
     """Keeps all but the cache whole on every device, for the host to read, and for one layout."""
     return replicate(state.replace(cache=())).replace(cache=state.cache)

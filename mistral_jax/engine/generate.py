@@ -1,25 +1,20 @@
-"""Token ids in, token ids out: the two drivers `generate` and `stream_tokens`. It knows no text.
+"""Token ids in, token ids out: `generate` and `stream_tokens`. They know no text.
 
-Both drive the loop of `decode.py`; what differs is only who waits for its tokens.
+Both are clients of a `Scheduler`; what differs is only who waits for its tokens.
 """
 
-import dataclasses
-import functools
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import numpy as np
-
-from mistral_jax.engine.decode import MOST_STEPS, Made, State, decode, first_step, hold, start
-from mistral_jax.engine.prefill import NOT_FINITE, Params, pad_rows, prefill, row_count
+from mistral_jax.engine.admission import Row
+from mistral_jax.engine.completion import Completion, Token
+from mistral_jax.engine.prefill import NOT_FINITE, Params, slots
+from mistral_jax.engine.prefixes import Prefixes
 from mistral_jax.engine.request import Request, check
-from mistral_jax.engine.sampling import DEFAULT, RowSampling, Sampling, settle
+from mistral_jax.engine.sampling import DEFAULT, Sampling, settle
+from mistral_jax.engine.scheduler import Scheduler
 from mistral_jax.model.transformer import Transformer
-from mistral_jax.parallel.distributed import from_first
-from mistral_jax.parallel.sharding import on_mesh
 
 # Seconds for which a reader of a stream waits without noticing, and those for which a program does
 # that waits for all. Each return from the device takes a millisecond.
@@ -28,72 +23,9 @@ _PATIENCE, _LONG_PATIENCE = 0.05, 0.5
 # Most tokens to make, unless a caller says otherwise.
 NEW_TOKENS = 256
 
-
-class Token(NamedTuple):
-    """A token that was chosen.
-
-    Attributes:
-      id: the token.
-      logprob: natural log of its probability under the model's own distribution, before bias,
-        penalties, temperature and filters; None if that is 0.
-      top_logprobs: the same of the likeliest tokens, by id, likeliest first.
-    """
-
-    id: int
-    logprob: float | None
-    top_logprobs: dict[int, float | None]
-
-    @classmethod
-    def of(cls, made: Made, row: int, column: int, top: int) -> "Token":
-        """Takes a token out of what the device made, with the `top` likeliest."""
-        place = row, column
-        ids, odds = made.top_tokens[place][:top].tolist(), made.top_logprobs[place].tolist()
-        likeliest = zip(ids, map(_finite, odds), strict=False)
-        return cls(int(made.tokens[place]), _finite(float(made.logprobs[place])), dict(likeliest))
-
-
-def _finite(logprob: float) -> float | None:
-    return logprob if math.isfinite(logprob) else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """What follows a prompt.
-
-    Attributes:
-      tokens: ids, up to but without the stop token.
-      logprobs: of each token; see `Token`.
-      finish_reason: "stop" (a stop token or string, or `until` said so), "length", or "error".
-      top_logprobs: of each token; see `Token`.
-      text: the tokens as text, up to but without a stop string; None where only ids were asked for.
-      first_seconds: time from the request to the first token, compilation included.
-      seconds: time from the request to the last token.
-      error: why the row could not go on, in a sentence; None if it could.
-    """
-
-    tokens: list[int]
-    logprobs: list[float | None]
-    finish_reason: str
-    top_logprobs: list[dict[int, float | None]]
-    text: str | None = None
-    first_seconds: float = dataclasses.field(default=0.0, compare=False)
-    seconds: float = dataclasses.field(default=0.0, compare=False)
-    error: str | None = None
-
-    @classmethod
-    def of(
-        cls, tokens: Sequence[Token], finish_reason: str, times: Sequence[float]
-    ) -> "Completion":
-        """Gathers tokens and the times at which they came."""
-        return cls(
-            tokens=[token.id for token in tokens],
-            logprobs=[token.logprob for token in tokens],
-            finish_reason=finish_reason,
-            top_logprobs=[token.top_logprobs for token in tokens],
-            error=NOT_FINITE if finish_reason == "error" else None,
-            first_seconds=min(times, default=0.0),
-            seconds=max(times, default=0.0),
-        )
+# Rows that run at a time: at most so many, fewer where their caches would hold more tokens in all
+# than this, but never less than the last.
+MOST_SLOTS, MOST_PLACES, FEWEST_SLOTS = 32, 32 * 4096, 8
 
 
 def generate(
@@ -106,9 +38,12 @@ def generate(
     stop_ids: Sequence[int] | None = None,
     top_logprobs: int = 0,
     until: Callable[[int, int], bool] | None = None,
+    prefixes: Prefixes | None = None,
     **fields: Any,
 ) -> list[Completion]:
     """Continues token ids.
+
+    Any number of prompts run in a bounded number of slots: a row that ends makes room for the next.
 
     Args:
       model: the model.
@@ -121,6 +56,8 @@ def generate(
       top_logprobs: number of likeliest tokens whose log-probabilities are wanted at each place, 0
         to 20.
       until: called with the row and the token for each token in turn; True ends the row after it.
+      prefixes: what earlier calls have read, for prompts that begin with the same tokens; None =
+        each prompt is read.
       **fields: fields of `Sampling` by name, such as temperature=0.2; they replace those of
         `sampling`.
 
@@ -134,23 +71,22 @@ def generate(
     began = time.perf_counter()
     sampling = settle(sampling, fields)
     request = check(model.config, prompts, max_new_tokens, sampling, stop_ids, top_logprobs)
-    state = _begin(model, params, request)
-    count = len(request.prompts)
-    rows: list[list[Token]] = [[] for _ in range(count)]
-    seconds = [[] for _ in range(count)]
-    ended, failed = np.zeros(count, bool), np.zeros(count, bool)
     patience = _LONG_PATIENCE if until is None else _PATIENCE
-    for row, token in _tokens(model, params, *state, request.top, ended, failed, patience):
-        rows[row].append(token)
-        seconds[row].append(time.perf_counter() - began)
-        ended[row] = until is not None and until(row, token.id)
-
-    def reason(row):
-        if failed[row]:
-            return "error"
-        return "length" if len(rows[row]) == request.new_tokens and not ended[row] else "stop"
-
-    return [Completion.of(rows[row], reason(row), seconds[row]) for row in range(count)]
+    scheduler, rows = _begin(model, params, request, patience, prefixes)
+    numbers = {row: number for number, row in enumerate(rows)}
+    tokens: list[list[Token]] = [[] for _ in rows]
+    seconds: list[list[float]] = [[] for _ in rows]
+    while scheduler.busy:
+        for row, token in scheduler.step():
+            if token is None:
+                continue
+            number = numbers[row]
+            tokens[number].append(token)
+            seconds[number].append(time.perf_counter() - began)
+            if until is not None and until(number, token.id):
+                scheduler.end(row, "stop")
+    found = zip(tokens, rows, seconds, strict=True)
+    return [Completion.of(own, row.finish_reason, times) for own, row, times in found]
 
 
 def stream_tokens(
@@ -172,64 +108,37 @@ def stream_tokens(
     request = check(
         model.config, [prompt], max_new_tokens, settle(sampling, fields), stop_ids, top_logprobs
     )
-    state = _begin(model, params, request)
+    scheduler, (row,) = _begin(model, params, request, _PATIENCE)
+    scheduler.read()
 
     def tokens():
-        ended, failed = np.zeros(1, bool), np.zeros(1, bool)
-        for _, token in _tokens(model, params, *state, request.top, ended, failed, _PATIENCE):
-            yield token
-        if failed[0]:
+        while scheduler.busy:
+            for _, token in scheduler.step():
+                if token is not None:
+                    yield token
+        if row.finish_reason == "error":
             raise ValueError(NOT_FINITE)
 
     return tokens()
 
 
-def _begin(model: Transformer, params: Params, request: Request) -> tuple[State, jax.Array]:
-    """Reads a request's prompts; returns the state and the logits of the first tokens."""
-
-    def fill(rows, row):
-        # Empty rows, which end at once, make few sizes of batches, and fill the parts of one that
-        # is split over devices.
-        return pad_rows(model, params, [*rows, *[row] * (row_count(len(rows)) - len(rows))], row)
-
-    vocab_size = model.config.vocab_size
-    prompts, samplings = fill(request.prompts, ()), fill(request.samplings, DEFAULT)
-    rows = RowSampling.stack(samplings, fill(request.draws, 0), prompts, vocab_size)
-    lengths = [len(prompt) for prompt in prompts]
-    cache, logits = prefill(model, params, prompts, max(lengths) + request.new_tokens)
-    cache, wants_top = hold(model, cache), request.top > 0
-    state = start(cache, lengths, request.new_tokens, rows, request.stop_ids, wants_top, vocab_size)
-    return state, logits
-
-
-def _tokens(
-    model, params, state, logits, top, ended, failed, patience
-) -> Iterator[tuple[int, Token]]:
-    """Yields (row, token) as they are made, until all rows end; the caller may set `ended` [B].
-
-    They come one, then two, then four at a time, while that takes fewer seconds than `patience`. In
-    the end `failed` [B] tells the rows whose logits were not finite.
-    """
-    limit = 1
-    padded = np.zeros(state.left.shape, bool)
-    with on_mesh(params):
-        state = first_step(model, state, logits)
-    while True:
-        made, left, bad = jax.device_get((state.made, state.left, state.failed))
-        for row, column in np.argwhere(made.tokens[: len(ended)] >= 0):
-            if not ended[row]:
-                yield int(row), Token.of(made, row, column, top)
-        padded[: len(ended)] = ended
-        if not np.any(left[~padded]):
-            failed[:] = bad[: len(ended)] & ~ended
-            return
-        began = time.perf_counter()
-        with on_mesh(params):
-            state = jax.block_until_ready(decode(model, params, state, np.int32(limit), padded))
-        # By one clock: of two processes that take different numbers of steps, one waits forever.
-        if limit < MOST_STEPS and from_first(functools.partial(_is_quick, began, patience)):
-            limit = min(2 * limit, MOST_STEPS)
-
-
-def _is_quick(began: float, patience: float) -> bool:
-    return time.perf_counter() - began < patience
+def _begin(
+    model: Transformer,
+    params: Params,
+    request: Request,
+    patience: float,
+    prefixes: Prefixes | None = None,
+) -> tuple[Scheduler, list[Row]]:
+    """Returns what will run a request, and its rows."""
+    length = max(map(len, request.prompts)) + request.new_tokens
+    most = max(FEWEST_SLOTS, min(MOST_SLOTS, MOST_PLACES // slots(model, length)))
+    count = min(most, len(request.prompts))
+    scheduler = Scheduler(model, params, count, length, patience, prefixes=prefixes)
+    each = zip(request.prompts, request.samplings, request.draws, strict=True)
+    rows = [
+        Row(tuple(prompt), request.new_tokens, sampling, draw, request.stop_ids, request.top)
+        for prompt, sampling, draw in each
+    ]
+    for row in rows:
+        scheduler.add(row)
+    return scheduler, rows

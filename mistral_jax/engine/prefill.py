@@ -4,6 +4,7 @@ Shapes come in buckets, so prompts of many lengths share a few compiled programs
 """
 
 import functools
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from mistral_jax.engine.prefixes import Prefixes
 from mistral_jax.model.cache import Cache, init_cache
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.ops.backend import PLAIN, Backend
@@ -86,23 +88,145 @@ def chunks(
       Tokens and positions of a chunk, [B, T] int32 both; -1 = padding, after a row's end.
     """
     longest, start = max(map(len, rows)), 0
-    size = chunk_size(len(rows), backend)
     while start < longest:
-        width = _width(longest - start, [*(width for width in widths if width < size), size])
-        tokens = np.zeros((len(rows), width), np.int32)
-        positions = np.full((len(rows), width), -1, np.int32)
-        for i, row in enumerate(rows):
-            part = row[start : start + width]
-            tokens[i, : len(part)] = part
-            positions[i, : len(part)] = range(start, start + len(part))
-        yield tokens, positions
+        width = chunk_width(len(rows), longest - start, backend, widths)
+        yield cut(rows, [start] * len(rows), width)
         start += width
+
+
+def cut(
+    rows: Sequence[Sequence[int]], starts: Sequence[int], width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens and positions [B, T] int32 of a chunk that begins at a place of each row."""
+    tokens = np.zeros((len(rows), width), np.int32)
+    positions = np.full((len(rows), width), -1, np.int32)
+    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        part = row[start : start + width]
+        tokens[i, : len(part)] = part
+        positions[i, : len(part)] = range(start, start + len(part))
+    return tokens, positions
+
+
+def chunk_width(
+    rows: int,
+    rest: int,
+    backend: Backend,
+    smaller: Sequence[int] = _WIDTHS,
+    most: int | None = None,
+) -> int:
+    """Returns the width of the next chunk.
+
+    Args:
+      rows: B.
+      rest: tokens of the longest row that are still to be read.
+      backend: what reads them.
+      smaller: the smaller widths, rising.
+      most: widest chunk that is wanted, if there is a narrower one; None = C.
+    """
+    size = chunk_size(rows, backend)
+    known = [*(width for width in smaller if width < size), size]
+    if most is not None:
+        known = [width for width in known if width <= most] or known[:1]
+    return _width(rest, known)
+
+
+def widths(rows: int, backend: Backend) -> list[int]:
+    """Returns the widths of all chunks in which so many rows are read."""
+    size = chunk_size(rows, backend)
+    return [*(width for width in _WIDTHS if width < size), size]
+
+
+def padded(length: int, backend: Backend) -> int:
+    """Returns how many places the chunks of one prompt of `length` tokens have in all."""
+    total = 0
+    while total < length:
+        total += chunk_width(1, length - total, backend)
+    return total
 
 
 def _width(rest: int, widths: Sequence[int]) -> int:
     """Returns the width of the next chunk: at most half of it is padding, but of the narrowest."""
     least = next((i for i, width in enumerate(widths) if width >= rest), len(widths) - 1)
     return widths[least - 1 if least and widths[least] > 2 * rest else least]
+
+
+class Reading:
+    """Prompts that are being read together, chunk by chunk.
+
+    Attributes:
+      cache: what has been read so far of each row.
+      logits: of the token after each prompt that has been read, [B, V] float32.
+      rest: most tokens of a prompt that are still to be read.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        params: Params,
+        prompts: Sequence[Sequence[int]],
+        length: int,
+        prefixes: Prefixes | None = None,
+    ):
+        """Begins.
+
+        Args:
+          model: the model.
+          params: its parameters.
+          prompts: token ids, B rows; an empty one has logits that mean nothing.
+          length: tokens that the cache has room for where no window is shorter.
+          prefixes: texts whose keys and values need not be computed again.
+        """
+        self._model, self._params, self._prompts = model, params, prompts
+        self._prefixes = prefixes
+        lengths = [len(prompt) for prompt in prompts]
+        self._lengths = np.array(lengths, np.int32)
+        self._starts = [0] * len(prompts)
+        with on_mesh(params):
+            self.cache, self.logits = start_reading(model, params, len(prompts), length)
+        for row, prompt in enumerate(prompts if prefixes is not None else ()):
+            if hit := prefixes.find((), prompt):
+                self.cache = prefixes.restore(hit, self.cache, row)
+                self._starts[row] = hit.tokens
+        self.rest = max(map(operator.sub, lengths, self._starts))
+
+    def read(self, most: int | None = None) -> int:
+        """Reads the next chunk, of not much more than `most` tokens a row; returns its width."""
+        width = chunk_width(len(self._prompts), self.rest, self._model.backend, most=most)
+        tokens, positions = cut(self._prompts, self._starts, width)
+        with on_mesh(self._params):
+            self.cache, self.logits = read_chunk(
+                *(self._model, self._params, tokens, positions),
+                *(self._lengths, self.cache, self.logits),
+            )
+        read, self._starts = self._starts, [start + width for start in self._starts]
+        self.rest -= width
+        if self._prefixes is None:
+            return width
+        # A ring has its latest tokens alone: what it holds now is of use to texts that part here.
+        rings = any(self._model.config.spans)
+        if rings or self.rest <= 0:
+            self._keep([start if rings else 0 for start in read])
+        return width
+
+    def _keep(self, known: Sequence[int]) -> None:
+        """Keeps what rows have read, for prompts that begin like theirs.
+
+        Args:
+          known: tokens of each row that need not be kept.
+        """
+        with on_mesh(self._params):
+            whole = jax.device_get(sound(self.cache))
+        for row, (prompt, start) in enumerate(zip(self._prompts, known, strict=True)):
+            if start < len(prompt) and whole[row]:
+                self._prefixes.save((), prompt[: self._starts[row]], self.cache, row)
+
+
+@jax.jit
+def sound(cache: Cache) -> jax.Array:
+    """Tells of each row [B] whether its keys and values are finite: NaN spoils a whole chunk."""
+    leaves = [x for x in jax.tree.leaves(cache[-1]) if jnp.issubdtype(x.dtype, jnp.floating)]
+    finite = (jnp.isfinite(x).all((1, 2, 3)) for x in leaves)
+    return replicate(functools.reduce(jnp.logical_and, finite))
 
 
 def prefill(
@@ -119,12 +243,10 @@ def prefill(
     Returns:
       The cache, and the logits of the token after each prompt, [B, V] float32.
     """
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    with on_mesh(params):
-        cache, logits = start_reading(model, params, len(prompts), slots(model, length))
-        for tokens, positions in chunks(prompts, backend=model.backend):
-            cache, logits = read_chunk(model, params, tokens, positions, lengths, cache, logits)
-    return cache, logits
+    reading = Reading(model, params, prompts, slots(model, length))
+    while reading.rest > 0:
+        reading.read()
+    return reading.cache, reading.logits
 
 
 @functools.partial(jax.jit, static_argnames=("model", "rows", "length"), keep_unused=True)

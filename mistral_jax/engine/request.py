@@ -64,6 +64,8 @@ def check(
             f"there are {len(samplings)} samplings for {len(rows)} prompts; expected one, or one"
             " for each"
         )
+    for one in samplings:
+        one.check(size)
     draws = list(range(len(rows))) if alike else [0] * len(rows)
     stops = list(config.eos_ids) if stop_ids is None else _ids(stop_ids, "stop_ids", size)
     return Request(rows, count, samplings, draws, stops, likeliest)

@@ -12,6 +12,7 @@ from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mistral_jax.base.fields import show
@@ -96,6 +97,14 @@ class Sampling:
         """Whether the bias bans all of the first `tokens` tokens."""
         banned = {token for token, bias in self.logit_bias.items() if bias == -math.inf}
         return len(banned) >= tokens and banned.issuperset(range(tokens))
+
+    def check(self, vocab_size: int) -> None:
+        """Raises a ValueError if the bias names a token that a model lacks, or bans all it has."""
+        for token in self.logit_bias:
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"logit_bias names token {token}; expected 0 to {vocab_size - 1}")
+        if self.bans_all(vocab_size):
+            raise ValueError(ALL_BANNED)
 
 
 def _is(value, kind) -> bool:
@@ -199,14 +208,9 @@ class RowSampling:
         in_prompt = np.zeros(bias.shape, bool)
         for i, (sampling, prompt) in enumerate(zip(samplings, prompts, strict=True)):
             in_prompt[i, list(prompt)] = True
+            sampling.check(vocab_size)
             for token, value in sampling.logit_bias.items():
-                if not 0 <= token < vocab_size:
-                    raise ValueError(
-                        f"logit_bias names token {token}; expected 0 to {vocab_size - 1}"
-                    )
                 bias[i, token] = value
-            if sampling.bans_all(vocab_size):
-                raise ValueError(ALL_BANNED)
         names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
         apply = np.array([sampling.penalizes for sampling in samplings])
         return cls(
@@ -216,4 +220,12 @@ class RowSampling:
             min_p=column("min_p"),
             key=np.stack([np.array(draws, np.uint32), column("seed", np.uint32)], axis=1),
             penalties=Penalties(bias, in_prompt, *map(column, names), apply),
+        )
+
+    def only(self, rows: jax.Array) -> "RowSampling":
+        """Leaves out work that only other rows than `rows` [B] bool would need."""
+        return self.replace(
+            temperature=jnp.where(rows, self.temperature, 0),
+            top_k=jnp.where(rows, self.top_k, 0),
+            penalties=self.penalties.replace(apply=self.penalties.apply & rows),
         )

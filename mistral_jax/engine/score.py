@@ -6,7 +6,7 @@ Both take texts of any length. They choose no tokens.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -97,7 +97,8 @@ def likelihoods(
       model: the model.
       params: its parameters; the work is spread over the devices that they are spread over.
       rows: token ids; the first of a row is given, BOS as a rule, and the others are scored.
-      batch: rows at a time. All batches have as many: few shapes are few programs to compile.
+      batch: rows at a time. All batches have as many, or one: few shapes are few programs to
+        compile.
       report: called again and again with the number of tokens scored so far, and of all.
 
     Returns:
@@ -118,11 +119,8 @@ def likelihoods(
         done += tokens
         report(done, total)
 
-    # The longest first: what memory cannot hold fails at once.
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    for start in range(0, len(rows), batch):
-        indices = order[start : start + batch]
-        together = [rows[i] for i in indices] + [()] * (min(batch, len(rows)) - len(indices))
+    for indices, size in _batches(list(map(len, rows)), batch):
+        together = [rows[i] for i in indices] + [()] * (size - len(indices))
         scored = _batch(model, params, pad_rows(model, params, together, ()), count)
         for i, (logprobs, greedy) in zip(indices, scored, strict=False):
             length = len(rows[i]) - 1
@@ -134,6 +132,24 @@ def likelihoods(
                 )
             found[i] = Likelihoods(logprobs[:length], greedy[:length])
     return found
+
+
+def _batches(lengths: Sequence[int], batch: int) -> Iterator[tuple[list[int], int]]:
+    """Yields indices of rows that are scored together, and the number of rows of their arrays.
+
+    All batches have one size, or are of one row: one that is so long that most places of its batch
+    would be padding pays for itself alone.
+    """
+    # The longest first: what memory cannot hold fails at once.
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    size, start = min(batch, len(lengths)), 0
+    while start < len(order):
+        indices = order[start : start + size]
+        places = [-(-max(lengths[i] - 1, 1) // _WIDTHS[0]) for i in indices]
+        if size * places[0] > 2 * sum(places):
+            indices = indices[:1]
+        yield indices, size if len(indices) > 1 else 1
+        start += len(indices)
 
 
 def _batch(model, params, rows, count) -> list[tuple[np.ndarray, np.ndarray]]:

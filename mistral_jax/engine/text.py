@@ -16,6 +16,7 @@ from mistral_jax.engine.generate import (
     stream_tokens,
 )
 from mistral_jax.engine.prefill import Params
+from mistral_jax.engine.prefixes import Prefixes
 from mistral_jax.engine.request import listed
 from mistral_jax.engine.sampling import ALL_BANNED, DEFAULT, Sampling, settle
 from mistral_jax.model.transformer import Transformer
@@ -131,8 +132,8 @@ def stream(
         if others or not alone:
             raise ValueError("prompt is a batch; expected one text or conversation to stream")
     ids, is_new = encode_prompt(tokenizer, prompt)
-    text = _Text(tokenizer, () if is_new else ids, stop)
-    sampling = _settle(tokenizer, sampling, fields)
+    text = RowText(tokenizer, () if is_new else ids, stop)
+    sampling = settle_text(tokenizer, sampling, fields)
     return _pieces(stream_tokens(model, params, ids, max_new_tokens, sampling=sampling), text)
 
 
@@ -148,6 +149,7 @@ def completions(
     top_logprobs: int = 0,
     is_new: bool | Sequence[bool] = False,
     on_text: Callable[[int, str], None] | None = None,
+    prefixes: Prefixes | None = None,
     **fields: Any,
 ) -> list[Completion]:
     """Continues prompts of token ids, with their texts.
@@ -158,6 +160,7 @@ def completions(
       is_new: whether a text begins with the first new token (an answer does), rather than follows
         its prompt's, for all rows or for each; a word that begins a text has no space in front.
       on_text: called with the row and each piece of its text, as soon as it is certain.
+      prefixes: see `generate`.
 
     The other arguments and errors are those of `complete`.
 
@@ -166,10 +169,10 @@ def completions(
       the one that completed the string. Where the logits of one are not finite, it ends as "error".
     """
     _check_tokenizer(tokenizer)
-    sampling = _settle(tokenizer, sampling, fields)
+    sampling = settle_text(tokenizer, sampling, fields)
     news = [is_new] * len(prompts) if isinstance(is_new, bool) else is_new
     texts = [
-        _Text(tokenizer, () if new else prompt, stop)
+        RowText(tokenizer, () if new else prompt, stop)
         for prompt, new in zip(prompts, news, strict=True)
     ]
     pieces = [[] for _ in prompts]
@@ -193,6 +196,7 @@ def completions(
         sampling=sampling,
         top_logprobs=top_logprobs,
         until=until if urgent else None,
+        prefixes=prefixes,
     )
     for row, text in enumerate(texts):
         for token in () if urgent else rows[row].tokens:
@@ -213,11 +217,15 @@ def _texts(model, params, tokenizer, prompts, max_new_tokens, options) -> list[s
     return [completion.text for completion in found]
 
 
-def _settle(tokenizer, sampling, fields):
-    """Settles the sampling; a model's tokens without a text are none to choose from."""
+def settle_text(
+    tokenizer: Tokenizer | None,
+    sampling: Sampling | Sequence[Sampling],
+    fields: Mapping[str, Any],
+) -> Sampling | list[Sampling]:
+    """Settles the sampling; with a tokenizer, some token that has a text must be left to choose."""
     sampling = settle(sampling, fields)
     for one in [sampling] if isinstance(sampling, Sampling) else sampling:
-        if one.bans_all(tokenizer.vocab_size):
+        if tokenizer is not None and one.bans_all(tokenizer.vocab_size):
             raise ValueError(ALL_BANNED)
     return sampling
 
@@ -235,10 +243,11 @@ def _conversations(messages) -> tuple[list[Messages], bool]:
     items = None if isinstance(messages, str) else listed(messages)
     alone = items is None or all(isinstance(item, Mapping) for item in items)
     found = [messages] if alone else items
-    return [_conversation(one, messages) for one in found], alone
+    return [conversation(one, messages) for one in found], alone
 
 
-def _conversation(one, messages) -> Messages:
+def conversation(one: Any, messages: Any) -> Messages:
+    """Returns one conversation, of the `messages` that a caller gave, as a list of messages."""
     if isinstance(one, str):
         return [{"role": "user", "content": one}]
     items = listed(one)
@@ -257,7 +266,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | Messages) -> tuple[list[in
     return tokenizer.encode_chat(prompt), not prompt[-1].get("prefix", False)
 
 
-def _pieces(tokens: Iterator[Token], text: "_Text") -> Iterator[str]:
+def _pieces(tokens: Iterator[Token], text: "RowText") -> Iterator[str]:
     failure = None
     try:
         for token in tokens:
@@ -273,7 +282,7 @@ def _pieces(tokens: Iterator[Token], text: "_Text") -> Iterator[str]:
         raise failure
 
 
-class _Text:
+class RowText:
     """The text of one row as its tokens come, up to a stop string.
 
     Attributes:

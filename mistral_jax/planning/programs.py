@@ -131,11 +131,11 @@ def _trace(program, model, held, layout, of):
     sampling = RowSampling.stack(
         [Sampling()] * of.batch, [0] * of.batch, [[1]] * of.batch, vocab_size
     )
-    stop_ids = model.config.eos_ids
-    state = decode.start((), [1] * of.batch, 1, sampling, stop_ids, False, vocab_size)
+    ones, stops = [1] * of.batch, [model.config.eos_ids] * of.batch
+    state = decode.start((), ones, ones, sampling, stops, [False] * of.batch, vocab_size)
     state = jax.tree.map(lambda x: _array(layout, x.shape, x.dtype, ()), state)
-    limit, ended = np.int32(decode.MOST_STEPS), np.zeros(of.batch, bool)
-    return decode.decode.trace(model, params, state.replace(cache=cache), limit, ended)
+    limit, least = np.int32(decode.MOST_STEPS), np.int32(1)
+    return decode.decode.trace(model, params, state.replace(cache=cache), limit, least)
 
 
 def _cache(program: str, model: Transformer, layout: Layout, of: Shapes) -> Cache:

@@ -85,6 +85,24 @@ def test_rates_leave_compilation_out(monkeypatch):
     ]
 
 
+def test_rates_of_rows_that_took_turns_are_those_of_all():
+    class Clock:
+        def seconds(self, begin, end):
+            return 2.0
+
+    rows = [
+        Completion([0] * 5, [0] * 5, "length", [], None, 1.0 + 2 * turn, 3.0 + 2 * turn)
+        for turn in (0, 1)
+        for _ in range(8)
+    ]
+    assert stats.report({}, [[1] * 4] * 16, rows, 100, Clock()).splitlines() == [
+        "compile      2.00 s",
+        "first token  1.00 s after the request",
+        "read         64 tokens",
+        "made         80 tokens, 26.7 tokens/s, with the time to read the prompts",
+    ]
+
+
 CACHED = """
 import warnings, jax, jax.numpy as jnp
 from mistral_jax.base import machine

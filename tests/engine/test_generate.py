@@ -10,8 +10,8 @@ import pytest
 import tiny
 
 from mistral_jax.config import ModelConfig
-from mistral_jax.engine import decode, prefill
-from mistral_jax.engine import generate as drivers
+from mistral_jax.engine import decode, prefill, scheduler, slots
+from mistral_jax.engine.completion import Token
 from mistral_jax.engine.generate import generate, stream_tokens
 from mistral_jax.engine.logits import penalize
 from mistral_jax.engine.sampling import RowSampling, Sampling
@@ -222,13 +222,13 @@ def test_a_cache_that_lies_by_heads_makes_the_same_text(mistral, monkeypatch, ke
         return [row.tokens for row in whole], [token.id for token in streamed]
 
     expected = texts(model)
-    shapes, loop = [], drivers.decode
+    shapes, loop = [], scheduler.decode
 
     def looked_at(model, params, state, *rest):
         shapes.append(jax.tree.map(jnp.shape, state.cache[0]))
         return loop(model, params, state, *rest)
 
-    monkeypatch.setattr(drivers, "decode", looked_at)
+    monkeypatch.setattr(scheduler, "decode", looked_at)
     assert texts(model.clone(backend=Backend("gpu"))) == expected
     numbers = {
         jax.tree.leaves(layer.k, is_leaf=lambda x: isinstance(x, tuple))[0] for layer in shapes
@@ -258,8 +258,8 @@ def test_requests_reuse_the_compiled_programs(mistral, monkeypatch):
     chex.clear_trace_counter()
     limit_traces(prefill, "read_chunk", static_argnames="model")
     limit_traces(decode, "_first_step", static_argnames="model")
-    limit_traces(drivers, "decode", static_argnames="model")
-    assert drivers.decode is not decode.decode
+    limit_traces(scheduler, "decode", static_argnames="model")
+    assert scheduler.decode is not decode.decode
     for length, new, sampling in (
         (1, 1, GREEDY),
         (5, 200, WARM),
@@ -273,10 +273,11 @@ def test_requests_reuse_the_compiled_programs(mistral, monkeypatch):
 
 
 def test_few_programs_serve_requests_of_all_kinds(monkeypatch):
-    """One for each width of a chunk, and three more, for each count of rows."""
+    """One for each width of a chunk, and four more, for each count of rows."""
     monkeypatch.setattr(prefill, "CHUNK", 32)
     model, params = tiny.build(n_layers=1, vocab_size=59)
     programs = prefill.read_chunk, prefill.start_reading, decode._first_step, decode.decode
+    programs = *programs, slots.insert
     before = [program._cache_size() for program in programs]
     rng = random.Random(0)
     for rows in [1, 2, 3, 4] * 5:
@@ -293,7 +294,7 @@ def test_few_programs_serve_requests_of_all_kinds(monkeypatch):
         generate(model, params, prompts, new, sampling=sampling, stop_ids=stops, top_logprobs=top)
     counts = [program._cache_size() for program in programs]
     made = [after - first for after, first in zip(counts, before, strict=True)]
-    assert made == [2 * 3, 3, 3, 3]
+    assert made[:4] == [2 * 3, 3, 3, 3]
 
 
 @pytest.fixture(scope="module")
@@ -333,13 +334,13 @@ def test_rows_without_a_distribution_fail_and_others_do_not(mistral):
     logits = np.zeros((5, 53), np.float32)
     logits[0, 3], logits[1, 52], logits[2], logits[3, 1:] = nan, inf, -inf, -inf
     sampling = RowSampling.stack([WARM] * 5, range(5), [[1]] * 5, 53)
-    state = decode.start((), [1, 1, 1, 1, 0], 9, sampling, (), True, 53)
-    state = decode.first_step(mistral[0], state, logits)
-    assert np.asarray(state.failed).tolist() == [True, True, True, False, False]
-    assert np.asarray(state.made.tokens)[:, 0].tolist() == [-1, -1, -1, 0, -1]
-    assert float(state.made.logprobs[3, 0]) == 0
+    state = decode.start((), [1, 1, 1, 1, 0], [9] * 5, sampling, [()] * 5, [True] * 5, 53)
+    state, made = decode.first_step(mistral[0], state, logits)
+    assert np.asarray(made.left).tolist() == [-1, -1, -1, 8, 0]
+    assert np.asarray(made.tokens)[:, 0].tolist() == [-1, -1, -1, 0, -1]
+    assert float(made.logprobs[3, 0]) == 0
     # What cannot be has no log-probability.
-    assert list(drivers.Token.of(state.made, 3, 0, 2).top_logprobs.values()) == [0, None]
+    assert list(Token.of(made, 3, 0, 2).top_logprobs.values()) == [0, None]
 
 
 def test_fields_of_the_sampling_may_be_keywords(mistral):
@@ -392,8 +393,9 @@ def test_decoding_reads_its_weights_and_copies_none(dtype, rows):
     )
     sampling = RowSampling.stack([WARM] * rows, range(rows), [[1]] * rows, config.vocab_size)
     cache = init_cache(config, rows, 8, dtype)
-    state = decode.start(cache, [1] * rows, 9, sampling, (), False, config.vocab_size)
-    lowered = decode.decode.lower(model, params, state, np.int32(9), np.zeros(rows, bool))
+    ones, size = [1] * rows, config.vocab_size
+    state = decode.start(cache, ones, ones, sampling, [()] * rows, [False] * rows, size)
+    lowered = decode.decode.lower(model, params, state, np.int32(9), np.int32(1))
     temporary = lowered.compile().memory_analysis().temp_size_in_bytes
     smallest = params["layers_0"]["attn"]["q_proj"]["kernel"]
     assert temporary < smallest.size * smallest.dtype.itemsize

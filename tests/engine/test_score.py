@@ -82,6 +82,23 @@ def test_layouts_find_the_same(mistral, rows, expected, name):
     assert_likelihoods(rows, expected, likelihoods(*laid, rows, 3))
 
 
+def test_a_long_row_costs_short_ones_nothing(mistral, monkeypatch):
+    seen, score_chunk = [], score._score_chunk
+
+    def looked_at(model, params, tokens, *rest):
+        seen.append(tokens.shape)
+        return score_chunk(model, params, tokens, *rest)
+
+    monkeypatch.setattr(score, "_score_chunk", looked_at)
+    rows = [[7] * 161, *[[7] * 11] * 7]
+    together = likelihoods(*mistral, rows, 8)
+    assert sum(count * width for count, width in seen) <= 160 + 8 * 16
+    for row, own in zip(rows, together, strict=True):
+        np.testing.assert_allclose(
+            own.logprobs, likelihoods(*mistral, [row], 1)[0].logprobs, rtol=0, atol=TOLERANCE
+        )
+
+
 def test_few_programs_serve_rows_of_all_lengths():
     """With windows alone, one for each width of a chunk."""
     model, params = tiny.build(sliding_window=4, n_layers=1)

@@ -116,7 +116,7 @@ def test_any_tokens_and_stops_give_the_text_up_to_the_first_stop(tokenizer):
         starts = [rng.randrange(len(whole) + 1) for _ in range(rng.randrange(3))]
         stops = [whole[at : at + rng.randint(1, 4)] + rng.choice(["", "", "?"]) for at in starts]
         stops = [stop for stop in stops if stop]
-        text = text_module._Text(tokenizer, [1], stops)
+        text = text_module.RowText(tokenizer, [1], stops)
         pieces = []
         for token in tokens:
             pieces.append(text.push(token))

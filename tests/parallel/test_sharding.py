@@ -17,8 +17,7 @@ from jax.sharding import AxisType
 
 from mistral_jax.checkpoint import checkpoint
 from mistral_jax.config import CONFIG_DIR, ModelConfig
-from mistral_jax.engine import generate as generation
-from mistral_jax.engine import prefill
+from mistral_jax.engine import decode, prefill
 from mistral_jax.engine.generate import generate
 from mistral_jax.engine.prefill import pad_rows
 from mistral_jax.engine.sampling import Sampling
@@ -86,9 +85,9 @@ def made(layout):
     places = jax.tree.map(lambda x: x.sharding, abstract_params(model, layout)) if layout else None
     params = nn.unbox(jax.jit(Transformer(config).init)(jax.random.key(0), token, token))["params"]
     params = jax.device_put(params, places)
-    programs = generation.decode._cache_size()
+    programs = decode.decode._cache_size()
     rows = generate(model, params, PROMPTS, 10, sampling=SAMPLINGS, stop_ids=())
-    assert generation.decode._cache_size() == programs + 1  # no array moves on the way
+    assert decode.decode._cache_size() == programs + 1  # no array moves on the way
     ids = SimpleNamespace(encode=lambda text, bos: [1, *(byte % 96 for byte in text.encode())])
     cache, _ = prefill.prefill(model, params, pad_rows(model, params, PROMPTS, ()), 60)
     return rows, score(model, params, ids, "a text that is longer than one chunk"), cache[0]

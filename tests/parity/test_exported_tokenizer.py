@@ -11,8 +11,8 @@ import tiny
 import tokenizer_samples as samples
 import torch
 import transformers
+from conversations import finished_conversation, random_conversation
 from sources import Heard
-from test_messages import _lesson, _random_conversation
 
 from convert.to_orbax import to_orbax
 from convert.to_torch import to_torch
@@ -113,7 +113,7 @@ def test_conversations_have_the_same_ids(pair, seed):
         return
     rng, count = random.Random(seed), 0
     while count < 100:
-        messages, lesson = _random_conversation(rng), _lesson(rng)
+        messages, lesson = random_conversation(rng), finished_conversation(rng)
         if spells_control(theirs, *(m["content"] for m in (*messages, *lesson))):
             continue
         if rng.random() < 0.3:

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import tokenizer_samples as samples
+from conversations import finished_conversation, random_conversation, said
 from mistral_common.exceptions import MistralCommonException
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
@@ -37,27 +38,6 @@ def _oracle_ids(oracle, messages):
     return oracle.encode_chat_completion(ChatCompletionRequest(messages=messages)).tokens
 
 
-def _message(role, content, **more):
-    return {"role": role, "content": content, **more}
-
-
-def _random_conversation(rng, roles=("user", "assistant")):
-    """A valid conversation: runs of messages of one role, some empty, perhaps an open answer."""
-    messages = [_message("system", _text(rng)) for _ in range(rng.choice((0, 0, 1, 2)))]
-    messages.append(_message("user", _text(rng)))
-    for _ in range(rng.randrange(6)):
-        role = rng.choice(roles)
-        # The oracle refuses empty answers; see test_an_empty_answer_is_its_end_alone.
-        messages.append(_message(role, _text(rng) or "." if role == "assistant" else _text(rng)))
-    if messages[-1]["role"] == "assistant":
-        messages[-1]["prefix"] = True
-    return messages
-
-
-def _text(rng):
-    return "" if rng.random() < 0.1 else samples.random_text(rng, words=4)
-
-
 # The same ids as mistral-common
 
 
@@ -65,7 +45,7 @@ def test_chat_ids_equal_mistral_commons(pair):
     tokenizer, oracle = pair
     rng = random.Random(0)
     for _ in range(200):
-        messages = _random_conversation(rng)
+        messages = random_conversation(rng)
         assert tokenizer.encode_chat(messages) == _oracle_ids(oracle, messages)
 
 
@@ -73,8 +53,8 @@ def test_the_safe_prompt_is_a_first_system_message(pair):
     tokenizer, oracle = pair
     rng = random.Random(1)
     for _ in range(50):
-        messages = _random_conversation(rng)
-        safe = [_message("system", SAFE_PROMPT), *messages]
+        messages = random_conversation(rng)
+        safe = [said("system", SAFE_PROMPT), *messages]
         ids = tokenizer.encode_chat(messages, safe_prompt=True)
         assert ids == tokenizer.encode_chat(safe) == _oracle_ids(oracle, safe)
 
@@ -90,7 +70,7 @@ def test_what_is_accepted_is_what_mistral_common_accepts_but_for_three_orders(pa
     accepted = 0
     for _ in range(600):
         messages = [
-            _message(role, rng.choice(("a", "b ", " c")))
+            said(role, rng.choice(("a", "b ", " c")))
             for role in rng.choices(("system", "user", "assistant"), (1, 3, 2), k=rng.randrange(6))
         ]
         for message in messages:
@@ -115,19 +95,6 @@ def test_what_is_accepted_is_what_mistral_common_accepts_but_for_three_orders(pa
 # Conversations to learn from
 
 
-def _lesson(rng):
-    """A finished conversation of alternating messages, with a weight at some of the answers."""
-    messages = _random_conversation(rng)
-    if messages[-1]["role"] == "user":
-        messages.append(_message("assistant", "."))
-    messages[-1].pop("prefix", None)
-    for message in messages:
-        # The oracle refuses answers that are empty to it.
-        if message["role"] == "assistant" and not message["content"].rstrip(" "):
-            message["content"] = "."
-    return messages
-
-
 def test_lesson_ids_equal_mistral_commons_for_finetuning(pair):
     from mistral_common.protocol.instruct.validator import ValidationMode
 
@@ -139,7 +106,7 @@ def test_lesson_ids_equal_mistral_commons_for_finetuning(pair):
     )
     rng = random.Random(4)
     for _ in range(200):
-        messages = _lesson(rng)
+        messages = finished_conversation(rng)
         assert tokenizer.encode_lesson(messages)[0] == _oracle_ids(finetuning, messages)
 
 
@@ -148,7 +115,11 @@ def test_a_lesson_has_the_prompts_and_answers_of_inference(pair):
     tokenizer, _ = pair
     rng = random.Random(5)
     for _ in range(100):
-        messages = [m for m in _lesson(rng) if m["role"] != "system" or tokenizer.version == "v1"]
+        messages = [
+            m
+            for m in finished_conversation(rng)
+            if m["role"] != "system" or tokenizer.version == "v1"
+        ]
         ids, weights = tokenizer.encode_lesson(messages)
         expected = [0.0] * len(ids)
         for i, message in enumerate(messages):
@@ -165,7 +136,7 @@ def test_a_lesson_has_the_prompts_and_answers_of_inference(pair):
 
 
 def test_weights_are_those_of_the_answers():
-    weighted = [*CONVERSATION, _message("assistant", "four", weight=0.5)]
+    weighted = [*CONVERSATION, said("assistant", "four", weight=0.5)]
     weighted[2] = weighted[2] | {"weight": 0}
     learnt = [(part, weight) for part, weight in lesson_parts(weighted, "v3") if weight]
     assert learnt == [("four", 0.5), (EOS, 0.5)]
@@ -176,10 +147,10 @@ def test_weights_are_those_of_the_answers():
 # The form, spelled out
 
 CONVERSATION = [
-    _message("system", "S"),
-    _message("user", "one"),
-    _message("assistant", "two  "),
-    _message("user", "three"),
+    said("system", "S"),
+    said("user", "one"),
+    said("assistant", "two  "),
+    said("user", "three"),
 ]
 
 
@@ -192,34 +163,34 @@ def test_v1_is_text_with_the_system_text_at_the_first_user_message():
 def test_v2_and_v3_have_the_system_text_at_the_last_user_message(version):
     parts = [BOS, INST, "one", END, "two", EOS, INST, "S\n\nthree", END]
     assert chat_parts(CONVERSATION, version) == parts
-    open_answer = [*CONVERSATION, _message("assistant", "four", prefix=True)]
+    open_answer = [*CONVERSATION, said("assistant", "four", prefix=True)]
     assert chat_parts(open_answer, version) == [*parts, "four"]
 
 
 def test_parts_of_text_are_joined_as_mistral_common_joins_them(pair):
     tokenizer, oracle = pair
     parts = [{"type": "text", "text": text} for text in ("one", " two", "three")]
-    messages = [_message("system", parts), _message("user", parts)]
+    messages = [said("system", parts), said("user", parts)]
     assert tokenizer.encode_chat(messages) == _oracle_ids(oracle, messages)
 
 
 def test_messages_of_one_role_in_a_row_are_joined():
-    messages = [_message("system", s) for s in ("S", "", "T")]
-    messages += [_message("user", s) for s in ("", "one", "", "two")]
-    messages += [_message("assistant", "three"), _message("assistant", "four", prefix=True)]
+    messages = [said("system", s) for s in ("S", "", "T")]
+    messages += [said("user", s) for s in ("", "one", "", "two")]
+    messages += [said("assistant", "three"), said("assistant", "four", prefix=True)]
     parts = [BOS, INST, "S\n\nT\n\none\n\ntwo", END, "three\n\nfour"]
     assert chat_parts(messages, "v3") == parts
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_an_empty_answer_is_its_end_alone(version):
-    messages = [_message("user", "a"), _message("assistant", ""), _message("user", "b")]
-    before, after = (chat_parts([_message("user", text)], version) for text in "ab")
+    messages = [said("user", "a"), said("assistant", ""), said("user", "b")]
+    before, after = (chat_parts([said("user", text)], version) for text in "ab")
     assert chat_parts(messages, version) == [*before, "", EOS, *after[1:]]
 
 
 def test_ids_of_a_real_prompt(pairs):
-    hello = [_message("user", "Hello")]
+    hello = [said("user", "Hello")]
     assert pairs["v1"][0].encode_chat(hello) == [
         1,
         733,
@@ -252,16 +223,16 @@ def test_control_tokens_come_from_the_order_of_roles_alone(pair):
         return [i for i in tokenizer.encode_chat(messages) if tokenizer._model.is_control(i)]
 
     for _ in range(200):
-        messages = _random_conversation(rng)
+        messages = random_conversation(rng)
         harmless = [message | {"content": "x"} for message in messages]
         assert control_ids(messages) == control_ids(harmless)
 
 
 # Mistakes
 
-USER = _message("user", "a")
-ANSWER = _message("assistant", "b")
-SYSTEM = _message("system", "c")
+USER = said("user", "a")
+ANSWER = said("assistant", "b")
+SYSTEM = said("system", "c")
 
 
 @pytest.mark.parametrize(
@@ -277,22 +248,22 @@ SYSTEM = _message("system", "c")
         ([USER, ANSWER], "messages[1] is an answer and the last; add a user message"),
         ([USER, ANSWER | {"prefix": True}, USER], "messages[1] has a prefix to continue"),
         ([USER | {"prefix": True}], "messages[0] has a prefix to continue"),
-        ([_message("tool", "a")], "messages[0] has role 'tool'; expected one of system, user, as"),
-        ([_message("User", "a")], "messages[0] has role 'User'"),
-        ([_message(None, "a")], "messages[0] has role None"),
-        ([_message(["user"], "a")], "messages[0] has role ['user']"),
-        ([_message("user", None)], "messages[0] has content of type NoneType; expected a string"),
-        ([USER, _message("user", [{"type": "text"}])], "messages[1] has content of type list"),
-        ([_message("user", [{"type": "image_url", "text": "a"}])], "messages[0] has content of ty"),
+        ([said("tool", "a")], "messages[0] has role 'tool'; expected one of system, user, as"),
+        ([said("User", "a")], "messages[0] has role 'User'"),
+        ([said(None, "a")], "messages[0] has role None"),
+        ([said(["user"], "a")], "messages[0] has role ['user']"),
+        ([said("user", None)], "messages[0] has content of type NoneType; expected a string"),
+        ([USER, said("user", [{"type": "text"}])], "messages[1] has content of type list"),
+        ([said("user", [{"type": "image_url", "text": "a"}])], "messages[0] has content of ty"),
         ([USER | {"weight": 1}, ANSWER, USER], "messages[0] has a weight and role 'user'"),
         ([USER, ANSWER | {"weight": -1}, USER], "messages[1] has weight -1; expected a number"),
-        ([_message("user", b"a")], "messages[0] has content of type bytes"),
+        ([said("user", b"a")], "messages[0] has content of type bytes"),
         ([USER, ANSWER | {"tool_calls": []}], "messages[1] has 'tool_calls', which is not supp"),
         ([{"role": "user"}], "messages[0] is {'role': 'user'}; expected a dict with"),
         ([{"content": "a"}], "messages[0] is {'content': 'a'}"),
         (["Hello"], "messages[0] is 'Hello'; expected a dict"),
         ([None], "messages[0] is None; expected a dict"),
-        ([_message(7, "a")], "messages[0] has role 7"),
+        ([said(7, "a")], "messages[0] has role 7"),
         ([USER, ANSWER | {"prefix": "yes"}], "messages[1] has prefix 'yes'; expected true or f"),
         ([USER | {7: 1}], "messages[0] has 7, which is not supported"),
         ([USER, ANSWER | {"weight": "1"}, USER], "messages[1] has weight '1'; expected a number"),
@@ -317,7 +288,7 @@ def test_a_bad_conversation_is_refused_in_one_sentence(pair, messages, problem):
 
 def test_text_that_is_not_unicode_is_refused(pair):
     with pytest.raises(ValueError, match="lone surrogate"):
-        pair[0].encode_chat([_message("user", "a\ud800")])
+        pair[0].encode_chat([said("user", "a\ud800")])
 
 
 def test_the_chat_of_a_later_version_is_refused():

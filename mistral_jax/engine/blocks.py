@@ -1,0 +1,270 @@
+"""Copies of blocks of tokens: from a row of a cache, and into one. It decides nothing.
+
+A block has the keys and values of some layers: a pair of arrays [block, K, H] for each layer, in 8
+bits with scales [block, K, 1]. All places are arguments, so every program is compiled once for each
+shape of cache. On a mesh a block is split by heads as the cache is, and every device that has some
+of the rows has a copy.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from mistral_jax.model.cache import Cache, LayerCache
+from mistral_jax.ops.partition import Rules, mesh_axes
+
+Block = list[tuple[Any, Any]]
+
+
+class Copier:
+    """Copies blocks between arrays of their own and a cache.
+
+    In all methods, `layers` are numbers of layers with equally many slots, and `by_heads` says that
+    keys and values are [B, K, S, H] instead of [B, S, K, H].
+    """
+
+    def __init__(self, block: int, rules: Rules, mesh: Mesh | None):
+        """Sets the tokens of a block, the mesh axes of logical axes, and the mesh, if any."""
+        self._block, self._rules, self._mesh = block, rules, mesh
+
+    def nbytes(self, cache: Cache, layers: Sequence[int]) -> int:
+        """Returns the memory of a block on all devices together."""
+        first = cache[layers[0]]
+        rows, slots = first.positions.shape
+        own_rows = first.positions.sharding.shard_shape((rows, slots))[0]
+
+        def size(x):
+            token = math.prod(x.sharding.shard_shape(x.shape)) // (own_rows * slots)
+            return self._block * token * x.dtype.itemsize * len(x.sharding.device_set)
+
+        return len(layers) * sum(map(size, jax.tree.leaves((first.k, first.v))))
+
+    def take(
+        self, cache: Cache, layers: Sequence[int], row: int, start: int, by_heads: bool
+    ) -> Block:
+        """Copies the block of tokens from position `start` on out of a row.
+
+        Tokens that the row does not hold get keys and values of others.
+        """
+        chosen, place = [cache[i] for i in layers], np.array([row, start], np.int32)
+        with self._on_mesh():
+            return _take(chosen, place, self._block, self._rules, by_heads)
+
+    def merge(self, old: Block, new: Block, first: int, stop: int) -> Block:
+        """Returns `new` with the tokens `first` to `stop` - 1 of `old`; `new` is consumed."""
+        with self._on_mesh():
+            return _merge(old, new, np.array([first, stop], np.int32))
+
+    def put(
+        self,
+        cache: Cache,
+        layers: Sequence[int],
+        row: int,
+        block: Block,
+        places: tuple[int, int, int],
+        by_heads: bool,
+    ) -> Cache:
+        """Copies tokens of a block into a row of a cache, which is consumed.
+
+        Args:
+          cache: the cache.
+          layers: layers of the block.
+          row: the row.
+          block: the block.
+          places: positions of the block's first token, of the first token to copy, and after the
+            last token to copy; a layer has at least as many slots as tokens are copied.
+          by_heads: see the class.
+        """
+        chosen, place = [cache[i] for i in layers], np.array([row, *places], np.int32)
+        with self._on_mesh():
+            windows = _blend(chosen, block, place, self._rules, by_heads)
+            filled = _write(chosen, windows, place, self._rules, by_heads)
+        new = dict(zip(layers, filled, strict=True))
+        return tuple(new.get(i, layer) for i, layer in enumerate(cache))
+
+    def clear(self, cache: Cache, row: int) -> Cache:
+        """Marks all slots of a row of a cache, which is consumed, as empty."""
+        with self._on_mesh():
+            cleared = _clear([layer.positions for layer in cache], np.int32(row))
+        pairs = zip(cache, cleared, strict=True)
+        return tuple(layer.replace(positions=positions) for layer, positions in pairs)
+
+    def _on_mesh(self):
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("block", "rules", "by_heads"))
+def _take(layers, place, block, rules, by_heads):
+    def copy(layers, place):
+        rows, slots = layers[0].positions.shape
+        row, mine = _local(place[0], rows, rules)
+        slot = (place[1] + jnp.arange(block, dtype=jnp.int32)) % slots
+
+        def pick(x):
+            return _from_owner(x.at[row, slot].get(mode="clip"), mine, rules)
+
+        return [jax.tree.map(pick, (layer.k, layer.v)) for layer in layers]
+
+    layers = _swap(layers, by_heads)
+    like = [jax.tree.map(lambda x: x[0], (layer.k, layer.v)) for layer in layers]
+    return _by_device(copy, rules, (layers, place), like)
+
+
+@functools.partial(jax.jit, donate_argnames="new")
+def _merge(old, new, bounds):
+    def choose(old, new):
+        index = jax.lax.broadcasted_iota(jnp.int32, old.shape, 0)
+        return jnp.where((index >= bounds[0]) & (index < bounds[1]), old, new)
+
+    return jax.tree.map(choose, old, new)
+
+
+@functools.partial(jax.jit, static_argnames=("rules", "by_heads"))
+def _blend(layers, block, place, rules, by_heads):
+    """Returns what two ranges of a row's slots shall hold; see `_begins`.
+
+    It is a program of its own: XLA's CPU backend copies a cache of 16 bits that it reads and writes
+    in one program.
+    """
+
+    def blend(layers, block, place):
+        row, start, first, stop = place
+        rows, slots = layers[0].positions.shape
+        row, mine = _local(row, rows, rules)
+        size = min(len(jax.tree.leaves(block)[0]), slots)
+
+        def window(begin):
+            slot = begin + jnp.arange(size, dtype=jnp.int32)
+            positions = first + (slot - first) % slots
+            held = (positions < stop) & mine
+            pick = functools.partial(jnp.take, indices=positions - start, axis=0, mode="clip")
+
+            def choose(old, new):
+                rest = old.shape[2:]
+                old = jax.lax.dynamic_slice(old, _index(old, row, begin), (1, size, *rest))
+                return jnp.where(held.reshape(1, size, *[1] * len(rest)), new[None], old)
+
+            chunk = [LayerCache(*pair, positions) for pair in jax.tree.map(pick, block)]
+            return jax.tree.map(choose, layers, chunk)
+
+        return [window(begin) for begin in _begins(first, size, slots)]
+
+    layers = _swap(layers, by_heads)
+    windows = [layers, layers]  # They have as many axes.
+    return _by_device(blend, rules, (layers, block, place), windows)
+
+
+@functools.partial(jax.jit, static_argnames=("rules", "by_heads"), donate_argnames="layers")
+def _write(layers, windows, place, rules, by_heads):
+    """Writes what `_blend` returned into a row's slots."""
+
+    def write(layers, windows, place):
+        row, _, first, _ = place
+        rows, slots = layers[0].positions.shape
+        row, _ = _local(row, rows, rules)
+        begins = _begins(first, windows[0][0].positions.shape[1], slots)
+
+        def update(old, *new):
+            dtype = old.dtype
+            if dtype.itemsize == 2:
+                # As whole numbers, which costs nothing: XLA's CPU backend would convert a whole
+                # cache of bfloat16 to float32 and back.
+                old, *new = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (old, *new))
+                old = jax.lax.optimization_barrier(old)
+            for begin, window in zip(begins, new, strict=True):
+                old = jax.lax.dynamic_update_slice(old, window, _index(old, row, begin))
+            if old.dtype != dtype:
+                old = jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(old), dtype)
+            return old
+
+        return jax.tree.map(update, layers, *windows)
+
+    layers = _swap(layers, by_heads)
+    return _swap(_by_device(write, rules, (layers, windows, place), layers), by_heads)
+
+
+def _begins(first, size, slots):
+    """Returns the first slots of two ranges that have all slots of at most `size` tokens.
+
+    They lie from the slot of the first token on, and go on in slot 0 after the last slot.
+    """
+    return jnp.minimum(first % slots, slots - size), jnp.zeros_like(first)
+
+
+def _index(x, row, slot):
+    return (row, slot) + (jnp.int32(0),) * (x.ndim - 2)
+
+
+@functools.partial(jax.jit, donate_argnames="positions")
+def _clear(positions, row):
+    def mark(x):
+        return jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) == row, -1, x)
+
+    return [mark(x) for x in positions]
+
+
+def _swap(layers, by_heads):
+    """Swaps slots and heads of keys and values that are kept by heads."""
+    if not by_heads:
+        return layers
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2) if x.ndim == 4 else x, layers)
+
+
+def _by_device(function, rules, arguments, result):
+    """Lets each device of the mesh in use copy its own rows and heads.
+
+    XLA does not know which device has the row whose number is an argument, and would gather all.
+
+    Args:
+      function: what each device does; see `_local`.
+      rules: mesh axes of the logical axes.
+      arguments: of the function: parts of caches, blocks, and arrays that all devices have.
+      result: arrays with as many axes as those that the function returns.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function(*arguments)
+
+    def spec(x):
+        names = "batch", "kv_heads", "head_dim"
+        batch, kv_heads, head_dim = (mesh_axes(rules, name) or None for name in names)
+        head_dim = head_dim if x.shape[-1:] != (1,) else None  # not of scales
+        by_axes = {
+            4: PartitionSpec(batch, None, kv_heads, head_dim),
+            3: PartitionSpec(None, kv_heads, head_dim),
+            2: PartitionSpec(batch),
+        }
+        return by_axes.get(x.ndim, PartitionSpec())
+
+    given, returned = jax.tree.map(spec, (arguments, result))
+    return jax.shard_map(function, in_specs=given, out_specs=returned, check_vma=False)(*arguments)
+
+
+def _local(row, rows, rules):
+    """Returns a row's number among the `rows` of this device, and whether it is one of them."""
+    if not _batch_axes(rules):
+        return row, True
+    row -= jax.lax.axis_index(_batch_axes(rules)) * rows
+    return jnp.clip(row, 0, rows - 1), (row >= 0) & (row < rows)
+
+
+def _from_owner(x, mine, rules):
+    """Copies `x` from the device that has the row to the others."""
+    if not _batch_axes(rules):
+        return x
+    # As whole numbers: a sum of floats would lose the sign of a zero.
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    bits = jax.lax.psum(jnp.where(mine, bits, jnp.zeros_like(bits)), _batch_axes(rules))
+    return jax.lax.bitcast_convert_type(bits, x.dtype)
+
+
+def _batch_axes(rules):
+    """Returns the axes of the mesh in use that rows are split over."""
+    no_mesh = jax.sharding.get_abstract_mesh().empty
+    return () if no_mesh else mesh_axes(rules, "batch")

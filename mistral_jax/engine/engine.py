@@ -1,0 +1,360 @@
+"""`Engine`: requests of many threads, served together by one that runs the model.
+
+It is a `Scheduler` with a thread, a queue of requests, and their texts. It knows no HTTP.
+"""
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
+from typing import Any
+
+from mistral_jax.base.fields import show
+from mistral_jax.engine.admission import Row
+from mistral_jax.engine.answer import Answer
+from mistral_jax.engine.generate import NEW_TOKENS
+from mistral_jax.engine.prefill import Params
+from mistral_jax.engine.prefixes import Prefixes
+from mistral_jax.engine.request import check, listed, whole
+from mistral_jax.engine.sampling import DEFAULT, Sampling
+from mistral_jax.engine.scheduler import Scheduler
+from mistral_jax.engine.text import RowText, conversation, encode_prompt, settle_text
+from mistral_jax.model.transformer import Transformer
+from mistral_jax.parallel import distributed
+from mistral_jax.tokens.tokenizer import Tokenizer
+
+# Seconds that readers wait for the next tokens, and that rows wait while prompts are read.
+_PATIENCE, _STALL = 0.05, 0.1
+# Tokens of a row where a layer has no window, unless a caller says otherwise.
+_LENGTH = 4096
+_TOTALS = ("finished", "cancelled", "failed", "prompt_tokens", "new_tokens")
+
+
+class Busy(RuntimeError):
+    """As many requests wait as the engine accepts."""
+
+
+class Engine:
+    """Serves requests of many threads with one model, by continuous batching.
+
+    Each request gets what it would get alone. After `warm_up` no request compiles anything.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        params: Params,
+        tokenizer: Tokenizer | None = None,
+        *,
+        slots: int = 8,
+        length: int | None = None,
+        most_waiting: int = 1024,
+        prefix_bytes: int = 2**28,
+    ):
+        """Starts the engine's thread.
+
+        Args:
+          model: the model.
+          params: its parameters; the work is spread over the devices that they are spread over.
+          tokenizer: its tokenizer; without one, prompts are token ids, and answers have no text.
+          slots: requests that run at a time; their caches stay allocated.
+          length: most tokens of a request, prompt and answer together; None = the model's
+            `max_positions`, or 4096 if that is less and a layer has no window.
+          most_waiting: requests that may wait for a slot.
+          prefix_bytes: most memory of keys and values that are kept of earlier prompts and answers,
+            for prompts that begin with the same tokens; 0 = none are.
+
+        Raises:
+          ValueError: an argument is out of range, or there are several processes.
+        """
+        for name, value in (("slots", slots), ("most_waiting", most_waiting)):
+            if whole(value) is None or value < 1:
+                raise ValueError(f"{name} is {show(value)}; expected an integer above 0")
+        if whole(prefix_bytes) is None or prefix_bytes < 0:
+            raise ValueError(f"prefix_bytes is {show(prefix_bytes)}; expected an integer from 0")
+        most = model.config.max_positions
+        if length is None:
+            length = min(most, _LENGTH) if None in model.config.spans else most
+        if whole(length) is None or not 2 <= length <= most:
+            raise ValueError(
+                f"length is {show(length)}; expected an integer from 2 to the model's {most} "
+                "positions"
+            )
+        if distributed.count() > 1:
+            raise ValueError(
+                f"there are {distributed.count()} processes, whose requests would differ; an "
+                "Engine is for one process (`generate` runs in several)"
+            )
+        self._model, self._tokenizer, self._length = model, tokenizer, length
+        self._prefixes = Prefixes(model, params, prefix_bytes) if prefix_bytes else None
+        options = {"stall": _STALL, "prefixes": self._prefixes}
+        scheduler = Scheduler(model, params, slots, length, _PATIENCE, **options)
+        self._slots, self._warm_up = slots, scheduler.warm_up
+        self._worker = _Worker(scheduler, slots + most_waiting)
+        thread = threading.Thread(target=self._worker.run, name="engine", daemon=True)
+        thread.start()
+        # An engine that is dropped, or not closed before the program ends, ends its thread.
+        self._stop = weakref.finalize(self, _stop, self._worker, thread)
+
+    def submit(
+        self,
+        prompt: str | Sequence[int] | Sequence[Mapping[str, Any]],
+        max_new_tokens: int = NEW_TOKENS,
+        *,
+        sampling: Sampling = DEFAULT,
+        stop: str | Sequence[str] = (),
+        stop_ids: Sequence[int] | None = None,
+        top_logprobs: int = 0,
+        n: int | None = None,
+        **fields: Any,
+    ) -> Answer | list[Answer]:
+        """Accepts a request; does not wait for its answer. Any thread may call it.
+
+        Args:
+          prompt: a text, as for `complete`; messages, as for `chat`; or token ids.
+          max_new_tokens: most tokens to add.
+          sampling: how to choose tokens.
+          stop: strings that end the text; they do not become part of it.
+          stop_ids: tokens that end it; None = the config's `eos_ids`, () = none.
+          top_logprobs: number of likeliest tokens whose log-probabilities are wanted at each place,
+            0 to 20.
+          n: answers wanted, as a list; the prompt is read once, and answer i draws from (seed, i).
+            None = one, which is not in a list.
+          **fields: fields of `Sampling` by name, such as temperature=0.2; they replace those of
+            `sampling`.
+
+        Raises:
+          ValueError: an argument is of the wrong type or out of range, or the request could outgrow
+            the engine's `length`.
+          Busy: too many requests wait.
+          RuntimeError: the engine has failed, or was closed.
+        """
+        if n is not None and (whole(n) is None or n < 1):
+            raise ValueError(f"n is {show(n)}; expected an integer above 0")
+        sampling = settle_text(self._tokenizer, sampling, fields)
+        if not isinstance(sampling, Sampling):
+            raise ValueError("sampling is a list; a request has one Sampling")
+        ids, context = self._encode(prompt)
+        asked = check(self._model.config, [ids], max_new_tokens, sampling, stop_ids, top_logprobs)
+        (ids,) = asked.prompts
+        if len(ids) + asked.new_tokens > self._length:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens, which with {asked.new_tokens} new ones exceed "
+                f"the engine's length of {self._length}; shorten it, ask for fewer, or make the "
+                "engine with a larger length"
+            )
+        if self._tokenizer is None and stop not in ((), []):
+            raise ValueError("stop is for texts, and the engine has no tokenizer; use stop_ids")
+        answers = []
+        for draw in range(n or 1):
+            row = Row(tuple(ids), asked.new_tokens, sampling, draw, asked.stop_ids, asked.top)
+            text = None if self._tokenizer is None else RowText(self._tokenizer, context, stop)
+            answers.append(Answer(row, text, self))
+        self._worker.accept(answers)
+        return answers[0] if n is None else answers
+
+    def warm_up(self) -> None:
+        """Compiles all programs that requests may need, once the running ones have ended."""
+        self._worker.call(self._warm_up)
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Accepts no more requests, and waits until all have ended.
+
+        Args:
+          timeout: seconds to wait at most; None = as long as it takes.
+
+        Returns:
+          Whether all have ended.
+        """
+        return self._worker.drain(timeout)
+
+    def close(self) -> None:
+        """Ends the requests that have not ended, and the thread."""
+        self._stop()
+
+    def stats(self) -> dict[str, int | float]:
+        """Returns counts since the start, and what there is now.
+
+        Returns:
+          "slots"; "running" and "waiting": requests now; "finished", "cancelled" and "failed":
+          requests that have ended, with "prompt_tokens" and "new_tokens" of all of them;
+          "reused_tokens" of prompts, which were not read again, and "prefix_bytes" of memory now;
+          "seconds_since_step": how long ago the last turn ended, or 0 if there is nothing to do.
+        """
+        kept = self._prefixes and self._prefixes.stats()
+        tokens, size = (kept.tokens, kept.nbytes) if kept else (0, 0)
+        known = {"slots": self._slots, "reused_tokens": tokens, "prefix_bytes": size}
+        return known | self._worker.stats()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        """Waits for all requests, unless there was an error, and closes the engine."""
+        if kind is None:
+            self.drain()
+        self.close()
+
+    def _encode(self, prompt) -> tuple[Sequence[int], Sequence[int]]:
+        """Returns token ids, and those that a text continues."""
+        items = None if isinstance(prompt, str) else listed(prompt)
+        if items is not None and all(whole(item) is not None for item in items):
+            if self._tokenizer is None:
+                return items, ()
+            # A model may have a few more tokens than its tokenizer; they have no text.
+            return items, [item for item in items if item < self._tokenizer.vocab_size]
+        if self._tokenizer is None:
+            raise ValueError(
+                f"prompt is {show(prompt)}, and the engine has no tokenizer; expected token ids"
+            )
+        if items is not None:
+            prompt = conversation(items, prompt)
+        elif not isinstance(prompt, str):
+            raise ValueError(f"prompt is {show(prompt)}; expected a text, messages, or token ids")
+        ids, is_new = encode_prompt(self._tokenizer, prompt)
+        return ids, () if is_new else ids
+
+
+class _Worker:
+    """What the engine's thread and its callers share. It does not know the engine."""
+
+    def __init__(self, scheduler: Scheduler, most: int):
+        self._scheduler, self._most = scheduler, most
+        self._changed = threading.Condition()
+        self._accepted: list[Answer] = []
+        self._live: dict[Row, Answer] = {}
+        self._tasks: list[tuple[Callable[[], None], futures.Future]] = []
+        self._closed = ""
+        self._stopping = False
+        self._failure: BaseException | None = None
+        self._totals = dict.fromkeys(_TOTALS, 0)
+        self._last_turn = time.perf_counter()
+
+    def accept(self, answers: list[Answer]) -> None:
+        """Has answers wait for their turn."""
+        with self._changed:
+            self._check()
+            count = len(self._accepted) + len(self._live)
+            if count + len(answers) > self._most:
+                raise Busy(
+                    f"the engine has {count} requests, and accepts {self._most}; try again later, "
+                    "or make it with a larger most_waiting"
+                )
+            self._accepted += answers
+            self._changed.notify_all()
+
+    def call(self, task: Callable[[], None]) -> None:
+        """Runs a task in the engine's thread, when no request is left, and waits for it."""
+        future = futures.Future()
+        with self._changed:
+            self._check()
+            self._tasks.append((task, future))
+            self._changed.notify_all()
+        future.result()
+
+    def drain(self, timeout: float | None) -> bool:
+        """Accepts nothing more, and waits for the end of what there is."""
+        with self._changed:
+            self._closed = self._closed or "it is being drained"
+            self._changed.wait_for(lambda: not (self._accepted or self._live), timeout)
+            return not (self._accepted or self._live)
+
+    def stop(self) -> None:
+        """Has the thread end after its turn."""
+        with self._changed:
+            self._closed, self._stopping = "it was closed", True
+            self._changed.notify_all()
+
+    def stats(self) -> dict[str, int | float]:
+        """Returns what `Engine.stats` does, but for the slots."""
+        with self._changed:
+            count = len(self._accepted) + len(self._live)
+            running = min(self._scheduler.running, count)
+            since = time.perf_counter() - self._last_turn if count else 0.0
+            now = {"running": running, "waiting": count - running}
+            return now | self._totals | {"seconds_since_step": since}
+
+    def run(self) -> None:
+        """Takes turns until it is stopped."""
+        try:
+            while self._next():
+                self._turn()
+            error: BaseException = RuntimeError("it was closed before the end")
+        except BaseException as caught:
+            error = caught
+        with self._changed:
+            if not self._stopping:
+                self._failure = error
+            left = [*self._live.values(), *self._accepted]
+            tasks, self._tasks = self._tasks, []
+            self._live.clear()
+            self._accepted.clear()
+            self._totals["failed"] += len(left)
+            self._changed.notify_all()
+        for answer in left:
+            answer.end(error)
+        for _, future in tasks:
+            future.set_exception(error)
+
+    def _check(self) -> None:
+        """Raises a RuntimeError if nothing may be asked for any more."""
+        if self._failure is not None:
+            raise RuntimeError(f"the engine ended: {self._failure}") from self._failure
+        if self._closed:
+            raise RuntimeError(f"the engine takes no requests: {self._closed}; make another")
+
+    def _next(self) -> bool:
+        """Waits until there is something to do; returns whether the thread goes on."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._stopping or self._accepted or self._tasks or self._live
+            )
+            for answer in self._accepted:
+                self._live[answer.row] = answer
+                self._scheduler.add(answer.row)
+            self._accepted.clear()
+            task = self._tasks.pop(0) if self._tasks and not self._live else None
+            stopping = self._stopping
+        if task is not None and not stopping:
+            work, future = task
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+                raise
+        return not stopping
+
+    def _turn(self) -> None:
+        """Has the scheduler take a turn, and passes on what it made."""
+        for row, answer in self._live.items():
+            if answer.is_cancelled:
+                self._scheduler.end(row, "cancelled")
+        self._sweep()
+        for row, token in self._scheduler.step():
+            if token is None:
+                self._sweep()
+            elif self._live[row].push(token):
+                self._scheduler.end(row, "stop")
+        self._sweep()
+        self._last_turn = time.perf_counter()
+
+    def _sweep(self) -> None:
+        """Ends the answers whose rows have ended."""
+        ended = [answer for row, answer in self._live.items() if row.finish_reason is not None]
+        for answer in ended:
+            answer.end()
+            row = answer.row
+            kinds = {"cancelled": "cancelled", "error": "failed"}
+            with self._changed:
+                del self._live[row]
+                self._totals[kinds.get(row.finish_reason, "finished")] += 1
+                self._totals["prompt_tokens"] += len(row.prompt)
+                self._totals["new_tokens"] += len(row.tokens)
+                self._changed.notify_all()
+
+
+def _stop(worker: _Worker, thread: threading.Thread) -> None:
+    worker.stop()
+    if thread is not threading.current_thread():
+        thread.join()
