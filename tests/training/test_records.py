@@ -224,7 +224,7 @@ HELLO = [user("a"), answer("b")]
 BAD = [
     (b"{", "character 1 is not JSON"),
     (b'{"text": "\xff"}', "byte 11 (0xff) is not UTF-8"),
-    (b'  ["a"]', "it begins a JSON list; expected JSON Lines, which is an object a line"),
+    (b'  ["a"]', "it begins a JSON list; expected JSON Lines: one object per line"),
     (b"[", "it begins a JSON list; expected JSON Lines"),
     (b"7", "it is a JSON int; expected an object"),
     (b'{"a":' * 100_000, "its JSON is nested too deeply"),
