@@ -207,8 +207,8 @@ def _windows(raw: Mapping[str, Any], official: bool, layers: int, file: Path) ->
     if official and isinstance(window, list):
         if not window or layers % len(window):
             raise ValueError(
-                f"{file} has {len(window)} entries in sliding_window, which repeat over the layers "
-                f"but do not divide their number ({layers})"
+                f"{file} has {len(window)} entries in sliding_window; expected a divisor of the "
+                f"number of layers ({layers})"
             )
         return window * (layers // len(window))
     if not official and "sliding_window" not in raw:

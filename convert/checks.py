@@ -30,7 +30,7 @@ def match(
     if adapted := next(filter(ADAPTER.search, tensors), None):
         raise ValueError(
             f"tensor {adapted} in {tensors[adapted][0].file} is an adapter's; expected a whole "
-            "model: convert the one that the adapters are for, and load them beside it"
+            "model: convert the base model, and load the adapters together with it"
         )
     matched, unused = {}, dict(tensors)
     for weight in weights(config):
@@ -103,7 +103,7 @@ def _check_places(
 def _check_tied(
     head: list[Tensor], embed: list[Tensor], config: ModelConfig, source: Source
 ) -> None:
-    """Checks that the output projection, which some files of tied models have, is the embedding."""
+    """Checks that a stored output projection of a tied model equals the embedding."""
     if not head:
         return
     name = HEAD.name(source.official)

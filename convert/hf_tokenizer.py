@@ -203,11 +203,11 @@ def _own(pieces: Sequence[Piece]) -> list[str]:
 
 
 def _pre_tokenizer(pieces: Sequence[Piece], tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """Returns a pre-tokenizer that splits off user-defined pieces, the longest match first.
+    """Returns a pre-tokenizer that isolates user-defined pieces, the longest match first.
 
-    `tokenizers` then takes a part that is in the vocabulary as one token. A text that spells a
-    control token or a byte must not become that token, so it is split again where SentencePiece
-    splits it.
+    `tokenizers` encodes a part that is in the vocabulary as one token. A text that spells a control
+    token or a byte must not become that token, so it is divided again where SentencePiece divides
+    it.
     """
     own = _own(pieces)
     if not own:

@@ -23,7 +23,7 @@ from . import architecture, hf_tokenizer
 from .checks import check_finite
 from .source import TOKENIZERS
 
-# Names of the files of both formats, and of tokenizers. A folder with others is not replaced.
+# Names of the files of both formats and of tokenizers. A folder with other files is not replaced.
 _FILES = re.compile(
     r"(config|params|generation_config|tokenizer|tokenizer_config|special_tokens_map|tekken)\.json"
     r"|[\w.-]+\.model(\.v\d+\w*)?|chat_template\.jinja"

@@ -36,7 +36,7 @@ A .jsonl file has one text per line, as {"text": ...}; each text is evaluated se
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
+    """Runs the command; returns its exit status."""
     arguments = _parser().parse_args(argv)
     return command.run(lambda: _run(arguments), show_traceback="traceback" in arguments)
 

@@ -28,7 +28,7 @@ others and as a rule larger: they hold much of bfloat16 as float32.
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
+    """Runs the command; returns its exit status."""
     arguments = _parser().parse_args(argv)
     return command.run(lambda: _run(arguments), pods=False, show_traceback="traceback" in arguments)
 

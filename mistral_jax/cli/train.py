@@ -26,7 +26,7 @@ Examples:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
+    """Runs the command; returns its exit status."""
     arguments = _parser().parse_args(argv)
     return command.run(lambda: _run(arguments), unread=2, show_traceback="traceback" in arguments)
 

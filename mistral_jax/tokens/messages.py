@@ -158,7 +158,7 @@ def _check_messages(messages: Sequence[Mapping[str, Any]], finished: bool) -> No
 
 
 def _problem(message: Any, previous: str, is_last: bool) -> str | None:
-    """Returns what is wrong with a message that follows one of the role `previous`, or None."""
+    """Returns the error in a message that follows one of the role `previous`, or None."""
     if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
         return f'is {show(message)}; expected a dict with "role" and "content"'
     role, content, prefix = message["role"], message["content"], message.get("prefix", False)
@@ -205,7 +205,7 @@ def _weight_problem(role: str, weight: Any) -> str | None:
 
 
 def _ending_problem(message: Mapping[str, Any], finished: bool) -> str | None:
-    """Returns what is wrong with the last message of a finished conversation or a prompt."""
+    """Returns the error in the last message of a finished conversation or a prompt, or None."""
     answer, prefix = message["role"] == "assistant", message.get("prefix")
     if finished and not answer:
         return "is the last message and not an answer; expected an answer to be learnt"
