@@ -1,1 +1,1 @@
-"""PyTorch checkpoints of Mistral to Orbax and back: no PyTorch is needed. It runs no model."""
+"""Converts checkpoints between PyTorch and Orbax, without PyTorch."""

@@ -1,4 +1,4 @@
-"""The command line of the conversion: `to-orbax`, `to-torch`, `inspect`."""
+"""The conversion command, `python -m mistral_jax.convert`: `to-orbax`, `to-torch` and `inspect`."""
 
 import argparse
 import sys
@@ -23,7 +23,8 @@ def main(argv: list[str] | None = None) -> int:
             with interruptible():
                 work()
         except KeyboardInterrupt:
-            warnings.simplefilter("ignore")  # Of what Orbax will now never await.
+            # Python warns that coroutines of the interrupted Orbax save were never awaited.
+            warnings.simplefilter("ignore")
             raise
 
     def once():
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         from mistral_jax.parallel import distributed
 
         machine.open_devices()
-        distributed.from_first(task)  # A launcher may have started it on every host.
+        distributed.from_first(task)  # A launcher may have started the command on every host.
 
     said = "interrupted: nothing was written"
     return run(once, said, pods=False, show_traceback="traceback" in arguments)
@@ -92,7 +93,7 @@ def _parser() -> Parser:
     command = commands.add_parser(
         "to-orbax",
         help="PyTorch to Orbax",
-        description="Makes a checkpoint folder, for this program, from a PyTorch one.",
+        description="Converts a PyTorch checkpoint to a checkpoint folder of this program.",
     )
     command.set_defaults(run=_to_orbax)
     command.add_argument("source", metavar="SOURCE", help="folder of the PyTorch checkpoint")
@@ -102,26 +103,26 @@ def _parser() -> Parser:
     command.add_argument(
         "--quantize",
         choices=("int8",),
-        help="round matrices to 8 bits, for a checkpoint of half the size of one in bfloat16",
+        help="round weights to 8 bits; the checkpoint has half the size of one in bfloat16",
     )
     _add_theta(command)
 
     command = commands.add_parser(
         "to-torch",
         help="Orbax to PyTorch",
-        description="Makes a PyTorch checkpoint, which Transformers or the official program loads.",
+        description="Converts a checkpoint folder to the official or the Hugging Face format.",
     )
     command.set_defaults(run=_to_torch)
     command.add_argument("checkpoint", metavar="CHECKPOINT", help="folder to read")
     command.add_argument("target", metavar="TARGET", help="folder to make")
     command.add_argument(
-        "--format", choices=FORMATS, default="hf", help="whose layout to write (default: hf)"
+        "--format", choices=FORMATS, default="hf", help="format to write (default: hf)"
     )
     _add_output(command)
 
     command = commands.add_parser(
         "inspect",
-        help="what a folder holds",
+        help="describe a checkpoint",
         description="Describes a PyTorch or Orbax checkpoint, and what it needs to run.",
     )
     command.set_defaults(run=_inspect)
@@ -134,12 +135,12 @@ def _parser() -> Parser:
         nargs="+",
         default=(4096, 32768),
         metavar="TOKENS",
-        help="lengths of text, to tell what their caches take (default: 4096 32768)",
+        help="text lengths to show the cache size for (default: 4096 32768)",
     )
     command.add_argument(
         "--verify",
         action="store_true",
-        help="read all files of a checkpoint, and compare them with their checksums",
+        help="read all files of a checkpoint and compare them with their checksums",
     )
     return parser
 
@@ -149,8 +150,8 @@ def _add_format(command: argparse.ArgumentParser) -> None:
         "--format",
         choices=(*FORMATS, *(f"{names}-{files}" for names in FORMATS for files in FILES)),
         metavar="FORMAT",
-        help="what to read where a folder holds several: hf or official, and if need be with "
-        "-safetensors or -torch behind it",
+        help="checkpoint to read if a folder holds several: hf or official, optionally followed by "
+        "-safetensors or -torch",
     )
 
 
@@ -159,18 +160,18 @@ def _add_theta(command: argparse.ArgumentParser) -> None:
         "--rope-theta",
         type=float,
         metavar="BASE",
-        help="base of the rotary embedding, for sources that do not say (v0.1: 1e4, later: 1e6)",
+        help="base of the rotary embedding, if the source lacks it (v0.1: 1e4, later: 1e6)",
     )
 
 
 def _add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--dtype", choices=DTYPES, help="of the arrays written (default: as they are)"
+        "--dtype", choices=DTYPES, help="dtype of the arrays written (default: unchanged)"
     )
     command.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace a TARGET that this program wrote, once its successor is whole",
+        help="replace a TARGET that this program wrote, after the new one is complete",
     )
 
 

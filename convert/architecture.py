@@ -1,4 +1,4 @@
-"""The architecture that a source's `params.json` or `config.json` describes. It sees no tensors."""
+"""Translates `params.json` and `config.json` files to `ModelConfig`, and back."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,7 +21,8 @@ from mistral_jax.base.fields import (
 from mistral_jax.base.files import parse_json, read_json
 from mistral_jax.config import DEFAULT_MAX_POSITIONS, RULES, ModelConfig
 
-# Ours, the official name, Hugging Face's; those without a default are in every file, or refused.
+# Names of each field: in ModelConfig, in official files, in Hugging Face's. Every file must have
+# the first seven.
 FIELDS = (
     ("vocab_size", "vocab_size", "vocab_size"),
     ("num_layers", "n_layers", "num_hidden_layers"),
@@ -40,13 +41,13 @@ FIELDS = (
 )
 _REQUIRED = [name for name, *_ in FIELDS[:7]]
 
-# Bytes of such a file, which has some thousand; and layers that one may describe.
+# Maximum bytes of a file, which has a few thousand, and maximum number of layers.
 _MOST_BYTES, _MOST_LAYERS = 4 << 20, 1 << 10
 
 _WINDOW = either(integer(1), list_of(optional(integer(1)), _MOST_LAYERS))
 _IDS = list_of(integer(0), 1 << 10)
 
-# What the values must be that are read, before anything is computed of them.
+# Rules for the values that are read, by their names in the files.
 _RULES = {theirs: RULES[ours] for ours, *names in FIELDS for theirs in names if ours in RULES} | {
     "bos_token_id": integer(0),
     "eos_token_id": Rule(
@@ -75,7 +76,7 @@ _ROPE_RULES = {
     "partial_rotary_factor": number(0, 1),
 }
 
-# What other models of these formats set, and what it is in those that run here.
+# Fields that other architectures set, and their values in the supported ones.
 _UNSUPPORTED = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
@@ -91,7 +92,7 @@ _UNSUPPORTED = {
     "partial_rotary_factor": (1,),
 }
 
-# What the object for the rotary embedding may hold: other names and values change the rotation.
+# Supported contents of `rope_scaling` and `rope_parameters`: others change the rotation.
 _ROPE_CONSTANTS = ("rope_theta", "original_max_position_embeddings")
 _PLAIN_ROPE = {
     "rope_type": ("default",),
@@ -103,13 +104,13 @@ _PLAIN_ROPE = {
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """A config, and how it was come by.
+    """A config and the origin of its values.
 
     Attributes:
       config: the architecture.
-      theta_origin: where the base of the rotary embedding is from.
-      eos_ids: the tokens that end an answer by the file; none if it does not say.
-      notes: sentences on what the file did not say outright.
+      theta_origin: source of the base of the rotary embedding.
+      eos_ids: tokens that end an answer according to the file; empty if it names none.
+      notes: messages about values that are not in the file.
     """
 
     config: ModelConfig
@@ -123,10 +124,10 @@ def read(file: Path, rope_theta: float | None = None) -> Architecture:
 
     Args:
       file: `params.json` (official) or `config.json` (Hugging Face).
-      rope_theta: base of the rotary embedding, for files that do not hold it or hold a wrong one.
+      rope_theta: base of the rotary embedding, for files that lack it or hold a wrong one.
 
     Raises:
-      ValueError: the file is not JSON, of another architecture, or leaves something open.
+      ValueError: the file is not JSON, describes an unsupported architecture, or lacks a value.
     """
     raw = read_json(file, _MOST_BYTES)
     _check(raw, _RULES, str(file))
@@ -157,7 +158,7 @@ def read(file: Path, rope_theta: float | None = None) -> Architecture:
 
 
 def _check(values: Mapping[str, Any], rules: Mapping[str, Rule], source: str) -> None:
-    """Checks values of a file, where null is as if there were none."""
+    """Checks the values of a file; null counts as a missing value."""
     check_table({k: v for k, v in values.items() if v is not None}, rules, source)
 
 
@@ -193,7 +194,10 @@ def _head_dim(found: Mapping[str, Any], file: Path) -> int:
 
 
 def _windows(raw: Mapping[str, Any], official: bool, layers: int, file: Path) -> Any:
-    """Returns the window, or one a layer: official lists and Hugging Face's kinds of layer."""
+    """Returns one window, or a list with the window of each layer.
+
+    Official files list windows, which repeat over the layers; Hugging Face's name a type per layer.
+    """
     window = raw.get("sliding_window")
     if official and window is None:
         window = raw.get("_sliding_window")
@@ -203,8 +207,8 @@ def _windows(raw: Mapping[str, Any], official: bool, layers: int, file: Path) ->
     if official and isinstance(window, list):
         if not window or layers % len(window):
             raise ValueError(
-                f"{file} has {len(window)} entries in sliding_window, which repeat over the layers "
-                f"but do not divide their number ({layers})"
+                f"{file} has {len(window)} entries in sliding_window; expected a divisor of the "
+                f"number of layers ({layers})"
             )
         return window * (layers // len(window))
     if not official and "sliding_window" not in raw:
@@ -224,12 +228,12 @@ def _windows(raw: Mapping[str, Any], official: bool, layers: int, file: Path) ->
 def _theta(
     raw: Mapping[str, Any], found: Mapping[str, Any], official: bool, file: Path
 ) -> tuple[float, str]:
-    """Returns the base of the rotary embedding, and where it is from."""
+    """Returns the base of the rotary embedding and a description of its source."""
     nested = raw.get("rope_parameters") or {}
     theta = nested.get("rope_theta", found.get("rope_theta"))
     if theta is not None:
         return theta, file.name
-    # The official file of v0.1 was written before the base became one of its fields.
+    # The official params.json of v0.1 is older than the field rope_theta.
     v01 = ModelConfig.from_name("mistral-7b-v0.1")
     if official and all(getattr(v01, name) == value for name, value in found.items()):
         return v01.rope_theta, f"{file.name} is that of Mistral 7B v0.1, which leaves it out"
@@ -237,7 +241,7 @@ def _theta(
 
 
 def to_official(config: ModelConfig) -> dict[str, Any]:
-    """Returns the `params.json` that describes a config.
+    """Returns the contents of the `params.json` for a config.
 
     Raises:
       ValueError: a window is dilated.
@@ -251,7 +255,7 @@ def to_official(config: ModelConfig) -> dict[str, Any]:
         "sliding_window": None,
         "tied_embeddings": False,
         "max_position_embeddings": DEFAULT_MAX_POSITIONS,
-        # The official format leaves them to the tokenizer.
+        # Official files leave these to the tokenizer.
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
@@ -259,18 +263,17 @@ def to_official(config: ModelConfig) -> dict[str, Any]:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """Returns the `config.json` that describes a config.
+    """Returns the contents of the `config.json` for a config.
 
     Raises:
-      ValueError: a window is dilated, or layers differ in their windows by more than having one or
-        none.
+      ValueError: a window is dilated, or layers have windows of different sizes.
     """
     _refuse_dilation(config)
     fields = {theirs: getattr(config, ours) for ours, _, theirs in FIELDS}
     fields["eos_token_id"] = _ends(config)
     kind = "mistral"
     if isinstance(config.sliding_window, tuple):
-        # Transformers calls a Mistral of which some layers have a window a Ministral.
+        # Transformers' name for a Mistral in which only some layers have a window.
         kind = "ministral"
         windows = set(config.sliding_window) - {None}
         if len(windows) > 1:

@@ -1,4 +1,4 @@
-"""What the tensors of a source must satisfy before they are a model. It converts nothing."""
+"""Checks that the tensors of a source are exactly the weights of a model."""
 
 import re
 from collections.abc import Mapping
@@ -11,26 +11,26 @@ from mistral_jax.config import ModelConfig
 
 from .source import Source, Tensor
 
-# Tables of rotary angles, which a model computes: each layer's or, in newer files, the model's.
+# Tables of rotary angles, one per layer or one per model: the model computes them.
 IGNORABLE = re.compile(
     r"rope\.freqs|(.*\.)?rotary_emb\.((original_)?inv_freq|cos_cached|sin_cached)", re.DOTALL
 )
-# Matrices of LoRA, in files of either format.
+# LoRA weights, in official and in Hugging Face's files.
 ADAPTER = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)")
 
 
 def match(
     source: Source, tensors: Mapping[str, list[Tensor]], config: ModelConfig
 ) -> dict[Weight, list[Tensor]]:
-    """Finds the tensor of each weight of a model: one, or its part in each file.
+    """Maps each weight of a model to its tensor: one, or its part in each file.
 
     Raises:
-      ValueError: a tensor is missing, of another shape or dtype, or no part of the model.
+      ValueError: a tensor is missing, has the wrong shape or dtype, or is not part of the model.
     """
     if adapted := next(filter(ADAPTER.search, tensors), None):
         raise ValueError(
             f"tensor {adapted} in {tensors[adapted][0].file} is an adapter's; expected a whole "
-            "model: convert the one that the adapters are for, and load them beside it"
+            "model: convert the base model, and load the adapters together with it"
         )
     matched, unused = {}, dict(tensors)
     for weight in weights(config):
@@ -51,17 +51,18 @@ def match(
 
 
 def check_finite(array: np.ndarray, where: str) -> None:
-    """Makes sure that an array has neither infinities nor NaNs.
+    """Checks that an array has no infinities and no NaNs.
 
     Args:
-      array: of any shape, and a floating dtype.
-      where: what a message calls it.
+      array: an array of any shape and a floating dtype.
+      where: name of the array for error messages.
 
     Raises:
-      ValueError: it has; the message counts them and shows the first.
+      ValueError: some values are not finite; the message has their number and the first of them.
     """
-    # A float that isn't finite has, but for its sign, at least the bits of infinity. Compared as
-    # integers, signed for the positive ones, this takes no memory and runs at its speed.
+    # Without the sign, the bits of a value that is not finite are at least those of infinity.
+    # Comparing bits as integers allocates no memory and runs at memory speed: unsigned to find
+    # negative values, signed to find positive ones.
     bits = array.view(f"u{array.itemsize}")
     infinity, negative = np.array([np.inf, -np.inf], array.dtype).view(bits.dtype)
     if bits.max() < negative and bits.view(f"i{array.itemsize}").max() < infinity:
@@ -89,7 +90,7 @@ def _check_places(
         if array.nbytes > file.stat().st_size:
             raise ValueError(
                 f"tensor {name} in {file} has {array.nbytes} bytes, more than its file: it repeats "
-                "one value; expected each value for itself"
+                "stored values; expected every value to be stored"
             )
         if array.dtype.name not in DTYPES:
             raise ValueError(
@@ -102,7 +103,7 @@ def _check_places(
 def _check_tied(
     head: list[Tensor], embed: list[Tensor], config: ModelConfig, source: Source
 ) -> None:
-    """Compares the embedding table with its second copy, which some files of tied models have."""
+    """Checks that a stored output projection of a tied model equals the embedding."""
     if not head:
         return
     name = HEAD.name(source.official)
@@ -113,6 +114,6 @@ def _check_tied(
     )
     if copy.tobytes() != table.tobytes():
         raise ValueError(
-            f"tensor {name} in {head[0].file} differs from the embedding, to which "
-            f"{source.config_file} ties it"
+            f"tensor {name} in {head[0].file} differs from the embedding, but "
+            f"{source.config_file} says that they are tied"
         )

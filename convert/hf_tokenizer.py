@@ -1,7 +1,7 @@
-"""A SentencePiece tokenizer as Transformers reads one: the same ids, without SentencePiece.
+"""Converts a SentencePiece tokenizer to the files that Transformers reads, with the same ids.
 
-`tokenizer.json` is read by the `tokenizers` library alone; `tokenizer_config.json` has the chat
-template, which makes the ids of `Tokenizer.encode_chat`.
+The `tokenizers` library reads `tokenizer.json` without SentencePiece. The chat template in
+`tokenizer_config.json` gives the same ids as `Tokenizer.encode_chat`.
 """
 
 import re
@@ -13,9 +13,9 @@ from mistral_jax.tokens import spm
 from mistral_jax.tokens.spm import Kind, Piece
 from mistral_jax.tokens.tokenizer import Tokenizer
 
-# The form of `mistral_jax.tokens.messages`: what makes one message of several in a row, where the
-# system text goes, and what stands around a text. Each text between control tokens is encoded by
-# itself.
+# The chat form of `mistral_jax.tokens.messages`: it joins consecutive messages of one role, places
+# the system text and puts control tokens around texts. Transformers encodes each text between
+# control tokens separately.
 _TEMPLATE = """\
 {%- macro refuse(problem) -%}{{ raise_exception(problem) }}{%- endmacro -%}
 {%- if tools -%}{{ refuse('tools are not supported') }}{%- endif -%}
@@ -69,22 +69,23 @@ _FORMS = {
 }
 _FORMS["v3"] = _FORMS["v2"]
 
-_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's replacement for a space
 
 
 def files(
     data: bytes, tokenizer: Tokenizer, config: ModelConfig
 ) -> tuple[dict[str, Any], str | None]:
-    """Returns what Transformers reads in place of a SentencePiece file.
+    """Returns the JSON files that Transformers reads in place of a SentencePiece file.
+
+    `tokenizer.json` cannot express every SentencePiece model; it is then left out.
 
     Args:
-      data: the contents of that file.
-      tokenizer: what was read from it.
-      config: the model's.
+      data: the contents of the SentencePiece file.
+      tokenizer: the tokenizer that was read from the file.
+      config: the config of the model.
 
     Returns:
-      JSON values by the names of their files, and why `tokenizer.json` is not among them, which
-      can hold most vocabularies but not all; None = it is.
+      JSON values by file name, and the reason why `tokenizer.json` is left out; None = it is there.
     """
     try:
         pieces, rules = spm.pieces(data), spm.normalizer(data)
@@ -96,9 +97,9 @@ def files(
     elif not rules.is_identity:
         problem = "the tokenizer changes characters before it divides a text"
     elif any(piece.kind == Kind.UNUSED for piece in pieces):
-        problem = "the tokenizer has pieces that are not to be used"
+        problem = "the tokenizer has pieces that must not be used"
     contents = {
-        # Any other class divides texts by rules of its own, beside those of tokenizer.json.
+        # All other classes apply rules of their own in addition to those of tokenizer.json.
         "tokenizer_class": "LlamaTokenizer" if problem else "PreTrainedTokenizerFast",
         "bos_token": tokenizer.piece(tokenizer.bos_id),
         "eos_token": tokenizer.piece(tokenizer.eos_id),
@@ -109,8 +110,8 @@ def files(
         "clean_up_tokenization_spaces": False,
         "model_max_length": config.max_positions,
     }
-    # In v1 no control token divides a question from its answer, but the space in front of the
-    # answer does, unless a piece has both sides.
+    # In v1 there is no control token between a question and its answer. The space before the answer
+    # separates them, unless a piece contains both the end of the question and the space.
     divided = rules.prefix and not any(f"]{_SPACE}" in piece.text for piece in pieces)
     if tokenizer.version in _FORMS and pieces and (divided or tokenizer.version != "v1"):
         contents["chat_template"] = _template(*_FORMS[tokenizer.version])
@@ -183,8 +184,8 @@ def _tokenizer_json(pieces: Sequence[Piece], prefix: bool, tokenizer: Tokenizer)
 
 
 def _merges(pieces: Sequence[Piece]) -> Iterator[tuple[str, str]]:
-    """Yields the pairs that make a piece, in the order in which SentencePiece merges them."""
-    # A piece with a plain space is never found: all spaces of a text are U+2581 by then.
+    """Yields the pairs that merge to a piece, in SentencePiece's order of merges."""
+    # A piece with a plain space never occurs, because spaces are replaced by U+2581 first.
     plain = {
         piece.text: piece.score
         for piece in pieces
@@ -197,15 +198,16 @@ def _merges(pieces: Sequence[Piece]) -> Iterator[tuple[str, str]]:
 
 
 def _own(pieces: Sequence[Piece]) -> list[str]:
-    """Returns the user-defined pieces, which are found before anything is merged."""
+    """Returns the user-defined pieces, which are matched before any merge."""
     return [piece.text for piece in pieces if piece.kind == Kind.USER_DEFINED]
 
 
 def _pre_tokenizer(pieces: Sequence[Piece], tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """Returns what finds user-defined pieces: the longest at each place, as SentencePiece does.
+    """Returns a pre-tokenizer that isolates user-defined pieces, the longest match first.
 
-    A part that is in the vocabulary is then taken whole. One that only spells a control token or a
-    byte is text: it is divided again, where SentencePiece divides it.
+    `tokenizers` encodes a part that is in the vocabulary as one token. A text that spells a control
+    token or a byte must not become that token, so it is divided again where SentencePiece divides
+    it.
     """
     own = _own(pieces)
     if not own:

@@ -1,4 +1,4 @@
-"""A repository of the Hugging Face Hub in place of a source folder: it fetches what is needed."""
+"""Downloads the files of a checkpoint from a repository of the Hugging Face Hub."""
 
 import re
 from collections.abc import Callable
@@ -10,26 +10,26 @@ from .source import DETAILS, FORMATS, TOKENIZERS, Source, find
 
 
 def is_repository(name: Path | str) -> bool:
-    """Tells whether `name` looks like "mistralai/Mistral-7B-v0.1", and is no path."""
+    """Returns whether `name` looks like "mistralai/Mistral-7B-v0.1" and is not an existing path."""
     return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name))) and not Path(name).exists()
 
 
 def fetch(
     repository: str, format: str | None = None, say: Callable[[str], None] = lambda note: None
 ) -> Source:
-    """Downloads the files of one checkpoint into the Hub's cache, or finds them there.
+    """Downloads the files of one checkpoint to the Hub's cache, or finds them there.
 
     Args:
-      repository: its name on the Hub.
-      format: what to fetch of one that holds several checkpoints (see `source.find`).
-      say: is told if the Hub does not answer, and the cache is used as it is.
+      repository: name of the repository on the Hub.
+      format: the checkpoint to fetch if the repository holds several (see `source.find`).
+      say: called with a message if the Hub does not answer and the cached files are used.
 
     Returns:
-      The source; its folder is named like the commit that it was fetched at.
+      The source. The name of its folder is the commit.
 
     Raises:
-      ValueError: the Hub's own program is not installed, the Hub does not give the repository, or
-        it holds no such checkpoint.
+      ValueError: huggingface_hub is not installed, the repository does not exist or is not
+        accessible, or it holds no such checkpoint.
     """
     try:
         import huggingface_hub
@@ -62,7 +62,7 @@ def fetch(
         raise ValueError(refused + reason) from None
     except _NoCheckpoint:
         raise
-    except Exception as error:  # Each version of it has another library for the network.
+    except Exception as error:  # Network errors depend on the version of huggingface_hub.
         reason = str(error).partition("\n")[0].rstrip(".")
     cached = origin.snapshot(repository)
     if cached is None:
@@ -82,7 +82,7 @@ def fetch(
 
 
 class _NoCheckpoint(ValueError):
-    """What a repository lacks."""
+    """A repository does not hold the requested checkpoint."""
 
 
 def _find(repository: str, folder: Path, format: str | None, names: set[str]) -> Source:

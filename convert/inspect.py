@@ -1,4 +1,4 @@
-"""What a source or a checkpoint folder holds, in a screenful. It computes with no numbers."""
+"""Describes a source or a checkpoint folder: model, tokenizer, sizes and problems."""
 
 import collections
 import dataclasses
@@ -24,7 +24,7 @@ from . import architecture, tokens
 from .checks import match
 from .source import find
 
-# What fine-tunes of a released model change and still have its shape.
+# Fields that a fine-tune may change and still have the name of the released model.
 _FREE = ("max_positions", "bos_id", "eos_id", "other_eos_ids", "unnamed_tokens")
 
 Lines = Iterator[tuple[str, str]]
@@ -37,17 +37,21 @@ def inspect(
     rope_theta: float | None = None,
     verify: bool = False,
 ) -> Lines:
-    """Describes a folder, in labels and what there is to say under each.
+    """Yields the description of a folder.
 
     Args:
       folder: a source or a checkpoint.
-      format: what to look at in a source that holds several checkpoints (see `source.find`).
-      lengths: tokens of a text, to tell what its cache takes.
-      rope_theta: base of the rotary embedding, for sources that do not say.
-      verify: whether to read all files of a checkpoint and compare their checksums.
+      format: the checkpoint to describe if a source holds several (see `source.find`).
+      lengths: text lengths in tokens for which to give the size of the cache.
+      rope_theta: base of the rotary embedding, for sources that lack it.
+      verify: whether to read all files of a checkpoint and compare them with their checksums.
+
+    Yields:
+      Pairs of a label and a text of one line.
 
     Raises:
-      ValueError: the folder is neither, or its config is not one that this program understands.
+      ValueError: the folder is neither, its config is not supported, or `verify` finds damage or
+        is set for a source.
     """
     folder = Path(folder)
     yield "folder", str(folder)
@@ -55,7 +59,9 @@ def inspect(
         yield from _checkpoint(folder, lengths, verify)
     else:
         if verify:
-            raise ValueError(f"{folder} is no checkpoint, which alone has checksums to verify")
+            raise ValueError(
+                f"{folder} is no checkpoint; only checkpoints have checksums to verify"
+            )
         yield from _source(folder, format, lengths, rope_theta)
 
 
@@ -81,10 +87,10 @@ def _text(provenance: Mapping[str, Any], key: str) -> str | None:
 
 
 def _verified(folder: Path, described: Mapping[str, zarr.Array] | None) -> str:
-    """Reads all files of a checkpoint, and says what was compared."""
+    """Verifies all files of a checkpoint and returns what was compared."""
     sums = manifest.verify(folder)
     if described is None:
-        return "the sizes of all files; the first versions of this program wrote no more"
+        return "the sizes of all files; the first versions of this program recorded no checksums"
     zarr.verify(folder / "params", sums, described)
     if not sums:
         return f"{len(described)} arrays have finite numbers; it was written without checksums"
@@ -121,7 +127,14 @@ def _model(
     lengths: Sequence[int],
     quantized: Collection[Any] = (),
 ) -> Lines:
-    """Yields what a model is and takes; `quantized` are int8 values and scales, which stay so."""
+    """Describes a model and the memory that it needs.
+
+    Args:
+      config: the architecture.
+      theta_origin: source of the base of the rotary embedding.
+      lengths: text lengths in tokens.
+      quantized: int8 values and scales in the checkpoint, whose size does not depend on the dtype.
+    """
     yield "model", _name(config) or "none of those that this program knows by name"
     yield "layers", f"{config.num_layers}, width {config.embed_dim}, MLP {config.mlp_dim}"
     heads = f"{config.num_heads} query and {config.num_kv_heads} key-value heads"
@@ -164,7 +177,7 @@ def _tokenizer(file: Path | None) -> Lines:
 
 
 def _stored(tensors: Iterable[Any]) -> Lines:
-    """Yields what arrays, or descriptions of arrays, take on disk."""
+    """Describes the size on disk of arrays, by dtype."""
     sizes: collections.Counter[str] = collections.Counter()
     for tensor in tensors:
         sizes[str(tensor.dtype)] += _bytes(tensor)
@@ -176,7 +189,7 @@ def _bytes(array: Any) -> int:
 
 
 def _name(config: ModelConfig) -> str | None:
-    """Returns the name of the released model of the same shape and constants."""
+    """Returns the name of the released model with this architecture, or None."""
     for file in sorted((CONFIG_DIR / "models").glob("*.toml")):
         known = ModelConfig.from_name(file.stem)
         same = {name: getattr(config, name) for name in _FREE}

@@ -1,4 +1,4 @@
-"""A model by whatever name one has for it, ready to load. It converts nothing itself."""
+"""Finds or makes the checkpoint folder of a model, for notebooks."""
 
 import hashlib
 import itertools
@@ -15,23 +15,23 @@ from .to_orbax import to_orbax
 
 
 def prepare(model: Path | str | None, folder: Path | str = "checkpoints") -> Path | None:
-    """Returns the checkpoint folder of a model, converting it once if it is not one, with a bar.
+    """Returns the checkpoint folder of a model, and converts the model if necessary.
 
-    It is for notebooks, where one name at the top decides which model is used.
+    Notebooks call it with one name at the top that decides which model is used. A conversion shows
+    its progress.
 
     Args:
-      model: a checkpoint folder; or what `to_orbax` converts: a PyTorch checkpoint's folder, or the
-        name of a repository on the Hugging Face Hub. None = the model that comes with the package.
-      folder: where converted checkpoints are put, each under the last part of its model's name; of
-        several models with the same one, or of one whose files have changed, the later ones with a
-        number behind it.
+      model: a checkpoint folder; or a source for `to_orbax`: the folder of a PyTorch checkpoint, or
+        the name of a repository on the Hugging Face Hub. None = the bundled model.
+      folder: folder for converted checkpoints. Each gets the last part of the model's name, with a
+        number appended if that name is taken by another model or by other files.
 
     Returns:
-      What `mistral_jax.load` takes: a folder, or None. It was made from just this model: from the
-      same repository, or from files with the same bytes.
+      A folder, or None, for `mistral_jax.load`. An existing folder is returned only if it was made
+      from the same repository, or from files with the same bytes.
 
     Raises:
-      ValueError: as `to_orbax`; or the model's folder is gone.
+      ValueError: as `to_orbax`; or the folder of the model no longer exists.
     """
     if model is None:
         return None
@@ -43,7 +43,7 @@ def prepare(model: Path | str | None, folder: Path | str = "checkpoints") -> Pat
     elif not Path(model).exists() and manifest.is_checkpoint(Path(folder) / name):
         raise ValueError(
             f"{model} does not exist; {Path(folder) / name} was made from a folder of that name: "
-            "name this one in its place"
+            "use that path instead"
         )
     else:
         source = find(model)
@@ -62,7 +62,10 @@ def prepare(model: Path | str | None, folder: Path | str = "checkpoints") -> Pat
 
 
 def _made_from(source: Source, provenance: Mapping[str, Any]) -> bool:
-    """Tells whether a checkpoint was made from the files of a source, by as little as will do."""
+    """Returns whether a checkpoint was made from the files of a source.
+
+    It reads files, smallest first, only if their stamps differ from those recorded.
+    """
     if provenance.get("source_stamps") == source.stamps():
         return True
     sums = provenance.get("source_sha256")

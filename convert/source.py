@@ -1,6 +1,6 @@
-"""A source: a folder with a PyTorch checkpoint, recognised by its files, its tensors unread.
+"""Recognises a source, a folder with a PyTorch checkpoint, and locates its tensors.
 
-It knows where tensors lie, not what they mean. Every file is mapped into memory, never loaded.
+Files are memory-mapped, so tensors are read only when they are used.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ from . import torch_zip
 
 
 class Format(NamedTuple):
-    """The files of one format; `{}` stands for the number of a part."""
+    """The names of the files of one format; `{}` stands for the number of a part."""
 
     config: str
     weights: str
     index: str | None
 
 
-FORMATS = {  # In order of preference: safetensors first, and of these the fuller config.
+FORMATS = {  # in order of preference: safetensors first, then the more complete config
     "hf-safetensors": Format("config.json", "model.safetensors", "model.safetensors.index.json"),
     "official-safetensors": Format(
         "params.json", "consolidated.safetensors", "consolidated.safetensors.index.json"
@@ -37,17 +37,17 @@ FORMATS = {  # In order of preference: safetensors first, and of these the fulle
 }
 
 
-# Bytes of an index; that of a model of 1,000 tensors has some 100,000.
+# Maximum bytes of an index; one for 1,000 tensors takes about 100,000.
 _MOST_INDEX = 8 << 20
 _INDEX_RULES = {"weight_map": table_of(string())}
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1")
-# Beside a config of Hugging Face's format: they too may name the tokens that end an answer.
+# Files of Hugging Face's format that, like the config, may name the tokens that end an answer.
 DETAILS = ("generation_config.json", "tokenizer_config.json", "added_tokens.json")
 
 
 class Tensor(NamedTuple):
-    """A tensor, or one part of it, as it lies in a file."""
+    """A memory-mapped tensor, or one part of it, and its file."""
 
     file: Path
     array: np.ndarray
@@ -55,15 +55,15 @@ class Tensor(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A recognised folder.
+    """A folder with a PyTorch checkpoint.
 
     Attributes:
-      folder: where it is.
+      folder: path of the folder.
       format: key of `FORMATS`.
-      weight_files: those that hold its tensors, all there.
-      tokenizer_file: SentencePiece model, or None.
-      detail_files: those of `DETAILS` that belong to the format.
-      other_formats: what else the folder could be read as.
+      weight_files: files that hold the tensors; all of them exist.
+      tokenizer_file: SentencePiece file, or None.
+      detail_files: existing files of `DETAILS`, if the format is Hugging Face's.
+      other_formats: other keys of `FORMATS` that the folder holds a checkpoint for.
     """
 
     folder: Path
@@ -80,14 +80,15 @@ class Source:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """All files that a conversion reads."""
+        """The files that a conversion reads."""
         named = (self.config_file, self.tokenizer_file)
         return (*(file for file in named if file), *self.detail_files, *self.weight_files)
 
     def stamps(self) -> dict[str, str]:
-        """Returns what changes with each of the files, without reading them, by their names.
+        """Returns a stamp for each file by name; a stamp changes when the file changes.
 
-        It tells neither their paths nor their times to others.
+        It is a hash of path, size, inode and times, which the recorded stamp does not reveal. Files
+        are not read.
         """
         found = {}
         for file in self.files:
@@ -99,17 +100,17 @@ class Source:
 
     @property
     def official(self) -> bool:
-        """Whether names and rotary pairs are the official ones."""
+        """Whether tensor names and the order of rotary pairs are the official ones."""
         return self.format.startswith("official")
 
     def tensors(self, say: Callable[[str], None] = lambda note: None) -> dict[str, list[Tensor]]:
-        """Maps every tensor's name to where it lies: one place, or one a part (`consolidated.NN`).
+        """Returns the tensors by name: one each, or one for each part (`consolidated.NN.pth`).
 
         Args:
-          say: is told what is not plain in a file.
+          say: called with a message if the state dict is nested in another dict.
 
         Raises:
-          ValueError: a file is damaged, or two files hold the same tensor of which each is whole.
+          ValueError: a file is damaged, or two files hold the same tensor and are not parts.
         """
         found: dict[str, list[Tensor]] = {}
         for file in self.weight_files:
@@ -130,12 +131,13 @@ def find(
     """Recognises a source by the names of its files.
 
     Args:
-      folder: where it is.
-      format: a key of `FORMATS` or its beginning ("hf", "official"); None = the first that fits.
-      names: files that the folder has, or will have when they are needed; None = those it has.
+      folder: path of the folder.
+      format: a key of `FORMATS` or a prefix of one ("hf", "official"); None = the first match.
+      names: names of the files in the folder, including files still to be downloaded; None = list
+        the folder.
 
     Raises:
-      ValueError: the folder holds no such checkpoint, or only a part of one.
+      ValueError: the folder holds no such checkpoint, or an incomplete one.
     """
     folder = Path(folder)
     if names is None and not folder.is_dir():
@@ -176,7 +178,7 @@ def find(
 
 
 def _weight_files(folder: Path, format: Format, names: Collection[str]) -> list[str]:
-    """Returns the names of the files that hold the tensors, if any are there."""
+    """Returns the names of the files that hold the tensors; empty if the format does not match."""
     if format.index is None:
         return _parts(folder, names)
     if format.weights in names:

@@ -1,8 +1,8 @@
-"""The pickle of a state dict: an interpreter of the few opcodes that it needs.
+"""Interprets the pickle of a state dict without executing code from it.
 
-Python's own unpickler may call any function of the machine, allocates what an opcode names, and
-hashes what a pickle nests. This one calls nothing, and its time and memory are at most linear in
-the pickle's length.
+Python's unpickler can call any function, allocates the sizes that opcodes name, and hashes nested
+objects. This interpreter supports only the opcodes of a state dict, calls no function that a pickle
+names, and takes time and memory at most linear in the length of the pickle.
 """
 
 import pickletools
@@ -18,11 +18,11 @@ MakeTensor = Callable[[np.ndarray, int, tuple[int, ...], tuple[int, ...]], np.nd
 
 
 class Unknown(ValueError):
-    """The name of a function or class that a state dict does not need."""
+    """A pickle names a function or class that a state dict does not need."""
 
 
 class _Name(NamedTuple):
-    """A name that a pickle may mention. It stands for what `_call` does, and is no object."""
+    """The name of a function or class, never the object itself; `_call` does what it would do."""
 
     module: str
     name: str
@@ -64,20 +64,21 @@ _VALUES = {
 
 
 def load(data: bytes, storage: MakeStorage, tensor: MakeTensor) -> Any:
-    """Returns the object of a pickle: of numbers, texts, tuples, lists, dicts and tensors.
+    """Returns the object of a pickle: numbers, strings, tuples, lists, dicts and tensors.
 
     Args:
       data: the pickle.
-      storage: makes a storage of its class's name ("FloatStorage"), its key, and the number of its
+      storage: returns the storage for a class name ("FloatStorage"), a key and a number of
         elements.
-      tensor: makes a tensor of its storage, offset, shape and strides, all in elements.
+      tensor: returns the tensor for a storage, an offset, a shape and strides, all in elements.
 
     Raises:
-      Unknown: the pickle names what a state dict does not need.
-      Exception: it is damaged; an IndexError for instance, where it takes more than there is.
+      Unknown: the pickle names a function or class that a state dict does not need.
+      Exception: the pickle is damaged. The type varies: IndexError, for instance, if the stack is
+        empty.
     """
     stack: list[Any] = []
-    outer: list[list[Any]] = []  # The stacks below each mark.
+    outer: list[list[Any]] = []  # the stacks below each mark
     memo: dict[int, Any] = {}
     for opcode, argument, _ in pickletools.genops(data):
         name = opcode.name
@@ -128,7 +129,7 @@ def load(data: bytes, storage: MakeStorage, tensor: MakeTensor) -> Any:
         elif name == "STACK_GLOBAL":
             last, module = stack.pop(), stack.pop()
             if not isinstance(last, str) or not isinstance(module, str):
-                raise ValueError("a name that is no text")
+                raise ValueError("a name that is not a string")
             stack.append(_known(module, last))
         elif name == "BINPERSID":
             stack.append(_storage(stack.pop(), storage))
@@ -136,9 +137,9 @@ def load(data: bytes, storage: MakeStorage, tensor: MakeTensor) -> Any:
             arguments, function = stack.pop(), stack.pop()
             stack.append(_call(function, arguments, tensor))
         elif name == "BUILD":
-            stack.pop()  # The metadata of a state dict.
+            stack.pop()  # the metadata of a state dict
             if not isinstance(stack[-1], dict):
-                raise ValueError("a state for something that has none")
+                raise ValueError("a state for an object that is not a dict")
         elif name == "STOP":
             return stack.pop()
         elif name not in ("PROTO", "FRAME"):
@@ -148,21 +149,21 @@ def load(data: bytes, storage: MakeStorage, tensor: MakeTensor) -> Any:
 
 def _last(stack: list[Any], count: int) -> list[Any]:
     if len(stack) < count:
-        raise ValueError("a tuple of more than there is")
+        raise ValueError("a tuple of more items than there are")
     return stack[-count:]
 
 
 def _list(value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError("items for what is no list")
+        raise ValueError("items for an object that is not a list")
     return value
 
 
 def _put(target: Any, items: list[Any]) -> None:
     if not isinstance(target, dict) or len(items) % 2:
-        raise ValueError("items for what is no dict")
+        raise ValueError("items for an object that is not a dict")
     for key, value in zip(items[::2], items[1::2], strict=True):
-        # Numbers and texts alone: the hash of nested tuples has no bound of time.
+        # Integers and strings only: hashing nested tuples can take exponential time.
         if not isinstance(key, str | int | None):
             raise ValueError(f"a {type(key).__name__} as a key")
         target[key] = value
@@ -176,7 +177,7 @@ def _known(module: str, name: str) -> _Name:
 
 
 def _storage(pid: Any, make: MakeStorage) -> np.ndarray:
-    """Makes the storage that a pickle calls by the tuple `pid`."""
+    """Returns the storage for a persistent id, a tuple."""
     if not isinstance(pid, tuple) or len(pid) != 5:
         raise ValueError("a storage without a name")
     _, kind, key, _, count = pid
@@ -186,9 +187,9 @@ def _storage(pid: Any, make: MakeStorage) -> np.ndarray:
 
 
 def _call(function: Any, arguments: Any, tensor: MakeTensor) -> Any:
-    """Returns what a call would in PyTorch."""
+    """Returns the result that the named function would return in PyTorch."""
     if not isinstance(function, _Name) or not isinstance(arguments, tuple):
-        raise ValueError("a call of no function")
+        raise ValueError("a call of an object that is not a function")
     if function == _DICT and not arguments:
         return {}
     if function == _TENSOR:
@@ -200,7 +201,7 @@ def _call(function: Any, arguments: Any, tensor: MakeTensor) -> Any:
         names = isinstance(inner, _Name) and isinstance(kind, _Name)
         if names and inner == _TENSOR and kind in _TYPES:
             return _tensor(own, tensor)
-    raise ValueError(f"a call of {function.name} with other arguments than a state dict has")
+    raise ValueError(f"a call of {function.name} with arguments that no state dict has")
 
 
 def _tensor(arguments: Any, make: MakeTensor) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A PyTorch checkpoint becomes an Orbax one, a tensor at a time. It computes nothing but casts."""
+"""Converts a PyTorch checkpoint to a checkpoint folder, one tensor at a time."""
 
 import contextlib
 import hashlib
@@ -35,23 +35,22 @@ def to_orbax(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Converts a source folder into a checkpoint folder, which appears whole or not at all.
+    """Converts a PyTorch checkpoint to a checkpoint folder, which appears complete or not at all.
 
     Args:
-      source: the folder to read, or the name of a repository on the Hugging Face Hub to fetch.
+      source: the folder to read, or the name of a repository on the Hugging Face Hub.
       target: the checkpoint folder to make.
-      format: what to read of a folder that holds several checkpoints (see `source.find`).
-      dtype: of the arrays; None = each as in the source.
-      rope_theta: base of the rotary embedding, for sources that do not say.
-      quantize: "int8" rounds the matrices of projections and of the output to 8 bits, with a scale
-        for each output; None = they stay as they are.
-      overwrite: whether a checkpoint at `target` may be replaced, if nothing else is in its
-        folder.
-      progress: what to tell of the work's course; None = nothing.
+      format: the checkpoint to read if the folder holds several (see `source.find`).
+      dtype: dtype of the arrays; None = unchanged.
+      rope_theta: base of the rotary embedding, for sources that lack it.
+      quantize: "int8" = round the weights of the projections and of the output to 8 bits, with one
+        scale for each output; None = do not.
+      overwrite: whether to replace a checkpoint at `target`, if its folder holds nothing else.
+      progress: receives messages and the bytes done; None = nothing is shown.
 
     Raises:
-      ValueError: the source is no whole checkpoint of finite numbers and a known architecture,
-        `target` is taken, its disk is too full, or `quantize` is neither.
+      ValueError: the source is incomplete, has values that are not finite or an unsupported
+        architecture; `target` exists; its disk is too small; or `quantize` is unknown.
     """
     quantization.check(quantize)
     progress = progress or Progress()
@@ -101,7 +100,7 @@ def to_orbax(
         for weight, places in matched.items():
             array = _read(weight, places, config, found.official, dtype)
             if weight.path in outputs:
-                # In blocks: float32 copies of the largest array would take more than all else.
+                # In blocks, because a float32 copy of the largest array would dominate memory.
                 blocks = np.array_split(array, 1 + (array.nbytes >> 24))
                 made = [to_int8(np.float32(x), outputs[weight.path]) for x in blocks]
                 array = QuantizedMatrix(*map(np.concatenate, zip(*made, strict=True)))
@@ -115,9 +114,9 @@ def to_orbax(
 def _read(
     weight: Weight, places: Sequence[Tensor], config: ModelConfig, official: bool, dtype: str | None
 ) -> np.ndarray:
-    """Returns an array of the model: the file's own memory where nothing has to change."""
+    """Returns an array of the model; it is a view of the mapped file if nothing has to change."""
     tensor = weight.join([place.array for place in places])
-    with np.errstate(over="ignore"):  # What a dtype cannot hold is found below.
+    with np.errstate(over="ignore"):  # `check_finite` reports overflow.
         array = np.require(weight.from_file(tensor, config, official), dtype, ["C", "ALIGNED"])
     files = " and ".join(str(place.file) for place in places)
     cast = f" as {dtype}" if dtype else ""
@@ -127,7 +126,7 @@ def _read(
 
 @contextlib.contextmanager
 def _hashing(files: Sequence[Path]) -> Iterator[Callable[[], dict[str, str]]]:
-    """Yields a function that waits for the SHA-256 of each file; a thread of its own makes them."""
+    """Computes the SHA-256 of files in a thread; yields a function that waits for the digests."""
     stop = threading.Event()
 
     def sha256(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""An Orbax checkpoint becomes a PyTorch one, official or Hugging Face's. No PyTorch is needed."""
+"""Converts a checkpoint folder to a PyTorch checkpoint, official or Hugging Face's."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from . import architecture, hf_tokenizer
 from .checks import check_finite
 from .source import TOKENIZERS
 
-# What is written, of either format; tokenizers keep the names that they had.
+# Names of the files of both formats and of tokenizers. A folder with other files is not replaced.
 _FILES = re.compile(
     r"(config|params|generation_config|tokenizer|tokenizer_config|special_tokens_map|tekken)\.json"
     r"|[\w.-]+\.model(\.v\d+\w*)?|chat_template\.jinja"
@@ -41,22 +41,22 @@ def to_torch(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Writes a checkpoint folder as a PyTorch one, which appears whole or not at all.
+    """Converts a checkpoint folder to a PyTorch one, which appears complete or not at all.
 
     Args:
       checkpoint: the folder to read.
       target: the folder to make.
-      format: "hf" (config.json with model*.safetensors, and what Transformers needs to encode
-        texts and conversations) or "official" (params.json with consolidated.safetensors).
-      dtype: of the tensors; None = each as in the checkpoint.
-      shard_bytes: size above which the "hf" format begins another file.
-      overwrite: whether a PyTorch checkpoint at `target` may be replaced that this function made,
-        if nothing else is in its folder.
-      progress: what to tell of the work's course; None = nothing.
+      format: "hf" (config.json, model*.safetensors, and the tokenizer files of Transformers) or
+        "official" (params.json and consolidated.safetensors).
+      dtype: dtype of the tensors; None = unchanged.
+      shard_bytes: maximum bytes of tensors in one file of the "hf" format.
+      overwrite: whether to replace a PyTorch checkpoint at `target` that this function made, if
+        its folder holds nothing else.
+      progress: receives messages and the bytes done; None = nothing is shown.
 
     Raises:
-      ValueError: the checkpoint is not whole, or not as it was written, the format or the dtype
-        cannot hold it, `target` is taken, or its disk is too full.
+      ValueError: the checkpoint is incomplete or damaged; the format or the dtype cannot represent
+        it; `target` exists; or its disk is too small.
     """
     progress, checkpoint, official = progress or Progress(), Path(checkpoint), format == "official"
     kept = _kept if overwrite else None
@@ -70,8 +70,8 @@ def to_torch(
     stored = flatten_dict(arrays.stored(checkpoint / "params", arrays_on_disk), sep="/")
     if any(path.endswith("/values") for path in stored):
         raise ValueError(
-            f"{checkpoint} is rounded to 8 bits, which PyTorch's formats do not hold; export the "
-            "checkpoint that was not"
+            f"{checkpoint} is rounded to 8 bits, which PyTorch's formats do not hold; export one "
+            "that is not quantized"
         )
     dtypes = {path: np.dtype(dtype or array.dtype) for path, array in stored.items()}
     table, found = weights(config), {path: array.shape for path, array in stored.items()}
@@ -109,7 +109,7 @@ def to_torch(
             _write_json(part / "generation_config.json", ends)
         _write_json(part / ("params.json" if official else "config.json"), described)
         if tokenizer is not None:
-            # The official program tells a tokenizer's version by the end of its file's name.
+            # mistral-common reads the version of a tokenizer from the suffix of its file name.
             name = provenance.get("tokenizer")
             name = name if official and name in TOKENIZERS else vocabulary.name
             shutil.copyfile(vocabulary, part / name)
@@ -125,7 +125,10 @@ def _tensors(
     verify: Callable[[set[str]], None],
     advance: Advance,
 ) -> Iterator[np.ndarray]:
-    """Yields the tensors of a file in the order of the forward pass, read a layer at a time."""
+    """Yields the tensors of the target in the order of the forward pass.
+
+    It reads and verifies one layer at a time, so that memory stays bounded.
+    """
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     for group in groups(config):
         abstract = {
@@ -148,19 +151,19 @@ def _tensors(
 def _write_tokenizer(
     part: Path, data: bytes, tokenizer: Tokenizer, config: ModelConfig, progress: Progress
 ) -> None:
-    """Writes what Transformers reads in place of `tokenizer.model`."""
+    """Writes the tokenizer files that Transformers reads in place of `tokenizer.model`."""
     files, problem = hf_tokenizer.files(data, tokenizer, config)
     if problem:
         progress.say(
-            f"tokenizer.json is not written, for {problem}: Transformers needs sentencepiece and "
-            "protobuf to read tokenizer.model"
+            f"tokenizer.json is not written because {problem}; Transformers needs sentencepiece "
+            "and protobuf to read tokenizer.model"
         )
     for name, contents in files.items():
         _write_json(part / name, contents)
 
 
 def _shards(weights: list[Weight], sizes: list[int], limit: int) -> dict[str, list[Weight]]:
-    """Divides weights among files of at most `limit` bytes; a larger weight has its own file."""
+    """Assigns weights to files of at most `limit` bytes; a larger weight has its own file."""
     shards, size = [[]], 0
     for weight, bytes_ in zip(weights, sizes, strict=True):
         if shards[-1] and size + bytes_ > limit:
@@ -175,7 +178,7 @@ def _shards(weights: list[Weight], sizes: list[int], limit: int) -> dict[str, li
 
 
 def _kept(path: Path) -> str | None:
-    """Returns what keeps a folder from being replaced by what `to_torch` makes."""
+    """Returns why `to_torch` must not replace a folder, or None if it may."""
     if reason := folder.foreign(path, _FILES):
         return reason
     files = [file for file in sorted(path.glob("*.safetensors")) if not folder.is_stray(file.name)]

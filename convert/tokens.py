@@ -1,7 +1,4 @@
-"""What the files of a source say of its tokens: its tokenizer, and what ends an answer.
-
-It reads no tensors.
-"""
+"""Reads the tokenizer of a source, and the tokens that its files name as the end of an answer."""
 
 import dataclasses
 import re
@@ -25,7 +22,7 @@ from mistral_jax.tokens.tokenizer import Tokenizer
 from .architecture import Architecture
 from .source import Source
 
-_ID = integer(-(2**31))  # -1 stands for none.
+_ID = integer(-(2**31))  # some files use -1 for none
 _TOKEN = either(string(), table_of())
 _RULES = {
     "generation_config.json": {"eos_token_id": optional(either(_ID, list_of(_ID, 64)))},
@@ -38,12 +35,12 @@ _RULES = {
 
 
 class Tokens(NamedTuple):
-    """What a source says of its tokens.
+    """The tokenizer of a source, and its config with the tokens that end an answer.
 
     Attributes:
-      tokenizer: what its SentencePiece file holds; None = it has none.
-      config: its config, with all tokens that end an answer.
-      notes: sentences on what its files do not agree on.
+      tokenizer: the tokenizer; None = the source has no SentencePiece file.
+      config: the config, completed with all tokens that end an answer.
+      notes: messages about disagreements between files.
     """
 
     tokenizer: Tokenizer | None
@@ -52,23 +49,24 @@ class Tokens(NamedTuple):
 
 
 def read(source: Source, described: Architecture) -> Tokens:
-    """Reads all files of a source that tell of tokens, but for those that only Transformers needs.
+    """Reads the tokenizer of a source, and the tokens that end an answer from all files.
 
-    Training teaches the tokenizer's own end, which is the chat form's; generation stops at each.
+    Generation stops at any of these tokens. Training uses the tokenizer's EOS, because the chat
+    form ends answers with it.
 
     Args:
       source: the source.
-      described: what its config file says.
+      described: the contents of its config file.
 
     Raises:
-      ValueError: the tokenizer is another model's, or a file is not JSON or names an end in no
-        known way.
+      ValueError: the tokenizer does not fit the model, or a file is not JSON or has a value of an
+        unexpected type.
     """
     config, file, notes = described.config, source.tokenizer_file, []
     tokenizer = Tokenizer.from_file(file, config.vocab_size) if file else None
     if tokenizer is not None:
         unnamed = config.vocab_size - tokenizer.vocab_size
-        # Of more tokens without a piece than with one, it is not the model's.
+        # If fewer than half of the tokens have a piece, `check_tokenizer` raises an error.
         if checkpoint.MOST_UNNAMED < unnamed <= tokenizer.vocab_size:
             config = dataclasses.replace(config, unnamed_tokens=unnamed)
             notes.append(
@@ -93,7 +91,7 @@ def read(source: Source, described: Architecture) -> Tokens:
 def _ends(
     source: Source, described: Architecture, tokenizer: Tokenizer | None
 ) -> tuple[dict[int, dict[str, None]], list[str]]:
-    """Returns the tokens that end an answer, each with the files that say so, and notes."""
+    """Returns the tokens that end an answer, each with the files that name it, and notes."""
     raw: dict[str, Mapping[str, Any]] = {name: {} for name in _RULES}
     for file in source.detail_files:
         raw[file.name] = read_json(file)
@@ -114,14 +112,14 @@ def _ends(
             ends.setdefault(token, {})[name] = None
         else:
             notes.append(
-                f"{name} ends an answer with token {token}, which is left out: the model has "
-                f"{size} tokens"
+                f"{name} ends an answer with token {token}, which is ignored: the model has {size} "
+                "tokens"
             )
     return ends, notes
 
 
 def _own(config: Mapping[str, Any], added: Mapping[str, Any]) -> list[int]:
-    """Returns the ids of the end that a tokenizer_config.json names, which has its spelling."""
+    """Returns the ids of the end token that `tokenizer_config.json` names by its spelling."""
     name = _spelling(config.get("eos_token"))
     decoder = config.get("added_tokens_decoder") or {}
     ids = [

@@ -1,7 +1,7 @@
-"""A `.pth` or `.bin` file: a zip of raw storages, and a pickle that shapes them into tensors.
+"""Maps the tensors of a `.pth` or `.bin` file, which is a zip of raw storages and a pickle.
 
-PyTorch isn't needed, and no function that a file names is called: see `state_pickle.py`. Old files
-that are no zip are not read.
+It needs no PyTorch and calls no function that a file names (see `state_pickle.py`). Files of
+PyTorch before 1.6 are not zips and are refused.
 """
 
 import io
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401 - NumPy then knows the name bfloat16.
+import ml_dtypes  # noqa: F401 - registers the dtype bfloat16 with NumPy
 import numpy as np
 from rich.filesize import decimal
 
@@ -22,32 +22,33 @@ from mistral_jax.base.files import check_content
 
 from . import state_pickle
 
-# Bytes of the zip's table and of its pickle; those of a model of 1,000 tensors have some 200,000.
+# Maximum bytes of the zip's central directory and of the pickle; for 1,000 tensors both take about
+# 200,000.
 _MOST_TABLE, _MOST_PICKLE = 8 << 20, 2 << 20
 _MOST_TENSORS = 1 << 16
 _MOST_AXES = 8
-# How PyTorch before 1.6 began its files: a pickle of this number.
+# First bytes of files of PyTorch before 1.6: the pickle of a magic number.
 _BEFORE_1_6 = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 class _Refused(ValueError):
-    """What is wrong with a file, in a sentence that names it."""
+    """A file cannot be read; the message names the file."""
 
 
 def read(file: Path, say: Callable[[str], None] = lambda note: None) -> dict[str, np.ndarray]:
-    """Maps the tensors of a file that `torch.save` wrote from a state dict.
+    """Maps the tensors of a state dict that `torch.save` wrote.
 
     Args:
       file: the file.
-      say: is told what is not plain: that the state dict lies within another dict.
+      say: called with a message if the state dict is nested in another dict.
 
     Returns:
-      Views of the mapped file by name; nothing is read before it is used.
+      Views of the memory-mapped file by name; values are read when they are used.
 
     Raises:
-      ValueError: the file is damaged, of an old or foreign format, or its pickle names something
-        that a state dict does not need.
-      OSError: it cannot be read.
+      ValueError: the file is damaged or has an unsupported format, or its pickle names a function
+        or class that a state dict does not need.
+      OSError: the file cannot be read.
     """
     check_content(file, "the weights")
     members = _Members(file)
@@ -55,7 +56,7 @@ def read(file: Path, say: Callable[[str], None] = lambda note: None) -> dict[str
         root = members.root()
         order = root + "byteorder"
         if order in members and bytes(members.get(order, 16)) != b"little":
-            raise _Refused(f"{file} is of a big-endian machine; only little-endian is read")
+            raise _Refused(f"{file} was written on a big-endian machine; expected little-endian")
         tensors = _Tensors(members, root)
         pickled = bytes(members.get(root + "data.pkl", _MOST_PICKLE))
         held = state_pickle.load(pickled, tensors.storage, tensors.tensor)
@@ -98,7 +99,7 @@ def _is_state_dict(value: Any) -> bool:
 
 
 class _Bounded(io.FileIO):
-    """A file of which no more is read at once than a zip's table may have."""
+    """A file that limits single reads, so that a forged zip directory cannot exhaust memory."""
 
     def read(self, size: int = -1) -> bytes:
         data = super().read(_MOST_TABLE + 1 if size < 0 else min(size, _MOST_TABLE + 1))
@@ -108,7 +109,7 @@ class _Bounded(io.FileIO):
 
 
 class _Members:
-    """The members of a zip, mapped into memory."""
+    """The memory-mapped members of a zip."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -119,21 +120,26 @@ class _Members:
                     self._infos = {info.filename: info for info in archive.infolist()}
             except (_Refused, MemoryError):
                 raise
-            except Exception as error:  # A damaged table too.
+            except Exception as error:  # zipfile raises errors of many types for a damaged file
                 raise _Refused(_why_no_zip(file, self._mapped[:16], error)) from None
 
     def __contains__(self, name: str) -> bool:
         return name in self._infos
 
     def root(self) -> str:
-        """Returns what the names of all members begin with."""
+        """Returns the common prefix of the names of all members."""
         pickles = [name for name in self._infos if name.endswith("data.pkl")]
         if len(pickles) != 1:
             raise _Refused(f"{self.file} has {len(pickles)} members data.pkl; expected one")
         return pickles[0].removesuffix("data.pkl")
 
     def get(self, name: str, limit: int | None = None) -> memoryview:
-        """Returns the bytes of a member; those of one with a `limit` are checked by their CRC."""
+        """Returns the bytes of a member.
+
+        Args:
+          name: name of the member.
+          limit: maximum size in bytes, which also enables the check of the CRC; None = neither.
+        """
         info = self._infos.get(name)
         if info is None:
             raise _Refused(f"{self.file} has no member {name}, which its pickle names")
@@ -143,28 +149,29 @@ class _Members:
             raise _Refused(
                 f"member {name} of {self.file} has {info.file_size} bytes; expected at most {limit}"
             )
-        # The name and extra field of the local header may differ from the directory's in length.
+        # The name and the extra field of the local header can have other lengths than those in the
+        # central directory.
         header = self._mapped[info.header_offset : info.header_offset + 30]
         lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         start = info.header_offset + 30 + lengths
         data = memoryview(self._mapped)[start : start + info.file_size]
         if header[:4] != b"PK\x03\x04" or len(data) != info.file_size:
             raise _Refused(f"{self.file} is cut short or damaged at its member {name}")
-        # PyTorch can be told to make no sums, and writes 0 for them.
+        # PyTorch writes 0 if it was told to compute no CRC.
         if limit is not None and info.CRC and zlib.crc32(data) != info.CRC:
             raise _Refused(f"{self.file} is damaged: its member {name} has another CRC-32")
         return data
 
 
 class _Tensors:
-    """Makes the tensors of a pickle."""
+    """Makes the storages and tensors that a pickle describes."""
 
     def __init__(self, members: _Members, root: str):
         self._members, self._root, self._count = members, root, 0
         self.file = members.file
 
     def storage(self, kind: str, key: str, count: int) -> np.ndarray:
-        """Returns a storage by its key."""
+        """Returns the storage `key` as an array of one axis."""
         dtype, name = np.dtype(state_pickle.STORAGES[kind]), f"{self._root}data/{key}"
         data = self._members.get(name)
         if not 0 <= count * dtype.itemsize <= len(data):
@@ -177,7 +184,7 @@ class _Tensors:
     def tensor(
         self, storage: np.ndarray, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]
     ) -> np.ndarray:
-        """Does what `torch._utils._rebuild_tensor_v2` does, within the storage's bounds."""
+        """Does the work of `torch._utils._rebuild_tensor_v2` and checks the storage's bounds."""
         self._count += 1
         if self._count > _MOST_TENSORS or len(shape) > _MOST_AXES:
             raise _Refused(

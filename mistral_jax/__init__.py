@@ -1,4 +1,4 @@
-"""Mistral 7B in JAX with Flax linen: convert, load, generate, score, train."""
+"""Mistral 7B in JAX with Flax linen: convert, load, generate, score and train."""
 
 import importlib
 import os
@@ -6,12 +6,12 @@ import sys
 
 from mistral_jax.base import VERSION as __version__  # noqa: F401
 
-if sys.argv[:1] == ["-m"]:  # So it is while Python looks for the command that it will run.
+if sys.argv[:1] == ["-m"]:  # Python sets this while it looks up the module to run.
     from mistral_jax.cli import command
 
     command.begin()
 
-# In a checkout, `convert` and `configs` stand beside this package instead of inside it.
+# In a checkout, `convert` and `configs` are next to this package instead of inside it.
 _root = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 if os.path.isfile(os.path.join(_root, "pyproject.toml")):
     __path__.append(_root)
@@ -33,7 +33,7 @@ __all__ = [*sorted(_HOME_OF)]
 
 
 def __getattr__(name: str):
-    """Imports a public name when it is first used: a command pays only for what it needs."""
+    """Imports a public name at its first use, so that commands import only what they need."""
     if name not in _HOME_OF:
         raise AttributeError(f"module 'mistral_jax' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"mistral_jax.{_HOME_OF[name]}"), name)

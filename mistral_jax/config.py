@@ -1,6 +1,7 @@
-"""The architecture of a model: `ModelConfig`, and its checks.
+"""`ModelConfig`, the architecture of a model.
 
-It holds no mesh, no dtype of computation and no path.
+A config describes the architecture only: meshes, computation dtypes, batch sizes and paths belong
+to the caller.
 """
 
 import dataclasses
@@ -30,9 +31,9 @@ _MOST_ENDS = 64
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The shape and constants of a Mistral model: all that its forward pass depends on but weights.
+    """The dimensions and constants that, with the parameters, define a model's forward pass.
 
-    Letters in parentheses are those of the legend in `model/transformer.py`.
+    The letters in parentheses are those of the legend in `model/transformer.py`.
 
     Attributes:
       vocab_size: number of tokens (V).
@@ -43,21 +44,21 @@ class ModelConfig:
       num_kv_heads: key-value heads (K); divides num_heads.
       head_dim: width of a head (H); even, and not always D / N.
       rope_theta: base of the rotary embedding (10000 for v0.1, 1e6 for v0.2 and v0.3).
-      sliding_window: keys that a query sees, its own included (W); None for all; a list has one
-        entry a layer, and is stored as a tuple, or as its value where all are the same.
-      dilation: distance between neighbouring keys that a query sees (Longformer, arXiv 2004.05150,
-        section 3.1); 1 = every key, as all Mistral models have it; a list as for sliding_window.
+      sliding_window: number of keys visible to a query, its own included (W); None = all. A list
+        has one entry for each layer; it is stored as a tuple, or as one value if all are equal.
+      dilation: distance between neighbouring visible keys (Longformer, arXiv 2004.05150, section
+        3.1); 1 = no gaps, as in all Mistral models; a list as for sliding_window.
       norm_eps: epsilon of every RMSNorm.
       tie_embeddings: whether the output projection is the embedding table.
-      max_positions: tokens a sequence may have (prompt and continuation).
+      max_positions: maximum number of tokens of a sequence, prompt and continuation together.
       bos_id: token that begins a text.
-      eos_id: token that ends an answer, and that training teaches to end with.
-      other_eos_ids: more tokens that end an answer; a list is stored as a tuple, without `eos_id`.
-      unnamed_tokens: tokens, the last ones, that the tokenizer is known to have no piece for: they
-        were added to the model, or pad its tables.
+      eos_id: token that ends an answer; training teaches the model to end answers with it.
+      other_eos_ids: other tokens that end an answer; a list is stored as a tuple without `eos_id`.
+      unnamed_tokens: number of tokens at the end of the vocabulary that are known to have no piece
+        in the tokenizer, because they were added to the model or pad its embedding table.
 
     Raises:
-      ValueError: a value is missing, of the wrong type, or does not fit the others.
+      ValueError: a value has the wrong type, is out of range, or does not fit the other values.
     """
 
     vocab_size: int
@@ -136,31 +137,28 @@ class ModelConfig:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The tokens that end an answer, `eos_id` first: generation stops at each of them."""
+        """The tokens that end an answer, `eos_id` first; generation stops at any of them."""
         return (self.eos_id, *self.other_eos_ids)
 
     def taught_to_end_with(self, token: int) -> "ModelConfig":
-        """Returns the config of a model that training teaches to end with `token`.
-
-        The tokens that ended an answer before still do.
-        """
+        """Returns a copy whose `eos_id` is `token`; the previous end tokens still end an answer."""
         return dataclasses.replace(self, eos_id=token, other_eos_ids=self.eos_ids)
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The window of each layer: L entries."""
+        """The `sliding_window` of each layer, L entries."""
         return self._by_layer(self.sliding_window)
 
     @property
     def dilations(self) -> tuple[int, ...]:
-        """The dilation of each layer's window: L entries."""
+        """The `dilation` of each layer, L entries."""
         return self._by_layer(self.dilation)
 
     @property
     def spans(self) -> tuple[int | None, ...]:
-        """Tokens from the oldest key that a query of each layer may see to its own, both included.
+        """Number of tokens that each layer must keep in its cache, L entries; None = all.
 
-        It is how many tokens a layer must remember: W, or (W - 1) * dilation + 1; None = all.
+        It counts from the oldest visible key to the query's own: (W - 1) * dilation + 1.
         """
         return tuple(
             None if window is None else (window - 1) * dilation + 1
@@ -176,7 +174,7 @@ class ModelConfig:
         return self.num_heads // self.num_kv_heads
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as JSON values, such that `from_dict` gives an equal config."""
+        """Returns the fields as JSON values, from which `from_dict` builds an equal config."""
         fields = dataclasses.asdict(self)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
@@ -185,9 +183,9 @@ class ModelConfig:
         """Builds a config from its fields.
 
         Args:
-          fields: one entry a field, as `to_dict` writes. TOML has no null, so a file may say
-            `sliding_window = "none"`.
-          source: what messages call the place that the fields came from.
+          fields: values by field name, as `to_dict` returns. `sliding_window` may be "none" in
+            place of None, because TOML has no null.
+          source: name of the file for error messages.
 
         Raises:
           ValueError: a field is unknown, missing or invalid.
@@ -202,7 +200,11 @@ class ModelConfig:
 
     @classmethod
     def from_name(cls, name: str) -> "ModelConfig":
-        """Reads `configs/models/<name>.toml`, for instance "mistral-7b-v0.1"."""
+        """Reads `configs/models/<name>.toml`, for instance "mistral-7b-v0.1".
+
+        Raises:
+          ValueError: there is no such file, or a field is invalid.
+        """
         known = {path.stem: path for path in sorted((CONFIG_DIR / "models").glob("*.toml"))}
         if name not in known:
             raise ValueError(f"no model config named {name!r}; there are {', '.join(known)}")
@@ -210,15 +212,15 @@ class ModelConfig:
 
 
 def find(kind: str, name: str | Path, what: str) -> Path:
-    """Returns the TOML file that a name stands for: `configs/<kind>/<name>.toml`, or else its path.
+    """Returns the path `configs/<kind>/<name>.toml` if it exists, else `name` as a path.
 
     Args:
-      kind: a folder of `configs/`.
-      name: of a file in it, without its ending; or a path to another file.
-      what: what messages call it.
+      kind: name of a folder in `configs/`.
+      name: name of a file in that folder without its suffix, or the path of another file.
+      what: name of the kind of file for error messages.
 
     Raises:
-      ValueError: there is no such file; the known names are listed.
+      ValueError: there is no such file; the message lists the known names.
     """
     folder = CONFIG_DIR / kind
     for path in (folder / f"{name}.toml", Path(name)):
@@ -232,8 +234,7 @@ def _above_zero(most: int) -> Rule:
     return integer(1, most)._replace(expected=f"an integer above 0 and at most {most}")
 
 
-# Larger than any model, small enough to compute with: shapes stay below 2**63 bytes, and positions
-# below 2**31.
+# The limits exceed every model, and keep arrays below 2**63 bytes and positions below 2**31.
 RULES = {
     "vocab_size": _above_zero(1 << 24),
     "num_layers": _above_zero(1 << 10),

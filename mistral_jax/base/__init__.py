@@ -1,6 +1,6 @@
-"""What every folder uses: files from outside, checked fields, the machine, its memory, messages."""
+"""Utilities that every folder uses: validation, file reading, devices, memory and messages."""
 
 VERSION = "0.1.0"
 
-# What the parameters of a model may be, and what it may compute in.
+# Supported dtypes, of parameters and of computation.
 DTYPES = ("bfloat16", "float16", "float32")

@@ -1,7 +1,7 @@
-"""Checks values from outside by a table of types and ranges, before anything is computed of them.
+"""Validates external values against declared types and ranges before they are used.
 
-A table of `Rule`s describes a foreign file (`check_table`); a dataclass describes our own (`build`,
-`check`).
+A table of `Rule`s describes the values of a foreign file (`check_table`). A dataclass describes a
+file of this project's own format (`build`, `check`).
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ _SHOWN = 80  # characters of a value in a message
 
 
 class Rule(NamedTuple):
-    """What a value may be.
+    """A condition on a value, and its description.
 
     Attributes:
-      expected: what a message calls it.
-      accepts: whether a value is so; it takes any.
+      expected: description of valid values for an error message.
+      accepts: returns whether a value is valid; takes a value of any type.
     """
 
     expected: str
@@ -32,7 +32,7 @@ class Rule(NamedTuple):
 
 
 def integer(least: int, most: int = LARGEST_INT) -> Rule:
-    """Returns the rule of a whole number; true and false are none."""
+    """Returns a rule for an integer from `least` to `most`; booleans are not accepted."""
     return Rule(
         f"an integer of at least {least} and at most {most}",
         lambda x: isinstance(x, int) and not isinstance(x, bool) and least <= x <= most,
@@ -40,11 +40,11 @@ def integer(least: int, most: int = LARGEST_INT) -> Rule:
 
 
 def number(least: float, most: float, above: bool = False) -> Rule:
-    """Returns the rule of a finite number; with `above` it must not be `least` itself."""
+    """Returns a rule for a finite number from `least` to `most`; `above` excludes `least`."""
     beginning = "above" if above else "of at least"
     return Rule(
         f"a finite number {beginning} {least:g} and at most {most:g}",
-        # A NaN is in no range, and an integer may be too large for a float.
+        # Comparisons are false for NaN. No conversion: an integer may be too large for a float.
         lambda x: (
             isinstance(x, int | float)
             and not isinstance(x, bool)
@@ -55,19 +55,19 @@ def number(least: float, most: float, above: bool = False) -> Rule:
 
 
 def boolean() -> Rule:
-    """Returns the rule of true or false."""
+    """Returns a rule for a boolean."""
     return Rule("true or false", lambda x: isinstance(x, bool))
 
 
 def string(*known: str) -> Rule:
-    """Returns the rule of a string, or of one of `known`."""
+    """Returns a rule for a string: any, or one of `known`."""
     if not known:
         return Rule("a string", lambda x: isinstance(x, str))
     return Rule(f"one of {', '.join(known)}", lambda x: isinstance(x, str) and x in known)
 
 
 def list_of(item: Rule, most: int = LARGEST_INT) -> Rule:
-    """Returns the rule of a list, with its items' rule and the number of them."""
+    """Returns a rule for a list of at most `most` items that `item` accepts."""
     limit = "" if most == LARGEST_INT else f" of at most {most} items"
     return Rule(
         f"a list{limit}, each {item.expected}",
@@ -76,7 +76,7 @@ def list_of(item: Rule, most: int = LARGEST_INT) -> Rule:
 
 
 def table_of(value: Rule | None = None) -> Rule:
-    """Returns the rule of an object (a table in TOML), with the rule of its values."""
+    """Returns a rule for a JSON object or TOML table whose values `value` accepts."""
     of = f", each value {value.expected}" if value else ""
     return Rule(
         f"an object{of}",
@@ -85,7 +85,7 @@ def table_of(value: Rule | None = None) -> Rule:
 
 
 def either(*rules: Rule) -> Rule:
-    """Returns the rule of a value that one of `rules` accepts."""
+    """Returns a rule for a value that at least one of `rules` accepts."""
     return Rule(
         ", or ".join(rule.expected for rule in rules),
         lambda x: any(rule.accepts(x) for rule in rules),
@@ -93,15 +93,20 @@ def either(*rules: Rule) -> Rule:
 
 
 def optional(rule: Rule) -> Rule:
-    """Returns the rule of a value that may be null."""
+    """Returns a rule for a value that `rule` accepts, or null."""
     return either(rule, Rule("null", lambda x: x is None))
 
 
 def check_table(values: Mapping[str, Any], rules: Mapping[str, Rule], source: str) -> None:
-    """Checks the values that have a rule; a missing one is for the caller to miss.
+    """Checks the values that have a rule. Missing values are not an error.
+
+    Args:
+      values: values by name.
+      rules: rules by name.
+      source: name of the file or table for error messages.
 
     Raises:
-      ValueError: a value is of another type or out of range; `source` is named.
+      ValueError: a value has the wrong type or is out of range.
     """
     for name, rule in rules.items():
         if name in values and not rule.accepts(values[name]):
@@ -109,7 +114,7 @@ def check_table(values: Mapping[str, Any], rules: Mapping[str, Rule], source: st
 
 
 def show(value: Any) -> str:
-    """Returns a value for a message: its `repr`, shortened in the middle."""
+    """Returns the `repr` of a value for an error message, shortened in the middle if it is long."""
     shortener = reprlib.Repr()
     shortener.maxstring = shortener.maxother = shortener.maxlong = _SHOWN
     shortener.maxlevel, shortener.maxtuple, shortener.maxlist, shortener.maxdict = 3, 8, 8, 8
@@ -118,13 +123,13 @@ def show(value: Any) -> str:
 
 
 def build(cls: type[T], fields: Mapping[str, Any], source: str, prefix: str = "") -> T:
-    """Builds a dataclass, and those within it, from nested tables.
+    """Builds a dataclass, and the dataclasses nested in it, from nested tables.
 
     Args:
       cls: the dataclass.
-      fields: its values by name; lists stand for tuples.
-      source: what messages call their place.
-      prefix: names of the tables around it.
+      fields: values by field name; a list is converted for a field that is a tuple.
+      source: name of the file or table for error messages.
+      prefix: names of the enclosing tables, each followed by a dot.
 
     Raises:
       ValueError: a name is unknown or missing, or a value is invalid.
@@ -161,16 +166,18 @@ def build(cls: type[T], fields: Mapping[str, Any], source: str, prefix: str = ""
 
 
 def check(made: Any, prefix: str = "", rules: Mapping[str, Rule] = MappingProxyType({})) -> None:
-    """Checks the values of a dataclass, as its `__post_init__`.
+    """Checks the values of a dataclass; called from its `__post_init__`.
+
+    A field without a rule is checked by its type: an integer must be at least 1, a float finite and
+    at least 0.
 
     Args:
-      made: the dataclass; by their types, whole numbers must be at least 1, and others finite and
-        at least 0.
-      prefix: what stands before names in messages.
-      rules: what fields must be that have a rule of their own.
+      made: the dataclass instance.
+      prefix: text in front of field names in error messages.
+      rules: rules by field name.
 
     Raises:
-      ValueError: a value is not of its field's type, or out of range.
+      ValueError: a value has the wrong type for its field, or is out of range.
     """
     hints = typing.get_type_hints(type(made))
     for field in dataclasses.fields(made):
@@ -183,7 +190,7 @@ def check(made: Any, prefix: str = "", rules: Mapping[str, Rule] = MappingProxyT
 
 
 def _rule(kind: Any) -> Rule:
-    """Returns the rule of a field that has none of its own."""
+    """Returns the default rule for a field of the type `kind`."""
     if kind in _RULES:
         return _RULES[kind]
     if typing.get_origin(kind) is tuple:
@@ -204,5 +211,5 @@ _RULES = {
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
-    """Returns the types of a union, in their order, or the one type."""
+    """Returns the member types of a union in order, or a single type as a tuple of one."""
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)

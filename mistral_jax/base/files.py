@@ -1,7 +1,7 @@
-"""Reads files that come from outside: text, JSON, JSON Lines and TOML, by one set of rules.
+"""Reads external text, JSON, JSON Lines and TOML files by one set of rules.
 
-Each reader takes regular files only (or a pipe, where it reads once and says so), stops at a size
-that such a file can sensibly have, drops a byte order mark, and expects UTF-8. It knows no formats.
+Every reader accepts regular files only (some also a pipe), limits the size, removes a byte order
+mark and expects UTF-8.
 """
 
 import gzip
@@ -17,30 +17,32 @@ from typing import Any, BinaryIO
 
 from rich.filesize import decimal
 
-MARK = b"\xef\xbb\xbf"  # Windows begins files with it.
+MARK = b"\xef\xbb\xbf"  # UTF-8 byte order mark, which Windows programs write
 
-# Bytes that a file of each kind may have.
+# Size limits in bytes.
 MOST_TOML = 1 << 20
 MOST_JSON = 64 << 20
 MOST_TEXT = 64 << 20
 MOST_LINE = 16 << 20
-# What git leaves in place of a large file until `git lfs pull` fetches it.
+# First bytes of the pointer that git leaves in place of a file until `git lfs pull` fetches it.
 _POINTER = b"version https://git-lfs.github.com/spec/"
-# Objects, lists and tables within each other. Whoever walks a value may recurse that deep.
+# Nesting depth of objects, lists and tables: code that walks a value recurses at most this deep.
 MOST_NESTED = 64
 
 
 def check_regular(path: Path | str, limit: int = 1 << 62, pipe: bool = False) -> None:
-    """Refuses what cannot be read, before it is opened.
+    """Checks, before a file is opened, that it can be read.
+
+    Opening a pipe or a device could block, and reading one might never end.
 
     Args:
       path: the file.
-      limit: bytes that it may have.
-      pipe: whether a pipe will do: it is read once, up to `limit`.
+      limit: maximum size in bytes.
+      pipe: whether to accept a pipe too, whose size is not known.
 
     Raises:
-      ValueError: there is no such file, it is a folder, a device or a pipe, or it is larger.
-      OSError: the system does not tell.
+      ValueError: the file does not exist, is a folder, a device or a pipe, or is too large.
+      OSError: the file system cannot be queried.
     """
     try:
         status = os.stat(path)
@@ -58,16 +60,15 @@ def check_regular(path: Path | str, limit: int = 1 << 62, pipe: bool = False) ->
 
 
 def check_content(path: Path | str, expected: str) -> None:
-    """Refuses a file without content of its own, before another library opens it.
+    """Checks that a file is neither empty nor a Git LFS pointer, before another library opens it.
 
     Args:
       path: a file of any size.
-      expected: what a message calls the content: "the weights".
+      expected: name of the content for error messages, for instance "the weights".
 
     Raises:
-      ValueError: there is no such file, it is no regular file, it is empty, or it is a pointer of
-        Git LFS.
-      OSError: the system does not tell, or it cannot be read.
+      ValueError: the file does not exist, is not a regular file, is empty, or is a Git LFS pointer.
+      OSError: the file cannot be read.
     """
     check_regular(path, 1 << 62)
     with open(path, "rb") as file:
@@ -78,9 +79,16 @@ def check_content(path: Path | str, expected: str) -> None:
 
 
 def read_bytes(path: Path | str, limit: int = MOST_TEXT, pipe: bool = False) -> bytes:
-    """Reads a whole file; arguments and errors are those of `check_regular`.
+    """Reads a whole file.
 
-    A ValueError also tells of a pointer of Git LFS in place of the file.
+    Args:
+      path: the file.
+      limit: maximum size in bytes.
+      pipe: whether to accept a pipe too.
+
+    Raises:
+      ValueError: as `check_regular`; or the file is a Git LFS pointer.
+      OSError: the file cannot be read.
     """
     check_regular(path, limit, pipe)
     with open(path, "rb") as file:
@@ -90,7 +98,11 @@ def read_bytes(path: Path | str, limit: int = MOST_TEXT, pipe: bool = False) -> 
 
 
 def read_stream(file: BinaryIO, source: str, limit: int = MOST_TEXT) -> bytes:
-    """Reads an open file to its end; a ValueError names `source` if it has more than `limit`."""
+    """Reads an open file to its end.
+
+    Raises:
+      ValueError: the file has more than `limit` bytes; the message names `source`.
+    """
     data = file.read(limit + 1)
     if len(data) > limit:
         raise ValueError(f"{source} has more than {decimal(limit)}; expected less")
@@ -98,19 +110,28 @@ def read_stream(file: BinaryIO, source: str, limit: int = MOST_TEXT) -> bytes:
 
 
 def read_text(path: Path | str, limit: int = MOST_TEXT, pipe: bool = False) -> str:
-    """Reads a text in UTF-8, its line ends as they are.
+    """Reads a text in UTF-8 without converting line endings.
 
-    Arguments and errors are those of `check_regular`; a ValueError also says what is not UTF-8.
+    Arguments and errors are those of `read_bytes`; text that is not UTF-8 also raises ValueError.
     """
     return decode(read_bytes(path, limit, pipe), str(path))
 
 
 def decode(data: bytes, source: str, kind: str = "UTF-8") -> str:
-    """Decodes UTF-8 without its byte order mark; a ValueError names `source` and the bad byte."""
+    """Decodes UTF-8 and removes a byte order mark.
+
+    Args:
+      data: the bytes.
+      source: name of their source for error messages.
+      kind: name of the expected content for error messages.
+
+    Raises:
+      ValueError: a byte is not UTF-8.
+    """
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        # The codec counts from behind the mark.
+        # `error` counts bytes from the end of the byte order mark.
         start = error.start + len(data) - len(error.object)
         raise ValueError(
             f"{source} is not {kind}: byte 0x{data[start]:02x} at offset {start}; convert it to "
@@ -119,19 +140,19 @@ def decode(data: bytes, source: str, kind: str = "UTF-8") -> str:
 
 
 def split_lines(text: str) -> list[str]:
-    """Splits a text at line feeds alone, with or without a carriage return before them.
+    r"""Splits a text at "\n" and "\r\n" only.
 
-    `str.splitlines` would also split at a form feed, at U+0085 and at U+2028.
+    `str.splitlines` also splits at a form feed, at U+0085 and at U+2028.
     """
     return [line.removesuffix("\r") for line in text.split("\n")]
 
 
 def read_json(path: Path | str, limit: int = MOST_JSON) -> dict[str, Any]:
-    """Reads a JSON file that must hold an object.
+    """Reads a JSON file whose top-level value is an object.
 
     Raises:
-      ValueError: there is no such file, it is too large, not JSON, or holds no object.
-      OSError: it cannot be read.
+      ValueError: the file does not exist, is too large, is not JSON or holds another value.
+      OSError: the file cannot be read.
     """
     data = read_bytes(path, limit)
     if not data.strip():
@@ -143,7 +164,11 @@ def read_json(path: Path | str, limit: int = MOST_JSON) -> dict[str, Any]:
 
 
 def parse_json(text: str, source: str) -> Any:
-    """Parses JSON; a ValueError names `source` and the mistake."""
+    """Parses JSON.
+
+    Raises:
+      ValueError: the text is not valid JSON or is nested too deeply; the message names `source`.
+    """
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -160,11 +185,12 @@ def read_toml(path: Path | str) -> dict[str, Any]:
     """Reads a TOML file.
 
     Raises:
-      ValueError: there is no such file, it is too large, or no TOML; it names the place.
-      OSError: it cannot be read.
+      ValueError: the file does not exist, is too large, is not valid TOML (the message gives line
+        and column), or is nested too deeply.
+      OSError: the file cannot be read.
     """
     text = decode(read_bytes(path, MOST_TOML), str(path), "valid TOML")
-    # The parser's time grows with the square of a key's parts.
+    # tomllib takes time quadratic in the number of parts of a dotted key.
     bare = re.sub(r"#[^\n]*", "", re.sub(r'"[^"\n]*"|\'[^\'\n]*\'', "", text))
     keys = re.split(r"[,={}\[\]\n]", bare)
     if any(key.count(".") >= MOST_NESTED for key in keys):
@@ -180,18 +206,18 @@ def read_toml(path: Path | str) -> dict[str, Any]:
 
 
 def read_lines(path: Path | str) -> Iterator[tuple[str, bytes]]:
-    """Yields the lines of a file that hold something, and the place of each, in bounded memory.
+    """Yields the lines of a file that are not blank, in bounded memory.
 
     Args:
-      path: a regular file of any size, unpacked on the way if its name ends with ".gz".
+      path: a regular file of any size; it is decompressed if its name ends with ".gz".
 
     Yields:
-      Where a line stands ("data.jsonl, line 7", from 1 on), and its bytes.
+      The location of a line ("data.jsonl, line 7", counted from 1) and its bytes.
 
     Raises:
-      ValueError: there is no such file, it is no regular one, or is no whole gzip file, or a line
-        is longer than `MOST_LINE`.
-      OSError: it cannot be read.
+      ValueError: the file does not exist, is not a regular file or not a complete gzip file, or a
+        line is longer than `MOST_LINE` bytes.
+      OSError: the file cannot be read.
     """
     check_regular(path)
     try:
@@ -215,19 +241,19 @@ def read_records(
     skip: Callable[[str], None] | None = None,
     is_log: bool = False,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the objects of a file of JSON Lines, one a line, in bounded memory.
+    """Yields the objects of a JSON Lines file in bounded memory.
 
     Args:
       path: as for `read_lines`.
-      skip: is given a sentence on each line that holds no object, which is left out; None = such a
-        line is an error.
-      is_log: whether a last line without an end, which a crash cut off, is left out.
+      skip: called with an error message for each line that is not a JSON object, which is then
+        skipped; None = such a line raises ValueError.
+      is_log: whether to ignore a last line without a line feed, which a crash may have cut off.
 
     Yields:
-      Where an object stands ("data.jsonl, line 7"), and the object.
+      The location of an object ("data.jsonl, line 7") and the object.
 
     Raises:
-      ValueError: as `read_lines`; or a line is not UTF-8, not JSON, or no object.
+      ValueError: as `read_lines`; or a line is not a JSON object in UTF-8.
       OSError: the file cannot be read.
     """
     for where, line in read_lines(path):
@@ -244,9 +270,9 @@ def read_records(
 
 
 def _parse_record(line: bytes) -> dict[str, Any]:
-    """Returns the JSON object that a line holds; a ValueError does not name the place."""
+    """Returns the JSON object of a line; the caller adds the location to a ValueError."""
     if line.lstrip().startswith(b"["):
-        raise ValueError("it begins a JSON list; expected JSON Lines, which is an object a line")
+        raise ValueError("it begins a JSON list; expected JSON Lines: one object per line")
     try:
         text = line.decode()
     except UnicodeDecodeError as error:
@@ -267,7 +293,7 @@ def _parse_record(line: bytes) -> dict[str, Any]:
 
 
 def _check_depth(value: Any, source: str) -> None:
-    level = [value]
+    level = [value]  # level by level, because recursion could overflow the stack
     for _ in range(MOST_NESTED):
         level = [
             inner

@@ -1,4 +1,4 @@
-"""The machine under a program: its caches, accelerators and speed. It loads no model."""
+"""Sets up the devices, compilation cache and cache folders of the machine a program runs on."""
 
 import contextlib
 import functools
@@ -20,7 +20,7 @@ _CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 _CACHE_WARNING = re.compile(
     "Error (?P<what>reading|writing) persistent compilation cache entry for '(?P<name>[^']+)'"
 )
-# What a TPU's machine would say.
+# Environment variables that a TPU machine sets. Without them libtpu queries a metadata server.
 _NO_TPU = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -28,11 +28,11 @@ _NO_TPU = {
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, so that later runs start faster.
+    """Enables JAX's persistent compilation cache, so that later runs start faster.
 
-    A folder that the user has named (JAX_COMPILATION_CACHE_DIR) stays; where none can be made,
-    programs are compiled anew each time. JAX removes no program that it cannot read, and none that
-    is old: this does.
+    The cache is in JAX_COMPILATION_CACHE_DIR if that is set, else in the user's cache folder. If
+    that folder cannot be created, programs are compiled in every run. JAX keeps unreadable and old
+    entries for ever; this function removes them.
     """
     _mend_cache()
     if os.environ.get(_CACHE_VARIABLE):
@@ -43,16 +43,16 @@ def use_compilation_cache() -> None:
         return
     _remove_oldest(path)
     jax.config.update("jax_compilation_cache_dir", str(path))
-    # Small programs add up: the default leaves out what compiles within a second.
+    # By default JAX does not cache programs that compile within a second, but these add up.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _mend_cache() -> None:
-    """Has programs that JAX cannot read be removed, so that it writes them anew.
+    """Removes cache entries that JAX cannot read, so that JAX writes them again.
 
-    JAX tells of them by a warning alone, and writes none over what is there. The warning names the
-    program's function, which is the first part of its file's name. A program that could not be
-    written whole is removed, too; that is shown, but once.
+    JAX only warns about such an entry and does not overwrite it. The warning names the program's
+    function, with which the entry's file name begins. Entries that could not be written completely
+    are removed too, and the first of these warnings is shown.
     """
     before, told = warnings.showwarning, []
 
@@ -74,7 +74,7 @@ def _mend_cache() -> None:
 
 
 def _remove_oldest(folder: Path, most: int = 4 << 30) -> None:
-    """Removes the files that were used the longest ago, until `most` bytes are left."""
+    """Removes the least recently used files until at most `most` bytes are left."""
     files = []
     for path in folder.iterdir():
         with contextlib.suppress(OSError):
@@ -91,29 +91,32 @@ def _remove_oldest(folder: Path, most: int = 4 << 30) -> None:
 
 
 def open_devices(devices: Path = Path("/dev")) -> None:
-    """Has JAX open the devices that it will use; without a TPU, libtpu is kept quiet.
+    """Initializes JAX's devices, without libtpu's errors on a machine that has no TPU.
 
-    Numbers of 64 bits, for which JAX_ENABLE_X64 asks, would serve no command. Call it after
-    `distributed.initialize`, before anything that uses a device.
+    It also turns JAX_ENABLE_X64 off, because no command uses 64-bit numbers. Call it after
+    `distributed.initialize` and before anything that uses a device.
+
+    Args:
+      devices: folder of the device files; tests pass another.
 
     Raises:
-      ValueError: a platform that JAX_PLATFORMS names is not there.
+      ValueError: JAX_PLATFORMS names a platform without a device.
     """
     jax.config.update("jax_enable_x64", False)
-    # Where there is no TPU, libtpu prints errors about a pod's variables, and asks a server.
+    # Without a TPU, libtpu prints errors about missing variables and queries a metadata server.
     absent = not any(any(devices.glob(pattern)) for pattern in ("accel*", "vfio/[0-9]*"))
     told = any(name in os.environ for name in ("TPU_WORKER_ID", *_NO_TPU))
     quiet = _NO_TPU if absent and not told else {}
     os.environ |= quiet
     try:
         jax.devices()
-    except Exception as error:  # Of a platform without a device JAX raises an AssertionError.
+    except Exception as error:  # JAX raises AssertionError for a platform without a device.
         asked = jax.config.jax_platforms
         if not asked:
             raise
         reason = str(error).partition("\n")[0].partition(" (set JAX_PLATFORMS")[0]
         raise ValueError(
-            f"JAX finds no device of JAX_PLATFORMS={asked!r}{': ' * bool(reason)}{reason}; unset "
+            f"JAX finds no device for JAX_PLATFORMS={asked!r}{': ' * bool(reason)}{reason}; unset "
             'it to use what is there, or install what it needs: pip install -U "jax[cuda13]"'
         ) from None
     finally:
@@ -122,12 +125,16 @@ def open_devices(devices: Path = Path("/dev")) -> None:
 
 
 def unseen_accelerator(devices: Path = Path("/dev")) -> str | None:
-    """Returns a line about a GPU or TPU that is here but that JAX does not use, or None.
+    """Returns a note if this machine has a GPU or TPU that JAX does not use, else None.
+
+    Args:
+      devices: folder of the device files; tests pass another.
 
     Raises:
-      ValueError: a platform that JAX_PLATFORMS names is not there.
+      ValueError: JAX_PLATFORMS names a platform without a device.
     """
-    logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)  # It says the same, longer.
+    # JAX logs a longer warning about the same.
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
     open_devices()
     if os.environ.get("JAX_PLATFORMS") or jax.local_devices()[0].platform != "cpu":
         return None
@@ -142,7 +149,7 @@ def unseen_accelerator(devices: Path = Path("/dev")) -> str | None:
 
 @functools.cache
 def processor() -> str:
-    """Returns what tells this processor's instructions from another's; on Linux, names of them."""
+    """Returns a string that identifies this CPU's instruction set, as a key for cached binaries."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -152,11 +159,14 @@ def processor() -> str:
 
 
 def read_bandwidth() -> float:
-    """Measures the bytes a second at which a device reads its memory: the best of five products.
+    """Measures the memory bandwidth of the default device.
 
-    A matrix times a vector, which reads each number once, as decoding reads the weights.
+    It times a matrix-vector product, which reads each element once, as decoding reads the weights.
+
+    Returns:
+      Bytes per second, the best of five runs.
     """
-    matrix = jnp.ones((8192, 8192), jnp.float32)  # 256 MiB: more than any cache holds
+    matrix = jnp.ones((8192, 8192), jnp.float32)  # 256 MiB: larger than any cache
     multiply = jax.jit(lambda matrix, vector: matrix @ vector)
 
     def seconds():
@@ -169,10 +179,10 @@ def read_bandwidth() -> float:
 
 
 def cache_folder(name: str) -> Path:
-    """Makes a folder among the user's caches, and returns it.
+    """Creates the folder `name` in the user's cache folder and returns its path.
 
     Raises:
-      OSError or RuntimeError: there is no home, or a read-only one.
+      OSError or RuntimeError: the user has no home folder, or it is read-only.
     """
     path = _user_cache() / "mistral_jax" / name
     path.mkdir(parents=True, exist_ok=True)

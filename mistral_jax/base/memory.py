@@ -1,4 +1,4 @@
-"""The memory of a machine: what is free, what arrays will take, the most in use, large pages."""
+"""Measures the memory of host and devices, and moves arrays to large pages."""
 
 import ctypes
 import math
@@ -11,23 +11,23 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-_CGROUPS = (  # the limit, what is used, and how it divides: version 2, then version 1
+_CGROUPS = (  # files with limit, usage and details of the usage: cgroup version 2, then 1
     ("memory.max", "memory.current", "memory.stat"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
 )
-_LARGE_PAGE = 2 << 20  # bytes, on x86-64 and on ARM with small pages of 4 KB
+_LARGE_PAGE = 2 << 20  # bytes, on x86-64 and on ARM with a base page of 4 KB
 _LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 HOST = "this machine"
 
 
 class Demand(NamedTuple):
-    """What some arrays ask of one place.
+    """The memory that arrays need in one place, and what is free there.
 
     Attributes:
-      place: what a message calls it.
-      needed: bytes that they take there.
-      free: bytes that it has left; None = it does not say.
+      place: name of the host or device for messages.
+      needed: bytes that the arrays take.
+      free: bytes that are free; None = unknown.
     """
 
     place: str
@@ -36,13 +36,13 @@ class Demand(NamedTuple):
 
 
 def demands(arrays: Iterable[jax.ShapeDtypeStruct], staging: int = 0) -> list[Demand]:
-    """Returns what arrays with shardings ask of each memory of this process.
+    """Returns the memory that arrays will need on the host and on each device of this process.
 
-    CPU devices share one: the host's.
+    All CPU devices share the memory of the host.
 
     Args:
-      arrays: what there will be.
-      staging: bytes that the host needs besides, for what is on its way to the devices.
+      arrays: shapes, dtypes and shardings of the arrays.
+      staging: bytes that the host needs in addition, to copy arrays to the devices.
     """
     needed: dict[jax.Device | None, int] = {None: staging} if staging else {}
     for array in arrays:
@@ -59,12 +59,12 @@ def demands(arrays: Iterable[jax.ShapeDtypeStruct], staging: int = 0) -> list[De
 
 
 def host_free(root: Path = Path("/")) -> int | None:
-    """Returns the bytes that this process can still allocate; None = the system does not say.
+    """Returns the bytes of host memory that this process can still allocate; None = unknown.
 
-    It is the smaller of what the machine has and what the limit of its container leaves.
+    It is the smaller of the machine's free memory and what the container's limit leaves.
 
     Args:
-      root: where /proc and /sys are.
+      root: folder that holds /proc and /sys; tests pass another.
     """
     found = [_available(root / "proc/meminfo")]
     found += [_cgroup_left(root / "sys/fs/cgroup", *names) for names in _CGROUPS]
@@ -72,9 +72,10 @@ def host_free(root: Path = Path("/")) -> int | None:
 
 
 def peak() -> int | None:
-    """Returns the most bytes in use so far, in the fullest memory here; None = nobody has told.
+    """Returns the peak memory use so far in bytes; None = unknown.
 
-    Accelerators: of their own memory. CPU devices: of the machine's, by this process.
+    On accelerators it is the peak of the device that used most; on CPUs, the peak resident memory
+    of this process.
     """
     if jax.local_devices()[0].platform != "cpu":
         stats = [device.memory_stats() or {} for device in jax.local_devices()]
@@ -90,21 +91,22 @@ def peak() -> int | None:
 
 
 def to_large_pages(tree: Any) -> Any:
-    """Moves a CPU's arrays to pages of 2 MB, where Linux gives them on request, as by default.
+    """Moves the arrays of a CPU to huge pages (2 MiB), where Linux provides them on request.
 
-    A token reads every weight once; on pages of 4 KB a part of its time goes into finding the next.
+    Each decoding step reads every weight once; with pages of 4 KiB, part of its time is spent on
+    TLB misses.
 
     Args:
-      tree: arrays; those that are moved are consumed, one after another.
+      tree: pytree of arrays. Those that are moved are deleted, one after another.
 
     Returns:
-      The tree. Of an array, whole large pages lie on such, and its end on small ones; arrays
-      smaller than one, on another device or on several are those given.
+      The same pytree. The last partial huge page of an array stays on small pages. Arrays smaller
+      than a huge page, on an accelerator or on several devices are returned unchanged.
     """
     if not _LARGE_PAGES.is_file() or "[madvise]" not in _LARGE_PAGES.read_text():
         return tree
     tree = jax.tree.map(_to_large_pages, tree)
-    # What was consumed lay between what is still in use: glibc would keep it for later.
+    # glibc keeps freed memory between blocks in use; this returns it to the system.
     getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)
     return tree
 
@@ -127,7 +129,7 @@ def _cgroup_left(root: Path, limit: str, used: str, stat: str) -> int | None:
     limits, uses = _lines(root / limit), _lines(root / used)
     if not limits or not uses or limits[0] == "max":
         return None
-    # Files that were read count as used until something else needs their memory.
+    # Usage includes the page cache of files, which the kernel frees on demand.
     counts = dict(line.split() for line in _lines(root / stat))
     cached = counts.get("total_inactive_file", counts.get("inactive_file", 0))
     return int(limits[0]) - int(uses[0]) + int(cached)

@@ -1,6 +1,6 @@
-"""What a program tells its user: sentences, each in one line, and how far long work has come.
+"""Messages of one line and progress for the user, on standard error.
 
-It imports nothing slow before it is needed.
+Slow imports are inside functions, so that commands can import this module first.
 """
 
 import re
@@ -9,16 +9,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# Characters of a message, of a path in it, and of any other word.
+# Maximum characters of a message, of a path in it, and of any other word.
 _MESSAGE, _PATH, _WORD = 400, 255, 80
 
 Advance = Callable[[int], None]
 
 
 def one_line(text: str) -> str:
-    """Returns a text for one line of a terminal: escaped, and shortened where it is long.
+    """Returns a text that is safe to print on one line of a terminal.
 
-    What is no printable character could move the cursor, and a name from a file be of any length.
+    Characters that are not printable are escaped, because they could move the cursor. Long words
+    and long texts, such as names from a file, are shortened in the middle.
     """
     text = text[: 1 << 16] + text[1 << 16 :][-(1 << 10) :]
     text = "".join(
@@ -40,32 +41,42 @@ def _shorten(text: str, limit: int) -> str:
 
 
 def tell(sentence: str) -> None:
-    """Prints a sentence for the user on standard error, beside the output."""
+    """Prints a message for the user on standard error."""
     print(one_line(sentence), file=sys.stderr, flush=True)
 
 
 class Progress:
-    """A listener that says nothing, for work that a program asks for."""
+    """Receives the messages and the progress of long work, and ignores both.
+
+    It is the default of library functions; commands pass a `Screen`.
+    """
 
     def say(self, sentence: str) -> None:
-        """Takes a sentence that the user should know."""
+        """Receives a message for the user."""
 
     @contextmanager
     def task(self, size: int) -> Iterator[Advance]:
-        """Yields a function to call with the bytes of each part of `size` that is done."""
+        """Yields a function to call with the number of bytes done since the last call.
+
+        Args:
+          size: bytes in all.
+        """
         yield lambda count: None
 
 
 class Screen(Progress):
-    """A listener on standard error: a bar on a terminal, else a line for every tenth part."""
+    """Shows messages and progress on standard error.
+
+    Progress is a bar on a terminal, and one line for each tenth of the work elsewhere.
+    """
 
     def say(self, sentence: str) -> None:
-        """Prints the sentence."""
+        """Prints a message."""
         tell(sentence)
 
     @contextmanager
     def task(self, size: int) -> Iterator[Advance]:
-        """Shows the bytes done, of `size`, and their rate."""
+        """Shows the bytes done, out of `size`, and the rate."""
         from rich.console import Console
         from rich.progress import (
             BarColumn,

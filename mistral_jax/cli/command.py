@@ -1,7 +1,7 @@
-"""What all commands share: errors in one line, a status for each end, the options of a layout.
+"""The shared parts of all commands: start and exit, errors of one line, common options.
 
-A command may be one of several processes: then the first alone prints, and none waits for the dead.
-It imports nothing slow, so that a command can call `begin` before it does.
+If a command runs as several processes, only the first one prints, and no process waits for one that
+failed. Slow imports are inside functions, so that `begin` can run before them.
 """
 
 import argparse
@@ -18,22 +18,22 @@ from collections.abc import Callable, Iterator
 from mistral_jax.base import DTYPES
 from mistral_jax.base.output import one_line, tell
 
-# Seconds that a first process which fails leaves to the others for saying why they do too.
+# Seconds that the first process waits after an error, so that the others can report theirs.
 _GRACE = 2
-# Seconds of silence after which a command says that it compiles.
+# Seconds after which a command says that it is compiling.
 _PATIENCE = 3
 
-# Standard streams that were closed when the program began.
+# Names of the standard streams that were closed when the program started.
 closed: set[str] = set()
 
 
 def begin() -> None:
-    """Prepares the process of a command, before its slow imports.
+    """Prepares the process of a command before its slow imports.
 
-    Ctrl-C ends it at once and quietly: an exception could be raised anywhere in a library that is
-    being imported, and be printed, swallowed or end the process otherwise. Standard streams that
-    are closed become /dev/null: else the next file that is opened takes their place. A terminal of
-    no columns has as many as one that does not say.
+    From now on Ctrl-C exits at once and silently. A KeyboardInterrupt could be raised inside any
+    library that is being imported, which may print or swallow it. Closed standard streams are
+    connected to /dev/null; otherwise the next file that is opened takes their descriptor. Invalid
+    values of COLUMNS and LINES are removed.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -47,7 +47,7 @@ def begin() -> None:
     for name in ("COLUMNS", "LINES"):
         if not re.fullmatch("0*[1-9][0-9]{0,3}", os.environ.get(name, "80")):
             del os.environ[name]
-    # A shell makes what it runs in the background deaf to Ctrl-C; it stays so.
+    # A shell lets its background jobs ignore SIGINT; keep that.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
 
@@ -60,17 +60,17 @@ def _open_nothing(number: int) -> None:
 
 
 def _leave(number, frame) -> None:
-    """Ends the process as Ctrl-C does, whatever it is in."""
-    with contextlib.suppress(Exception):  # It may be in the middle of a write.
+    """Handles Ctrl-C: exits at once with status 130."""
+    with contextlib.suppress(Exception):  # The signal may have interrupted a write.
         sys.stdout.flush()
         if sys.stderr.isatty():
-            os.write(2, b"\x1b[?25h\n")  # A bar hides the cursor.
+            os.write(2, b"\x1b[?25h\n")  # shows the cursor, which a progress bar hides
     os._exit(130)
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Has Ctrl-C raise KeyboardInterrupt inside, for work that cleans up or goes on after it."""
+    """Makes Ctrl-C raise KeyboardInterrupt in the context, for work that must clean up."""
     quiet = threading.current_thread() is threading.main_thread() and (
         signal.getsignal(signal.SIGINT) is _leave
     )
@@ -90,7 +90,7 @@ def called(name: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, like all others of a command."""
+    """An argument parser with errors of one line and the option --traceback."""
 
     def __init__(self, *args, add_traceback: bool = True, **options):
         super().__init__(*args, **options)
@@ -103,55 +103,55 @@ class Parser(argparse.ArgumentParser):
             )
 
     def error(self, message: str):
-        """Ends the program."""
+        """Prints the message and exits with status 2."""
         self.exit(2, f"error: {one_line(message)} (--help shows all options)\n")
 
 
 def add_model(group: argparse._ActionsContainer) -> None:
-    """Adds the options that name a model to use."""
+    """Adds the options that select and load a model."""
     add = group.add_argument
-    add("--checkpoint", metavar="DIR", help="its folder [the bundled model]")
+    add("--checkpoint", metavar="DIR", help="checkpoint folder [the bundled model]")
     add(
         "--dtype",
         choices=DTYPES,
         metavar="TYPE",
         help="bfloat16, float16 or float32 [as stored; float32 on a CPU that has the memory]",
     )
-    add("--lora", metavar="DIR", help="adapters to use with it: PEFT's folder or Mistral's file")
+    add("--lora", metavar="DIR", help="LoRA adapters to load: a PEFT folder or a file of Mistral's")
     add(
         "--quantize",
         choices=("int8",),
-        help="round its matrices to 8 bits as they are read, for a quarter of the memory",
+        help="round weights to 8 bits as they are loaded, a quarter of the memory of float32",
     )
 
 
 def add_cache(group: argparse._ActionsContainer) -> None:
-    """Adds the option that does without programs compiled earlier."""
+    """Adds the option that disables the compilation cache."""
     group.add_argument(
         "--no-compilation-cache",
         dest="compilation_cache",
         action="store_false",
-        help="compile anew, and keep nothing in the user's cache folder",
+        help="compile all programs again, and store none in the user's cache folder",
     )
 
 
 def add_layout(group: argparse._ActionsContainer) -> None:
-    """Adds the options that spread a model over devices."""
+    """Adds the options that partition a model over devices."""
     group.add_argument(
         "--sharding",
         metavar="NAME",
-        help="spread it over all devices, as configs/sharding/NAME.toml says, or a file like it",
+        help="partition the model over all devices by configs/sharding/NAME.toml or another file",
     )
     group.add_argument(
         "--mesh",
         type=_mesh,
         metavar="AXIS=N,...",
-        help="sizes of its mesh axes, such as tensor=4,data=2 [as the file says]",
+        help="sizes of the mesh axes, such as tensor=4,data=2 [from the sharding file]",
     )
 
 
 def count(text: str) -> int:
-    """Reads how many, the type of such an option."""
+    """Parses the value of an option that is a positive integer."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
@@ -173,20 +173,22 @@ def run(
     pods: bool = True,
     show_traceback: bool = False,
 ) -> int:
-    """Does what a command is for, together with the other processes of the program, if any.
+    """Runs the task of a command, together with the other processes of the program, if any.
+
+    An exception becomes an error of one line and an exit status.
 
     Args:
-      task: does it; returns an exit status, None = 0. Its ValueErrors and OSErrors are for the user
-        to mend. Whatever it raises is shown in one line.
-      interrupted: what Ctrl-C says.
-      unread: the exit status where nobody reads the output any more; not 0 if that leaves work
-        undone.
-      pods: whether it is one program on all hosts of a pod; see `distributed.initialize`.
-      show_traceback: whether to print the traceback of an error, too.
+      task: the function to run; returns an exit status, None = 0. It raises ValueError or OSError
+        for errors that the user can correct.
+      interrupted: message after Ctrl-C.
+      unread: exit status if the reader of standard output closes it; not 0 if that leaves the task
+        unfinished.
+      pods: whether the command is one program on all hosts of a pod; see `distributed.initialize`.
+      show_traceback: whether to print the traceback of an error too.
 
     Returns:
-      The exit status: the task's own, `unread`, 2 after an error of the user's, 1 after another,
-      or 130 after Ctrl-C.
+      The exit status: that of the task; `unread`; 2 after a ValueError or OSError; 1 after another
+      error; 130 after Ctrl-C.
     """
     name, failed, errors = "", True, sys.stderr
     try:
@@ -200,7 +202,7 @@ def run(
             sys.stdout.flush()
             distributed.sync()
         failed = False
-    except BrokenPipeError:  # The reader has enough: what is still buffered goes nowhere.
+    except BrokenPipeError:  # The reader closed the pipe; discard what is still buffered.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = unread
     except KeyboardInterrupt:
@@ -214,7 +216,7 @@ def run(
         said, status = _explain(error)
         print(f"error: {name}{one_line(said)}", file=errors)
     if name and failed:
-        # The way out that JAX offers waits for the other processes, which wait for this one.
+        # JAX's exit handler waits for the other processes, which wait for this one.
         errors.flush()
         time.sleep(_GRACE if distributed.is_first() else 0)
         os._exit(status)
@@ -222,7 +224,7 @@ def run(
 
 
 def _explain(error: Exception) -> tuple[str, int]:
-    """Returns a sentence on an error, and the exit status."""
+    """Returns the message for an error and the exit status."""
     import traceback  # Slow on Python 3.14, whose module colors its text.
 
     if isinstance(error, ValueError | OSError) and str(error):
@@ -234,7 +236,7 @@ def _explain(error: Exception) -> tuple[str, int]:
         what = "something is nested too deeply"
     else:
         what = f"{type(error).__name__}: {said}" if said else type(error).__name__
-    # The last place in our own code says more than one deep in a library.
+    # The innermost line of this project's code is more useful than one inside a library.
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if _is_ours(frame.filename)] or frames
     place = f"{os.path.basename(own[-1].filename)}, line {own[-1].lineno}"
@@ -249,7 +251,7 @@ def _is_ours(file: str) -> bool:
 
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Has warnings be shown in one line, without the place in the code; those of loggers, too."""
+    """Shows warnings and logged messages on one line each, without their place in the code."""
     import logging
 
     class Line(logging.Handler):
@@ -270,10 +272,10 @@ def _plain_warnings() -> Iterator[None]:
 
 @contextlib.contextmanager
 def announced() -> Iterator[Callable[[], None]]:
-    """Says on standard error that programs are compiled and kept, if the user has to wait for it.
+    """Tells the user that programs are being compiled, if that takes some seconds.
 
     Yields:
-      What to call when there is something to see: from then on nothing is said.
+      A function to call when the first output appears; the message is not shown after that.
     """
     import jax
 
@@ -305,10 +307,10 @@ def announced() -> Iterator[Callable[[], None]]:
 
 
 def _leave_output_to_first() -> str:
-    """Silences this process unless it is the first; returns its name for its errors.
+    """Silences this process unless it is the first; returns its name for error messages.
 
-    The file descriptor of the standard output is another from now on: the runtime's libraries write
-    lines of their own to it.
+    In the first process, `sys.stdout` gets a new file descriptor and descriptor 1 becomes standard
+    error, because the runtime's libraries write to descriptor 1.
     """
     import jax
 

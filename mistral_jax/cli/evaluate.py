@@ -1,4 +1,4 @@
-"""The command line of evaluation, `python -m mistral_jax.evaluate`: it parses, calls and prints."""
+"""The evaluation command, `python -m mistral_jax.evaluate`."""
 
 import argparse
 import contextlib
@@ -13,30 +13,30 @@ from typing import Any
 
 from mistral_jax.cli import command
 
-_UNFOLDED = 1000  # columns of a table that is no terminal's
+_UNFOLDED = 1000  # columns of a table that is not printed on a terminal
 
 Value = str | int | float | None
 
 DESCRIPTION = """\
-Tells how well a model foretells texts (perplexity, bits a byte), and how the loss falls with the
-position in a text; how often it chooses the right answer; and how it does on the tasks of
+Measures how well a model predicts texts (perplexity, bits per byte) and how its loss depends on the
+position in a text, how often it chooses the right answer, and its results on the tasks of
 lm-evaluation-harness. Values in brackets are defaults.
 """
 EPILOG = """\
-for instance:
+Examples:
   %(prog)s README.md docs/*.md
   %(prog)s --checkpoint mistral-7b-v0.1 book.txt --positions 16 \\
       --circle 16384 --plot loss.png
   %(prog)s --choices questions.jsonl
   %(prog)s --checkpoint mistral-7b-v0.3 --tasks hellaswag,arc_easy
 
-A .jsonl file has texts as {"text": ...}, one a line, each read from its own beginning. A line of
+A .jsonl file has one text per line, as {"text": ...}; each text is evaluated separately. A line of
 --choices is {"question": "1 + 1 =", "choices": ["2", "3"], "answer": 0}, or "answer": "A".
 """
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
+    """Runs the command; returns its exit status."""
     arguments = _parser().parse_args(argv)
     return command.run(lambda: _run(arguments), show_traceback="traceback" in arguments)
 
@@ -52,27 +52,27 @@ def _parser() -> command.Parser:
         ),
         allow_abbrev=False,
     )
-    add = parser.add_argument_group("what is evaluated").add_argument
-    add("files", nargs="*", type=Path, metavar="FILE", help="texts in UTF-8, of any lengths")
+    add = parser.add_argument_group("evaluations").add_argument
+    add("files", nargs="*", type=Path, metavar="FILE", help="texts in UTF-8, of any length")
     add(
         "--positions",
         nargs="?",
         type=command.count,
         const=0,
         metavar="N",
-        help="also the loss of the files' tokens by position, in N equal buckets [powers of two]",
+        help="also print the loss by position in the text, in N equal buckets [powers of two]",
     )
     add(
         "--circle",
         type=command.count,
         metavar="T",
-        help="for --positions N: every T tokens of a text are a circle, read from N places on, so "
-        "that all buckets have the same tokens",
+        help="with --positions N: read every T tokens of a text N times, each time rotated by "
+        "another T / N tokens, so that all buckets average over the same tokens",
     )
-    add("--plot", type=Path, metavar="FILE", help="draw it, with the model's window (matplotlib)")
-    add("--choices", type=Path, metavar="FILE", help="multiple choice, as JSON Lines")
+    add("--plot", type=Path, metavar="FILE", help="plot the loss by position with matplotlib")
+    add("--choices", type=Path, metavar="FILE", help="multiple-choice questions in JSON Lines")
     add("--tasks", type=_names, default=[], metavar="A,B", help="tasks of lm-evaluation-harness")
-    add("--include-path", type=Path, metavar="DIR", help="a folder of more tasks, in YAML")
+    add("--include-path", type=Path, metavar="DIR", help="folder with more tasks, in YAML")
     add("--num-fewshot", type=int, metavar="K", help="examples before a question [the task's]")
     add("--limit", type=command.count, metavar="N", help="questions of each task [all]")
 
@@ -85,7 +85,7 @@ def _parser() -> command.Parser:
     )
     command.add_cache(group)
     add = parser.add_argument_group("the output").add_argument
-    add("--json", action="store_true", help="one JSON object a result, on a line")
+    add("--json", action="store_true", help="print each result as a JSON object on one line")
     return parser
 
 
@@ -144,7 +144,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if not (arguments.files or arguments.choices or arguments.tasks):
         raise ValueError("there is nothing to evaluate; give a FILE, --choices or --tasks")
     if (arguments.positions is not None or arguments.plot) and not arguments.files:
-        raise ValueError("--positions and --plot are of the texts in files; give a FILE")
+        raise ValueError("--positions and --plot need texts; give a FILE")
     if arguments.circle and (not arguments.positions or arguments.circle % arguments.positions):
         raise ValueError(
             f"--circle is {arguments.circle}; expected a multiple of N in --positions N"
@@ -155,12 +155,12 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _suite(arguments: argparse.Namespace) -> Callable[..., list[dict[str, Any]]]:
-    """Prepares the tasks of the harness, before the model is loaded; returns what runs them."""
+    """Prepares harness tasks before the model is loaded; returns a function that runs them."""
     try:
         from mistral_jax.evaluation.harness import prepare_tasks
     except ImportError as error:
         raise ValueError(
-            f"no --tasks without lm-evaluation-harness ({error}): "
+            f"--tasks needs lm-evaluation-harness ({error}): "
             "pip install 'mistral-jax-flax[harness]'"
         ) from None
     return prepare_tasks(
@@ -169,7 +169,7 @@ def _suite(arguments: argparse.Namespace) -> Callable[..., list[dict[str, Any]]]
 
 
 def _perplexity(arguments: argparse.Namespace, loaded, texts: list[list[str]]) -> None:
-    """Scores the texts of all files together; prints the loss of each, and by position."""
+    """Scores the texts of all files in common batches; prints the loss by file and by position."""
     from mistral_jax.evaluation import perplexity, positions
     from mistral_jax.parallel import distributed
 
@@ -198,7 +198,7 @@ def _perplexity(arguments: argparse.Namespace, loaded, texts: list[list[str]]) -
 
 
 def _circles(arguments: argparse.Namespace, tokenizer, texts: list[str]) -> list[list[int]]:
-    """Returns the rows that --circle reads."""
+    """Returns the rows of tokens for --circle."""
     from mistral_jax.evaluation import positions
 
     length, count = arguments.circle, arguments.positions
@@ -224,7 +224,7 @@ def _fields(name: str, loss) -> dict[str, Any]:
 
 
 def print_results(results: Sequence[Mapping[str, Value]], as_json: bool) -> None:
-    """Prints results of one kind: as a table, or as a JSON object each."""
+    """Prints results of one kind, as a table or as one JSON object per line."""
     if as_json:
         for result in results:
             fields = {name: _number(value) for name, value in result.items()}
@@ -239,14 +239,14 @@ def print_results(results: Sequence[Mapping[str, Value]], as_json: bool) -> None
         table.add_column(name.replace("_", " "), justify=side, overflow="fold")
     for result in results:
         table.add_row(*map(_cell, result.values()))
-    # Only a terminal has an edge at which names are to be folded.
+    # Long names are folded at the width of a terminal, but not in a file or pipe.
     is_terminal = sys.stdout is not None and sys.stdout.isatty()
     Console(width=None if is_terminal else _UNFOLDED).print(table)
 
 
 @contextlib.contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields what shows how many tokens are done: a bar on a terminal, nothing elsewhere."""
+    """Yields a function of (tokens done, tokens in all), which updates a bar on a terminal."""
     if sys.stderr is None or not sys.stderr.isatty():
         yield lambda done, total: None
         return
@@ -260,7 +260,7 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _number(value: Value) -> Value:
-    """Returns a value as JSON has it, which knows neither NaN nor an infinity."""
+    """Returns a value that JSON can hold: NaN and infinities become None."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

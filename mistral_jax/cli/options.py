@@ -13,7 +13,7 @@ and nothing else; on a terminal, a prompt stands in front of its continuation. T
 several prompts are separated by an empty line. Values in brackets are defaults.
 """
 EPILOG = """\
-for instance:
+Examples:
   %(prog)s "def read_json(path):" --max-tokens 100
   %(prog)s --checkpoint mistral-7b-instruct-v0.3 --chat
   %(prog)s --checkpoint mistral-7b-v0.3 --lora my-adapters "def main"

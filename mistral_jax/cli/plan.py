@@ -1,4 +1,4 @@
-"""The command line of planning, `python -m mistral_jax.plan`: it parses, calls and prints."""
+"""The planning command, `python -m mistral_jax.plan`."""
 
 import argparse
 import importlib.util
@@ -15,7 +15,7 @@ what `sample` and `train` run for as many devices as asked, and reads off memory
 exchanges, with the time that hardware takes at best.
 """
 EPILOG = """\
-for instance:
+Examples:
   %(prog)s mistral-7b-v0.3 --sharding tensor --devices 4 --hardware v5e \\
       --batch 32 --length 32768
   %(prog)s mistral-7b-v0.3 --sharding fsdp --devices 64 --hardware v5p \\
@@ -28,7 +28,7 @@ others and as a rule larger: they hold much of bfloat16 as float32.
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
+    """Runs the command; returns its exit status."""
     arguments = _parser().parse_args(argv)
     return command.run(lambda: _run(arguments), pods=False, show_traceback="traceback" in arguments)
 
@@ -158,7 +158,7 @@ def _config(model: str):
 
 
 def _quantized(arguments: argparse.Namespace, config):
-    """Returns the matrices that are in int8: those asked for, or those of a checkpoint."""
+    """Returns the weights in int8: all with --quantize, else those of the checkpoint."""
     from flax.traverse_util import flatten_dict
 
     from mistral_jax.checkpoint import arrays, manifest, quantization
@@ -182,7 +182,7 @@ def _quantized(arguments: argparse.Namespace, config):
 
 
 def _count(arguments: argparse.Namespace) -> int:
-    """Returns how many devices are planned for."""
+    """Returns the number of devices to plan for."""
     if arguments.sharding is None and (arguments.devices or 1) > 1:
         raise ValueError(f"--devices is {arguments.devices}; name the --sharding that uses them")
     if arguments.devices is not None:
@@ -193,7 +193,7 @@ def _count(arguments: argparse.Namespace) -> int:
 
 
 def _devices(arguments: argparse.Namespace, chip, count: int):
-    """Returns devices to compile for, and what to call them."""
+    """Returns the devices to compile for, and their name for messages."""
     from mistral_jax.planning import forecast
 
     slices = {math.prod(map(int, t.split("x"))): t for t in (chip.topologies if chip else ())}

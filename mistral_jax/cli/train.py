@@ -1,4 +1,4 @@
-"""The command line of training, `python -m mistral_jax.train`: it parses, calls and prints."""
+"""The training command, `python -m mistral_jax.train`."""
 
 import argparse
 import itertools
@@ -12,13 +12,12 @@ from typing import Any
 from mistral_jax.cli import command
 
 DESCRIPTION = """\
-Trains a model by a recipe: the model of a checkpoint further on files of examples (all of it, or
-LoRA adapters), or a new small one on the Python source that is installed here. All that belongs to
-a run lies in one folder; a run that was stopped goes on where it was when the same command is given
-again.
+Trains a model by a recipe: fine-tunes a checkpoint on files of examples (all parameters, or LoRA
+adapters), or trains a new small model on the Python source installed on this machine. One folder
+holds everything that belongs to a run. The same command continues a run that was stopped.
 """
 EPILOG = """\
-for instance:
+Examples:
   %(prog)s lora --data train.jsonl --preview 3
   %(prog)s lora --checkpoint mistral-7b-v0.3 --data train.jsonl \\
       --validation valid.jsonl --set learning_rate=1e-4 --set lora.rank=32
@@ -27,7 +26,7 @@ for instance:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
+    """Runs the command; returns its exit status."""
     arguments = _parser().parse_args(argv)
     return command.run(lambda: _run(arguments), unread=2, show_traceback="traceback" in arguments)
 
@@ -48,7 +47,7 @@ def _parser() -> command.Parser:
         metavar="FOLDER",
         help="folder of the run (default: runs/<recipe's name>)",
     )
-    add("--checkpoint", metavar="DIR", help="model to train further (default: the bundled model)")
+    add("--checkpoint", metavar="DIR", help="model to fine-tune (default: the bundled model)")
     add(
         "--data",
         nargs="+",
@@ -56,32 +55,32 @@ def _parser() -> command.Parser:
         help="examples to train on: JSONL with text, prompt and completion, or chat messages",
     )
     add("--validation", nargs="+", metavar="FILE", help="examples to measure the loss on")
-    add("--skip-bad", action="store_true", help="count bad lines of the data, and go on")
+    add("--skip-bad", action="store_true", help="skip bad lines of the data and count them")
     add(
         "--set",
         action="append",
         default=[],
         type=_setting,
         metavar="KEY=VALUE",
-        help="replace a value of the recipe, such as epochs=2 or lora.rank=32; may be repeated",
+        help="override a value of the recipe, such as epochs=2 or lora.rank=32; may be repeated",
     )
     add(
         "--preview",
         type=command.count,
         metavar="N",
-        help="print the first N examples, with what is learnt from them, and train nothing",
+        help="print the first N examples with the tokens that are trained on, and do not train",
     )
     add(
         "--log",
         nargs="+",
         choices=("tensorboard", "wandb"),
         default=[],
-        help="write the curve there too; <run>/curve.jsonl is always written",
+        help="also log the curve there; <run>/curve.jsonl is always written",
     )
     add(
         "--plot",
         action="store_true",
-        help="insist on <run>/curve.png, which is drawn at the end where matplotlib is installed",
+        help="require matplotlib, which draws <run>/curve.png at the end (default: if installed)",
     )
     command.add_layout(parser)
     command.add_cache(parser)
@@ -140,7 +139,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if outcome.stopped is not None:
         again = shlex.join(sys.orig_argv)
         print(f"stopped and saved; the same command goes on: {again}", file=sys.stderr)
-        # A machine that is about to be taken away has been served; a person has interrupted.
+        # SIGTERM comes from a scheduler that reclaims the machine: stopping is then a success.
         return 0 if outcome.stopped == signal.SIGTERM else 130
     if distributed.is_first():
         print(summary.write(path, recipe.to_dict(), outcome.result, outcome.step, outcome.command))
@@ -148,7 +147,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _override(table: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns the table of a recipe with what the command line says in its place."""
+    """Returns the table of a recipe with the values of the command line."""
     settings = list(arguments.set)
     for name, value in (
         (["checkpoint"], arguments.checkpoint),

@@ -1,1 +1,1 @@
-"""Tokenizers and the forms of chats: text to token ids, and back."""
+"""Tokenizers and chat forms: convert text and conversations to token ids, and ids to text."""

@@ -1,7 +1,7 @@
-"""The form of a conversation: messages in, the parts of its prompt out. It knows no token ids.
+"""Converts the messages of a conversation to the parts of a prompt: texts and control tokens.
 
-A part is a text or a `Control` token. The two never mix: whatever a user types is a text, and a
-text is never searched for control tokens, so nobody can forge the end of a turn.
+Each text is encoded separately and is never searched for control tokens, so what a user types
+cannot become the end of a turn. The tokenizer maps parts to token ids.
 """
 
 import enum
@@ -21,7 +21,7 @@ _ROLES = ("system", "user", "assistant")
 
 
 class Control(enum.Enum):
-    """A token that stands for the structure of a conversation and has no text."""
+    """A control token: it marks the structure of a conversation and has no text."""
 
     BOS = enum.auto()
     EOS = enum.auto()
@@ -35,58 +35,59 @@ Part = str | Control
 def chat_parts(
     messages: Sequence[Mapping[str, Any]], version: str, safe_prompt: bool = False
 ) -> list[Part]:
-    """Lays a conversation out as the parts of a prompt, each text to be encoded by itself.
+    """Returns the parts of the prompt for a conversation; each text is encoded separately.
 
-    It follows mistral-common: messages of one role in a row are joined by an empty line, and the
-    system text goes before the first user message (v1) or the last (v2, v3). It takes an empty
-    answer too (mistral-common does not): a model may have nothing to say.
+    The form is that of mistral-common: consecutive messages of one role are joined by an empty
+    line, and the system text is put before the first user message (v1) or the last one (v2, v3).
+    Unlike mistral-common, it accepts an empty answer, because a model may give one.
 
     Args:
-      messages: dicts of "role" ("system", "user" or "assistant") and "content" (a string, or a
-        list of `{"type": "text", "text": ...}`, which are joined by empty lines), in order: any
-        system messages, then user and assistant, beginning with user. The last is the user's, or
-        the assistant's with `"prefix": True`: an answer to be continued. Keys that are None do
-        not count, and neither does an answer's "weight".
-      version: "v1", "v2" or "v3", of the tokenizer.
-      safe_prompt: whether Mistral's safety prompt goes before the system text.
+      messages: dicts with "role" ("system", "user" or "assistant") and "content" (a string, or a
+        list of `{"type": "text", "text": ...}`, which are joined by empty lines). System messages
+        come first, if any; then user and assistant, beginning with user. The last message is the
+        user's, or the assistant's with `"prefix": True`, which is an answer to continue. Keys
+        whose value is None are ignored, and so is the "weight" of an answer.
+      version: version of the tokenizer: "v1", "v2" or "v3".
+      safe_prompt: whether to put Mistral's safety prompt before the system text.
 
     Returns:
-      The parts in order; joined as token ids they are the prompt.
+      The parts in order. Their token ids, concatenated, are the prompt.
 
     Raises:
-      ValueError: a message or their order is invalid, or the version has another form.
+      ValueError: a message or the order of messages is invalid, or the chat form of the version is
+        not supported.
     """
     _check_messages(messages, finished=False)
     return [part for part, _ in _lay_out(messages, version, safe_prompt)]
 
 
 def lesson_parts(messages: Sequence[Mapping[str, Any]], version: str) -> list[tuple[Part, float]]:
-    """Lays a finished conversation out as `chat_parts` does, with how much each part is learnt.
+    """Returns the parts of a finished conversation to train on, each with its loss weight.
 
-    Up to an answer it is the prompt that `chat_parts` makes of the messages before, but for one
-    thing: where the system text goes before the last user message (v2, v3), it stands at the last
-    of the whole conversation, and earlier answers are learnt without it.
+    The parts before an answer are the prompt that `chat_parts` returns for the messages before it,
+    except for the system text in v2 and v3: it is put before the last user message of the whole
+    conversation, so earlier answers are trained without it.
 
     Args:
-      messages: as for `chat_parts`, the last an answer without a prefix. An answer's "weight" is
-        how much it is learnt: a number from 0 to 1000, 1 if it has none. Answers in a row, which
-        are joined, have one weight.
+      messages: as for `chat_parts`, but the last message is an answer without "prefix". The
+        "weight" of an answer is its loss weight, from 0 to 1000; the default is 1. Consecutive
+        answers are joined and must have equal weights.
       version: as for `chat_parts`.
 
     Returns:
-      The parts in order, each with its weight: an answer's for its text and its EOS, 0 for the
-      rest.
+      The parts in order, each with its loss weight: that of the answer for its text and its EOS, 0
+      for all other parts.
 
     Raises:
-      ValueError: a message, their order or a weight is invalid, an answer to be learnt is empty,
-        none is to be learnt, or the version has another form.
+      ValueError: a message, the order of messages or a weight is invalid; an answer with a weight
+        above 0 is empty; all weights are 0; or the chat form of the version is not supported.
     """
     _check_messages(messages, finished=True)
     parts = _lay_out(messages, version)
     if any(part == "" and weight for part, weight in parts):
         raise ValueError("an answer is empty; expected text to be learnt, or a weight of 0")
     if not any(weight for _, weight in parts):
-        raise ValueError("no answer is to be learnt: expected a weight above 0")
+        raise ValueError("no answer is to be learnt; expected one with a weight above 0")
     return parts
 
 
@@ -102,7 +103,8 @@ def _lay_out(
     system = runs.pop(0)[1] if runs[0][0] == "system" else ""
     system = _join([SAFE_PROMPT, system]) if safe_prompt else system
     if system:
-        # Users and assistants alternate by now: the last user is the last run but an answer.
+        # Runs alternate between user and assistant, so the last user run is the last or the one
+        # before it.
         place = 0 if version == "v1" else len(runs) - 1 - (runs[-1][0] == "assistant")
         runs[place] = ("user", f"{system}\n\n{runs[place][1]}", 0.0)
 
@@ -119,14 +121,14 @@ def _lay_out(
 
 
 def _merge(role: str, run: Sequence[Mapping[str, Any]]) -> tuple[str, str, float]:
-    """Makes one message of those of one role in a row: its role, text and weight."""
+    """Joins consecutive messages of one role; returns the role, the text and the loss weight."""
     given = [message.get("weight") for message in run]
     weights = {float(role == "assistant") if weight is None else float(weight) for weight in given}
     if len(weights) > 1:
         low, *_, high = sorted(weights)
         raise ValueError(
-            f"answers in a row are joined, but theirs have weights of {low:g} and {high:g}; "
-            "expected one weight"
+            f"answers in a row are joined, but these have weights {low:g} and {high:g}; expected "
+            "equal weights"
         )
     return role, _join(_text(message["content"]) for message in run), weights.pop()
 
@@ -156,7 +158,7 @@ def _check_messages(messages: Sequence[Mapping[str, Any]], finished: bool) -> No
 
 
 def _problem(message: Any, previous: str, is_last: bool) -> str | None:
-    """Says what is wrong with a message that follows one of the role `previous`."""
+    """Returns the error in a message that follows one of the role `previous`, or None."""
     if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
         return f'is {show(message)}; expected a dict with "role" and "content"'
     role, content, prefix = message["role"], message["content"], message.get("prefix", False)
@@ -172,11 +174,11 @@ def _problem(message: Any, previous: str, is_last: bool) -> str | None:
     if role == "system" and previous != "system":
         return "is a system message in mid-conversation; expected it at the beginning"
     if role == "system" and is_last:
-        return "is a system message and the last; expected a user message after it"
+        return "is a system message and the last one; expected a user message after it"
     if role == "assistant" and previous == "system":
         return "is an answer to nothing; expected a user message before it"
     if prefix and not (role == "assistant" and is_last):
-        return "has a prefix to continue; expected that of the last message, an answer, alone"
+        return "has a prefix to continue; only the last message, an answer, may have one"
     if "weight" in given:
         return _weight_problem(role, message["weight"])
     return None
@@ -195,7 +197,7 @@ def _is_content(content: Any) -> bool:
 
 def _weight_problem(role: str, weight: Any) -> str | None:
     if role != "assistant":
-        return f"has a weight and role {role!r}; expected a weight of answers alone"
+        return f"has a weight and role {role!r}; only answers may have a weight"
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
     if not (is_number and 0 <= weight <= LARGEST_WEIGHT):
         return f"has weight {show(weight)}; expected a number from 0 to {LARGEST_WEIGHT}"
@@ -203,12 +205,15 @@ def _weight_problem(role: str, weight: Any) -> str | None:
 
 
 def _ending_problem(message: Mapping[str, Any], finished: bool) -> str | None:
-    """Says what is wrong with the last message, of a finished conversation or of a prompt."""
+    """Returns the error in the last message of a finished conversation or a prompt, or None."""
     answer, prefix = message["role"] == "assistant", message.get("prefix")
     if finished and not answer:
-        return "is the last and no answer; expected an answer to be learnt"
+        return "is the last message and not an answer; expected an answer to be learnt"
     if finished and prefix:
         return "has a prefix to continue; expected a finished answer to be learnt"
     if answer and not finished and not prefix:
-        return 'is an answer and the last; add a user message, or "prefix": True to continue it'
+        return (
+            'is an answer and the last message; add a user message, or "prefix": True to continue '
+            "it"
+        )
     return None

@@ -1,7 +1,7 @@
-"""Reads the fields of a SentencePiece file that its own library does not tell. It encodes nothing.
+"""Reads the fields of a SentencePiece file that the sentencepiece library does not expose.
 
-The file is a protocol buffer; its messages are described in SentencePiece's own
-`sentencepiece_model.proto`. Reading them takes no library for protocol buffers.
+The file is a protocol buffer, described in SentencePiece's `sentencepiece_model.proto`. This module
+parses its wire format directly, so that the package does not depend on protobuf.
 """
 
 import enum
@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-# Forms of fields, and fields by their number and form: one of another form is not that field.
+# Wire types, and fields as (number, wire type). A known number with another type is ignored.
 _INTEGER, _DOUBLE, _BYTES, _FLOAT = 0, 1, 2, 5
 _PIECE, _TRAINER, _NORMALIZER = (1, _BYTES), (2, _BYTES), (3, _BYTES)
 _TEXT, _SCORE, _KIND = (1, _BYTES), (2, _FLOAT), (3, _INTEGER)  # of a piece
@@ -22,7 +22,7 @@ _ALGORITHMS = {1: "unigram", 2: "BPE", 3: "word", 4: "character"}
 
 
 class Kind(enum.IntEnum):
-    """What a piece stands for."""
+    """The type of a piece, as numbered in `sentencepiece_model.proto`."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -33,12 +33,12 @@ class Kind(enum.IntEnum):
 
 
 class Piece(NamedTuple):
-    """A piece of the vocabulary; its id is its place.
+    """A piece of the vocabulary; its token id is its index in the file.
 
     Attributes:
       text: its spelling.
-      score: the higher, the earlier it is merged.
-      kind: what it stands for.
+      score: merge priority; pieces with higher scores are merged first.
+      kind: its type.
     """
 
     text: str
@@ -47,11 +47,11 @@ class Piece(NamedTuple):
 
 
 class Normalizer(NamedTuple):
-    """What is done to a text before it is divided.
+    """The normalization of a text before it is divided into pieces.
 
     Attributes:
-      is_identity: whether characters stay as they are, but for spaces, which become U+2581.
-      prefix: whether a space is put in front.
+      is_identity: whether characters are unchanged, except that spaces become U+2581.
+      prefix: whether a space is put in front of the text.
     """
 
     is_identity: bool
@@ -59,19 +59,19 @@ class Normalizer(NamedTuple):
 
 
 def algorithm(data: bytes) -> str:
-    """Returns how a vocabulary divides a text: "unigram", "BPE", "word" or "character".
+    """Returns the algorithm of a file: "unigram", "BPE", "word" or "character".
 
     Raises:
-      ValueError: `data` is no protocol buffer, or has more pieces than any vocabulary.
+      ValueError: `data` is not a protocol buffer, or has more fields than any vocabulary needs.
     """
     return _ALGORITHMS.get(_merged(data, _TRAINER).get(_MODEL_TYPE), "unigram")
 
 
 def pieces(data: bytes) -> list[Piece]:
-    """Returns the pieces of a file.
+    """Returns the pieces of a file in the order of their ids.
 
     Raises:
-      ValueError: `data` is no protocol buffer of pieces.
+      ValueError: `data` is not a SentencePiece file.
     """
     found = []
     for field, value in _fields(data):
@@ -85,7 +85,7 @@ def pieces(data: bytes) -> list[Piece]:
 
 
 def normalizer(data: bytes) -> Normalizer:
-    """Returns what a file says of a text's characters and spaces; errors as `pieces`."""
+    """Returns the normalization that a file describes; raises as `pieces`."""
     says = _merged(data, _NORMALIZER)
     is_identity = (
         not says.get(_CHARSMAP)
@@ -97,7 +97,7 @@ def normalizer(data: bytes) -> Normalizer:
 
 
 def _merged(data: bytes, message: tuple[int, int]) -> dict[tuple[int, int], Any]:
-    """Returns the fields of a message within the file; where it is repeated, the last count."""
+    """Returns the fields of a submessage of the file; a later value replaces an earlier one."""
     fields = {}
     for field, value in _fields(data):
         if field == message:
@@ -106,7 +106,7 @@ def _merged(data: bytes, message: tuple[int, int]) -> dict[tuple[int, int], Any]
 
 
 def _fields(data: bytes) -> Iterator[tuple[tuple[int, int], Any]]:
-    """Yields each field of a message, by its number and its form, and its value."""
+    """Yields the fields of a message: (number, wire type) and value."""
     at, left = 0, _MOST_FIELDS
     while at < len(data):
         if not left:
@@ -129,7 +129,7 @@ def _fields(data: bytes) -> Iterator[tuple[tuple[int, int], Any]]:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """Reads an integer of seven bits a byte; returns it and the place behind it."""
+    """Reads a varint, with seven bits in each byte; returns its value and the next offset."""
     value = 0
     for shift in range(0, 64, 7):
         if at == len(data):

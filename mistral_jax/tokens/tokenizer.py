@@ -1,6 +1,6 @@
-"""The tokenizer: text and conversations to token ids, and back, whole or token by token.
+"""A SentencePiece tokenizer: encodes texts and conversations, decodes token ids and streams.
 
-It wraps a SentencePiece file. It does not know any model, and makes no tokenizer files.
+It is independent of the model, and only reads tokenizer files.
 """
 
 import codecs
@@ -16,33 +16,33 @@ from mistral_jax.base.files import read_bytes
 from mistral_jax.tokens import spm
 from mistral_jax.tokens.messages import Control, chat_parts, lesson_parts
 
-# Bytes that a file may have: a vocabulary of 262,144 pieces has less than 5 MB.
+# Maximum size of a file in bytes: a vocabulary of 262,144 pieces takes less than 5 MB.
 MOST_BYTES = 16 << 20
 
-# SentencePiece decodes every byte that belongs to no character as a U+FFFD of its own; Python's
-# "replace" has one for several.
+# SentencePiece decodes every invalid byte to one U+FFFD. Python's "replace" decodes several invalid
+# bytes to one.
 _EACH_BYTE = "mistral_jax.each_byte"
 codecs.register_error(_EACH_BYTE, lambda error: ("\ufffd", error.start + 1))
 
-# A character for which no vocabulary has a piece, so that none joins it with what follows.
+# A character that is in no vocabulary, so that no piece joins it to the text that follows.
 _ANCHOR = "\U0010ffff".encode()
 
 
 class Tokenizer:
-    """A vocabulary of pieces and the way from text to their ids.
+    """Converts text to token ids and back with the vocabulary of a SentencePiece file.
 
-    A model may have more tokens than its tokenizer has pieces: added ones, and rows that pad a
-    table. Such tokens have no text, as control tokens have none.
+    A model may have more tokens than its tokenizer has pieces: tokens that were added to it, or
+    that pad its embedding table. Like control tokens, these tokens have no text.
 
     Attributes:
       vocab_size: number of pieces.
       bos_id: token that begins a text.
       eos_id: token that ends an answer.
-      unk_id: token of what the vocabulary cannot spell.
-      version: what Mistral calls the file's set of control tokens, recognised by these tokens
-        alone: "v1" (no [INST]), "v2" ([INST] and [/INST]), "v3" (also [PREFIX]) or "v7" (also
-        [SYSTEM_PROMPT]; its chat is not supported). The `tokenizer.model.v3` of 7B v0.3 on the
-        Hugging Face Hub is a v2 file; chat without tools is the same in both.
+      unk_id: token for text that the vocabulary cannot spell.
+      version: Mistral's name for the set of control tokens, detected from the control tokens in
+        the file: "v1" (no [INST]), "v2" ([INST] and [/INST]), "v3" (also [PREFIX]) or "v7" (also
+        [SYSTEM_PROMPT]; its chat form is not supported). The `tokenizer.model.v3` of 7B v0.3 on
+        the Hugging Face Hub is a v2 file; chat without tools is the same in both versions.
     """
 
     def __init__(self, model: SentencePieceProcessor, ids: int = 0):
@@ -71,12 +71,12 @@ class Tokenizer:
 
         Args:
           path: the file.
-          ids: number of tokens of the model (V), where it has more than the file.
+          ids: number of tokens of the model (V), if it has more than the file.
 
         Raises:
-          ValueError: there is no such file, it is no SentencePiece model that merges pairs (BPE),
-            or it has no tokens for the beginning and the end of a text.
-          OSError: it cannot be read.
+          ValueError: the file does not exist, is not a SentencePiece model of type BPE, or has no
+            BOS or EOS token.
+          OSError: the file cannot be read.
         """
         if not Path(path).exists():
             raise ValueError(f"there is no tokenizer file {path}; expected a SentencePiece model")
@@ -86,7 +86,7 @@ class Tokenizer:
             model = SentencePieceProcessor(model_proto=data) if data else None
             if model is None or not all(map(model.id_to_piece, range(model.vocab_size()))):
                 raise ValueError("it has a piece without a spelling")
-        except (RuntimeError, ValueError):  # Pieces that are not UTF-8 among them.
+        except (RuntimeError, ValueError):  # pieces that are not UTF-8, among others
             raise ValueError(
                 f"{path} is not a SentencePiece model, or is damaged; expected a tokenizer.model"
             ) from None
@@ -105,20 +105,20 @@ class Tokenizer:
     def encode(
         self, text: str, bos: bool = False, eos: bool = False, continues: bool = False
     ) -> list[int]:
-        """Encodes a text; what it says is never taken for a control token.
+        """Encodes a text without interpreting any part of it as a control token.
 
         Args:
-          text: any text; "<s>" or "[INST]" in it are characters like others.
+          text: any text; "<s>" or "[INST]" in it are encoded as ordinary characters.
           bos: whether to put `bos_id` in front.
           eos: whether to put `eos_id` at the end.
-          continues: whether a text with ids of its own comes before: no space is then put before
-            the first word, so that the ids of both decode to both texts.
+          continues: whether the text continues another one that is encoded separately. No space is
+            then put before the first word, so that the concatenated ids decode to both texts.
 
         Returns:
           Token ids.
 
         Raises:
-          ValueError: the text is no string, or has a lone surrogate, which is half a character.
+          ValueError: the text is not a string, or contains a lone surrogate (half a character).
         """
         if not isinstance(text, str):
             raise ValueError(f"the text is {show(text)}; expected a string")
@@ -138,7 +138,7 @@ class Tokenizer:
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], safe_prompt: bool = False
     ) -> list[int]:
-        """Encodes a conversation as the prompt of the next answer, in this version's form.
+        """Encodes a conversation as the prompt for the next answer, in the chat form of `version`.
 
         Args:
           messages: see `messages.chat_parts`.
@@ -148,7 +148,7 @@ class Tokenizer:
           Token ids, BOS first.
 
         Raises:
-          ValueError: the conversation is invalid, or the version's chat is not supported.
+          ValueError: the conversation is invalid, or the chat form of `version` is not supported.
         """
         ids: list[int] = []
         for part in chat_parts(messages, self.version, safe_prompt):
@@ -156,17 +156,17 @@ class Tokenizer:
         return ids
 
     def encode_lesson(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[float]]:
-        """Encodes a finished conversation, in this version's form, to be learnt from.
+        """Encodes a finished conversation to train on, in the chat form of `version`.
 
         Args:
           messages: see `messages.lesson_parts`.
 
         Returns:
-          Token ids, BOS first and EOS last, and as many weights: how much each is learnt.
+          Token ids, BOS first and EOS last, and the loss weight of each token.
 
         Raises:
-          ValueError: the conversation or a weight is invalid, nothing is to be learnt, or the
-            version's chat is not supported.
+          ValueError: the conversation or a weight is invalid, all weights are 0, or the chat form
+            of `version` is not supported.
         """
         ids: list[int] = []
         weights: list[float] = []
@@ -177,21 +177,21 @@ class Tokenizer:
         return ids, weights
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Decodes token ids: control tokens have no text, bytes of no character become U+FFFD.
+        """Decodes token ids; skips control tokens and replaces each invalid byte by U+FFFD.
 
         Raises:
-          ValueError: an id is outside the vocabulary, or is none.
+          ValueError: an id is outside the vocabulary, or not an integer.
         """
         if isinstance(ids, str) or not isinstance(ids, Iterable):
             raise ValueError(f"the ids are {show(ids)}; expected a list of token ids")
         checked = map(self._checked, ids)
-        # A control token ends a character that is not whole, and so does a token without a piece.
+        # A token without a piece ends an incomplete character, as a control token does.
         return self._model.decode([i if i < self.vocab_size else self.eos_id for i in checked])
 
     def piece(self, token: int) -> str:
-        """Returns a token as the vocabulary spells it, for instance "▁the", "<0xE4>" or "[INST]".
+        """Returns the spelling of a token in the vocabulary: "▁the", "<0xE4>" or "[INST]".
 
-        A token of the model that has no piece is spelt by its id, as "<8193>".
+        The spelling of a token without a piece is its id in angle brackets: "<8193>".
 
         Raises:
           ValueError: the id is outside the vocabulary.
@@ -200,7 +200,7 @@ class Tokenizer:
         return self._model.id_to_piece(token) if token < self.vocab_size else f"<{token}>"
 
     def is_control(self, token: int) -> bool:
-        """Tells whether a token has no text, as BOS, EOS and [INST] have none.
+        """Returns whether a token has no text: BOS, EOS, [INST] and tokens without a piece.
 
         Raises:
           ValueError: the id is outside the vocabulary.
@@ -212,9 +212,9 @@ class Tokenizer:
         """Returns a decoder for tokens that arrive one by one.
 
         Args:
-          prompt: the ids that they continue; its text is not given again. A word after it keeps
-            the space in front, which a word that begins a text has not, and a character whose
-            first bytes it ends with is completed.
+          prompt: the ids that the tokens continue; their text is not returned again. A word after
+            a prompt keeps its leading space, which the first word of a text does not have. If the
+            prompt ends with the first bytes of a character, the decoder completes it.
         """
         return StreamDecoder(self, prompt)
 
@@ -232,20 +232,21 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decodes token by token: what it returns, joined, is `Tokenizer.decode` of all the tokens.
+    """Decodes one token at a time, in constant time per token.
 
-    Text is returned as soon as no later token can change it, so only the first bytes of a
-    character that several tokens make up are held back. A token takes constant time.
+    The concatenated results equal `Tokenizer.decode` of all tokens. Text is returned as soon as no
+    later token can change it: only the first bytes of a character that several tokens spell are
+    held back.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(_EACH_BYTE)
-        # A token with text: what is decoded after it is not taken for the beginning.
+        # One token with text. Decoding after it keeps the leading space of the next word.
         self._context: list[int] = []
         self._context_length = 0
-        # All that matters of a prompt is whether it has text, and the bytes of an incomplete
-        # character that it may end with: three at most.
+        # Only two properties of a prompt matter: whether it has text, and the bytes of an
+        # incomplete character at its end, of which there are at most three.
         for token in prompt:
             self.push(token)
             if self._context_length:
@@ -254,7 +255,7 @@ class StreamDecoder:
             self.push(token)
 
     def push(self, token: int) -> str:
-        """Takes the next token and returns the text that is certain by now, often its own.
+        """Adds the next token and returns the text that is now certain, often its own.
 
         Raises:
           ValueError: the id is outside the vocabulary.
@@ -273,5 +274,5 @@ class StreamDecoder:
         return text
 
     def flush(self) -> str:
-        """Returns what is held back: a U+FFFD for each byte of an incomplete character."""
+        """Returns the text that was held back: U+FFFD for each byte of an incomplete character."""
         return self._utf8.decode(b"", final=True)

@@ -183,7 +183,7 @@ def test_a_platform_that_is_not_there_is_told_in_a_sentence(platform):
         text=True,
     )
     (line,) = done.stdout.splitlines()
-    assert line.startswith(f"JAX finds no device of JAX_PLATFORMS='{platform}'")
+    assert line.startswith(f"JAX finds no device for JAX_PLATFORMS='{platform}'")
     assert "unset it" in line
 
 

@@ -90,7 +90,9 @@ def test_verifying(tmp_path):
     (tmp_path / "x" / "checksums.json").unlink()
     found = described(tmp_path / "x", verify=True)["verified"]
     assert found == "21 arrays have finite numbers; it was written without checksums"
-    with pytest.raises(ValueError, match="s is no checkpoint, which alone has checksums to verify"):
+    with pytest.raises(
+        ValueError, match="s is no checkpoint; only checkpoints have checksums to verify"
+    ):
         described(sources.write(tmp_path / "s", "hf-safetensors"), verify=True)
 
 

@@ -147,7 +147,7 @@ def test_an_end_that_the_model_has_not_is_left_out_and_said(write, tmp_path, tok
     config, said = convert(source, tmp_path / "x")
     assert config.eos_ids == (2,)
     assert said == [
-        f"generation_config.json ends an answer with token {token}, which is left out: the model "
+        f"generation_config.json ends an answer with token {token}, which is ignored: the model "
         "has 403 tokens"
     ]
 

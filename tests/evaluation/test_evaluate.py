@@ -195,7 +195,7 @@ def test_choices_are_judged(command, folder, loaded):
         (["--choices", "bad.jsonl"], "bad.jsonl, line 1 has none of question"),
         (["good.txt", "--batch", "0"], "--batch: '0' is not a whole number above 0"),
         (["good.txt", "--positions", "x"], "--positions: 'x' is not a whole number above 0"),
-        (["--choices", "good.txt", "--positions"], "--positions and --plot are of the texts"),
+        (["--choices", "good.txt", "--positions"], "--positions and --plot need texts"),
         (["good.txt", "--positions", "3", "--circle", "8"], "--circle is 8; expected a multiple"),
         (["good.txt", "--positions", "--circle", "8"], "--circle is 8; expected a multiple"),
         (["good.txt", "--positions", "2", "--circle", "8"], "the longest text has 2 tokens"),

@@ -152,7 +152,9 @@ def test_conversations_that_we_refuse_are_refused(pair):
 def test_a_tokenizer_that_changes_characters_is_left_to_sentencepiece(files, tmp_path):
     ours, theirs, said = export(files["plain"], tmp_path)
     assert len(said) == 1
-    assert said[0].startswith("tokenizer.json is not written, for the tokenizer changes characters")
+    assert said[0].startswith(
+        "tokenizer.json is not written because the tokenizer changes characters"
+    )
     for text in ("Hello, world", "a  b", "naïve ﬁne"):
         assert theirs(text).input_ids == ours.encode(text, bos=True)
 
