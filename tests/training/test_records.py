@@ -210,7 +210,7 @@ def test_a_folder_of_datasets_is_read_row_by_row(tmp_path, tokenizer):
 
 
 def test_a_folder_needs_datasets_and_says_so(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"is a folder, but none that `datasets` saved"):
+    with pytest.raises(ValueError, match=r"is a folder, but not one that `datasets` saved"):
         list(records.read([tmp_path], TOKENIZERS["v3"]))
     (tmp_path / "state.json").write_text("{}")
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
