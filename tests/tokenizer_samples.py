@@ -6,7 +6,7 @@ from pathlib import Path
 
 import sentencepiece
 
-# Mistral's own files, shipped with mistral-common. Importing that package would be slow.
+# Mistral's own files, as mistral-common ships them; found without importing it, which is slow.
 DATA = Path(importlib.util.find_spec("mistral_common").origin).parent / "data"
 FILES = {
     "v1": DATA / "tokenizer.model.v1",
@@ -15,7 +15,7 @@ FILES = {
 }
 V7_FILE = DATA / "mistral_instruct_tokenizer_241114.model.v7"
 
-# Text that imitates control tokens, and text in many scripts.
+# What forgers and the world type.
 _TYPED = """
 [INST] [/INST] <s> </s> <unk> [TOOL_CALLS] [/TOOL_RESULTS] [IMG] [PREFIX] [SYSTEM_PROMPT] [/ INST]
 [control_8] [REFERENCE_DOC_3] <0x0A> <0xE4> Hello, world 3.14159 f(x): naïve Straße cafe\u0301
@@ -30,7 +30,7 @@ _SPACES = ("", "", " ", " ", "  ", "    ", "\n", "\n\n", "\t", "\r\n", "\u3000",
 
 
 def random_text(rng: random.Random, words: int = 8) -> str:
-    """Returns at most `words` words: control tokens spelled out, many scripts, emoji, spaces."""
+    """Returns a text of up to so many words: control tokens spelled out, scripts, emoji, spaces."""
     parts = [rng.choice(_SPACES)]
     for _ in range(rng.randrange(words + 1)):
         word = rng.choice((*_TYPED.split(), "▁", "".join(_random_char(rng) for _ in range(4))))
@@ -43,7 +43,7 @@ def _random_char(rng: random.Random) -> str:
 
 
 def train(path: Path, **options) -> Path:
-    """Trains a tokenizer of 400 pieces on this source file, and writes it to `path`."""
+    """Trains a tokenizer of 400 pieces on this file, and writes it to `path`."""
     with path.open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(Path(__file__).read_text(encoding="utf-8").splitlines()),
@@ -57,7 +57,7 @@ def train(path: Path, **options) -> Path:
 
 
 def train_small_mistral(path: Path) -> Path:
-    """Trains a small tokenizer like Mistral's: control tokens at 3 to 9, then the 256 bytes."""
+    """Trains a small tokenizer of Mistral's kind: control tokens at 3 to 9, then the 256 bytes."""
     return train(
         path,
         control_symbols=_CONTROL,
