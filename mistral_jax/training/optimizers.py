@@ -141,7 +141,8 @@ def parameters_of(name: str) -> Mapping[str, inspect.Parameter]:
     if name not in _optimizers():
         near = difflib.get_close_matches(name, _optimizers(), 1, 0)[0]
         raise ValueError(
-            f"Optax has no optimizer {name!r} of gradients and a schedule; the nearest is {near!r}"
+            f"Optax has no optimizer {name!r} that needs only gradients and a schedule; the "
+            f"nearest is {near!r}"
         )
     parameters = dict(inspect.signature(_optimizers()[name]).parameters)
     del parameters["learning_rate"]

@@ -192,7 +192,7 @@ def _read(place: Path, abstract: dict[str, Any], step: int) -> dict[str, Any]:
             raise
         raise ValueError(f"{place} cannot be read ({_reason(error)})") from error
     if int(read["step"]) != step:
-        raise ValueError(f"{place} is of step {int(read['step'])}, which is not its name")
+        raise ValueError(f"{place} holds step {int(read['step'])}; expected step {step}")
     return read
 
 

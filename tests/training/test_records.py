@@ -205,7 +205,7 @@ def test_a_folder_of_datasets_is_read_row_by_row(tmp_path, tokenizer):
     for one, other in zip(a, b, strict=True):
         assert_same(one, other)
     datasets.DatasetDict(train=data, test=data).save_to_disk(tmp_path / "dict")
-    with pytest.raises(ValueError, match=r"dict has the parts test, train; name one"):
+    with pytest.raises(ValueError, match=r"dict has the splits test, train; name one"):
         list(records.read([tmp_path / "dict"], tokenizer))
 
 

@@ -142,7 +142,8 @@ def _license(distribution: importlib.metadata.Distribution) -> str:
     if not _PERMISSIVE.search(stated) or _RESTRICTIVE.search(stated):
         raise ValueError(
             f"the corpus would hold {distribution.name}, whose licence is {stated!r}; expected a "
-            "permissive one (MIT, BSD, Apache, PSF or ISC): remove what needs it from the corpus"
+            "permissive one (MIT, BSD, Apache, PSF or ISC): leave out the distributions "
+            "that need it"
         )
     return stated
 

@@ -257,7 +257,7 @@ def _string(record: Mapping[str, Any], key: str) -> str:
 def _check_folder(path: Path) -> None:
     if (path / "dataset_dict.json").is_file():
         splits = sorted(split.name for split in path.iterdir() if split.is_dir())
-        raise ValueError(f"{path} has the parts {', '.join(splits)}; name one of these folders")
+        raise ValueError(f"{path} has the splits {', '.join(splits)}; name one of these folders")
     if not (path / "state.json").is_file():
         raise ValueError(
             f"{path} is a folder, but not one that `datasets` saved; name its files, or save it "
@@ -272,7 +272,7 @@ def _saved_by_datasets(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         import datasets
     except ImportError:
         raise ValueError(
-            f"{path} is read by `datasets`: pip install 'mistral-jax-flax[datasets]'"
+            f"`datasets` is needed to read {path}: pip install 'mistral-jax-flax[datasets]'"
         ) from None
     try:
         rows = datasets.load_from_disk(str(path))

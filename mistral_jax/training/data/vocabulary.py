@@ -69,8 +69,8 @@ def train_vocabulary(texts: Sequence[str], size: int, seed: int) -> bytes:
         )
     except RuntimeError as error:
         raise ValueError(
-            f"the texts do not give a vocabulary of {size} pieces ({error}): add text, or make "
-            "it smaller"
+            f"no vocabulary of {size} pieces can be trained on the texts ({error}): add text, or "
+            "make it smaller"
         ) from None
     return model.getvalue()
 
