@@ -1,4 +1,4 @@
-"""Bounds on time and memory, for readers of files that are made to have none."""
+"""Bounds on time and memory, for tests of readers with files made to exhaust them."""
 
 import contextlib
 import re
@@ -9,14 +9,14 @@ from pathlib import Path
 
 
 class TooLong(BaseException):
-    """What no handler of damage takes for damage."""
+    """The time limit has passed. Handlers of `Exception` do not catch this."""
 
 
 @contextlib.contextmanager
 def bounded(seconds: float, size: int) -> Iterator[None]:
-    """Fails if the block takes longer than `seconds`, or `size` bytes more than there are now.
+    """Fails if the block takes more than `seconds`, or allocates more than `size` bytes.
 
-    Files that are mapped into memory do not count: the system takes their pages back.
+    Memory-mapped files do not count, because the system can evict their pages.
     """
     before = resource.getrlimit(resource.RLIMIT_DATA)
     limit = _held() + size
@@ -36,6 +36,6 @@ def _too_long(*_):
 
 
 def _held() -> int:
-    """Returns the bytes of this process's private memory that it may write."""
+    """Returns the bytes of this process's private writable memory."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmData:\s+(\d+) kB", status)[1]) << 10

@@ -1,4 +1,4 @@
-"""A strict session: 8 CPU devices, no implicit promotion of dtypes or ranks."""
+"""Configures JAX for all tests: 8 CPU devices, no implicit promotion of dtypes or ranks."""
 
 import os
 import shutil
@@ -13,12 +13,12 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Tests compile much and run little. Commands, documents, notebooks and live parity are compiled as
-# they are for users.
+# Tests spend more time compiling than running. Commands, documents, notebooks and parity checks are
+# compiled with all optimizations, as for users.
 jax.config.update("jax_disable_most_optimizations", True)
 os.environ["XLA_FLAGS"] = processes.ALIKE["XLA_FLAGS"]
 
-# A shell makes what it runs in the background deaf to Ctrl-C; tests' programs would inherit it.
+# Shells ignore SIGINT in background jobs, and programs that tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Commands say that they compile after some seconds, which would depend on the machine.
@@ -42,6 +42,6 @@ def pytest_configure(config):
 
 
 def pytest_sessionstart():
-    """Has XLA read its flags before any program that a test starts could inherit them."""
+    """Initialises XLA, which reads its flags, before a test starts a program that inherits them."""
     jax.devices()
     os.environ.pop("XLA_FLAGS", None)

@@ -1,6 +1,6 @@
-"""The second reference: Transformers' own Mistral in float32, built from official tensors.
+"""A second reference: Transformers' Mistral in float32, built from official tensors.
 
-Needs torch and Transformers: only `golden/make_transformers.py` and `parity.py` import it.
+Needs PyTorch and Transformers: only `golden/make_transformers.py` and the parity tests import it.
 """
 
 import numpy as np
@@ -9,10 +9,10 @@ import transformers
 
 
 def build(config: dict, tensors: dict[str, np.ndarray], **fields) -> transformers.PreTrainedModel:
-    """Returns the model of these official fields and tensors, with eager (exact) attention.
+    """Builds the model of official fields and tensors, with eager (exact) attention.
 
-    A list of windows gives Transformers' Ministral, which is Mistral with windows a layer; its list
-    may hold None and one number.
+    A list of windows needs Transformers' Ministral, which is Mistral with one window per layer. The
+    list may hold None and one number.
     """
     windows = config["sliding_window"]
     kind = "Mistral"
@@ -45,20 +45,20 @@ def build(config: dict, tensors: dict[str, np.ndarray], **fields) -> transformer
 
 
 def load(folder) -> transformers.PreTrainedModel:
-    """Returns the model of a Hugging Face folder, in float32 whatever the files hold."""
+    """Loads a Hugging Face folder in float32, whatever the dtype of its files."""
     return transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
 
 
 def logits(model: transformers.PreTrainedModel, tokens) -> np.ndarray:
-    """Returns the logits [T, V] of one sequence, without a cache."""
+    """Computes the logits [T, V] of one sequence without a cache."""
     with torch.no_grad():
         return model(torch.tensor([list(tokens)]), use_cache=False).logits[0].float().numpy()
 
 
 def greedy(model: transformers.PreTrainedModel, tokens, count: int) -> list[int]:
-    """Returns the next `count` tokens by Transformers' own greedy `generate`, with its cache."""
+    """Generates `count` tokens with Transformers' greedy `generate`, which uses its cache."""
     prompt = torch.tensor([list(tokens)])
     out = model.generate(
         prompt,
@@ -79,7 +79,7 @@ def hf_name(name: str) -> str:
 
 
 def hf_layout(config: dict, name: str, tensor: np.ndarray) -> np.ndarray:
-    """Orders the rows of wq and wk for rotary halves instead of rotary pairs."""
+    """Reorders the rows of wq and wk from rotary pairs to rotary halves."""
     for projection, heads in (("wq", config["n_heads"]), ("wk", config["n_kv_heads"])):
         if f".{projection}." in name:
             pairs = tensor.reshape(heads, config["head_dim"] // 2, 2, -1)

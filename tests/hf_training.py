@@ -1,6 +1,7 @@
-"""The reference of training: PyTorch's own optimizer, in a plain loop around Transformers' model.
+"""The reference of training: PyTorch's own optimizer in a plain loop around Transformers' model.
 
-Needs torch. It takes what `training_case.py` describes, and shares no code with our training.
+Needs PyTorch. It runs the training that `training_case.py` describes, and shares no code with our
+training.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ def train(
     microbatches: int,
     loss_fn: Callable[[torch.nn.Module, Batch], tuple[torch.Tensor, int]] | None = None,
 ) -> list[float]:
-    """Trains all that asks for gradients; returns the loss of each step."""
+    """Trains all parameters that require gradients; returns the loss of each step."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
@@ -50,7 +51,7 @@ def train(
 
 
 def cross_entropy(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
-    """Returns the summed loss of the targets, and how many there are."""
+    """Returns the summed loss of the targets, and their number."""
     targets = to_torch(batch.targets)
     loss = torch.nn.functional.cross_entropy(
         logits(model, batch).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum"
@@ -59,7 +60,7 @@ def cross_entropy(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, i
 
 
 def preference(beta: float):
-    """Returns the loss of DPO, equation 7 of arXiv 2305.18290, on PEFT's model and its base."""
+    """Returns the loss of DPO, equation 7 of arXiv 2305.18290, for a PEFT model and its base."""
 
     def answers(model, batch):
         flat = Batch(
@@ -81,17 +82,17 @@ def preference(beta: float):
 
 
 def logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Returns the logits [B, T, V] of rows that each hold one text, padding last."""
+    """Returns the logits [B, T, V] of rows with one text each, padded at the end."""
     mask = to_torch(batch.positions) >= 0
     return model(to_torch(batch.tokens), attention_mask=mask.long(), use_cache=False).logits
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
-    """Cuts a batch into microbatches."""
+    """Splits a batch into microbatches."""
     arrays = [np.split(x, parts) for x in (batch.tokens, batch.positions, batch.targets)]
     return [Batch(*part) for part in zip(*arrays, strict=True)]
 
 
 def to_torch(x: np.ndarray) -> torch.Tensor:
-    """Returns ids as PyTorch indexes by them."""
+    """Returns ids as int64, which PyTorch needs for an index."""
     return torch.from_numpy(np.asarray(x, np.int64))

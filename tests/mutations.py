@@ -1,4 +1,4 @@
-"""Damages files in many ways, by a seed: bits, numbers, blocks, and the values of JSON."""
+"""Damages files at random, from a seed: bits, numbers, blocks, and JSON values."""
 
 import io
 import json
@@ -30,7 +30,7 @@ _VALUES: list[Any] = [
 
 
 def damaged_bytes(rng: random.Random, data: bytes, start: int = 0, end: int | None = None) -> bytes:
-    """Returns data with one to three changes between two places."""
+    """Returns data with one to three changes, from `start` to `end`."""
     data, end = bytearray(data), len(data) if end is None else end
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         at, length = rng.randrange(start, max(start + 1, end)), rng.choice((1, 2, 4, 8))
@@ -60,7 +60,7 @@ def damaged_bytes(rng: random.Random, data: bytes, start: int = 0, end: int | No
 
 
 def damaged_value(rng: random.Random, value: Any) -> Any:
-    """Returns a JSON value in which one entry is another, gone, or by another name."""
+    """Returns a JSON value in which one entry is replaced, removed or renamed."""
     if isinstance(value, dict) and value and rng.random() < 0.9:
         key = rng.choice(list(value))
         kind = rng.randrange(10)
@@ -76,7 +76,7 @@ def damaged_value(rng: random.Random, value: Any) -> Any:
 
 
 def damaged_json(rng: random.Random, data: bytes) -> bytes:
-    """Returns JSON of other values, or no JSON."""
+    """Returns JSON with changed values, or bytes that are not JSON."""
     if rng.random() < 0.2:
         return damaged_bytes(rng, data)
     if rng.random() < 0.03:
@@ -90,7 +90,7 @@ def damaged_json(rng: random.Random, data: bytes) -> bytes:
 
 
 def damaged_safetensors(rng: random.Random, data: bytes) -> bytes:
-    """Returns a file whose header tells something else, or is none."""
+    """Returns a safetensors file with a changed or an invalid header, or with changed bytes."""
     size = int.from_bytes(data[:8], "little")
     kind = rng.randrange(4)
     if kind == 0:
@@ -98,14 +98,14 @@ def damaged_safetensors(rng: random.Random, data: bytes) -> bytes:
     if kind == 1:
         return damaged_bytes(rng, data)
     header = damaged_json(rng, data[8 : 8 + size])
-    if kind == 2:  # Spaces keep the tensors where they were.
+    if kind == 2:  # Spaces keep the tensors aligned to 8 bytes.
         header += b" " * (-len(header) % 8)
     length = len(header) if rng.random() < 0.9 else rng.choice(_NUMBERS) % (1 << 64)
     return length.to_bytes(8, "little") + header + data[8 + size :]
 
 
 def damaged_zip(rng: random.Random, data: bytes) -> bytes:
-    """Returns a zip of another pickle, other members, or another table."""
+    """Returns a zip file with a changed pickle, changed members, or a changed directory."""
     kind = rng.randrange(4)
     if kind == 0:
         return damaged_bytes(rng, data)

@@ -1,6 +1,6 @@
-"""Starts a Python program as several processes of one, as a launcher would; and is such a program.
+"""Starts a Python program as several processes, as a launcher does, and is such a program.
 
-As a program it does what its first argument names, and prints a line of JSON.
+As a program, it runs the function that its first argument names, and prints the result as JSON.
 """
 
 import contextlib
@@ -15,11 +15,11 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import NamedTuple
 
-# What computes as the tests' own process does, to the bit (see conftest.py).
+# The settings of conftest.py: with them a process computes the same bits as the tests do.
 ALIKE = {
     "JAX_PLATFORMS": "cpu",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    # Of how XLA makes code for fused operations on a CPU, the older takes half the time.
+    # XLA's older emitters for fused operations on a CPU compile twice as fast.
     "XLA_FLAGS": "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
 }
 PROMPTS = [[1, 7, 9], [1, *range(10, 40)], [5]]
@@ -27,7 +27,7 @@ TEXT = "a text that is longer than one chunk"
 
 
 class Ended(NamedTuple):
-    """How a process ended."""
+    """The exit status and the output of a process."""
 
     status: int
     out: str
@@ -47,10 +47,10 @@ def together(
     Args:
       command: arguments of Python.
       count: number of processes.
-      devices: CPU devices of each.
-      stdin: what the first reads; the others have none.
-      signal_after: seconds after which all get SIGTERM; None = they do not.
-      timeout: seconds until all must have ended.
+      devices: CPU devices per process.
+      stdin: input of the first process; the others have none.
+      signal_after: seconds until all processes get SIGTERM; None = no signal.
+      timeout: seconds until all processes must have ended.
     """
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
@@ -66,7 +66,7 @@ def together(
     with contextlib.ExitStack() as stack:
 
         def start(index):
-            # Files, for no process shall wait until its output is read.
+            # A process that writes to a pipe may block until the pipe is read; files do not block.
             given, out, err = (stack.enter_context(TemporaryFile("w+")) for _ in range(3))
             given.write(stdin if index == 0 else "")
             given.seek(0)
@@ -96,7 +96,7 @@ def together(
 
 
 def _without_gloo(err: str) -> str:
-    """Drops the lines in which Gloo's threads count their peers, also where one tears another."""
+    """Drops lines in which Gloo's threads count their peers; threads may interleave such lines."""
     pieces = "[Gloo] Rank ", " is connected to ", "Expected number of connected", " peer ranks"
     counting = "|".join(map(re.escape, (*pieces, ". ", " is : ")))
     if "[Gloo]" not in err:
@@ -106,7 +106,7 @@ def _without_gloo(err: str) -> str:
 
 
 def work(checkpoint: str, target: str, sharding: str, mesh: str) -> dict:
-    """Loads a model, generates, scores and saves; returns what comes of it."""
+    """Loads a model, generates, scores and saves; returns the results."""
     from types import SimpleNamespace
 
     import mistral_jax as mj
@@ -125,7 +125,7 @@ def work(checkpoint: str, target: str, sharding: str, mesh: str) -> dict:
 
 
 def bytes_read(checkpoint: str, sharding: str) -> dict:
-    """Loads a model twice; returns what the second time read, and the bytes of its own parts."""
+    """Loads a model twice; returns the bytes that the second load read, and those of its shards."""
     import jax
     from jax.experimental.multihost_utils import process_allgather
 
@@ -152,7 +152,7 @@ def bytes_read(checkpoint: str, sharding: str) -> dict:
 
 
 def adapt(checkpoint: str, folder: str, target: str) -> dict:
-    """Uses adapters over all devices, beside the weights and merged; saves them again."""
+    """Generates with adapters over all devices, separate and merged, and saves them again."""
     import jax
 
     import mistral_jax as mj
@@ -171,21 +171,21 @@ def adapt(checkpoint: str, folder: str, target: str) -> dict:
 
 
 def late() -> int:
-    """Lets the others wait for the first process longer than the runtime would, to connect."""
+    """Delays the first process for longer than the runtime waits for a connection."""
     from mistral_jax.parallel import distributed
 
     return distributed.from_first(lambda: time.sleep(35) or 7)
 
 
 def wait() -> None:
-    """Waits for a minute, among other processes."""
+    """Waits for a minute."""
     time.sleep(60)
 
 
 def train(configs: str, process: str, number: str, *arguments: str) -> int:
-    """Trains a tiny model on a text of its own; in step 13 a process gets a signal.
+    """Trains a tiny model on made-up texts; in step 13, one process gets a signal.
 
-    By then the state of step 10 is saved: it is written while training goes on.
+    It waits until the state of step 10 is saved, which happens in the background.
     """
     from mistral_jax import config
     from mistral_jax.cli import train
@@ -210,7 +210,7 @@ def train(configs: str, process: str, number: str, *arguments: str) -> int:
 
 
 def finetune(recipe: str, run: str, sharding: str) -> str:
-    """Trains adapters by a recipe; returns the command that uses them."""
+    """Trains adapters with a recipe; returns the command that uses them."""
     from mistral_jax.training import run as runs
     from mistral_jax.training.recipe import Recipe
 

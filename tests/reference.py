@@ -1,8 +1,8 @@
-"""An independent forward pass of Mistral: NumPy, float64, slow, and plain enough to check by eye.
+"""An independent forward pass of Mistral: NumPy in float64, slow, and plain enough to check by eye.
 
-Written from the paper (arXiv:2310.06825) and the layout of the official files: official tensor and
-config names, interleaved rotary pairs, one loop a head and a query. It shares no code with the
-package, knows no cache and no batch.
+It follows the paper (arXiv:2310.06825) and the official files: their tensor and config names,
+interleaved rotary pairs, and one loop over heads and queries. It shares no code with the package,
+and has no cache and no batch.
 """
 
 import math
@@ -11,13 +11,14 @@ import numpy as np
 
 
 def forward(config: dict, tensors: dict[str, np.ndarray], tokens) -> np.ndarray:
-    """Returns the logits [T, V] of one sequence.
+    """Computes the logits [T, V] of one sequence.
 
     Args:
-      config: fields as in `params.json`, with `rope_theta`; `sliding_window` may be a list, one
-        entry a layer, and so may `dilation`, which no official file has.
-      tensors: float32 arrays by official name; without `output.weight` the embedding is the output.
-      tokens: T ids.
+      config: fields of `params.json`, and `rope_theta`. `sliding_window` may be a list with one
+        entry per layer, and so may `dilation`, which no official file has.
+      tensors: float32 arrays by official name; without `output.weight` the output is tied to the
+        embedding.
+      tokens: T token ids.
     """
     w = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
     x = w["tok_embeddings.weight"][np.asarray(tokens)]
@@ -30,7 +31,7 @@ def forward(config: dict, tensors: dict[str, np.ndarray], tokens) -> np.ndarray:
 
 
 def attention(config: dict, layer: dict[str, np.ndarray], x: np.ndarray, i: int) -> np.ndarray:
-    """Returns the attention of layer i: each query head over its window of keys."""
+    """Computes the attention of layer i: each query head over the keys in its window."""
     length, dim = len(x), config["head_dim"]
     window = config["sliding_window"]
     window = window[i] if isinstance(window, list) else window
@@ -52,7 +53,7 @@ def attention(config: dict, layer: dict[str, np.ndarray], x: np.ndarray, i: int)
 
 
 def rotate(x: np.ndarray, theta: float) -> np.ndarray:
-    """Turns each pair (2j, 2j + 1) of x [T, heads, head_dim] by t * theta ** (-2j / head_dim)."""
+    """Rotates each pair (2j, 2j + 1) of x [T, heads, head_dim] by t * theta ** (-2j / head_dim)."""
     length, _, dim = x.shape
     angles = np.outer(np.arange(length), theta ** (-np.arange(0, dim, 2) / dim))
     pairs = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * angles)[:, None, :]
@@ -67,15 +68,15 @@ def feed_forward(layer: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
 
 
 def rms_norm(config: dict, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Divides x by the root of its mean square over the last axis, and scales it."""
+    """Divides x by the root mean square of its last axis, and multiplies it by `weight`."""
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + config["norm_eps"]) * weight
 
 
 def random_tensors(config: dict, seed: int, tied: bool = False) -> dict[str, np.ndarray]:
     """Draws float32 weights that keep activations near unit scale.
 
-    The numbers come from the raw bits of PCG64, which NumPy promises never to change: golden files
-    hold a seed instead of weights.
+    The numbers come from the raw bits of PCG64, which NumPy promises never to change, so golden
+    files can hold a seed instead of weights.
     """
     bits = np.random.PCG64(seed)
 
@@ -91,7 +92,7 @@ def random_tensors(config: dict, seed: int, tied: bool = False) -> dict[str, np.
 
     dim, hidden = config["dim"], config["hidden_dim"]
     heads, kv_heads = (config[n] * config["head_dim"] for n in ("n_heads", "n_kv_heads"))
-    # A quarter: else a tied output mostly repeats the token that was read.
+    # With a larger embedding, a tied output would mostly repeat the token that was read.
     tensors = {"tok_embeddings.weight": uniform(config["vocab_size"], dim) * np.float32(0.25)}
     for i in range(config["n_layers"]):
         layer = {

@@ -1,6 +1,7 @@
-"""Tiny PyTorch checkpoints for tests, written byte by byte: no torch, and none of `convert`.
+"""Tiny PyTorch checkpoints for tests, written byte by byte without PyTorch and without `convert`.
 
-Names, the order of rows and the pickle are stated anew here: either side checks the other.
+The names, the order of rows and the pickle format are written down again here, so that `convert`
+and this file check each other.
 """
 
 import io
@@ -18,7 +19,7 @@ from tiny import OFFICIAL
 
 from mistral_jax.base.output import Progress
 
-# What git leaves in place of a file that Git LFS keeps.
+# The pointer that git checks out for a file in Git LFS.
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%064d\nsize 9942981696\n" % 0
 
 FORMATS = ("hf-safetensors", "official-safetensors", "hf-torch", "official-torch")
@@ -43,7 +44,7 @@ HF_CONFIG = {
 
 
 def tensors(tied: bool = False, **fields) -> dict[str, np.ndarray]:
-    """Returns random weights of `OFFICIAL`, or of what `fields` make of it."""
+    """Draws random weights for `OFFICIAL` with the changes of `fields`."""
     return reference.random_tensors(OFFICIAL | fields, 0, tied)
 
 
@@ -57,11 +58,11 @@ def write(
     """Writes a source folder.
 
     Args:
-      folder: where; may exist, and hold another format.
+      folder: the folder; may exist and hold another format.
       format: one of `FORMATS`.
-      tensors: by official name and in official layout; None = those of `reference`, in float32.
-      parts: files that hold the tensors.
-      fields: changes to the config file, by either format's names; `...` takes a field out.
+      tensors: arrays by official name, in the official layout; None = random float32 ones.
+      parts: number of files that hold the tensors.
+      fields: changes to the config file, by either format's names; `...` removes a field.
     """
     folder.mkdir(parents=True, exist_ok=True)
     held = reference.random_tensors(OFFICIAL, 0) if tensors is None else tensors
@@ -92,7 +93,7 @@ def write(
 
 
 def write_tokenizer(file: Path, size: int = OFFICIAL["vocab_size"]) -> Path:
-    """Makes a SentencePiece model of `size` pieces, which knows lower-case letters."""
+    """Trains a SentencePiece model of `size` pieces on pairs of lower-case letters."""
     words = " ".join(f"{a}{b}" for a in "abcdefghijklmnop" for b in "qrstuvwxyz")
     model = io.BytesIO()
     SentencePieceTrainer.train(
@@ -114,7 +115,7 @@ def hf_name(name: str) -> str:
 
 
 def hf_layout(name: str, tensor: np.ndarray) -> np.ndarray:
-    """Returns a tensor with the rows of its rotary pairs (2j, 2j + 1) at (j, j + head_dim / 2)."""
+    """Moves the rows of rotary pairs (2j, 2j + 1) to (j, j + head_dim / 2) in wq and wk."""
     if ".wq." not in name and ".wk." not in name:
         return tensor
     heads = np.split(tensor, len(tensor) // OFFICIAL["head_dim"])
@@ -122,12 +123,12 @@ def hf_layout(name: str, tensor: np.ndarray) -> np.ndarray:
 
 
 def save_safetensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes what `safetensors` would."""
+    """Writes tensors as a safetensors file."""
     save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, file)
 
 
 def save_torch(file: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes what `torch.save` would of contiguous tensors."""
+    """Writes the file that `torch.save` writes for contiguous tensors."""
     pickle = b"\x80\x02}("
     for key, (name, tensor) in enumerate(tensors.items()):
         strides = [math.prod(tensor.shape[i + 1 :]) for i in range(tensor.ndim)]
@@ -136,7 +137,7 @@ def save_torch(file: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def save_zip(file: Path, pickle: bytes, storages: list[bytes], **members: bytes) -> None:
-    """Writes the zip of `torch.save` around a pickle."""
+    """Writes the zip file of `torch.save` around a pickle."""
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("archive/data.pkl", pickle)
         archive.writestr("archive/byteorder", members.get("byteorder", b"little"))
@@ -156,7 +157,7 @@ def rebuilt(key: str, dtype: str, shape, strides, offset: int = 0, count: int | 
 
 
 def name_of(module: str, name: str) -> bytes:
-    """Returns the opcode that looks up a name of a module."""
+    """Returns the opcode that looks up a name in a module."""
     return f"c{module}\n{name}\n".encode()
 
 
@@ -176,7 +177,7 @@ def integers(values) -> bytes:
 
 
 def _part(tensors: dict[str, np.ndarray], part: int, parts: int) -> dict[str, np.ndarray]:
-    """Returns what `consolidated.NN.pth` number `part` holds: columns, rows, or all of a tensor."""
+    """Returns the columns, rows or whole tensors that `consolidated.NN.pth` number `part` holds."""
     shares = {}
     for name, tensor in tensors.items():
         columns = any(word in name for word in ("tok_embeddings", ".wo.", ".w2."))
@@ -203,7 +204,7 @@ _HF_NAMES = {
 
 
 class Heard(Progress):
-    """A listener that remembers."""
+    """Progress that records the sentences said to it."""
 
     def __init__(self):
         self.said = []

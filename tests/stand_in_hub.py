@@ -17,8 +17,8 @@ class Hub(ThreadingHTTPServer):
     """The server.
 
     Attributes:
-      repositories: folder of each repository, by its name.
-      given: names of the files that were asked for, in order.
+      repositories: folder of each repository, by name.
+      given: names of the requested files, in order.
     """
 
     daemon_threads = True
@@ -30,7 +30,7 @@ class Hub(ThreadingHTTPServer):
 
 @contextlib.contextmanager
 def serve(repositories: dict[str, Path]):
-    """Yields a running Hub; one of the name "gated" in it asks for a login."""
+    """Yields a running Hub. A repository whose name contains "gated" requires a login."""
     hub = Hub(repositories)
     thread = threading.Thread(target=hub.serve_forever)
     thread.start()
@@ -43,7 +43,7 @@ def serve(repositories: dict[str, Path]):
 
 
 def environment(port: int, cache: Path) -> dict[str, str]:
-    """Returns the environment of a program whose Hub is the stand-in."""
+    """Returns the environment of a program that uses the stand-in as its Hub."""
     kept = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
     return kept | {
         "HF_ENDPOINT": f"http://127.0.0.1:{port}",
@@ -53,7 +53,7 @@ def environment(port: int, cache: Path) -> dict[str, str]:
 
 
 def cached(home: Path, repository: str, source: Path, commit: str = COMMIT) -> Path:
-    """Lays the files of a folder out as the Hub's cache has them; returns the snapshot's folder."""
+    """Writes the files of a folder as the Hub's cache lays them out; returns the snapshot."""
     folder = home / "hub" / f"models--{repository.replace('/', '--')}"
     snapshot = folder / "snapshots" / commit
     for path in (snapshot, folder / "blobs", folder / "refs"):

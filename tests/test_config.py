@@ -1,4 +1,4 @@
-"""Laws of the config: it holds nothing that it did not check, and gives back what it was given."""
+"""Laws of the config: every value is checked, and a round trip through JSON keeps all of them."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ def test_a_config_survives_json(window, dilation):
     assert hash(config) == hash(dataclasses.replace(config))
 
 
-def test_the_end_that_is_taught_is_the_first_of_those_that_end_an_answer():
+def test_the_trained_eos_id_is_the_first_of_all_eos_ids():
     assert make().eos_ids == (2,)
     config = make(eos_id=7, other_eos_ids=[9, 7, 9, 2])
     assert config.eos_ids == (7, 9, 2)
@@ -64,7 +64,7 @@ def test_a_dilated_window_spans_its_keys_and_the_gaps_between_them():
     assert make(sliding_window=[None, 5, 1], dilation=[2, 3, 4]).spans == (None, 13, 1)
 
 
-def test_whole_numbers_may_stand_for_floats():
+def test_integers_are_accepted_for_floats():
     assert make(rope_theta=10000) == make(rope_theta=1e4)
     assert isinstance(make(rope_theta=10000).rope_theta, float)
 
@@ -110,20 +110,20 @@ def test_whole_numbers_may_stand_for_floats():
         ({"rope_tehta": 1e6}, "unknown key 'rope_tehta'; the nearest known one is 'rope_theta'"),
     ],
 )
-def test_a_bad_value_is_named_with_what_was_expected(fields, message):
+def test_a_bad_value_raises_an_error_that_names_it_and_the_expected_values(fields, message):
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         ModelConfig.from_dict(FIELDS | fields, "somewhere.json")
     assert str(caught.value).startswith("somewhere.json: ")
 
 
 @pytest.mark.parametrize("name", ["head_dim", "rope_theta", "sliding_window", "num_kv_heads"])
-def test_what_models_differ_in_has_no_default(name):
+def test_fields_that_differ_between_models_have_no_default(name):
     fields = {key: value for key, value in FIELDS.items() if key != name}
     with pytest.raises(ValueError, match=f"missing {name}"):
         ModelConfig.from_dict(fields)
 
 
-def test_released_models_differ_in_window_base_and_vocabulary_alone():
+def test_released_models_differ_only_in_window_rope_theta_and_vocabulary():
     configs = [ModelConfig.from_name(name) for name in RELEASED]
     assert [(c.sliding_window, c.rope_theta, c.vocab_size) for c in configs] == [
         (4096, 1e4, 32000),
@@ -135,7 +135,7 @@ def test_released_models_differ_in_window_base_and_vocabulary_alone():
     assert (configs[2].head_dim, configs[2].norm_eps, configs[2].mlp_dim) == (128, 1e-5, 14336)
 
 
-def test_every_model_file_reads_by_name_and_a_wrong_name_lists_them():
+def test_every_model_file_is_read_by_name_and_a_wrong_name_lists_them():
     names = [path.stem for path in (CONFIG_DIR / "models").glob("*.toml")]
     assert {*RELEASED, "nano"} <= {*names}
     for name in names:
@@ -146,7 +146,7 @@ def test_every_model_file_reads_by_name_and_a_wrong_name_lists_them():
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[1, 2]", b""])
-def test_a_file_that_is_no_object_is_named(tmp_path, content):
+def test_the_error_names_a_file_that_is_not_a_json_object(tmp_path, content):
     path = tmp_path / "config.json"
     path.write_bytes(content)
     with pytest.raises(
@@ -155,7 +155,7 @@ def test_a_file_that_is_no_object_is_named(tmp_path, content):
         read_json(path)
 
 
-def test_a_toml_mistake_is_named_with_its_line(tmp_path):
+def test_the_error_of_a_toml_mistake_names_file_and_line(tmp_path):
     path = tmp_path / "tiny.toml"
     path.write_text("vocab_size = 3\nhead_dim =\n")
     with pytest.raises(ValueError, match=r"tiny\.toml is not valid TOML: .*line 2"):

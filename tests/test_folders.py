@@ -1,4 +1,4 @@
-"""The shape of the package: folders in one order, imports that only go down, and no long file."""
+"""The structure of the package: folders in one order, imports that only go down, no long files."""
 
 import ast
 import re
@@ -8,8 +8,8 @@ import pytest
 
 from mistral_jax.config import CHECKOUT
 
-# From the lowest to the highest; folders of one line do not import each other. The rest of a line
-# is a module of the package itself.
+# From the lowest to the highest. Folders of one line do not import each other. Modules at the top
+# level of the package, such as `config`, count as folders.
 ORDER = [
     {"base"},
     {"config"},
@@ -33,7 +33,7 @@ MODULES = {name.removesuffix(".__init__"): path for name, path in FILES.items()}
 
 
 def imports(module: str, path: Path) -> set[str]:
-    """Returns our own modules that the source of `module` imports anywhere."""
+    """Returns the modules of this project that the source of `module` imports, at any depth."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -51,7 +51,7 @@ def imports(module: str, path: Path) -> set[str]:
 
 
 def package_modules():
-    """Returns the path of each module of the package, by its name below `mistral_jax`."""
+    """Returns the path of each module of the package, by its name without `mistral_jax`."""
     return {
         name.removeprefix("mistral_jax").removeprefix("."): path
         for name, path in MODULES.items()
@@ -60,7 +60,7 @@ def package_modules():
 
 
 def folder(name: str) -> str:
-    """Returns the folder of a module; a module of the package itself stands for one."""
+    """Returns the folder of a module; a module at the top level counts as a folder."""
     return name.partition(".")[0]
 
 
@@ -77,15 +77,15 @@ def test_imports_between_folders_go_down(name, path):
             assert HEIGHT[other] < HEIGHT[folder(name)], f"{name} imports {imported} above it"
 
 
-def test_convert_names_its_own_modules_by_dots():
-    """Its absolute name differs: `convert` in a checkout, `mistral_jax.convert` once installed."""
+def test_convert_imports_its_own_modules_relatively():
+    """Its absolute name is `convert` in a checkout and `mistral_jax.convert` in an installation."""
     for path in (CHECKOUT / "convert").glob("*.py"):
         text = path.read_text(encoding="utf-8")
         for absolute in ("import convert", "from convert", "mistral_jax.convert import"):
             assert absolute not in text, path
 
 
-def test_the_walk_sees_imports_wherever_they_stand(tmp_path):
+def test_imports_inside_functions_and_classes_are_found(tmp_path):
     path = tmp_path / "module.py"
     path.write_text(
         "import mistral_jax.config\n"
@@ -102,12 +102,12 @@ def test_the_walk_sees_imports_wherever_they_stand(tmp_path):
     }
 
 
-def test_no_torch_outside_the_tests():
+def test_only_tests_import_torch():
     for module, path in MODULES.items():
         assert not re.search(r"^\s*(import|from) torch\b", path.read_text(), re.MULTILINE), module
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
-def test_no_file_is_long(name):
+def test_no_file_has_more_than_400_lines(name):
     lines = MODULES[name].read_text(encoding="utf-8").count("\n")
     assert lines <= 400, f"{MODULES[name]} has {lines} lines"

@@ -1,6 +1,6 @@
-"""Tiny models for tests: our config and params from official fields and tensors, mapped by hand.
+"""Tiny models for tests: our config and params, mapped by hand from official fields and tensors.
 
-This restates the map that `convert/names.py` holds, on purpose: either checks the other.
+The map of `convert/names.py` is written down again here, so that the two check each other.
 """
 
 import functools
@@ -28,13 +28,13 @@ OFFICIAL = {
 
 
 def build(seed: int = 0, tied: bool = False, dtype=jnp.float32, **fields):
-    """Returns the model and params of a random tiny Mistral; `fields` override `OFFICIAL`."""
+    """Returns the model and the params of a random tiny Mistral; `fields` override `OFFICIAL`."""
     config = OFFICIAL | fields
     return from_official(config, reference.random_tensors(config, seed, tied), dtype)
 
 
 def from_official(config: dict, tensors: dict[str, np.ndarray], dtype=jnp.float32):
-    """Returns our model and params for an official config and its tensors."""
+    """Builds our model and params from an official config and its tensors."""
     ours = ModelConfig(
         vocab_size=config["vocab_size"],
         num_layers=config["n_layers"],
@@ -62,17 +62,17 @@ def from_official(config: dict, tensors: dict[str, np.ndarray], dtype=jnp.float3
 
 @functools.partial(jax.jit, static_argnames="model")
 def forward(model, params, tokens, positions, cache=None, logits_at=None):
-    """Applies the model; compiled once for each model and shape, in the whole session."""
+    """Applies the model; the session compiles it once for each model and shape."""
     return model.apply({"params": params}, tokens, positions, cache, logits_at)
 
 
 def alone(model, params, text):
-    """Returns the logits [T, V] of one text, without padding, neighbours or a cache."""
+    """Computes the logits [T, V] of one text, without padding, neighbours or a cache."""
     return forward(model, params, *ragged([text]))[0][0]
 
 
 def ragged(rows):
-    """Returns tokens and positions [B, T] of rows of different lengths; padding comes last."""
+    """Returns tokens and positions [B, T] of rows of different lengths, padded at the end."""
     tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
     positions = np.full_like(tokens, -1)
     for i, row in enumerate(rows):
@@ -85,7 +85,7 @@ def _layer(config, take):
     def heads(name, count):
         return take(name).reshape(count, config.head_dim, config.embed_dim)
 
-    def halves(kernel):  # rotary pairs (2j, 2j + 1) to halves (j, j + H/2)
+    def halves(kernel):  # moves the rotary pair (2j, 2j + 1) to (j, j + H/2)
         return np.concatenate([kernel[:, 0::2], kernel[:, 1::2]], axis=1)
 
     attn = {

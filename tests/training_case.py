@@ -1,6 +1,6 @@
-"""A short training, in plain values: model, batches, optimizer and rates, for any program to run.
+"""A short training run in plain values: model, batches, optimizer and learning rates.
 
-It knows neither torch nor our training; `hf_training.py` runs it in PyTorch, `train` in ours.
+`hf_training.py` runs it in PyTorch, and `train` runs it with our training.
 """
 
 import math
@@ -13,7 +13,7 @@ from mistral_jax.training.optimizers import make_optimizer, make_schedule
 from mistral_jax.training.states import create_state
 from mistral_jax.training.step import Batch, make_train_step
 
-# Grouped queries, heads whose widths do not add up to dim, a window far shorter than a row.
+# Grouped queries, heads whose total width is not dim, and a window far shorter than a row.
 CONFIG = {
     "dim": 32,
     "n_layers": 2,
@@ -28,15 +28,15 @@ CONFIG = {
 }
 STEPS, MICROBATCHES = 20, 2
 RATES = {"warmup_steps": 4, "learning_rate": 1e-2, "final_learning_rate": 1e-3}
-# A larger epsilon than usual: Adam divides by the size of a gradient, and so blows up the rounding
-# of those that are nearly zero. It is small beside the others, and the same everywhere.
+# A larger epsilon than usual: Adam divides by the size of a gradient, which magnifies the rounding
+# errors of gradients near zero. It is small compared with other gradients, and equal in all runs.
 ADAMW = {"b1": 0.9, "b2": 0.95, "eps": 1e-6, "weight_decay": 0.1, "clip_norm": 1.0}
 
 
 def batches(seed: int, steps: int = STEPS, rows: int = 4, length: int = 24) -> list[Batch]:
-    """Returns batches of ragged rows, whose microbatches have unequally many targets.
+    """Returns two batches of ragged rows in turns, whose microbatches have unequal target counts.
 
-    There are two, in turns: so few that the loss falls within a few steps.
+    With only two batches, the loss falls within a few steps.
     """
     rng = np.random.default_rng(seed)
     both = []
@@ -58,7 +58,7 @@ def batches(seed: int, steps: int = STEPS, rows: int = 4, length: int = 24) -> l
 
 
 def rates(steps: int = STEPS) -> list[float]:
-    """Returns the learning rate of each step, by the formula: a line up, half a cosine down."""
+    """Returns the learning rate of each step, by formula: linear warmup, then half a cosine."""
     peak, end, rise = RATES["learning_rate"], RATES["final_learning_rate"], RATES["warmup_steps"]
     down = [(step - rise) / (steps - rise) for step in range(steps)]
     return [
@@ -70,7 +70,7 @@ def rates(steps: int = STEPS) -> list[float]:
 
 
 def train(loss_fn, trainable, frozen, batches, microbatches: int = MICROBATCHES, **optimizer):
-    """Trains in ours; returns the loss of each step, and what was trained."""
+    """Trains with our training step; returns the loss of each step, and the trained parameters."""
     schedule = make_schedule("cosine", len(batches), **RATES)
     optimizer = make_optimizer("adamw", schedule, **ADAMW | optimizer)
     step = make_train_step(loss_fn, optimizer, microbatches)

@@ -1,1 +1,1 @@
-"""Evaluation: how well a model foretells texts and chooses answers. It trains nothing."""
+"""Evaluation: perplexity of texts, multiple choice, and lm-evaluation-harness."""

@@ -1,6 +1,6 @@
-"""Multiple choice: questions whose answers are the likeliest continuations. It generates nothing.
+"""Multiple choice: the model's answer is the choice with the highest log-probability.
 
-Prompts are split into tokens, and answers are judged, as lm-evaluation-harness does both.
+Tokens and scores follow lm-evaluation-harness.
 """
 
 import dataclasses
@@ -26,12 +26,12 @@ _ANSWER = ("answer", "gold")
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question with the answers to choose from.
+    """A question and its choices.
 
     Attributes:
-      context: what stands before an answer; may be empty.
-      choices: the answers, at least two.
-      answer: index of the right one.
+      context: text before a choice; may be empty.
+      choices: the possible answers, at least two.
+      answer: index of the correct choice.
     """
 
     context: str
@@ -41,16 +41,16 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """How many questions are answered rightly, by three rules.
+    """The share of questions that are answered correctly, by three rules.
 
     Attributes:
       questions: number of questions.
-      acc: share of those whose right answer is the likeliest.
-      acc_norm: the same of log-probabilities divided by the answer's length in characters.
-      acc_bytes: the same, in bytes of UTF-8; differs from `acc_norm` beyond ASCII only.
-      acc_stderr: standard error of `acc`; None of a single question.
-      acc_norm_stderr: of `acc_norm`.
-      acc_bytes_stderr: of `acc_bytes`.
+      acc: share of questions whose correct choice has the highest log-probability.
+      acc_norm: the same, with log-probabilities divided by the choice's length in characters.
+      acc_bytes: the same, with lengths in bytes of UTF-8; it differs for non-ASCII texts only.
+      acc_stderr: standard error of `acc`; None for a single question.
+      acc_norm_stderr: standard error of `acc_norm`; None for a single question.
+      acc_bytes_stderr: standard error of `acc_bytes`; None for a single question.
     """
 
     questions: int
@@ -66,10 +66,10 @@ def read(path: Path) -> list[Question]:
     """Reads questions from a file of JSON Lines.
 
     A record has the question ("question", "query", "prompt" or "context"), "choices" (a list of
-    strings), and the right one's index from 0 or its letter from A ("answer" or "gold").
+    strings), and the index from 0 or the letter from A of the correct one ("answer" or "gold").
 
     Raises:
-      ValueError: a line is not so; it is named.
+      ValueError: a line has another form; the message names it.
       OSError: the file cannot be read.
     """
     questions = [_question(record, where) for where, record in read_records(path)]
@@ -86,18 +86,18 @@ def logprobs(
     batch: int = 8,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[list[float]]:
-    """Scores the answers to questions.
+    """Computes the log-probability of every choice of every question.
 
     Args:
       model: the model.
       params: its parameters.
       tokenizer: its tokenizer.
-      questions: what to answer.
-      batch: answers at a time.
-      report: called again and again with the number of tokens read so far, and of all.
+      questions: the questions.
+      batch: choices per batch.
+      report: called repeatedly with the number of tokens read so far, and in total.
 
     Returns:
-      The log-probability of each choice of each question, in nats.
+      The log-probability of each choice in nats, one list per question.
     """
     pairs = [encode(tokenizer, q.context, choice) for q in questions for choice in q.choices]
     found = likelihoods(
@@ -111,10 +111,10 @@ def logprobs(
 
 
 def accuracy(questions: Sequence[Question], found: Sequence[Sequence[float]]) -> Accuracy:
-    """Judges the log-probabilities that `logprobs` returned for these questions.
+    """Computes the accuracy from the log-probabilities that `logprobs` returned.
 
     Raises:
-      ValueError: one is not finite.
+      ValueError: a log-probability is not finite.
     """
     check_finite(found)
 
@@ -132,12 +132,13 @@ def accuracy(questions: Sequence[Question], found: Sequence[Sequence[float]]) ->
 
 
 def encode(tokenizer: Tokenizer, context: str, choice: str) -> tuple[list[int], list[int]]:
-    """Encodes a question and one answer, with a space between them unless there is white space.
+    """Encodes a question and a choice, with a space between them unless there is white space.
 
-    The answer has the tokens that it adds to the question's, white space before it included.
+    The choice's tokens are those that follow the question's in the encoding of both together;
+    they include the white space between the two.
 
     Raises:
-      ValueError: the answer has no token of its own.
+      ValueError: the choice adds no token.
     """
     if not context:
         return [tokenizer.bos_id], tokenizer.encode(choice)
@@ -150,7 +151,7 @@ def encode(tokenizer: Tokenizer, context: str, choice: str) -> tuple[list[int], 
 
 
 def _question(record: dict[str, Any], where: str) -> Question:
-    """Checks a record."""
+    """Builds a question from a record; a ValueError says what is wrong with it."""
     context, choices = _one_of(record, _QUESTION, where), record.get("choices")
     if not isinstance(context, str):
         raise ValueError(f"{where}: the question is {show(context)}; expected a string")
@@ -171,7 +172,7 @@ def _question(record: dict[str, Any], where: str) -> Question:
 
 
 def _one_of(record: dict[str, Any], names: Sequence[str], where: str) -> Any:
-    """Returns the one field that a record has of these."""
+    """Returns the value of the only field among `names` that a record has."""
     found = [name for name in names if name in record]
     if len(found) != 1:
         raise ValueError(

@@ -1,6 +1,6 @@
-"""lm-evaluation-harness: our model as its tasks ask it, and its tasks run on our model.
+"""lm-evaluation-harness: our models behind its interface, and a function that runs its tasks.
 
-Contexts and continuations become tokens as in the harness's own Transformers backend, so scores are
+Contexts and continuations are tokenized as in the harness's own Transformers backend, so scores are
 the same. Chat templates are not applied.
 """
 
@@ -33,26 +33,26 @@ from mistral_jax.engine.text import completions
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.tokens.tokenizer import Tokenizer
 
-# Draws of the bootstrap, for standard errors that have no formula.
+# Bootstrap samples, for standard errors that have no formula.
 _DRAWS = 1000
-_NEW_TOKENS = 256  # where a task sets no limit; as the harness's own backends
+_NEW_TOKENS = 256  # limit of tasks that set none, as in the harness's own backends
 
 
 @register_model("mistral_jax")
 class MistralJax(TemplateLM):
-    """A model as the harness calls it.
+    """A model behind the interface of the harness.
 
-    Once this module is imported, `lm_eval.simple_evaluate(model="mistral_jax",
-    model_args="checkpoint=DIR,dtype=float32", ...)` finds it, with the arguments of
+    After this module is imported, `lm_eval.simple_evaluate(model="mistral_jax",
+    model_args="checkpoint=DIR,dtype=float32", ...)` finds it. `model_args` are the arguments of
     `mistral_jax.load` and `max_length`.
 
     Args:
       model: the model.
       params: its parameters.
       tokenizer: its tokenizer.
-      batch: rows at a time.
-      max_length: tokens that the model reads at once; what is longer loses its beginning, and
-        `loglikelihood_rolling` begins anew. None = the model's `max_positions`.
+      batch: rows per batch.
+      max_length: most tokens that the model reads at once. A longer input loses its beginning;
+        `loglikelihood_rolling` cuts it into windows. None = the model's `max_positions`.
     """
 
     def __init__(
@@ -73,14 +73,14 @@ class MistralJax(TemplateLM):
     def create_from_arg_string(
         cls, arg_string: str, additional_config: dict | None = None
     ) -> "MistralJax":
-        """Loads what `--model_args` names."""
+        """Loads the checkpoint that `--model_args` names."""
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @classmethod
     def create_from_arg_obj(
         cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
     ) -> "MistralJax":
-        """Loads the checkpoint that arguments name; of the harness's own, only the batch counts."""
+        """Loads the checkpoint that arguments name; `additional_config` gives the batch size."""
         options = dict(arg_dict)
         max_length = options.pop("max_length", None)
         batch = (additional_config or {}).get("batch_size") or 8
@@ -93,13 +93,16 @@ class MistralJax(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that stands in for an empty context."""
+        """The token that replaces an empty context."""
         return self._tokenizer.bos_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Encodes a text, with BOS unless `add_special_tokens` is False; a BOS it spells is one."""
+        """Encodes a text, with BOS unless `add_special_tokens` is False.
+
+        If it is None, a BOS that the text spells out at its beginning is not added twice.
+        """
         bos = self._tokenizer.piece(self._tokenizer.bos_id)
         if add_special_tokens is None:
             string = string.removeprefix(bos)
@@ -108,7 +111,7 @@ class MistralJax(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Scores continuations, of which each request has the tokens after those of its context."""
+        """Scores continuations; a request has the tokens of its context and of its continuation."""
         rows = [context + continuation for _, context, continuation in requests]
         rows = [row[-(self.max_length + 1) :] for row in rows]
         with tqdm(desc="scoring tokens", disable=disable_tqdm or None) as bar:
@@ -123,8 +126,8 @@ class MistralJax(TemplateLM):
             start = len(row.logprobs) - len(continuation)
             if start < 0:
                 raise ValueError(
-                    f"a task has a continuation of {len(continuation)} tokens, of a model that "
-                    f"reads {self.max_length}"
+                    f"a task has a continuation of {len(continuation)} tokens; expected at most "
+                    f"{self.max_length}, the model's max_length"
                 )
             logprob = math.fsum(row.logprobs[start:].tolist())
             scores.append((logprob, bool(row.greedy[start:].all())))
@@ -133,7 +136,7 @@ class MistralJax(TemplateLM):
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Scores whole texts, in parts of `max_length` tokens."""
+        """Scores whole texts, in windows of `max_length` tokens."""
         windows = [
             (number, None, *make_disjoint_window(window))
             for number, request in enumerate(requests)
@@ -148,7 +151,7 @@ class MistralJax(TemplateLM):
         return sums
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continues contexts, each up to a string of its own choice or a number of tokens."""
+        """Continues contexts, each until its stop strings or its number of new tokens."""
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(number)
@@ -168,7 +171,7 @@ class MistralJax(TemplateLM):
     def _generate(
         self, contexts: Sequence[str], options: Mapping[str, Any], seeds: Sequence[int]
     ) -> list[str]:
-        """Continues contexts that are to be continued in one way."""
+        """Continues contexts that share their generation options."""
         options = normalize_gen_kwargs(dict(options), _NEW_TOKENS)
         new_tokens = options.pop("max_gen_toks")
         end = self._tokenizer.piece(self.eot_token_id)
@@ -180,7 +183,8 @@ class MistralJax(TemplateLM):
             raise ValueError(f"a task asks to generate with {unknown}, which is not supported")
         if new_tokens >= self.max_length:
             raise ValueError(
-                f"a task asks for {new_tokens} new tokens of a model that reads {self.max_length}"
+                f"a task asks for {new_tokens} new tokens; expected fewer than {self.max_length}, "
+                "the model's max_length"
             )
         prompts = [self.tok_encode(text)[-(self.max_length - new_tokens) :] for text in contexts]
         filters = known | options
@@ -205,23 +209,23 @@ def prepare_tasks(
     shots: int | None = None,
     limit: int | None = None,
 ) -> Callable[..., list[dict[str, Any]]]:
-    """Finds tasks by name.
+    """Finds tasks by name, and returns a function that runs them.
 
     Args:
       tasks: names of tasks, groups or tags, or paths of YAML files.
-      include_path: a folder of more tasks; None = only the harness's own.
-      shots: examples before a question; None = as each task says.
-      limit: questions of each task; None = all.
+      include_path: folder of more tasks; None = only the harness's own.
+      shots: number of examples before a question; None = the task's own number.
+      limit: number of questions per task; None = all.
 
     Returns:
-      A function of (model, params, tokenizer, batch) that runs them, and returns a dict for each
-      metric of each task: "task", "metric", "value", "stderr".
+      A function of (model, params, tokenizer, batch) that runs the tasks. It returns a dict for
+      each metric of each task: "task", "metric", "value", "stderr".
 
     Raises:
       ValueError: there is no such task or folder.
     """
     if include_path is not None and not include_path.is_dir():
-        raise ValueError(f"there is no folder {include_path}; expected one of tasks in YAML")
+        raise ValueError(f"there is no folder {include_path}; expected one with task files")
     manager = TaskManager(include_path=include_path)
     for name in tasks:
         if name not in manager.all_tasks and not Path(name).is_file():
@@ -230,7 +234,7 @@ def prepare_tasks(
             )
 
     def run(model, params, tokenizer, batch):
-        # Its other way is to fork, which a program with threads of its own does not survive.
+        # The harness would fork processes, which can deadlock in a program with threads.
         os.environ["DISABLE_MULTIPROC"] = "1"
         with contextlib.redirect_stdout(sys.stderr):
             results = lm_eval.simple_evaluate(
@@ -248,7 +252,7 @@ def prepare_tasks(
 
 
 def _metrics(results: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yields the metrics of all tasks, without the harness's name of the default filter."""
+    """Yields the metrics of all tasks; the name of the harness's default filter is left out."""
     for task, fields in results.items():
         for key, value in fields.items():
             metric, _, kind = key.partition(",")

@@ -1,4 +1,4 @@
-"""The perplexity of texts: what a model pays for each of their tokens."""
+"""The perplexity of texts: the loss of a model per token, and per byte."""
 
 import dataclasses
 import math
@@ -19,13 +19,13 @@ _JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """What a model pays for texts, each read from its own BOS. Losses add up.
+    """The loss of a model on texts, each read from its own BOS. Losses can be added.
 
     Attributes:
       documents: number of texts.
-      tokens: number of their tokens, without BOS.
-      bytes: their length in UTF-8.
-      nats: the negative natural log of their probability.
+      tokens: number of tokens, without BOS.
+      bytes: length of the texts in UTF-8.
+      nats: negative natural logarithm of the texts' probability.
     """
 
     documents: int
@@ -34,20 +34,20 @@ class Loss:
     nats: float
 
     def __add__(self, other: "Loss") -> "Loss":
-        """Returns the loss of both together."""
+        """Returns the loss on the texts of both."""
         mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
         return Loss(*(a + b for a, b in zip(mine, theirs, strict=True)))
 
     @property
     def per_token(self) -> float:
-        """Nats a token: depends on the tokenizer."""
+        """Nats per token; depends on the tokenizer."""
         return self.nats / self.tokens
 
     @property
     def perplexity(self) -> float:
-        """Between how many equally likely tokens the model wavers, in the geometric mean.
+        """The exponential of the loss per token; infinity if a float cannot hold it.
 
-        Infinity beyond what a float can hold.
+        The model is as uncertain as among this many equally likely tokens.
         """
         try:
             return math.exp(self.per_token)
@@ -56,22 +56,23 @@ class Loss:
 
     @property
     def bits_per_byte(self) -> float:
-        """The length of the texts' code under the model: comparable between tokenizers."""
+        """The bits per byte of text, which are comparable between tokenizers."""
         return self.nats / math.log(2) / self.bytes
 
 
 def read_texts(path: Path) -> list[str]:
-    """Reads the texts of a file: one, or the "text" of each record of JSON Lines.
+    """Reads the texts of a file: the whole file, or the "text" of each record of JSON Lines.
 
     Args:
-      path: a UTF-8 file; JSON Lines if its name ends with .jsonl or .ndjson, or with .gz behind.
+      path: a UTF-8 file; JSON Lines if its name ends with .jsonl or .ndjson, or one of these and
+        .gz.
 
     Returns:
       At least one text; none is empty.
 
     Raises:
-      ValueError: the file or a text is empty, it is not UTF-8, or a record has no text.
-      OSError: it cannot be read.
+      ValueError: the file or a text is empty, the file is not UTF-8, or a record has no text.
+      OSError: the file cannot be read.
     """
     if not path.name.endswith(_JSON_LINES):
         found = {str(path): read_text(path, pipe=True)}
@@ -96,18 +97,18 @@ def token_losses(
     batch: int = 8,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[np.ndarray]:
-    """Scores texts of any lengths, token by token.
+    """Computes the loss of every token of texts, which may have different lengths.
 
     Args:
       model: the model.
       params: its parameters.
       tokenizer: its tokenizer.
-      texts: what to score; none empty.
-      batch: texts at a time.
-      report: called again and again with the number of tokens scored so far, and of all.
+      texts: the texts; none is empty.
+      batch: texts per batch.
+      report: called repeatedly with the number of tokens scored so far, and in total.
 
     Returns:
-      The loss of each token of each text, in nats, [T] float32 a text.
+      The loss of each token in nats, one [T] float32 array per text.
     """
     rows = [tokenizer.encode(text, bos=True) for text in texts]
     return row_losses(model, params, rows, batch, report)
@@ -120,7 +121,7 @@ def row_losses(
     batch: int = 8,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[np.ndarray]:
-    """Scores rows of token ids as `token_losses` does texts; a row begins with BOS."""
+    """Computes the same as `token_losses` from rows of token ids that begin with BOS."""
     return [-row.logprobs for row in likelihoods(model, params, rows, batch, report)]
 
 
@@ -128,7 +129,7 @@ def loss(texts: Sequence[str], losses: Sequence[np.ndarray]) -> Loss:
     """Adds up the losses that `token_losses` returned for these texts.
 
     Raises:
-      ValueError: one is not finite.
+      ValueError: a loss is not finite.
     """
     check_finite(losses)
     return Loss(
@@ -140,7 +141,7 @@ def loss(texts: Sequence[str], losses: Sequence[np.ndarray]) -> Loss:
 
 
 def check_finite(losses: Iterable[Sequence[float]]) -> None:
-    """Raises a ValueError if a loss or a log-probability is no finite number."""
+    """Raises a ValueError if a loss or a log-probability is not finite."""
     for number, row in enumerate(losses):
         if not np.isfinite(row).all():
             raise ValueError(

@@ -1,6 +1,6 @@
-"""The loss by position: how it falls with what a model has read, and stays where no more is seen.
+"""The loss by position in a text: its mean in buckets of positions, and a plot.
 
-It takes losses that are known; it runs no model.
+The loss falls as long as more context helps, and stays level where the model sees no more tokens.
 """
 
 import importlib.util
@@ -16,14 +16,14 @@ from mistral_jax.evaluation.perplexity import check_finite
 
 
 class Bucket(NamedTuple):
-    """Tokens at neighbouring positions, of all texts together.
+    """The mean loss of the tokens in a range of positions, over all texts.
 
     Attributes:
-      first_position: of these tokens; token p of a text has p tokens before it, BOS included.
-      last_position: of these tokens.
-      tokens: how many there are.
-      loss: their mean loss, in nats.
-      stderr: its standard error, as if they were independent; None of a single token.
+      first_position: first position. Token p of a text has p tokens before it, BOS included.
+      last_position: last position.
+      tokens: number of tokens.
+      loss: their mean loss in nats.
+      stderr: its standard error, as if tokens were independent; None for a single token.
     """
 
     first_position: int
@@ -34,21 +34,21 @@ class Bucket(NamedTuple):
 
 
 def by_position(losses: Sequence[np.ndarray], count: int | None = None) -> list[Bucket]:
-    """Gathers losses in buckets of positions, from 1 to the longest text's.
+    """Averages losses in buckets of positions, from 1 to the end of the longest text.
 
     Args:
-      losses: the loss of each token of each text, in nats, [T] a text.
-      count: number of buckets of one width; None = each reaches twice as far as the one before.
+      losses: the loss of each token in nats, one [T] array per text.
+      count: number of buckets of equal width; None = each is twice as wide as the one before.
 
     Returns:
-      The buckets, in order, without empty ones.
+      The buckets in order, without empty ones.
 
     Raises:
       ValueError: `count` is not above 0, or a loss is not finite.
     """
     check_finite(losses)
     if count is not None and count < 1:
-        raise ValueError(f"there are to be {count} buckets of positions; expected at least 1")
+        raise ValueError(f"count is {count} buckets of positions; expected at least 1")
     longest = max(map(len, losses))
     if count is None:
         starts = [1 << power for power in range(longest.bit_length())]
@@ -64,18 +64,18 @@ def by_position(losses: Sequence[np.ndarray], count: int | None = None) -> list[
 
 
 def turns(ids: Sequence[int], length: int, count: int) -> list[list[int]]:
-    """Cuts a text into circles, and each into rows that begin at other places of it.
+    """Cuts a text into segments, and returns rotations of each segment as rows.
 
-    So that buckets of `length / count` positions have the same tokens, each of them once: they
-    differ in what was read before, not in how hard their text is.
+    Every bucket of `length / count` positions then holds every token once, so buckets differ in
+    the context of their tokens and not in their difficulty.
 
     Args:
-      ids: the text's token ids.
-      length: tokens of a circle, and of a row (T); what remains of the text is left out.
-      count: rows of each circle; divides `length`.
+      ids: token ids of the text.
+      length: tokens per segment and per row (T); the rest of the text is left out.
+      count: rows per segment; divides `length`.
 
     Returns:
-      The rows, none if the text is shorter than `length`.
+      The rows; none if the text is shorter than `length`.
     """
     circles = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
     starts = range(0, length, length // count)
@@ -83,18 +83,18 @@ def turns(ids: Sequence[int], length: int, count: int) -> list[list[int]]:
 
 
 def check_plot() -> None:
-    """Raises a ValueError if `plot` would, before the work rather than after."""
+    """Raises a ValueError if matplotlib is missing, before the evaluation instead of after."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("no plot without matplotlib: pip install 'mistral-jax-flax[train]'")
 
 
 def plot(buckets: Sequence[Bucket], config: ModelConfig, target: Path) -> None:
-    """Draws the loss against the position into an image file, with the model's windows marked.
+    """Plots the loss by position into an image file, and marks the spans of the model's windows.
 
     Args:
-      buckets: of `by_position`.
+      buckets: buckets from `by_position`.
       config: the model's architecture.
-      target: the file; its ending says the format.
+      target: image file; its extension names the format.
 
     Raises:
       ValueError: matplotlib does not know the format.

@@ -1,1 +1,1 @@
-"""Layouts over devices, meshes, and several processes as one program."""
+"""Layouts and meshes over devices, and several processes as one program."""

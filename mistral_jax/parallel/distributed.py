@@ -1,8 +1,8 @@
-"""Several processes as one program, on JAX's own runtime: its start, and what they must agree on.
+"""Several processes as one program, on JAX's distributed runtime: startup and agreement.
 
-Each process is started with the same arguments and does the same; where something comes from
-outside (a prompt, a clock, a signal), all take the first one's. It knows no models. With one
-process, the usual case, nothing of this does anything.
+All processes start with the same arguments and do the same. For input from outside (a prompt, a
+clock, a signal), all use the value of the first process. With one process, these functions do
+nothing.
 """
 
 import os
@@ -18,31 +18,31 @@ T = TypeVar("T")
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
-# A process that gives no sign of life for so long has died, and ends the others.
+# A process without a heartbeat for this long counts as dead, and the others end.
 HEARTBEAT_SECONDS = 30
 
-# How many tasks a launcher says there are, by its own variable.
+# Variables in which launchers state the number of tasks.
 _LAUNCHED = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 
 
 def initialize(pods: bool = True) -> None:
     """Joins the other processes of this program, if a launcher has started several.
 
-    Launchers that JAX knows (SLURM, Open MPI, TPU pods, Kubernetes) need nothing; any other sets
-    JAX_COORDINATOR_ADDRESS=host:port of process 0, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Call it
-    before anything that uses a device. If the others do not come within five minutes, JAX ends the
-    program; a process that dies later ends the others within half a minute.
+    Launchers that JAX knows (SLURM, Open MPI, TPU pods, Kubernetes) need no settings; any other
+    sets JAX_COORDINATOR_ADDRESS=host:port of process 0, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Call
+    this before any device is used. JAX ends the program if the others do not join within five
+    minutes, and half a minute after one of them dies.
 
     Args:
       pods: whether to join by the machine's place in a TPU pod or a Kubernetes job, where a program
         may also have been started alone.
 
     Raises:
-      ValueError: these variables are not what they should be.
+      ValueError: these variables are incomplete or invalid.
     """
     if jax.distributed.is_initialized():
         return
-    # It would take SIGTERM for a notice that the program asks for, and none here does.
+    # This service catches SIGTERM and waits for the program to ask for it, which ours does not.
     jax.config.update("jax_enable_preemption_service", False)
     given = [name for name in (ADDRESS, COUNT, INDEX) if os.environ.get(name)]
     if COUNT in given or INDEX in given:
@@ -60,17 +60,20 @@ def initialize(pods: bool = True) -> None:
     if not (launched or pods):
         return
     if "1" in launched:
-        return  # JAX would show a task that SLURM started alone but one of its accelerators.
+        return  # JAX would give a single SLURM task only one of its accelerators.
     if "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" not in os.environ:
-        return  # A pod of no indexed job, such as a notebook's.
+        return  # The pod is not part of an indexed job; for example a notebook's.
     try:
         jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except ValueError as error:
         if given:
-            raise ValueError(f"{ADDRESS} is set, but no launcher says more: {error}") from None
-        if "coordinator_address" not in str(error):  # Else nobody has started several.
+            raise ValueError(
+                f"{ADDRESS} is set without {COUNT} and {INDEX}, and JAX finds no launcher that "
+                f"sets them: {error}"
+            ) from None
+        if "coordinator_address" not in str(error):  # JAX asks for it if it finds no launcher.
             raise
-    except RuntimeError as error:  # A program that uses devices already, and was started alone.
+    except RuntimeError as error:  # A single process that already uses devices.
         if launched or given or "must be called before" not in str(error):
             raise
 
@@ -81,15 +84,16 @@ def count() -> int:
 
 
 def is_first() -> bool:
-    """Tells whether this is process 0, which alone reads, prints and writes."""
+    """Returns whether this is process 0, which alone reads, prints and writes."""
     return count() == 1 or jax.process_index() == 0
 
 
 def from_first(task: Callable[[], T]) -> T:
-    """Calls `task` in the first process; in all of them returns, or raises, what it did there."""
+    """Calls `task` in the first process; returns its result, or raises its error, in all."""
     if count() == 1:
         return task()
-    # The runtime connects at the first exchange, and gives up on one who is half a minute late.
+    # The first exchange connects the processes, and fails if one is half a minute late. Connect
+    # now, because `task` may take longer.
     sync()
     outcome = b""
     if is_first():
@@ -101,7 +105,7 @@ def from_first(task: Callable[[], T]) -> T:
             except Exception:
                 outcome = pickle.dumps((None, RuntimeError(str(error))))
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(outcome))))
-    # Few sizes: each is a program to compile.
+    # Pad to one of a few sizes, because JAX compiles a program for each.
     room = max(1024, 1 << (size - 1).bit_length())
     filled = np.frombuffer(outcome.ljust(room, b"\0"), np.uint8)
     result, error = pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(filled)).tobytes())
@@ -118,7 +122,7 @@ def largest(number: int) -> int:
 
 
 def any_of(flag: bool) -> bool:
-    """Tells whether `flag` is true in any process."""
+    """Returns whether `flag` is true in any process."""
     return bool(largest(flag))
 
 
@@ -128,16 +132,19 @@ def sync() -> None:
 
 
 def gather(array: jax.Array) -> np.ndarray:
-    """Returns a whole array in host memory, wherever its parts are; all processes must ask."""
+    """Returns a whole array in host memory, wherever its shards are; all processes must call it."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)
 
 
 def _by_hand(given: list[str]) -> tuple[int, int]:
-    """Returns the number of processes and this one's, from the environment."""
+    """Returns the number of processes and the index of this one, from the environment."""
     if len(given) < 3:
-        raise ValueError(f"of {ADDRESS}, {COUNT} and {INDEX} only {given} are set; set all three")
+        raise ValueError(
+            f"{ADDRESS}, {COUNT} and {INDEX} belong together, but only {given} are set; set all "
+            "three"
+        )
     try:
         number, index = int(os.environ[COUNT]), int(os.environ[INDEX])
     except ValueError:

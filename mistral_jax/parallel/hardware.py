@@ -1,4 +1,4 @@
-"""The figures of accelerators, from `configs/hardware.toml`. It measures nothing."""
+"""The figures of accelerators, read from `configs/hardware.toml`."""
 
 import dataclasses
 
@@ -9,17 +9,18 @@ from mistral_jax.config import CONFIG_DIR
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """One chip; `configs/hardware.toml` says what the figures are, and where they are from.
+    """One chip; `configs/hardware.toml` defines the figures and names their sources.
 
     Attributes:
-      name: the full name.
-      memory: bytes.
-      bandwidth: of the memory, bytes/s.
+      name: full name.
+      memory: device memory, bytes.
+      bandwidth: memory bandwidth, bytes/s.
       flops: matrix FLOP/s in bfloat16.
       link: bytes/s sent along one mesh axis.
       source: address of the figures.
-      topologies: slices that its compiler knows; empty where there is no compiler without a chip.
-      kinds: what JAX calls it, and chips that compute as fast (`jax.Device.device_kind`).
+      topologies: slices that its compiler knows; empty if programs cannot be compiled without a
+        chip.
+      kinds: `jax.Device.device_kind` of this chip, and of chips with the same FLOP/s.
     """
 
     name: str
@@ -33,7 +34,7 @@ class Hardware:
 
 
 def known() -> dict[str, Hardware]:
-    """Reads all accelerators, by their short names."""
+    """Returns all accelerators by their short names."""
     path = CONFIG_DIR / "hardware.toml"
     return {
         name: build(Hardware, fields, f"{path}, {name}") for name, fields in read_toml(path).items()

@@ -1,6 +1,6 @@
-"""The rules of a sharding file: which axes there are, and whether they fit a model's arrays.
+"""The rules of a sharding file: the logical axes, and checks that rules and mesh fit a model.
 
-It knows arrays by their names and shapes alone; it has no devices.
+A model's arrays are given by name and shape; no device is needed.
 """
 
 import math
@@ -13,7 +13,7 @@ LOGICAL_AXES = (
     *("vocab", "embed", "mlp", "heads", "kv_heads", "head_dim"),
     *("batch", "length", "residual"),
 )
-# What the model lays out besides its parameters. A batch may have any size: it is filled up.
+# Activations that the model partitions. A batch may have any size, because it is padded.
 ACTIVATIONS = {
     "the residual stream": ("batch", "length", "residual"),
     "the MLP's activations": ("batch", "length", "mlp"),
@@ -32,39 +32,40 @@ def check_rules(
     sizes: Sizes,
     path: Path,
 ) -> None:
-    """Makes sure that a mesh divides a model, and that no rules collide in an array.
+    """Checks that a mesh divides a model's arrays, and that no rules collide in an array.
 
     Args:
-      arrays: the parameters: name, logical axes and shape of each.
-      rules: the rules.
-      sizes: the mesh.
-      path: the file that they are from, for messages.
+      arrays: name, logical axes and shape of each parameter.
+      rules: mesh axes of each logical axis.
+      sizes: devices along each mesh axis.
+      path: the sharding file, for messages.
 
     Raises:
-      ValueError: an axis does not divide, or two axes of an array lie on one mesh axis.
+      ValueError: a mesh axis does not divide an axis of an array, or two axes of an array map to
+        one mesh axis.
     """
-    split = []
+    dims = []
     for array, axes, shape in arrays:
         named = [f"{axis} ({size})" for axis, size in zip(axes, shape, strict=True)]
         _check_collisions(array, dict(zip(named, axes, strict=True)), rules, sizes, path)
-        split += [(array, *axis) for axis in zip(axes, shape, strict=True)]
+        dims += [(array, *axis) for axis in zip(axes, shape, strict=True)]
     for array, axes in ACTIVATIONS.items():
         _check_collisions(array, dict(zip(axes, axes, strict=True)), rules, sizes, path)
-    # A mesh axis that is larger than the key-value heads is split itself.
+    # `split_kv_heads` splits a mesh axis that is larger than the number of key-value heads.
     if len(rules.get("kv_heads", ())) == 1:
-        split = [part for part in split if part[1] != "kv_heads"]
+        dims = [part for part in dims if part[1] != "kv_heads"]
 
     def divides(axis, size, sizes):
         return size % math.prod(sizes[mesh_axis] for mesh_axis in rules.get(axis, ())) == 0
 
-    for array, axis, size in split:
+    for array, axis, size in dims:
         if divides(axis, size, sizes):
             continue
         widest = max(rules[axis], key=sizes.get)
         smaller = [
             n
             for n in range(1, sizes[widest])
-            if all(divides(*part[1:], {**sizes, widest: n}) for part in split)
+            if all(divides(*part[1:], {**sizes, widest: n}) for part in dims)
         ]
         remedy = (
             f"use a {widest} axis of {smaller[-1]} (--mesh {widest}={smaller[-1]}) or "
@@ -82,23 +83,33 @@ def check_rules(
 def _check_collisions(
     array: str, axes: Mapping[str, str], rules: Axes, sizes: Sizes, path: Path
 ) -> None:
-    """Raises a ValueError if two axes, by what messages call them, lie on one mesh axis."""
+    """Raises a ValueError if two axes of an array map to one mesh axis.
+
+    Args:
+      array: name of the array.
+      axes: logical axis for each name of an axis in messages.
+      rules: mesh axes of each logical axis.
+      sizes: devices along each mesh axis.
+      path: the sharding file, for messages.
+    """
     taken: dict[str, str] = {}
     for name, axis in axes.items():
         for mesh_axis in rules.get(axis, ()):
             if mesh_axis in taken:
                 raise ValueError(
                     f"{path} maps both {taken[mesh_axis]} and {name} of {array} to mesh axis "
-                    f"{mesh_axis!r} ({sizes[mesh_axis]} devices), which can split only one axis of "
-                    "an array: leave one of them unsharded, or give it a mesh axis of its own"
+                    f"{mesh_axis!r} ({sizes[mesh_axis]} devices), which can partition only one "
+                    "axis of an array: leave one of them unsharded, or give it a mesh axis of its "
+                    "own"
                 )
             taken[mesh_axis] = name
 
 
 def split_kv_heads(config: ModelConfig, rules: Axes, sizes: Sizes) -> tuple[Axes, Sizes]:
-    """Splits the mesh axis of kv_heads where it is larger than the heads that it can share out.
+    """Splits the mesh axis of kv_heads into two if it is larger than the number of these heads.
 
-    Of t devices, gcd(t, K) hold different key-value heads; the query heads of each lie on the rest.
+    Of t devices, gcd(t, K) hold different key-value heads. The query heads of a key-value head
+    are partitioned over the other new axis.
     """
     if len(rules.get("kv_heads", ())) != 1:
         return rules, sizes

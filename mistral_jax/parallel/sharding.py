@@ -1,9 +1,8 @@
 """The layout of a model over devices: a mesh, and rules from logical axes to mesh axes.
 
-Rules come from `configs/sharding/*.toml`; this file alone makes a `NamedSharding` of them for
-each array. It holds no weights and starts no computation. The logical axes are those that the model
-names: vocab, embed, mlp, heads, kv_heads, head_dim; and, of activations only, batch, length,
-residual (the width D).
+The rules come from `configs/sharding/*.toml`; only this file turns them into a `NamedSharding` for
+each array. The logical axes are those that the model names: vocab, embed, mlp, heads, kv_heads,
+head_dim; and, for activations only, batch, length and residual (the width D).
 """
 
 import contextlib
@@ -33,11 +32,11 @@ from mistral_jax.parallel.rules import LOGICAL_AXES, check_rules, split_kv_heads
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where arrays lie.
+    """A mesh of devices, and the rules that partition arrays over it.
 
     Attributes:
       mesh: devices by mesh axis.
-      rules: mesh axes of each logical axis that is split.
+      rules: mesh axes of each logical axis that is partitioned.
     """
 
     mesh: Mesh
@@ -48,11 +47,11 @@ class Layout:
         return Backend.of(self.mesh.devices.ravel(), planned)
 
     def parts(self, axis: str) -> int:
-        """Returns how many parts a logical axis is split into."""
+        """Returns the number of parts that a logical axis is partitioned into."""
         return math.prod(self.mesh.shape[name] for name in mesh_axes(self.rules, axis))
 
     def sharding(self, *axes: str) -> NamedSharding:
-        """Returns the sharding of an array with these logical axes; none: whole on every device."""
+        """Returns the sharding of an array with these logical axes; replicated if there is none."""
         return NamedSharding(self.mesh, nn.logical_to_mesh_axes(axes, self.rules))
 
 
@@ -62,26 +61,26 @@ def read_layout(
     devices: list[jax.Device] | None = None,
     mesh: Mapping[str, int] | None = None,
 ) -> Layout | None:
-    """Reads a sharding file and lays its mesh over the devices; allocates nothing.
+    """Reads a sharding file and builds its layout over the devices, without allocating arrays.
 
     Args:
       name: a file of `configs/sharding/` without its ending ("tensor"), or a path to a TOML file;
         None = one device holds everything.
-      config: the model that will be laid out; its sizes must be divisible by the mesh's.
+      config: the model; the mesh must divide its sizes.
       devices: devices to use; None = all.
-      mesh: sizes of mesh axes, in place of those in the file.
+      mesh: sizes of mesh axes, which replace those in the file.
 
     Returns:
-      The layout; None where one device holds everything.
+      The layout, or None if one device holds everything.
 
     Raises:
-      ValueError: there is no such file, its mesh does not fit the devices or the model, it splits
-        two axes of one array over the same devices, or it leaves devices out though there are
-        several processes.
+      ValueError: there is no such file, its mesh does not fit the devices or the model, it
+        partitions two axes of one array over one mesh axis, or it leaves devices unused in a
+        program of several processes.
     """
     if name is None:
         if mesh:
-            raise ValueError(f"mesh is {dict(mesh)}, of no sharding; name one, such as 'tensor'")
+            raise ValueError(f"mesh is {dict(mesh)} without a sharding; name one, such as 'tensor'")
         if distributed.count() > 1:
             raise ValueError(
                 f"there are {distributed.count()} processes and no sharding that spreads the model "
@@ -117,7 +116,7 @@ def read_layout(
     check_rules(_parameters(config), rules, sizes, path)
     rules, sizes = split_kv_heads(config, rules, sizes)
     used = math.prod(sizes.values())
-    # JAX drops a mesh of one device on the way: programs would be compiled for both forms.
+    # JAX drops a mesh of one device from some results, and then compiles programs for both forms.
     if used == 1 and distributed.count() == 1:
         return None
     if used < len(devices) and distributed.count() > 1:
@@ -129,11 +128,11 @@ def read_layout(
 
 
 def abstract_params(model: Transformer, layout: Layout | None = None) -> dict[str, Any]:
-    """Describes a model's parameters without making them.
+    """Returns the shapes and shardings of a model's parameters, without allocating them.
 
     Args:
       model: the model.
-      layout: where they lie; None = wherever JAX's default is.
+      layout: partition over devices; None = JAX's default device.
 
     Returns:
       The tree of parameters, each a float32 `jax.ShapeDtypeStruct` with its sharding.
@@ -154,30 +153,30 @@ def abstract_params(model: Transformer, layout: Layout | None = None) -> dict[st
 
 
 def mesh_of(params: Any) -> Mesh | None:
-    """Returns the mesh that `params` lie on, or None if they are not laid out by a mesh."""
-    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)  # None of a NumPy array
+    """Returns the mesh of the parameters' shardings, or None if they have none."""
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)  # NumPy arrays have none
     return sharding.mesh if isinstance(sharding, NamedSharding) else None
 
 
 def on_mesh(params: Any) -> contextlib.AbstractContextManager:
-    """Returns a context in which jitted code knows the mesh that `params` lie on, if any."""
+    """Returns a context in which jitted code knows the mesh of `params`, if they have one."""
     mesh = mesh_of(params)
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def _lay(sizes: Mapping[str, int], devices: list[jax.Device]) -> Mesh:
-    """Lays a mesh over devices, its axes along their network's where that can be."""
+    """Builds a mesh whose axes follow those of the devices' network where possible."""
     types = (AxisType.Auto,) * len(sizes)
     shape, names = tuple(sizes.values()), tuple(sizes)
     try:
         return jax.make_mesh(shape, names, axis_types=types, devices=devices)
-    except NotImplementedError:  # As of 2 x 8 on a torus of 4 x 4: an axis must share one of its.
+    except NotImplementedError:  # For example 2 x 8 on a 4 x 4 torus: mesh axes must share one.
         laid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(laid, names, axis_types=types)
 
 
 def _fill(sizes: dict[str, int], devices: int, path: Path) -> dict[str, int]:
-    """Replaces a size of -1 by what the other axes leave of the devices."""
+    """Replaces a size of -1 by the number of devices that the other axes leave."""
     for axis, size in sizes.items():
         if size != -1 and not integer(1).accepts(size):
             raise ValueError(
@@ -193,7 +192,7 @@ def _fill(sizes: dict[str, int], devices: int, path: Path) -> dict[str, int]:
 
 
 def _trace(config: ModelConfig) -> dict[str, Any]:
-    """Returns the boxed parameters of a model with one layer, which stands for all."""
+    """Returns the boxed parameters of the model with one layer, which stands for all layers."""
     return _trace_layer(dataclasses.replace(config, num_layers=1, sliding_window=None, dilation=1))
 
 
@@ -205,7 +204,7 @@ def _trace_layer(config: ModelConfig) -> dict[str, Any]:
 
 
 def _parameters(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:
-    """Yields the name, the logical axes and the shape of each parameter, of one layer for all."""
+    """Yields the name, logical axes and shape of each parameter; one layer stands for all."""
     leaves = jax.tree.leaves_with_path(_trace(config), is_leaf=nn.meta.is_axis_metadata)
     for key, box in leaves:
         name = jax.tree_util.keystr(key, simple=True, separator="/")

@@ -1,1 +1,1 @@
-"""Training: recipe, data, loss, step, the run of them all, and its reports."""
+"""Training: the recipe, the data, the loss, the step, the run around it, and its reports."""

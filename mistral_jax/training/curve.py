@@ -1,4 +1,4 @@
-"""The curve of a run: a JSON line for every step, and its plot. It decides nothing."""
+"""The curve of a training run: a file with one JSON line per measurement, and its plot."""
 
 import collections
 import contextlib
@@ -19,8 +19,8 @@ from mistral_jax.base import memory
 from mistral_jax.base.fields import Rule, check_table, integer, list_of, number, optional
 from mistral_jax.base.files import read_records
 
-_RATED = 10  # steps, the last ones, that the tokens a second are of
-_SMOOTHED = 0.05  # part of the training's lines that a point of the smoothed loss is the mean of
+_RATED = 10  # tokens/s is averaged over the last steps, this many
+_SMOOTHED = 0.05  # width of the smoothing window, as a share of the curve
 
 _FINITE = number(-sys.float_info.max, sys.float_info.max)
 _MEASURED = optional(_FINITE)
@@ -41,18 +41,18 @@ Entry = dict[str, Any]
 
 
 class Curve:
-    """Writes the curve as training goes, to a file that may hold an earlier part of it.
+    """Appends entries to the curve file of a run, which may hold the curve up to a saved state.
 
-    An entry has a `step` and one of three: what that was like (`loss` and more, see `add`), a
+    An entry has a `step` and one of: the metrics of a training step (see `add`), a
     `validation_loss`, or `samples`.
 
     Args:
-      path: the JSONL file; None = none, and no report either.
-      step: steps taken so far; lines of later ones, from before a crash, are dropped.
-      report: is given every entry too.
-      flops_per_token: what the model's arithmetic needs.
-      peak_flops: FLOP/s that the devices could do; None = not known, and no utilisation told.
-      steps: of the whole run, for who reads a line; None = not told.
+      path: JSONL file; None = write and report nothing.
+      step: steps taken so far. Entries of later steps, left by a run that crashed, are dropped.
+      report: called with every entry.
+      flops_per_token: FLOPs that the model's arithmetic needs per token.
+      peak_flops: FLOP/s that the devices can do; None = unknown, and `mfu` is left out.
+      steps: steps of the whole run, written to every entry of a training step; None = left out.
     """
 
     def __init__(
@@ -75,22 +75,22 @@ class Curve:
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._tokens = counted.get("tokens", 0)
         self._began = time.perf_counter() - counted.get("seconds", 0.0)
-        # Tokens and seconds of the last steps, without the first, which compiles.
+        # Tokens and seconds of the last steps. The first step is left out because it compiles.
         self._rated: collections.deque[tuple[int, float]] = collections.deque(maxlen=_RATED)
         self._since: float | None = None
 
     def add(self, step: int, metrics: Mapping[str, Any], tokens: int, learning_rate: float) -> None:
-        """Waits for the metrics of a step, and writes a line of them.
+        """Waits for the metrics of a training step and appends them as an entry.
 
-        `tokens` and `seconds` count from the run's beginning, `tokens_per_second` is of the last
-        few steps, `mfu` the share of the peak that it makes use of, and `memory` the most bytes in
-        use so far.
+        `tokens` and `seconds` count from the beginning of the run. `tokens_per_second` is averaged
+        over the last 10 steps, `mfu` is the share of the peak FLOP/s that is used, and `memory` is
+        the peak memory so far in bytes.
 
         Args:
           step: number of the step, from 1.
-          metrics: scalars, as a training step returns them.
-          tokens: that it has read: places of its batch that hold one, not padding.
-          learning_rate: that it was taken with.
+          metrics: scalars that the training step returned.
+          tokens: number of tokens in the step's batch, without padding.
+          learning_rate: learning rate of the step.
         """
         metrics = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         metrics.pop("targets", None)
@@ -115,7 +115,7 @@ class Curve:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Keeps what is done inside, such as a validation, out of the tokens a second."""
+        """Excludes the time spent inside the block, such as a validation, from tokens/s."""
         began = time.perf_counter()
         try:
             yield
@@ -124,7 +124,7 @@ class Curve:
                 self._since += time.perf_counter() - began
 
     def write(self, entry: Entry) -> None:
-        """Appends a line; what is no number becomes null."""
+        """Appends an entry and reports it; NaN and infinity become null."""
         if self._path is None:
             return
         entry = {name: None if _is_nan(value) else value for name, value in entry.items()}
@@ -133,16 +133,16 @@ class Curve:
         self._report(entry)
 
     def write_samples(self, step: int, samples: Iterable[tuple[str, str]]) -> None:
-        """Appends a line of texts that the model has written, as (prompt, what followed)."""
+        """Appends an entry of sample texts, each a pair of a prompt and its continuation."""
         texts = [{"prompt": prompt, "text": text} for prompt, text in samples]
         self.write({"step": step, "samples": texts})
 
 
 def read(path: Path | str) -> list[Entry]:
-    """Reads the entries of a curve; a last line that a crash cut off is left out.
+    """Reads the entries of a curve, without a last line that a crash truncated.
 
     Raises:
-      ValueError: a line is no entry; it is named.
+      ValueError: a line is not an entry; the message names the line.
     """
     if not Path(path).exists():
         return []
@@ -155,32 +155,32 @@ def read(path: Path | str) -> list[Entry]:
 
 
 def points(entries: Iterable[Entry], name: str) -> list[tuple[int, float]]:
-    """Returns (step, value) of the entries that have a value of that name."""
+    """Returns (step, value) of every entry that has a value of this name."""
     return [(entry["step"], entry[name]) for entry in entries if entry.get(name) is not None]
 
 
 def say(step: int, value: float) -> str:
-    """Writes a value of the curve as the plot and the report do."""
+    """Formats a value of the curve and its step, for the plot and the report."""
     return f"{value:.4g} (step {step})"
 
 
 def check_plot() -> None:
-    """Raises a ValueError if `plot` would, before hours of training rather than after."""
+    """Raises a ValueError if matplotlib is missing, before hours of training instead of after."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("no plot without matplotlib: pip install matplotlib, or leave out --plot")
 
 
 def plot(path: Path | str, target: Path | str) -> None:
-    """Draws the training and the validation loss of a curve into an image file, with matplotlib.
+    """Plots the training and validation loss of a curve into an image file with matplotlib.
 
-    The training loss of many lines is drawn faint, under its mean over a twentieth of them;
-    the best validation is marked.
+    The training loss is drawn faintly behind its moving average; the best validation loss is
+    marked.
     """
     draw(read(path)).savefig(target, dpi=150)
 
 
 def draw(entries: Iterable[Entry]) -> Any:
-    """Draws what `plot` saves; returns matplotlib's figure."""
+    """Draws the figure that `plot` saves, and returns it."""
     from matplotlib.figure import Figure
 
     entries = list(entries)
@@ -207,7 +207,7 @@ def draw(entries: Iterable[Entry]) -> Any:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Averages each value with as many before it as after it, where there are as many."""
+    """Returns the moving average over a centred window, which is shorter near both ends."""
     half, places = int(_SMOOTHED * len(values) / 2), np.arange(len(values))
     starts, ends = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
     sums = np.cumsum([0.0, *values])

@@ -1,4 +1,4 @@
-"""The display of a run: a bar on a terminal, plain lines elsewhere. It measures nothing."""
+"""The display of a training run: a progress bar on a terminal, plain lines elsewhere."""
 
 import contextlib
 import json
@@ -7,24 +7,24 @@ from collections.abc import Callable, Iterator
 
 from mistral_jax.training.curve import Entry
 
-_EVERY = 10  # steps that a plain line tells one of
-_SHOWN_PROMPT = 200  # characters of a sample's prompt, the last ones
+_EVERY = 10  # steps between two plain lines
+_SHOWN_PROMPT = 200  # characters shown of a sample's prompt, counted from its end
 _UNTOLD = ("step", "steps", "tokens", "seconds")
 _IN_BAR = ("loss", "tokens_per_second", "mfu", "memory")
 
 
 @contextlib.contextmanager
 def show(steps: int | None = None) -> Iterator[Callable[[Entry], None]]:
-    """Yields what shows an entry of the curve on standard error.
+    """Yields a function that shows an entry of the curve on standard error.
 
-    A terminal gets a bar with the latest of training in one line, and validations, samples and
-    skipped steps above it, to stay. Elsewhere there is a line for every tenth step.
+    On a terminal, a progress bar shows the latest training metrics, and validations, samples and
+    skipped steps are printed above it. Elsewhere, every tenth step prints a line.
 
     Args:
-      steps: of the whole run, until an entry tells; None = not known yet.
+      steps: steps of the whole run, used until an entry states them; None = unknown.
     """
     time_left = _TimeLeft()
-    if sys.stderr is None:  # As pythonw has it.
+    if sys.stderr is None:  # pythonw has no standard error.
         yield lambda entry: None
         return
     if not sys.stderr.isatty():
@@ -62,7 +62,7 @@ def show(steps: int | None = None) -> Iterator[Callable[[Entry], None]]:
 
 
 def line(entry: Entry, time_left: list[str]) -> str:
-    """Returns an entry of the curve as a line of text."""
+    """Formats an entry of the curve as one line of text, or as one line for each sample."""
     told = [f"step {entry['step']}"]
     if "samples" in entry:
         pairs = ((_tail(sample["prompt"]), sample["text"]) for sample in entry["samples"])
@@ -76,14 +76,14 @@ def line(entry: Entry, time_left: list[str]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Writes a duration as a clock does: 4:05, or 12:34:56."""
+    """Formats seconds as m:ss or h:mm:ss, such as 4:05 or 12:34:56."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def amount(value: float) -> str:
-    """Writes a number with three digits and what stands for its thousands: 950, 12.3k, 4.57M."""
+    """Formats a number with three digits and a unit prefix: 950, 12.3k, 4.57M."""
     for unit in ("", "k", "M"):
         if value < 999.5:
             return f"{value:.3g}{unit}"
@@ -92,7 +92,7 @@ def amount(value: float) -> str:
 
 
 class _TimeLeft:
-    """Tells the time left, by the pace since the first entry that was seen."""
+    """Estimates the time left from the pace since the first entry seen."""
 
     def __init__(self):
         self._first: tuple[int, float] | None = None
@@ -130,5 +130,5 @@ def _tail(text: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """Replaces what would move a terminal's cursor, or more."""
+    """Replaces control characters, which could move a terminal's cursor."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

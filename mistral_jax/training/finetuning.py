@@ -1,6 +1,6 @@
-"""Training the model of a checkpoint further, on files of examples. It makes no new model.
+"""Fine-tuning: builds the job of training a checkpoint further on files of examples.
 
-All of it, adapters beside it, or either on pairs of answers.
+A recipe trains all parameters or adapters beside frozen ones, on texts or on pairs of answers.
 """
 
 import functools
@@ -42,7 +42,7 @@ def make_job(
     sharding: Path | str | None = None,
     mesh: Mapping[str, int] | None = None,
 ) -> Job:
-    """Describes the training of a checkpoint, in a folder with its examples.
+    """Builds the job of training a checkpoint; the run's folder already holds the examples.
 
     Args and errors are those of `run.train`.
     """
@@ -117,15 +117,15 @@ def make_job(
 
 
 def _parameters(recipe: Recipe, load: Any) -> tuple[Transformer, Params, Params]:
-    """Returns the model, what is trained of its parameters or beside them, and what is frozen."""
+    """Returns the model, its trainable parameters or adapters, and its frozen parameters."""
     if recipe.lora is None:
         model, trainable, _ = load(dtype="float32")
         if any(isinstance(x, QuantizedMatrix) for x in flatten_dict(trainable).values()):
             raise ValueError(
-                f"{recipe.checkpoint} is rounded to 8 bits, which take no steps; add [lora], to "
-                "train beside them, or name the checkpoint that was not"
+                f"{recipe.checkpoint} is quantised to 8 bits, which cannot be trained: add [lora] "
+                "to train adapters beside it, or name the checkpoint that it was made from"
             )
-        # Preferences are learnt from where the model began: a copy, for steps consume the other.
+        # DPO's reference is the initial model. It needs a copy: steps donate `trainable`.
         dtype = compute_dtype(recipe)
         frozen = jax.tree.map(lambda x: jnp.array(x, dtype), trainable) if recipe.dpo else {}
     else:
@@ -145,7 +145,7 @@ def _loss_fn(recipe: Recipe, model: Transformer, assemble: Any) -> LossFn:
 
 
 def _new_adapters(recipe: Recipe, params: Params) -> Params:
-    """Draws the adapters that training begins with, split over devices as their matrices are."""
+    """Initialises the adapters, partitioned over devices like the weights that they adapt."""
     init = functools.partial(init_adapters, recipe.lora, jax.eval_shape(lambda: params))
     key = jax.random.key(recipe.seed)
     if mesh_of(params) is None:

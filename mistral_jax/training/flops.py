@@ -1,8 +1,8 @@
-"""FLOPs: what a model's own arithmetic needs, and what the devices could do. It times no step.
+"""FLOPs: how many a model's arithmetic needs, and how many the devices can do per second.
 
-Two a weight and token, and 4 N H a pair of query and key that sees it. Masked scores, filling,
-lookups, and what is computed twice are not the model's. The share of the devices' peak that this
-uses is the model FLOPs utilisation (PaLM, arXiv 2204.02311, appendix B).
+A matrix product costs 2 FLOPs per weight and token; attention costs 4 N H per pair of a query and
+a key that it sees. Masked scores, padding, lookups and recomputation are not counted. The share of
+the devices' peak is the model FLOPs utilisation, MFU (PaLM, arXiv 2204.02311, appendix B).
 """
 
 import functools
@@ -17,12 +17,12 @@ from mistral_jax.parallel import hardware
 
 
 def of_weights(config: ModelConfig, count: float, scored: float) -> float:
-    """Counts those of the matrices' products, forward.
+    """Counts the FLOPs of the matrix products in a forward pass.
 
     Args:
       config: the model.
-      count: tokens.
-      scored: those of them whose logits are wanted.
+      count: number of tokens.
+      scored: number of tokens whose logits are computed.
     """
     heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     layer = config.embed_dim * (heads + 3 * config.mlp_dim)
@@ -30,41 +30,42 @@ def of_weights(config: ModelConfig, count: float, scored: float) -> float:
 
 
 def of_attention(config: ModelConfig, count: float, seen: float) -> float:
-    """Counts those of scores and of weighted sums, forward.
+    """Counts the FLOPs of the attention scores and weighted sums in a forward pass.
 
     Args:
       config: the model.
-      count: tokens.
-      seen: keys that each sees, in all layers together.
+      count: number of tokens.
+      seen: keys that each token sees, summed over all layers.
     """
     return 4 * count * seen * config.num_heads * config.head_dim
 
 
 def keys_seen(config: ModelConfig, position: np.ndarray | int) -> np.ndarray | int:
-    """Counts the keys that the token at a position sees, in all layers together."""
+    """Counts the keys that the token at a position sees, summed over all layers."""
     layers = zip(config.windows, config.dilations, strict=True)
     reached = ((position // dilation + 1, window) for window, dilation in layers)
     return sum(np.minimum(keys, window or np.inf) for keys, window in reached)
 
 
 def mean_seen(config: ModelConfig, length: int) -> float:
-    """Returns the keys that a token of a text sees on average, in all layers together."""
+    """Returns the mean number of keys that a token of a text sees, summed over all layers."""
     return np.mean(keys_seen(config, np.arange(length)))
 
 
 def per_token(
     config: ModelConfig, context: int, *, adapters: bool = False, reference: bool = False
 ) -> float:
-    """Counts the model's floating-point operations for a token that is trained on.
+    """Counts the FLOPs of training per token.
 
-    The way back takes twice as many as the way forward: by the activations and by the weights.
-    Frozen weights need only the former. The adapters' own are left out: about a hundredth.
+    The backward pass computes gradients of activations and of weights, each as costly as the
+    forward pass; frozen weights need only the former. The FLOPs of the adapters themselves, about
+    a hundredth, are not counted.
 
     Args:
       config: the model.
-      context: tokens a row; a token counts as their average, of one text that fills the row.
+      context: tokens per row (T); attention is averaged over the positions of a text of T tokens.
       adapters: whether adapters are trained beside frozen weights, instead of all weights.
-      reference: whether another model, or this one as it was, reads every token too (DPO).
+      reference: whether a reference model reads every token too (DPO).
     """
     weights = of_weights(config, 1, 1)
     attention = of_attention(config, 1, mean_seen(config, context))
@@ -72,10 +73,10 @@ def per_token(
 
 
 def peak() -> float | None:
-    """Returns the FLOP/s that all devices of a run could do; None = nobody has told.
+    """Returns the FLOP/s that all devices of a run can do together; None = unknown.
 
-    Accelerators: in bfloat16, as `configs/hardware.toml` has them. A CPU is measured, in float32:
-    as many times as there are processes, of which each counts as a machine.
+    Accelerators have the bfloat16 figures of `configs/hardware.toml`. A CPU is measured in
+    float32; each process counts as a machine of its own.
     """
     devices = jax.devices()
     if devices[0].platform == "cpu":
@@ -87,10 +88,10 @@ def peak() -> float | None:
 
 @functools.cache
 def _measured_flops() -> float:
-    """Measures the FLOP/s of a CPU by products of matrices, the best of some, within a second.
+    """Measures the FLOP/s of the CPU in less than a second: the best of three matrix products.
 
-    CPU devices are made of the same cores, and one product takes them all. Which size is the
-    fastest depends on how many those are.
+    All CPU devices share the same cores, and one product uses all of them. Which size is the
+    fastest depends on the number of cores.
     """
     return max(map(_product_flops, (512, 1024, 2048)))
 

@@ -1,4 +1,4 @@
-"""A job: what a run trains, on what, and what becomes of it. It takes no step, saves no state."""
+"""A job: what a run trains, on which data, and how it saves the result."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -23,11 +23,11 @@ from mistral_jax.training.step import Batch, LossFn, Params, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What a run shows the model from time to time.
+    """A prompt that a run completes from time to time, to show what the model has learnt.
 
     Attributes:
-      text: for people.
-      tokens: its ids.
+      text: the prompt, for display.
+      tokens: its token ids.
     """
 
     text: str
@@ -36,23 +36,23 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a run trains, on what, and what becomes of it.
+    """Everything that the loop of a run needs to train one model.
 
     Attributes:
-      model: the model.
+      model: the model, as samples are generated with it.
       tokenizer: its tokenizer.
-      layout: where arrays lie; None = one device.
-      steps: optimizer steps in all.
-      state: the state before the first.
-      loss_fn: what each minimises.
-      feed: the batch of each of a range of steps, on the host.
-      validation: yields the batches to validate on; none = it is not validated.
-      before: whether it is validated before the first step too.
-      prompts: what it is sampled with.
-      chat: whether they ask for an answer, rather than begin a text.
-      params: the model's parameters, of a state, as generation takes them.
-      export: saves what has come of it to a folder of the run, of a state; returns where, and
-        the arguments of `sample` that use it.
+      layout: partition of the arrays over devices; None = one device.
+      steps: total number of optimizer steps.
+      state: the state before the first step.
+      loss_fn: the loss that each step minimises.
+      feed: yields the batch of each step in a range, on the host.
+      validation: yields the validation batches; none if the run has no validation data.
+      before: whether to validate before the first step.
+      prompts: prompts that the model completes.
+      chat: whether the prompts are messages to answer, instead of beginnings of texts.
+      params: returns the model's parameters in a state, as generation takes them.
+      export: saves the result, given a state, to a folder of the run; returns the folder and the
+        arguments of `sample` that use it.
     """
 
     model: Transformer
@@ -71,7 +71,11 @@ class Job:
 
 
 def optimizer_of(recipe: Recipe, steps: int) -> tuple[optax.Schedule, optax.GradientTransformation]:
-    """Builds the learning rate of every step, and the optimizer."""
+    """Builds the learning-rate schedule and the optimizer of a recipe.
+
+    Raises:
+      ValueError: the warmup is as long as the run.
+    """
     if recipe.warmup_steps >= steps:
         raise ValueError(
             f"warmup_steps is {recipe.warmup_steps}; expected less than the run's {steps} steps: "
@@ -95,20 +99,20 @@ def save_model(
     target: Path,
     tokenizer_file: Path,
 ) -> None:
-    """Saves a trained model as a checkpoint folder, in bfloat16 as Mistral's are."""
+    """Saves a trained model as a checkpoint folder, in bfloat16 like Mistral's releases."""
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
     provenance = {"recipe": recipe.to_dict(), "step": int(state.step)}
     checkpoint.save(target, config, params, tokenizer_file, provenance, overwrite=True)
 
 
 def check_memory(recipe: Recipe, config: ModelConfig, layout: Layout | None) -> None:
-    """Refuses rows that cannot fit into memory, whatever else is there: before anything is loaded.
+    """Raises a ValueError if the rows of a step cannot fit into memory, before anything is loaded.
 
-    It counts the batch on the host, and the logits of the rows that are computed at a time, in two
-    bytes each: a step needs more.
+    It counts only the batch on the host and the logits of one microbatch, in two bytes each: a
+    lower bound of what a step needs.
 
     Raises:
-      ValueError: the memory that is free is less.
+      ValueError: less memory is free.
     """
     places = recipe.context * (2 if recipe.dpo else 1)
     devices = layout.mesh.local_devices if layout else [jax.devices()[0]]
@@ -129,7 +133,7 @@ def check_memory(recipe: Recipe, config: ModelConfig, layout: Layout | None) -> 
 
 
 def compute_dtype(recipe: Recipe) -> jnp.dtype:
-    """Returns the dtype that a recipe's models compute in."""
+    """Returns the dtype that a recipe computes in."""
     if recipe.dtype != "auto":
         return jnp.dtype(recipe.dtype)
     on_cpu = jax.local_devices()[0].platform == "cpu"
@@ -137,7 +141,7 @@ def compute_dtype(recipe: Recipe) -> jnp.dtype:
 
 
 def trained_model(recipe: Recipe, model: Transformer) -> Transformer:
-    """Returns a model as a recipe has it computed in training."""
+    """Returns the model with the recipe's dtype, rematerialisation, scan and dropout."""
     return model.clone(
         dtype=compute_dtype(recipe),
         remat=None if recipe.remat == "none" else recipe.remat,

@@ -1,7 +1,7 @@
-"""Loggers: TensorBoard and Weights & Biases, as copies of a run's curve. They keep no record of it.
+"""Loggers: copies of a run's curve in TensorBoard and Weights & Biases.
 
-A run that goes on goes on in them too: entries after the state that it goes on from take the place
-of those that were there.
+When a run resumes from a saved state, its loggers resume too: new entries replace the earlier ones
+of the same and later steps.
 """
 
 import contextlib
@@ -21,18 +21,18 @@ _MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 def open_loggers(
     names: Sequence[str], folder: Path, config: Mapping[str, Any]
 ) -> Iterator[Callable[[Entry], None]]:
-    """Yields what copies an entry of the curve to loggers.
+    """Yields a function that copies an entry of the curve to all loggers.
 
-    They begin with the first entry, so that the folder may be made in the meantime.
+    A logger starts at the first entry, because the run's folder may not exist earlier.
 
     Args:
-      names: "tensorboard" writes to `<folder>/tensorboard`; "wandb" to where its own environment
-        variables say (WANDB_MODE, WANDB_PROJECT ...), and to `<folder>/wandb`.
-      folder: of the run.
-      config: of the run, for people.
+      names: "tensorboard" writes to `<folder>/tensorboard`; "wandb" writes where its environment
+        variables say (WANDB_MODE, WANDB_PROJECT, ...), and to `<folder>/wandb`.
+      folder: folder of the run.
+      config: settings of the run, for display.
 
     Raises:
-      ValueError: a logger is unknown or not installed, or does not begin.
+      ValueError: a logger is unknown, is not installed, or does not start.
     """
     names = list(dict.fromkeys(names))
     for name in names:
@@ -60,7 +60,7 @@ def open_loggers(
 def _tensorboard(folder: Path, config: Mapping[str, Any], step: int):
     from tensorboardX import SummaryWriter
 
-    # TensorBoard forgets what earlier files have of this step and later ones.
+    # TensorBoard drops this step and later ones from earlier files.
     with SummaryWriter(str(folder / "tensorboard"), purge_step=step) as writer:
         writer.add_text("recipe", _indented(_table(config)), step)
 
@@ -92,12 +92,12 @@ def _wandb(folder: Path, config: Mapping[str, Any], step: int):
             resume="allow",
             config=dict(config),
             allow_val_change=True,
-            settings={"console": "off"},  # a bar that is drawn anew is no log
+            settings={"console": "off"},  # do not record the progress bar
         )
     except wandb.Error as error:
-        raise ValueError(f"wandb does not begin, {error}; or set WANDB_MODE=offline") from None
+        raise ValueError(f"wandb does not start: {error}; or set WANDB_MODE=offline") from None
     with run:
-        # Its own steps only rise, while a run that goes on may repeat some.
+        # The steps of W&B must increase, but a resumed run may repeat some.
         run.define_metric("*", step_metric="step")
 
         def log(entry: Entry) -> None:
@@ -126,5 +126,5 @@ def _table(config: Mapping[str, Any]) -> str:
 
 
 def _indented(text: str) -> str:
-    """Returns Markdown that shows a text as it is."""
+    """Formats a text as a Markdown code block."""
     return "".join(f"    {line}\n" for line in text.split("\n"))

@@ -1,8 +1,7 @@
-"""The losses: cross-entropy of the next token, and the preference of one answer to another.
+"""Losses: cross-entropy of the next token, and direct preference optimization (DPO).
 
-They are sums, because only sums add up over microbatches, rows and devices of unequal length. Each
-is made into the loss of a model on a batch, as `step.py` asks for it; how the parameters are put
-together from what is trained and what is frozen is the caller's.
+A loss is a sum, because only sums add up over microbatches, rows and devices with unequal numbers
+of targets. `assemble` builds the model's parameters from the trainable and the frozen ones.
 """
 
 from collections.abc import Callable
@@ -13,18 +12,18 @@ import jax.numpy as jnp
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.training.step import Batch, LossFn, Params
 
-IGNORED = -1  # the target of a place that is not to be learnt
+IGNORED = -1  # target of a position where nothing is learnt
 
-# (trainable, frozen) to the parameters of the model.
+# Maps (trainable, frozen) to the parameters of the model.
 Assemble = Callable[[Params, Params], Params]
 
 
 def logprobs(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Returns the log-probability of each target, [B, T] float32; 0 where there is none.
+    """Returns the log-probability of each target, [B, T] float32; 0 where there is no target.
 
     Args:
-      logits: scores of every token, [B, T, V] float32.
-      targets: the tokens that were to be predicted, [B, T] int32; -1 = none.
+      logits: logits of every token, [B, T, V] float32.
+      targets: target token ids, [B, T] int32; -1 = no target.
     """
     counted = targets != IGNORED
     chosen = jnp.take_along_axis(logits, jnp.where(counted, targets, 0)[..., None], axis=-1)
@@ -37,12 +36,12 @@ def cross_entropy(
     """Sums the negative log-probability of the targets.
 
     Args:
-      logits: scores of every token, [B, T, V] float32.
-      targets: the tokens that were to be predicted, [B, T] int32; -1 = counts for nothing.
-      weights: how much each counts, [B, T] float32; None = all the same.
+      logits: logits of every token, [B, T, V] float32.
+      targets: target token ids, [B, T] int32; -1 = no target.
+      weights: weight of each target, [B, T] float32; None = 1 for all.
 
     Returns:
-      The sum in nats, and how much the targets count in all: two float32 scalars.
+      The sum in nats, and the sum of the targets' weights: two float32 scalars.
     """
     counted = (targets != IGNORED).astype(jnp.float32)
     weights = counted if weights is None else counted * weights
@@ -52,17 +51,18 @@ def cross_entropy(
 def preference(
     model: jax.Array, reference: jax.Array, beta: float, label_smoothing: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes the loss of direct preference optimization, DPO (arXiv 2305.18290, equation 7).
+    """Computes the DPO loss of pairs of answers (arXiv 2305.18290, equation 7).
 
     Args:
-      model: log-probability of each answer under the model, [B, 2] float32, the preferred first.
-      reference: the same under the model that it began as.
+      model: log-probabilities of the answers under the trained model, [B, 2] float32; the preferred
+        answer comes first.
+      reference: the same under the reference, which is the model before training.
       beta: how strongly the model is held to the reference.
-      label_smoothing: share of pairs that are taken to be the wrong way around (conservative DPO).
+      label_smoothing: assumed share of pairs whose answers are swapped (conservative DPO).
 
     Returns:
-      The loss of each pair in nats, and its margin, beta times the difference that training has
-      made between the two answers' log-probabilities: [B] float32 both.
+      The loss of each pair in nats, and its margin: beta times the increase, through training, of
+      the difference between the log-probabilities of its two answers. Both are [B] float32.
     """
     rewards = beta * (model - reference)
     margin = rewards[:, 0] - rewards[:, 1]
@@ -71,13 +71,13 @@ def preference(
 
 
 def everything(trainable: Params, frozen: Params) -> Params:
-    """Puts the parameters together where all of them are trained."""
+    """Returns the model's parameters where all of them are trained."""
     del frozen
     return trainable
 
 
 def make_loss_fn(model: Transformer, assemble: Assemble = everything) -> LossFn:
-    """Builds the loss of predicting each next token."""
+    """Builds the next-token loss of a model."""
 
     def loss_fn(trainable: Params, frozen: Params, batch: Batch, key: jax.Array):
         params = assemble(trainable, frozen)
@@ -94,18 +94,17 @@ def make_preference_loss_fn(
     beta: float,
     label_smoothing: float = 0.0,
 ) -> LossFn:
-    """Builds the loss of preferring one answer to another (DPO) on batches of pairs.
+    """Builds the DPO loss of a model on batches of pairs.
 
     Args:
       model: the model.
-      assemble: puts the parameters together. The frozen ones alone are the reference's: the
-        model's, as it began.
+      assemble: builds the model's parameters. The reference uses the frozen parameters alone.
       beta: how strongly the model is held to the reference.
       label_smoothing: see `preference`.
 
     Returns:
-      The loss; "targets" are pairs, and its other sums are the "accuracy", whether training has
-      made the preferred answer likelier than the other, and the "margin" between the two.
+      The loss function. Its sums are "targets" (the number of pairs), "accuracy" (the number of
+      pairs with a positive margin) and "margin".
     """
 
     def answers(params, batch, key=None):
@@ -123,7 +122,7 @@ def make_preference_loss_fn(
         before = jax.lax.stop_gradient(answers(frozen, batch))
         after = answers(assemble(trainable, frozen), batch, key)
         losses, margin = preference(after, before, beta, label_smoothing)
-        # A pair without a target was added to fill the batch up.
+        # A pair without a target is padding of the batch.
         counts = jnp.any(batch.targets >= 0, axis=(1, 2)).astype(jnp.float32)
         sums = {
             "targets": counts,

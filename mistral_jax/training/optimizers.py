@@ -1,4 +1,4 @@
-"""The optimizer and its learning rate, by the names that Optax has for them. It trains nothing."""
+"""The optimizer and its learning-rate schedule, by their names in Optax."""
 
 import difflib
 import functools
@@ -13,7 +13,7 @@ import optax
 from mistral_jax.base.fields import Rule, boolean, integer, number, optional, show, string
 
 SCHEDULES = ("cosine", "linear", "constant")
-# Means of what came before: with a share of 1 they never begin.
+# Decay rates of moving averages. With a rate of 1, the average stays 0.
 SHARE = Rule(
     "a finite number of at least 0 and below 1",
     lambda x: number(0, 1).accepts(x) and x < 1,
@@ -24,14 +24,14 @@ _SHARES = ("b1", "b2", "b3", "decay", "momentum", "rho")
 def make_schedule(
     name: str, steps: int, *, warmup_steps: int, learning_rate: float, final_learning_rate: float
 ) -> optax.Schedule:
-    """Builds the learning rate of every step: a rise from 0, then as the name says.
+    """Builds a learning-rate schedule: a linear warmup from 0, then the named course.
 
     Args:
-      name: "cosine" or "linear", from the peak to the end; or "constant", at the peak.
-      steps: in all.
-      warmup_steps: of them, those in which it rises.
-      learning_rate: its peak.
-      final_learning_rate: where it ends.
+      name: "cosine" or "linear", from the peak to the final rate; or "constant", at the peak.
+      steps: total number of steps.
+      warmup_steps: number of steps of the warmup.
+      learning_rate: peak learning rate.
+      final_learning_rate: learning rate at the end.
     """
     rest = steps - warmup_steps
     if name == "cosine":
@@ -55,18 +55,18 @@ def make_optimizer(
     clip_norm: float | None = None,
     **options: Any,
 ) -> optax.GradientTransformation:
-    """Builds one of Optax's optimizers, after clipping by the global norm.
+    """Builds one of Optax's optimizers, preceded by clipping to a global norm.
 
-    Where it decays weights, only matrices decay.
+    If the optimizer decays weights, only matrices decay.
 
     Args:
-      name: such as "adamw" (arXiv 1711.05101), "lion", "adafactor" or "sgd".
-      learning_rate: the rate, or one for every step.
-      clip_norm: global norm that gradients are clipped to; None = they are not.
+      name: name in Optax, such as "adamw" (arXiv 1711.05101), "lion", "adafactor" or "sgd".
+      learning_rate: a constant or a schedule.
+      clip_norm: global norm to which gradients are clipped; None = no clipping.
       options: further arguments of Optax's function of that name.
 
     Raises:
-      ValueError: Optax has no such optimizer, or that has no such option.
+      ValueError: Optax has no such optimizer, or the optimizer has no such option.
     """
     known = parameters_of(name)
     for option in options:
@@ -85,9 +85,9 @@ def make_optimizer(
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Raises a ValueError if an option of an optimizer has another type, or is out of range.
+    """Raises a ValueError if an option of an optimizer has a wrong type or is out of range.
 
-    Optax itself takes any, and may fail in an update, or compute something else.
+    Optax does not check options: it may fail in an update, or compute something else.
     """
     known = parameters_of(name)
     for option, value in options.items():
@@ -98,10 +98,10 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
 
 
 def _rule(parameter: inspect.Parameter) -> Rule:
-    """Returns what a recipe may say for a parameter of an optimizer, by its name and default."""
+    """Returns the rule for an option of an optimizer, from its parameter's name and default."""
     name, default = parameter.name, parameter.default
     if name.endswith("mask"):
-        return Rule("none of it in a recipe, for it is a function", lambda x: False)
+        return Rule("no value, because it is a function of the parameters", lambda x: False)
     if name.endswith("dtype") or name.startswith("dtype"):
         rule = string("float32", "bfloat16", "float16")
     elif isinstance(default, bool):
@@ -116,7 +116,7 @@ def _rule(parameter: inspect.Parameter) -> Rule:
 
 
 def check_optimizer(name: str, arguments: Mapping[str, Any]) -> None:
-    """Raises a ValueError if no optimizer can be made of these arguments, or no update by it."""
+    """Raises a ValueError if Optax cannot build or apply the optimizer with these arguments."""
 
     def update(params):
         return optimizer.update(params, optimizer.init(params), params)
@@ -129,11 +129,11 @@ def check_optimizer(name: str, arguments: Mapping[str, Any]) -> None:
             jax.eval_shape(update, params)
     except (TypeError, OverflowError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"optimizer_options are not such as {name} takes: {reason}") from None
+        raise ValueError(f"{name} does not accept its optimizer_options: {reason}") from None
 
 
 def parameters_of(name: str) -> Mapping[str, inspect.Parameter]:
-    """Returns the arguments of an optimizer, but for the learning rate.
+    """Returns the parameters of an optimizer, without the learning rate.
 
     Raises:
       ValueError: Optax has no such optimizer.
@@ -141,7 +141,8 @@ def parameters_of(name: str) -> Mapping[str, inspect.Parameter]:
     if name not in _optimizers():
         near = difflib.get_close_matches(name, _optimizers(), 1, 0)[0]
         raise ValueError(
-            f"Optax has no optimizer {name!r} of gradients and a schedule; the nearest is {near!r}"
+            f"Optax has no optimizer {name!r} that needs only gradients and a schedule; the "
+            f"nearest is {near!r}"
         )
     parameters = dict(inspect.signature(_optimizers()[name]).parameters)
     del parameters["learning_rate"]
@@ -150,7 +151,7 @@ def parameters_of(name: str) -> Mapping[str, inspect.Parameter]:
 
 @functools.cache
 def _optimizers() -> Mapping[str, Any]:
-    """Returns Optax's functions from a schedule alone to an optimizer of gradients."""
+    """Returns Optax's functions that build an optimizer of gradients from a schedule alone."""
     found = {}
     for name, value in vars(optax).items():
         if not inspect.isfunction(value) or name.startswith("_"):
@@ -163,8 +164,8 @@ def _optimizers() -> Mapping[str, Any]:
     return found
 
 
-# They ask for the loss or its Hessian in every update, scale what another optimizer made, take no
-# schedule, or want a key.
+# These need the loss or its Hessian in every update, another optimizer, or a random key, or they
+# accept no schedule.
 _NEED_MORE = {
     *("lbfgs", "polyak_sgd", "scale_by_learning_rate", "scale_by_rprop"),
     *("rprop", "sm3", "optimistic_adam", "noisy_sgd"),
@@ -172,7 +173,7 @@ _NEED_MORE = {
 
 
 def _matrices(params: Any) -> Any:
-    """Marks all but the scales of norms, which have two axes where layers are stacked."""
+    """Marks the parameters to decay: those with two or more axes, except stacked norm scales."""
     return jax.tree.map_with_path(
         lambda path, p: p.ndim > 1 and path[-1] != jax.tree_util.DictKey("scale"), params
     )

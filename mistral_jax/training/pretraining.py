@@ -1,4 +1,4 @@
-"""Training a new model on the Python source that is installed here. It knows no examples."""
+"""Pretraining: builds the job of training a new model on the Python source installed here."""
 
 import functools
 import json
@@ -23,14 +23,14 @@ from mistral_jax.training.step import Params, TrainState
 
 
 def prepare(recipe: Recipe, path: Path) -> None:
-    """Makes the vocabulary and the tokens of a run, as `<path>/data`."""
+    """Trains the vocabulary of a run and encodes its corpus, as `<path>/data`."""
     with folder.whole(path / "data") as part:
         _write_data(recipe, part)
         checksums.write(part)
 
 
 def make_job(recipe: Recipe, path: Path, sharding=None, mesh=None) -> Job:
-    """Describes the training of a new model, in a folder that `prepare` has filled.
+    """Builds the job of training a new model; `prepare` has filled the run's folder.
 
     Args and errors are those of `run.train`.
     """
@@ -86,13 +86,13 @@ def make_job(recipe: Recipe, path: Path, sharding=None, mesh=None) -> Job:
 def initial_params(
     model: Transformer, seed: int, layout: Layout | None = None, scan: bool = False
 ) -> Params:
-    """Draws the parameters of a new model, in float32: the same on any layout.
+    """Initialises the parameters of a new model in float32, with equal values on every layout.
 
     Args:
       model: the model.
-      seed: of the numbers.
-      layout: where they lie; None = one device.
-      scan: whether its layers are stacked.
+      seed: random seed.
+      layout: partition over devices; None = one device.
+      scan: whether to stack the layers.
     """
     token = jnp.zeros((1, 1), jnp.int32)
 

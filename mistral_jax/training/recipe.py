@@ -1,4 +1,4 @@
-"""`Recipe`: how a model is trained, from nothing or further. It holds no weights, and no folder."""
+"""`Recipe`: the settings that decide what a training run computes."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,17 +17,18 @@ from mistral_jax.training.optimizers import (
     parameters_of,
 )
 
-# What a stopped run may change when it goes on: its length, its memory, and how often it looks up.
+# Settings that a resumed run may change: its length, its memory, and how often it validates, saves
+# and samples.
 CHANGEABLE = (
     *("steps", "epochs", "remat", "microbatches", "most_skipped"),
     *("validate_every", "save_every", "sample_every", "sample_prompts", "keep", "export_best"),
 )
 MOST_STEPS = 1 << 30
 _DOTS = ("dots_saveable", "dots_with_no_batch_dims_saveable")
-# Beyond these, float32 overflows or a run would outlast its machine.
+# The bounds keep float32 from overflowing, and a run from outlasting its machine.
 _CORPUS = table_of(integer(1, 1000))
 _MOST_PROMPTS = 64
-_SMALLEST_SHARE = 1e-30  # of the last learning rate, that the first may be
+_SMALLEST_SHARE = 1e-30  # smallest quotient of learning_rate and final_learning_rate
 _RULES = {
     "context": integer(1, 1 << 20),
     "rows": integer(1, 1 << 20),
@@ -51,13 +52,13 @@ _RULES = {
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Files of examples; see `records.py` for their form.
+    """Files of examples, in the formats that `records.py` reads.
 
     Attributes:
-      train: JSONL files, or folders that Hugging Face's `datasets` saved.
-      validation: others, to measure the loss on; none = it is not measured.
-      pack: whether a row holds as many examples as fit.
-      skip_bad: whether bad lines are counted and left out, rather than refused.
+      train: JSONL files, or folders that Hugging Face `datasets` saved.
+      validation: files for the validation loss; empty = it is not measured.
+      pack: whether a packed row holds as many examples as fit.
+      skip_bad: whether bad lines are counted and left out, instead of raising an error.
     """
 
     train: tuple[str, ...]
@@ -73,11 +74,11 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Preference:
-    """Learning from pairs of answers, by direct preference optimization (arXiv 2305.18290).
+    """Settings of direct preference optimization, DPO (arXiv 2305.18290).
 
     Attributes:
-      beta: how strongly the model is held to the one that it began as.
-      label_smoothing: share of pairs that are taken to be the wrong way around.
+      beta: how strongly the model is held to the reference, the model before training.
+      label_smoothing: assumed share of pairs whose answers are swapped.
     """
 
     beta: float = 0.1
@@ -95,46 +96,47 @@ class Preference:
 class Recipe:
     """Everything that decides what a training run computes.
 
-    It trains either a new `model` on a `corpus`, or the model of a `checkpoint` on `data`.
+    A recipe trains either a new `model` on a `corpus`, or the model of a `checkpoint` on `data`.
 
     Attributes:
-      context: tokens a row (T).
-      rows: rows a step (B).
-      learning_rate: its peak.
-      model: name of a file in configs/models, for a model that begins with random weights.
-      corpus: installed distributions whose Python source is read, and how often in an epoch; what
-        they need in their turn is read once. "python" is the standard library.
+      context: tokens per row (T).
+      rows: rows per step (B).
+      learning_rate: peak learning rate.
+      model: name of a file in configs/models, for a model that starts from random weights.
+      corpus: installed distributions whose Python source is read, and how often per epoch; their
+        requirements are read once. "python" is the standard library.
       checkpoint: folder of the model to train further; None = the bundled model.
-      data: what that is trained on.
-      lora: the adapters to train, all else being frozen; None = everything is trained.
-      quantize: whether the frozen projections are kept in "int8" or "nf4" (QLoRA, arXiv
-        2305.14314), or as they are: "none".
-      dpo: how to learn from pairs of answers; None = each next token is learnt.
-      steps: optimizer steps in all; or
-      epochs: how often all of the data is read. One of the two.
+      data: files of examples to train that model on.
+      lora: the adapters to train beside frozen parameters; None = all parameters are trained.
+      quantize: dtype of the frozen projections: "int8", "nf4" (QLoRA, arXiv 2305.14314), or "none"
+        to keep their dtype.
+      dpo: settings for training on pairs of answers; None = next-token loss.
+      steps: total number of optimizer steps; or
+      epochs: number of passes over the data. A recipe has one of the two.
       warmup_steps: steps in which the learning rate rises from 0.
-      schedule: how it goes on: "cosine", "linear" or "constant".
-      final_learning_rate: where it ends.
-      optimizer: by its name in Optax.
-      beta1: decay of its mean of gradients, where it has one.
-      beta2: decay of its mean of their squares, where it has one.
-      weight_decay: its decay of matrices, where it has one.
+      schedule: course of the learning rate after the warmup: "cosine", "linear" or "constant".
+      final_learning_rate: learning rate at the end.
+      optimizer: name in Optax.
+      beta1: decay rate of the optimizer's mean of gradients, if it has one.
+      beta2: decay rate of the optimizer's mean of squared gradients, if it has one.
+      weight_decay: the optimizer's decay of matrices, if it has one.
       optimizer_options: further arguments of Optax's function.
-      clip_norm: global norm that gradients are clipped to; 0 = they are not.
-      microbatches: parts that a step computes one after another, to save memory; divides rows.
-      dtype: of computation, and of frozen parameters; those that are trained are float32. "auto" =
+      clip_norm: global norm to which gradients are clipped; 0 = no clipping.
+      microbatches: parts of a step that are computed in sequence to save memory; divides rows.
+      dtype: dtype of computation and of frozen parameters; trained parameters are float32. "auto" =
         float32 on a CPU, bfloat16 elsewhere.
-      remat: what a step keeps of each block for its way back, the rest of which it computes again:
-        "none" = everything is kept, or a policy of `jax.checkpoint_policies`.
-      scan: whether one compiled block runs over all layers, for a shorter compilation.
-      seed: of first weights, adapters and dropout, the vocabulary's sample, and the data's order.
+      remat: what each block keeps for the backward pass, which computes the rest again: "none" =
+        everything is kept, or the name of a policy in `jax.checkpoint_policies`.
+      scan: whether one compiled block scans over all layers, which shortens compilation.
+      seed: seed of initial weights, adapters, dropout, the vocabulary's sample and the data order.
       validate_every: steps between two measurements of the validation loss.
       save_every: steps between two saved states.
-      keep: how many states are kept, the latest; the best by validation is kept too.
-      export_best: whether the result is the best state by validation, rather than the last.
-      most_skipped: steps in a row whose loss or gradients are not finite, after which a run stops.
+      keep: number of latest states to keep, beside the best one by validation.
+      export_best: whether the result is the best state by validation, instead of the last.
+      most_skipped: number of consecutive steps with a loss or gradients that are not finite, after
+        which a run stops.
       sample_every: steps between two rounds of sample texts; 0 = none.
-      sample_prompts: what they answer; none = the first few of the validation data.
+      sample_prompts: prompts of the sample texts; empty = beginnings of validation examples.
     """
 
     context: int
@@ -178,7 +180,7 @@ class Recipe:
             raise ValueError("a recipe says steps or epochs; expected one of the two")
         if self.epochs == 0:
             raise ValueError(f"epochs is {self.epochs}; expected more than 0")
-        if self.seed >= 1 << 32:  # Packing draws its order from 32 bits.
+        if self.seed >= 1 << 32:  # Packing shuffles with a seed of 32 bits.
             raise ValueError(f"seed is {self.seed}; expected an integer below {1 << 32}")
         if self.rows % self.microbatches:
             raise ValueError(
@@ -221,7 +223,8 @@ class Recipe:
                 raise ValueError(f"{name} is not for training on {kind}; leave it out")
         if self.quantize != "none" and self.lora is None:
             raise ValueError(
-                f"quantize is {self.quantize!r}, of what is frozen, and all is trained: add [lora]"
+                f"quantize is {self.quantize!r}, but all parameters are trained and none is "
+                "frozen: add [lora]"
             )
 
     @property
@@ -231,12 +234,12 @@ class Recipe:
 
     @property
     def validation_rows(self) -> int:
-        """Rows of a batch to validate on: as many as a step computes at a time."""
+        """Rows of a validation batch: as many as a step computes at a time."""
         return self.rows // self.microbatches
 
     @property
     def optimizer_arguments(self) -> dict[str, Any]:
-        """The arguments of `make_optimizer` beside the learning rate."""
+        """The arguments of `make_optimizer` besides the learning rate."""
         known = parameters_of(self.optimizer)
         named = {"b1": self.beta1, "b2": self.beta2, "weight_decay": self.weight_decay}
         own = {name: value for name, value in named.items() if name in known}
@@ -253,7 +256,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], source: str = "recipe") -> "Recipe":
-        """Builds a recipe from its fields; `source` is what messages call their place."""
+        """Builds a recipe from its fields; `source` names their origin in error messages."""
         return build(cls, fields, source)
 
     def to_dict(self) -> dict[str, Any]:
@@ -261,10 +264,10 @@ class Recipe:
         return dataclasses.asdict(self)
 
     def check_continues(self, earlier: "Recipe", where: str) -> None:
-        """Raises a ValueError if the run in `where`, of `earlier`, can't go on with this recipe."""
+        """Raises a ValueError if this recipe cannot continue the run of `earlier` in `where`."""
         changeable = set(CHANGEABLE)
         if earlier.lora and earlier.lora.dropout:
-            changeable.remove("microbatches")  # What is dropped depends on them.
+            changeable.remove("microbatches")  # Dropout depends on them.
         for field in dataclasses.fields(self):
             value, mine = getattr(earlier, field.name), getattr(self, field.name)
             if field.name not in changeable and mine != value:
@@ -275,10 +278,10 @@ class Recipe:
 
 
 def find_recipe(name: Path | str) -> Path:
-    """Returns the file of a recipe: a path, or the name of a file in configs/training, as "lora".
+    """Returns the file of a recipe, from a path or the name of a file in configs/training ("lora").
 
     Raises:
-      ValueError: there is none; the known names are listed.
+      ValueError: there is no such file; the message lists the known names.
     """
     return find("training", name, "recipe")
 

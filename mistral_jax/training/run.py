@@ -1,6 +1,6 @@
 """A training run: its folder of data, states, curve and result, and the loop that fills it.
 
-It is the bookkeeping around `step.py`. A run that was stopped goes on where it was, to the bit.
+`step.py` does the computation. A run that was stopped resumes from its last state, bit for bit.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from mistral_jax.training.states import Saver, restore_state, saved_steps
 from mistral_jax.training.step import Batch, TrainState, make_train_step
 
 _SAMPLE_TOKENS = 64
-# What a recipe says of its data; the data are made again where it changes before a state is saved.
+# Settings that decide the data. If one changes before a state is saved, the data are made again.
 _DECIDE_DATA = ("model", "corpus", "checkpoint", "data", "dpo", "context", "seed")
 
 
@@ -45,9 +45,9 @@ class Outcome:
 
     Attributes:
       stopped: the signal that stopped it; None = it is complete.
-      result: what came of it, a folder: a checkpoint, or adapters.
-      step: the step that it is of.
-      command: how to use it.
+      result: folder of the result: a checkpoint, or adapters.
+      step: step of the result.
+      command: command that uses the result.
     """
 
     stopped: signal.Signals | None = None
@@ -64,26 +64,26 @@ def train(
     mesh: Mapping[str, int] | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
-    """Trains a model, or goes on with it, and saves what comes of it in the folder of the run.
+    """Trains a model, or resumes its training, and saves the result in the folder of the run.
 
-    That is `<path>/checkpoint`, in bfloat16, or `<path>/adapter`, where adapters are trained. An
-    interrupt or SIGTERM ends the run after the step that it is in, its state saved.
+    The result is `<path>/checkpoint`, in bfloat16, or `<path>/adapter` if adapters are trained. An
+    interrupt or SIGTERM ends the run after the current step and saves its state.
 
     Args:
-      recipe: how.
-      path: folder of the run; it is made, or holds a run of this recipe.
-      report: is given every entry of the curve that `<path>/curve.jsonl` gets.
-      sharding: how to spread the work over devices, and `mesh`: see `read_layout`. A run may go on
-        under another layout than it began with.
-      tell: is given lines about the data, the state that it goes on from, and what takes time.
+      recipe: settings of the run.
+      path: folder of the run; it is created, or holds a run of this recipe.
+      report: called with every entry of the curve that is written to `<path>/curve.jsonl`.
+      sharding: partition over devices, with `mesh`: see `read_layout`. A run may resume under
+        another layout.
+      tell: called with lines about the data, the state that the run resumes from, and slow steps.
 
     Raises:
-      ValueError: the recipe does not fit the run in the folder, the data or the model; steps in a
-        row were not finite; or another process trains there.
+      ValueError: the recipe does not fit the run in the folder, the data or the model; too many
+        consecutive steps were not finite; or another process trains in the folder.
     """
     path = Path(path)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(jax.enable_x64(False))  # The same numbers, whatever the program's are.
+        stack.enter_context(jax.enable_x64(False))  # Whatever the caller's setting is.
         stopped = stack.enter_context(_signals())
         distributed.from_first(lambda: stack.enter_context(prepared(recipe, path)))
         if recipe.data and distributed.is_first():
@@ -102,7 +102,7 @@ def train(
 
 @contextlib.contextmanager
 def prepared(recipe: Recipe, path: Path) -> Iterator[None]:
-    """Keeps the folder of a run for this process, with its recipe and data in it."""
+    """Locks the folder of a run for this process, and fills it with the recipe and the data."""
     notes = path / "recipe.json"
     if not notes.is_file():
         folder.check_free(path, remedy=" and is no run: name another folder with --run")
@@ -111,7 +111,7 @@ def prepared(recipe: Recipe, path: Path) -> Iterator[None]:
         f"another process trains in {path}: wait for it ({{owner}}), or name another folder with "
         "--run"
     )
-    # A result is written last: what would keep it from that is found first.
+    # The result is written last. Find out now whether it can be.
     for target, kept in (("checkpoint", manifest.kept), ("adapter", adapters.kept)):
         folder.check_target(path / target, kept)
     with folder.locked(path, busy):
@@ -129,9 +129,9 @@ def prepared(recipe: Recipe, path: Path) -> Iterator[None]:
 
 
 def _check_data(recipe: Recipe, path: Path, earlier: Recipe | None) -> None:
-    """Refuses data that are damaged or of other files; removes what may be made again.
+    """Refuses data that are damaged or made from other files; removes data that may be made again.
 
-    They may be as long as no state is saved: nothing was learnt from them.
+    They may be made again until a state is saved, because nothing was learnt from them.
     """
     data, begun = path / "data", saved_steps(path)
     if earlier and begun:
@@ -141,8 +141,8 @@ def _check_data(recipe: Recipe, path: Path, earlier: Recipe | None) -> None:
         other = examples.changed(recipe, path) if recipe.data and earlier.data else None
         if other and begun:
             raise ValueError(
-                f"{other} is another file now than when the run in {path} began: restore it, or "
-                "name another folder with --run"
+                f"{other} has changed since the run in {path} began: restore it, or name another "
+                "folder with --run"
             )
         if other or any(getattr(recipe, x) != getattr(earlier, x) for x in _DECIDE_DATA):
             shutil.rmtree(data)
@@ -150,7 +150,10 @@ def _check_data(recipe: Recipe, path: Path, earlier: Recipe | None) -> None:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[Callable[[], int]]:
-    """Yields a function that returns the SIGINT or SIGTERM that came, or 0; a second one acts."""
+    """Yields a function that returns the SIGINT or SIGTERM received, or 0.
+
+    The second signal of a kind has its usual effect.
+    """
     received = []
     earlier = {}
 
@@ -162,7 +165,7 @@ def _signals() -> Iterator[Callable[[], int]]:
         signal.signal(number, earlier[number] or signal.SIG_DFL)
 
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0  # Python gives no signals to other threads.
+        yield lambda: 0  # Python delivers signals to the main thread only.
         return
     for number in (signal.SIGINT, signal.SIGTERM):
         earlier[number] = signal.signal(number, note)
@@ -170,12 +173,12 @@ def _signals() -> Iterator[Callable[[], int]]:
         yield lambda: max(received, default=0)
     finally:
         for number, handler in earlier.items():
-            # None: one that Python did not set.
+            # None stands for a handler that Python did not set.
             signal.signal(number, handler or signal.SIG_DFL)
 
 
 class _Run:
-    """The loop of a run, and what it looks at."""
+    """The loop of a run, with its validation, samples and saved states."""
 
     def __init__(
         self,
@@ -187,7 +190,7 @@ class _Run:
     ):
         self._recipe, self._path, self._job, self._tell = recipe, path, job, tell
         self._schedule, optimizer = optimizer_of(recipe, job.steps)
-        # Committed to their devices, as what a step returns is: else it would be compiled twice.
+        # A step returns committed arrays. Uncommitted ones here would compile the step twice.
         places = jax.tree.map(lambda x: x.sharding, job.state)
         self._state = restore_state(path, jax.device_put(job.state, places), tell=tell)
         if step := int(self._state.step):
@@ -214,7 +217,7 @@ class _Run:
         self._looked, self._best, self._skipped = distributed.from_first(lambda: _earlier(file))
 
     def go_on(self, stopped: Callable[[], int]) -> int:
-        """Trains to the end, or until a signal comes; returns that, or 0."""
+        """Trains to the end or until a signal arrives; returns the signal, or 0."""
         recipe, job = self._recipe, self._job
         first, skipped = int(self._state.step), 0
         with (
@@ -222,11 +225,11 @@ class _Run:
             Saver(self._path, recipe.keep) as saver,
             contextlib.closing(job.feed(range(first, job.steps))) as batches,
         ):
-            # Also where a run was stopped before it could.
+            # A run may have been stopped between the step and its validation.
             if (first or job.before) and first not in self._looked:
                 self._look(first)
             if first < job.steps:
-                self._tell("compiling the program of a step, which the first one waits for")
+                self._tell("compiling the training step; the first step waits for it")
             for step, batch in enumerate(batches, first + 1):
                 rate = float(self._schedule(step - 1 - self._skipped))
                 batch = self._spread(batch, recipe.microbatches)
@@ -235,7 +238,7 @@ class _Run:
                 self._curve.add(step, metrics, int(metrics.pop("tokens")), rate)
                 skipped = skipped + 1 if metrics["skipped"] else 0
                 self._skipped += int(metrics["skipped"])
-                # All stop after the same step, and for the same reason: SIGTERM is the larger.
+                # All processes stop after the same step, by the same signal (SIGTERM is larger).
                 stop = distributed.largest(stopped()) if step < job.steps else 0
                 improved = not stop and self._look(step)
                 ended = skipped == recipe.most_skipped
@@ -257,7 +260,7 @@ class _Run:
         return 0
 
     def result(self) -> TrainState:
-        """Returns the state whose model the run is for: the last, or the best by validation."""
+        """Returns the state to export: the last, or the best by validation."""
         best = self._best.step
         if self._recipe.export_best and best != int(self._state.step):
             kept = distributed.from_first(lambda: saved_steps(self._path))
@@ -265,7 +268,7 @@ class _Run:
         return self._state
 
     def _look(self, step: int) -> bool:
-        """Validates and samples where that is due; returns whether the model is the best so far."""
+        """Validates and samples where it is due; returns whether the model is the best so far."""
         recipe, last, improved = self._recipe, step == self._job.steps, False
         with self._curve.pause():
             if last or step % recipe.validate_every == 0:
@@ -276,8 +279,8 @@ class _Run:
         return improved
 
     def _validate(self, step: int) -> bool:
-        # One at a time: CPU devices run what does not depend on each other at once, and processes
-        # that do so in another order wait for each other forever.
+        # Wait for each batch. CPU devices run independent programs at once, and processes that run
+        # them in different orders deadlock.
         sums = [
             jax.device_get(
                 self._evaluate(
@@ -324,10 +327,10 @@ class _Best(NamedTuple):
 
 
 def _earlier(file: Path) -> tuple[set[int], _Best, int]:
-    """Returns the steps that were looked at before, the best of them, and the steps skipped."""
+    """Returns the steps validated or sampled so far, the best one, and the number skipped."""
     entries = curve.read(file)
     looked = {entry["step"] for entry in entries if "loss" not in entry}
-    # The state of step 0 is not kept.
+    # The state of step 0 is not saved.
     best = [_Best(y, step) for step, y in curve.points(entries, "validation_loss") if step]
     skipped = sum(entry.get("skipped", 0) for entry in entries)
     return looked, min(best, default=_Best(math.inf, None)), skipped

@@ -1,6 +1,7 @@
-"""The states of a run: the first, and those on disk, saved in the background. It trains nothing.
+"""The states of a run: the first one, and those that are saved in the background and restored.
 
-On any layout they are the same; of several processes, all must call what saves and restores them.
+A saved state does not depend on the layout. If a run has several processes, all of them must call
+the functions that save and restore.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from mistral_jax.parallel import distributed
 from mistral_jax.parallel.sharding import Layout
 from mistral_jax.training.step import Params, TrainState
 
-# What a saved state consists of.
+# Files of a saved state.
 _FILES = re.compile(r"(check)?sums\.json|state/.*")
 
 
@@ -32,7 +33,7 @@ def create_state(
     frozen: Params | None = None,
     layout: Layout | None = None,
 ) -> TrainState:
-    """Builds the state before the first step; the optimizer's part lies where the parameters do."""
+    """Builds the state before the first step; the optimizer's part is laid out like `trainable`."""
     if layout is None:
         opt_state = jax.jit(optimizer.init)(trainable)
         step = jnp.zeros((), jnp.int32)
@@ -47,11 +48,11 @@ def create_state(
 def abstract_state(
     optimizer: optax.GradientTransformation, trainable: Params, layout: Layout
 ) -> TrainState:
-    """Describes the state of training `trainable`, arrays or shapes that lie on a layout."""
+    """Returns the shapes and shardings of the state that trains `trainable` under a layout."""
     whole = layout.sharding()
 
     def place(moment, param):
-        # A factored moment is smaller than its parameter, and whole everywhere.
+        # A factored moment has another shape than its parameter, and is replicated.
         return moment.update(sharding=param.sharding if moment.shape == param.shape else whole)
 
     shapes = jax.tree.map(
@@ -68,13 +69,13 @@ def abstract_state(
 
 
 class Saver:
-    """Saves the states of a run while it goes on, as `<path>/states/<step>`; the last `keep` stay.
+    """Saves the states of a run in the background as `<path>/states/<step>`, and removes old ones.
 
-    A state appears whole or not at all. What is frozen is not part of it.
+    A state appears complete or not at all. It does not contain the frozen parameters.
 
     Args:
       path: folder of the run.
-      keep: how many states stay, beside the best.
+      keep: number of latest states to keep, beside the best one.
     """
 
     def __init__(self, path: Path, keep: int):
@@ -90,17 +91,18 @@ class Saver:
         self._pool.shutdown()
 
     def save(self, state: TrainState, best: int | None) -> None:
-        """Begins to save a state, which may be consumed at once; first it waits for the last.
+        """Waits for the previous state, then starts to save this one, which may be donated at once.
 
         Args:
-          state: what to save.
-          best: the step whose state is the best so far, and stays; None = there is none yet.
+          state: the state to save.
+          best: step of the best state so far, which is kept; None = there is none yet.
         """
         self.wait()
         target = _place(self._path, int(state.step))
         saved = _saved_part(state)
         if next(iter(state.step.devices())).platform == "cpu":
-            # Elsewhere arrays are copied to the host before this returns; there, they are shared.
+            # On accelerators Orbax copies arrays to the host before it returns; on a CPU it shares
+            # them.
             saved = jax.tree.map(jnp.copy, saved)
         stack = contextlib.ExitStack()
         part = distributed.from_first(lambda: stack.enter_context(folder.whole(target, _kept)))
@@ -108,12 +110,12 @@ class Saver:
         self._pending = self._pool.submit(self._finish, finish, stack, part, target, best)
 
     def check(self) -> None:
-        """Raises what went wrong, if something has by now."""
+        """Raises the error of the last save, if it has failed by now."""
         if self._pending is not None and self._pending.done():
             self._pending.result()
 
     def wait(self) -> None:
-        """Waits until the last state that was to be saved is there; raises what went wrong."""
+        """Waits until the last state is saved; raises the error if that fails."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
@@ -142,14 +144,14 @@ def restore_state(
     step: int | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> TrainState:
-    """Returns a state that a run saved.
+    """Returns a saved state of a run, or `state` if there is none.
 
     Args:
       path: folder of the run.
-      state: one like it, of which it takes over the frozen part and the places. The rest of it is
-        freed, for the memory of one state; or it is returned, if there is none to restore.
-      step: which; None = the latest that is whole.
-      tell: is given a line about each damaged one.
+      state: a state with the same shapes and shardings; its frozen part is kept, and the rest is
+        freed, so that memory holds one state only.
+      step: step of the state; None = the latest state that is not damaged.
+      tell: called with a line about each damaged state.
 
     Raises:
       ValueError: the state of that step, or every state, is damaged.
@@ -174,7 +176,7 @@ def restore_state(
 
 
 def _read(place: Path, abstract: dict[str, Any], step: int) -> dict[str, Any]:
-    """Reads a saved state; a ValueError says that it is damaged."""
+    """Reads a saved state; raises a ValueError if it is damaged."""
 
     def check():
         checksums.check(place, "the state is damaged")
@@ -185,27 +187,27 @@ def _read(place: Path, abstract: dict[str, Any], step: int) -> dict[str, Any]:
         read = arrays.read(place / "state", abstract)
     except MemoryError:
         raise
-    except Exception as error:  # Whatever Orbax raises.
+    except Exception as error:  # Orbax raises errors of many types.
         if distributed.count() > 1:  # The others may have read their parts.
             raise
         raise ValueError(f"{place} cannot be read ({_reason(error)})") from error
     if int(read["step"]) != step:
-        raise ValueError(f"{place} is of step {int(read['step'])}, which is not its name")
+        raise ValueError(f"{place} holds step {int(read['step'])}; expected step {step}")
     return read
 
 
 def _check_arrays(place: Path, abstract: dict[str, Any]) -> None:
-    """Makes sure that all files of a state's arrays are there, before Orbax reads one.
+    """Checks that all files of a state's arrays exist, before Orbax reads one.
 
-    Orbax answers what is missing with errors of many threads, and may crash. States from before
-    there were checksums are looked at in no other way.
+    Orbax reports missing files by errors in many threads, and may crash. For states saved before
+    there were checksums, this is the only check.
     """
-    if any(place.glob("*/zarr.json")):  # Of Zarr 3, as Orbax once wrote them.
+    if any(place.glob("*/zarr.json")):  # Earlier versions of Orbax wrote Zarr 3.
         return
     read_json(place / "_METADATA")
     for keys, array in jax.tree.leaves_with_path(abstract):
         part = place / jax.tree_util.keystr(keys, simple=True, separator=".")
-        try:  # Steps are counts, which no model has.
+        try:  # The step is an int32, which no model has.
             found = zarr.describe(part, zarr.DTYPES | {"<i4": np.dtype(np.int32)})
         except ValueError as error:
             raise ValueError(f"{place.parent.parent} is damaged: {error}") from None
@@ -217,7 +219,7 @@ def _check_arrays(place: Path, abstract: dict[str, Any]) -> None:
 
 
 def saved_steps(path: Path) -> list[int]:
-    """Returns the steps of the states that a run has saved, in order."""
+    """Returns the steps of the saved states of a run, in ascending order."""
     return [int(state.name) for state in _saved(path)]
 
 
@@ -240,7 +242,7 @@ def _saved(path: Path) -> list[Path]:
 
 
 def _reason(error: BaseException) -> str:
-    """Returns what the system said first, of an error that was raised out of others."""
+    """Returns the message of the error from which a chain of errors started."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__
     said = getattr(error, "strerror", None) or str(error).partition("\n")[0]

@@ -1,7 +1,7 @@
-"""The training step: one pure function `(state, batch) -> (state, metrics)`, without any file.
+"""The training step: one pure function `(state, batch) -> (state, metrics)`.
 
-What is trained and what stays frozen are two trees, so that the same step trains a whole model
-(nothing frozen) or a few adapters beside frozen weights.
+The trainable and the frozen parameters are two trees, so the same step trains a whole model, with
+nothing frozen, or a few adapters beside frozen weights.
 """
 
 from collections.abc import Callable
@@ -19,16 +19,16 @@ LossFn = Callable[[Params, Params, "Batch", jax.Array], tuple[jax.Array, Sums]]
 
 @flax.struct.dataclass
 class Batch:
-    """Rows of text and what should follow each token.
+    """Rows of token ids and the target of each token.
 
-    A row may hold several texts, one after another. Rows of pairs, an answer that is preferred and
-    then one that is not, have an axis for the two: [B, 2, T].
+    A packed row holds several texts, one after another. Pairs of a preferred and a rejected answer
+    have one more axis: [B, 2, T].
 
     Attributes:
       tokens: token ids, [B, T] int32.
-      positions: place of each token in its text, [B, T] int32; -1 = padding.
-      targets: the token after each, [B, T] int32; -1 = not to be learnt.
-      weights: how much each target counts, [B, T] float32; None = all the same.
+      positions: position of each token in its text, [B, T] int32; -1 = padding.
+      targets: the next token of each, [B, T] int32; -1 = not learnt.
+      weights: weight of each target in the loss, [B, T] float32; None = 1 for all.
     """
 
     tokens: jax.Array
@@ -39,12 +39,12 @@ class Batch:
 
 @flax.struct.dataclass
 class TrainState:
-    """All that training carries from one step to the next.
+    """The values that training carries from one step to the next.
 
     Attributes:
-      trainable: parameters that the optimizer changes, float32.
-      frozen: parameters that it does not; an empty dict if all are trained.
-      opt_state: state of the optimizer, for `trainable` alone.
+      trainable: parameters that the optimizer updates, float32.
+      frozen: all other parameters; an empty dict if there are none.
+      opt_state: state of the optimizer for `trainable`.
       step: number of steps taken, int32.
     """
 
@@ -61,30 +61,30 @@ def make_train_step(
     places: TrainState | None = None,
     seed: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """Builds the jitted training step; it consumes the state that it is given.
+    """Builds the jitted training step, which donates the state that it is given.
 
-    A step whose loss or gradients are not finite changes nothing but the number of steps.
+    A step whose loss or gradients are not finite changes only the number of steps.
 
     Args:
-      loss_fn: `(trainable, frozen, batch, key)` to the summed loss, and other sums; among them
-        "targets", by which all are divided. The key is for what is random in the model.
+      loss_fn: maps `(trainable, frozen, batch, key)` to the summed loss and other sums; all are
+        divided by the sum "targets". The key is for dropout.
       optimizer: turns gradients of the mean loss into updates.
-      microbatches: parts that a batch is computed in, one after another; they must divide B. The
-        result is that of one large batch, for the activations' memory of a part.
-      places: shardings of the new state's arrays, those of the old one's as a rule; None = left to
-        the compiler.
-      seed: of the keys.
+      microbatches: number of parts of a batch, computed in sequence; divides B. The result equals
+        that of the whole batch, with the activation memory of one part.
+      places: shardings of the new state, usually those of the old one; None = the compiler
+        chooses.
+      seed: seed of the keys.
 
     Returns:
-      `train_step(state, batch) -> (state, metrics)`; the metrics are float32 scalars: `loss`, the
-      mean in nats a target, `targets`, how much they count in all, `tokens`, how many were read,
-      `grad_norm` before clipping, `skipped`, 1 for a step that changed nothing, and the means of
-      the other sums.
+      `train_step(state, batch) -> (state, metrics)`. The metrics are scalars: `loss`, the mean in
+      nats per target; `targets`, the sum of their weights; `tokens`, the number of tokens read;
+      `grad_norm`, before clipping; `skipped`, 1 if the step was skipped; and the means of the
+      other sums.
     """
     differentiate = jax.value_and_grad(loss_fn, has_aux=True)
 
     def train_step(state: TrainState, batch: Batch):
-        # Every so many rows apart: each device then has rows of each part.
+        # Part i holds rows i, i + microbatches, ..., so each device has rows of every part.
         parts = jax.tree.map(
             lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch
         )
@@ -98,7 +98,7 @@ def make_train_step(
         (loss, grads), sums = jax.lax.scan(accumulate, zeros, (parts, keys))
         sums = jax.tree.map(jnp.sum, sums)
         count = sums.pop("targets")
-        # A batch without a single target changes nothing by its loss, instead of dividing by zero.
+        # A batch without a target has a loss of 0, instead of 0 / 0.
         count_or_one = jnp.where(count > 0, count, 1)
         loss, sums, grads = jax.tree.map(lambda x: x / count_or_one, (loss, sums, grads))
         grad_norm = optax.tree.norm(grads)
@@ -110,7 +110,7 @@ def make_train_step(
                 updates, opt_state = optimizer.update(grads, opt_state, trainable)
                 return optax.apply_updates(trainable, updates), opt_state
 
-        # Choosing between arrays, old and new, instead would hold both in memory.
+        # `jnp.where` would hold the old and the new arrays in memory at once.
         trainable, opt_state = jax.lax.cond(
             finite, update, lambda *old: old, state.trainable, state.opt_state
         )

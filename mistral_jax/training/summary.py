@@ -1,6 +1,6 @@
-"""The report of a complete run, for people, from what lies in its folder. It loads no model.
+"""The report of a finished run, for people: `<run>/report.md`, and `<run>/curve.png`.
 
-`<run>/report.md`, and `<run>/curve.png` where matplotlib is installed.
+It reads the files in the run's folder. The picture needs matplotlib.
 """
 
 import importlib.util
@@ -29,14 +29,14 @@ _CURVES = tuple(
 
 
 def write(folder: Path, recipe: Mapping[str, Any], result: Path, step: int, command: str) -> str:
-    """Writes the report of a run; returns the few lines of it that a terminal should see.
+    """Writes the report of a run; returns a few lines of it for the terminal.
 
     Args:
-      folder: of the run.
-      recipe: its recipe, as `Recipe.to_dict` gives it.
-      result: what came of it: the folder of a checkpoint, or of adapters.
-      step: that it is of.
-      command: how to use it.
+      folder: folder of the run.
+      recipe: its recipe, from `Recipe.to_dict`.
+      result: folder of the result: a checkpoint, or adapters.
+      step: step of the result.
+      command: command that uses the result.
     """
     entries = curve.read(folder / "curve.jsonl")
     drawn = importlib.util.find_spec("matplotlib") is not None
@@ -67,7 +67,7 @@ def write(folder: Path, recipe: Mapping[str, Any], result: Path, step: int, comm
 
 
 def _facts(folder: Path, recipe: Mapping[str, Any], entries: Sequence[Entry]):
-    """Yields rows of a table: what was trained on what, and what it took."""
+    """Yields table rows about the model, the data, time, speed and memory."""
     new = recipe.get("model")
     yield (
         "model",
@@ -102,7 +102,7 @@ def _trained(recipe: Mapping[str, Any]) -> str:
 
 
 def _data(folder: Path):
-    """Yields rows on data, from the notes that preparing it has left."""
+    """Yields table rows about the data, from the notes that `prepare` has written."""
     if (folder / "corpus.json").is_file():
         file = folder / "corpus.json"
         sources = parse_json(read_text(file), str(file))
@@ -129,7 +129,7 @@ def _split(notes: Mapping[str, Any]) -> str:
 
 
 def _losses(entries: Sequence[Entry]):
-    """Yields a row for each thing that was measured: first, last and best, and their steps."""
+    """Yields a table row for each measured value: its first, last and best, with their steps."""
     for name in _CURVES:
         if found := points(entries, name):
             best = (min if name.endswith("loss") else max)(found, key=lambda point: point[1])
@@ -139,7 +139,7 @@ def _losses(entries: Sequence[Entry]):
 
 
 def _samples(entries: Sequence[Entry]):
-    """Yields what the model made of each prompt first, and what last."""
+    """Yields the first and the last completion of each prompt, as Markdown."""
     rounds = [entry for entry in entries if "samples" in entry]
     if len(rounds) < 2:
         return
@@ -147,7 +147,7 @@ def _samples(entries: Sequence[Entry]):
     for after in rounds[-1]["samples"]:
         yield "Prompt:"
         yield _block(after["prompt"])
-        # A run that goes on may be given other prompts.
+        # A resumed run may have other prompts.
         told = [
             (entry["step"], sample["text"])
             for entry in rounds
@@ -160,7 +160,7 @@ def _samples(entries: Sequence[Entry]):
 
 
 def _in_short(entries: Sequence[Entry]):
-    """Yields the lines of a summary, as far as there is one."""
+    """Yields the line of the summary, if the curve has a loss."""
     if losses := points(entries, "loss"):
         told = f"loss {losses[0][1]:.4g} -> {losses[-1][1]:.4g}"
         if validations := points(entries, "validation_loss"):
@@ -181,5 +181,5 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _block(text: str) -> str:
-    """Returns a text as Markdown that shows it as it is, whatever fences are in it."""
+    """Formats a text as an indented code block, which may contain fences."""
     return "\n".join(f"    {line}" for line in text.rstrip("\n").split("\n"))

@@ -253,7 +253,7 @@ def test_the_cache_may_be_in_8_bits(command, monkeypatch):
         ),
         (["x", "--top-logprobs", "2"], "--top-logprobs is for --json, which alone shows them"),
         (["x", "--sharding", "none"], "no sharding named 'none'; expected one of"),
-        (["x", "--mesh", "tensor=2"], "mesh is {'tensor': 2}, of no sharding; name one"),
+        (["x", "--mesh", "tensor=2"], "mesh is {'tensor': 2} without a sharding; name one"),
         (["x", "--mesh", "tensor"], "'tensor' is not a list of mesh axes and their sizes"),
         (["x", "--sharding", "tensor", "--mesh", "data=2"], "has no mesh axis 'data'"),
         (["x", "--checkpoint", "no/such"], "no/such"),

@@ -223,7 +223,7 @@ def test_a_mesh_of_one_device_is_none():
     assert read_layout("single", CONFIG) is None
     assert read_layout("fsdp_tensor", CONFIG, mesh={"fsdp": 1, "tensor": 1}) is None
     assert read_layout(None, CONFIG) is None
-    with pytest.raises(ValueError, match=r"mesh is \{'tensor': 4\}, of no sharding; name one"):
+    with pytest.raises(ValueError, match=r"mesh is \{'tensor': 4\} without a sharding; name one"):
         read_layout(None, CONFIG, mesh={"tensor": 4})
 
 

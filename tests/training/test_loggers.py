@@ -177,5 +177,5 @@ def test_wandb_that_does_not_begin_is_one_sentence(tmp_path, wandb):
         raise wandb.Error("api_key not configured (no-tty)")
 
     wandb.init = refuse
-    with pytest.raises(ValueError, match=r"wandb does not begin, api_key .*; or set WANDB_MODE"):
+    with pytest.raises(ValueError, match=r"wandb does not start: api_key .*; or set WANDB_MODE"):
         log(["wandb"], tmp_path, TRAINING)

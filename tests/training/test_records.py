@@ -205,12 +205,12 @@ def test_a_folder_of_datasets_is_read_row_by_row(tmp_path, tokenizer):
     for one, other in zip(a, b, strict=True):
         assert_same(one, other)
     datasets.DatasetDict(train=data, test=data).save_to_disk(tmp_path / "dict")
-    with pytest.raises(ValueError, match=r"dict has the parts test, train; name one"):
+    with pytest.raises(ValueError, match=r"dict has the splits test, train; name one"):
         list(records.read([tmp_path / "dict"], tokenizer))
 
 
 def test_a_folder_needs_datasets_and_says_so(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"is a folder, but none that `datasets` saved"):
+    with pytest.raises(ValueError, match=r"is a folder, but not one that `datasets` saved"):
         list(records.read([tmp_path], TOKENIZERS["v3"]))
     (tmp_path / "state.json").write_text("{}")
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)

@@ -374,7 +374,7 @@ def test_the_command_says_where_the_model_is_and_draws_the_curve(printed):
     assert output.splitlines()[-1].startswith("to use it: python -m mistral_jax.sample ")
     lines = errors.splitlines()
     assert [line.split("  ")[:2][0] for line in lines] == [
-        "compiling the program of a step, which the first one waits for",
+        "compiling the training step; the first step waits for it",
         "step 10",
         "step 10",
         "step 20",

@@ -1,1 +1,1 @@
-"""The data of training: records, examples, packed rows, batches."""
+"""The data of training: records, examples, packed rows, and batches."""

@@ -1,7 +1,7 @@
-"""Batches: of the windows of one long text, or of packed rows; and their places on devices.
+"""Batches: windows of one long text, or packed rows, and their placement on devices.
 
-A batch is a pure function of the data, the seed and the step: a run that goes on sees what it would
-have seen, and any number of processes sees the same.
+A batch is a pure function of the data, the seed and the step. A resumed run therefore reads the
+batches that it would have read, and all processes read the same ones.
 """
 
 import contextlib
@@ -20,20 +20,20 @@ _THREADS, _BATCHES_AHEAD = 2, 4
 
 
 def window_batch(step: int, tokens: np.ndarray, *, context: int, rows: int, seed: int) -> Batch:
-    """Reads the batch of a step.
+    """Reads the batch of a step from windows of one text.
 
-    An epoch reads every window of the text once, in a random order; where the windows begin changes
-    from one to the next.
+    An epoch reads every window once, in a random order. The windows of different epochs begin at
+    different offsets.
 
     Args:
-      step: which batch, from 0 on.
-      tokens: the text, a 1-dimensional array of ids.
-      context: tokens a row (T).
+      step: number of the batch, from 0.
+      tokens: token ids of the text, 1-dimensional.
+      context: tokens per row (T).
       rows: rows (B).
-      seed: of the order.
+      seed: seed of the order.
 
     Raises:
-      ValueError: the text is shorter than one window.
+      ValueError: the text is too short for a window at every offset.
     """
     count = (len(tokens) - 1) // context - 1
     if count < 1:
@@ -50,7 +50,7 @@ def window_batch(step: int, tokens: np.ndarray, *, context: int, rows: int, seed
 
 
 def windows_in_order(tokens: np.ndarray, *, context: int, rows: int) -> Iterator[Batch]:
-    """Yields every whole window of a text once, in order; the last batch may have fewer rows."""
+    """Yields every complete window of a text once, in order; the last batch may be smaller."""
     count = (len(tokens) - 1) // context
     for first in range(0, count, rows):
         starts = [context * window for window in range(first, min(first + rows, count))]
@@ -60,23 +60,23 @@ def windows_in_order(tokens: np.ndarray, *, context: int, rows: int) -> Iterator
 def feed(
     rows: PackedRows, *, batch_rows: int, seed: int, steps: range, own: Iterable[int] | None = None
 ) -> Iterator[Batch]:
-    """Yields the batch of each of `steps`, read ahead by threads.
+    """Yields the batch of each of `steps`; threads prefetch them.
 
-    Every epoch has each row once, in another order; a batch may lie in two epochs.
+    Every epoch reads each row once, in a new order. A batch may span two epochs.
 
     Args:
-      rows: what to read.
-      batch_rows: rows a batch (B).
-      seed: of the order, from 0 on.
-      steps: which batches, from 0 on.
-      own: which rows of every batch to read, for a process that holds no others; these are
-        padding then. None = all.
+      rows: the packed rows to read.
+      batch_rows: rows per batch (B).
+      seed: seed of the order, from 0.
+      steps: numbers of the batches, from 0.
+      own: rows of every batch to read, for a process that holds only these; the others are padding.
+        None = all.
 
     Raises:
       ValueError: grain is not installed.
     """
     grain = import_grain()
-    # Grain adds the epoch to a seed: without this, seed 1 would begin with seed 0's second epoch.
+    # Grain adds the epoch to the seed, so seed 1 would begin with the second epoch of seed 0.
     spread_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     order = grain.MapDataset.range(len(rows)).shuffle(seed=spread_seed).repeat()
     own = list(range(batch_rows) if own is None else own)
@@ -93,11 +93,11 @@ def feed(
 def in_order(
     rows: PackedRows, batch_rows: int, own: Iterable[int] | None = None
 ) -> Iterator[Batch]:
-    """Yields every row once, in order; the last batch is filled up with rows of padding.
+    """Yields every row once, in order; the last batch is padded.
 
     Args:
-      rows: what to read.
-      batch_rows: rows a batch (B).
+      rows: the packed rows to read.
+      batch_rows: rows per batch (B).
       own: see `feed`.
     """
     own = list(range(batch_rows) if own is None else own)
@@ -107,7 +107,7 @@ def in_order(
 
 
 def spread(batch: Batch, layout: Layout, microbatches: int = 1) -> Batch:
-    """Lays a batch over devices, filled up with padding to what they share evenly."""
+    """Partitions a batch over devices, after padding it to a size that divides evenly."""
 
     def place(x, value):
         axes = ("batch", *[None] * (x.ndim - 2), "length")
@@ -127,15 +127,15 @@ def spread(batch: Batch, layout: Layout, microbatches: int = 1) -> Batch:
 
 
 def own_rows(layout: Layout, rows: int, microbatches: int = 1) -> list[int]:
-    """Returns which rows of a batch lie on devices of this process: `spread` looks at no others."""
+    """Returns the rows of a batch that `spread` reads in this process."""
     filled = rows + -rows % (layout.parts("batch") * microbatches)
     parts = layout.sharding("batch").addressable_devices_indices_map((filled,)).values()
     return sorted({row for (part,) in parts for row in range(filled)[part] if row < rows})
 
 
-@functools.lru_cache(maxsize=2)  # The rows of one step may lie in two epochs.
+@functools.lru_cache(maxsize=2)  # A batch may span two epochs.
 def _epoch(epoch: int, count: int, context: int, seed: int) -> tuple[int, np.ndarray]:
-    """Draws where an epoch's first window begins, and the order of its windows."""
+    """Draws the offset of an epoch's first window, and the order of its windows."""
     generator = np.random.default_rng((seed, epoch))
     return int(generator.integers(context)), generator.permutation(count)
 
@@ -147,7 +147,7 @@ def _windows(tokens: np.ndarray, starts: Sequence[int], context: int) -> Batch:
 
 
 def _batch(rows: PackedRows, places: Mapping[int, int], batch_rows: int) -> Batch:
-    """Reads a batch; `places` says which of its rows are which of the file's."""
+    """Reads a batch; `places` maps its rows to packed rows, and its other rows are padding."""
     batch = padding(row_type(rows.summary.context, rows.summary.pairs), batch_rows)
     for row, place in places.items():
         batch[row] = rows[place]

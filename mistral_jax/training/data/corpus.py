@@ -1,7 +1,7 @@
-"""A corpus: the Python source that is installed here, as documents. It knows nothing of tokens.
+"""A corpus: the Python source that is installed on this machine, as documents.
 
-The standard library and whatever the project needs at run time are on every machine that can run
-the project, under permissive licences, so anyone can gather the same kind of corpus again.
+The standard library and the project's runtime requirements are on every machine that can run the
+project, and their licences are permissive, so anyone can gather the same kind of corpus.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ _GENERATED = re.compile(
 )
 _LONGEST_LINE = 300
 _SIZES = range(200, 300_000)
-_VALIDATION_SHARE = 200  # one document in so many is kept for validation
+_VALIDATION_SHARE = 200  # one document of this many is for validation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Source:
 
     Attributes:
       name: name of the distribution, or "python" for the standard library.
-      version: its version.
-      license: the licence that its metadata states.
-      files: its documents' texts, by path.
+      version: version of the distribution, or of Python.
+      license: licence that its metadata states.
+      files: text of each document, by path.
     """
 
     name: str
@@ -51,23 +51,23 @@ class Source:
     files: dict[str, str]
 
     def summary(self) -> dict[str, str | int]:
-        """Returns all but the texts, and how much they are, as JSON values."""
+        """Returns the metadata, the number of files and their bytes, as JSON values."""
         size = sum(len(text.encode()) for text in self.files.values())
         about = {"name": self.name, "version": self.version, "license": self.license}
         return {**about, "files": len(self.files), "bytes": size}
 
 
 def gather(roots: Sequence[str]) -> list[Source]:
-    """Reads the Python source of distributions and of all that they need at run time.
+    """Reads the Python source of distributions and of their runtime requirements.
 
-    Tests, vendored copies, generated files and tables of data are left out, and a text that occurs
+    Tests, vendored copies, generated files and tables of data are left out. A text that occurs
     twice is kept once.
 
     Args:
       roots: names of installed distributions; "python" is the standard library.
 
     Raises:
-      ValueError: a root is not installed, its licence is not permissive, or no file is left.
+      ValueError: a root is not installed, a licence is not permissive, or no file remains.
     """
     seen: set[bytes] = set()
     sources = []
@@ -87,7 +87,7 @@ def gather(roots: Sequence[str]) -> list[Source]:
 
 
 def split(source: str, files: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Divides a source's files into texts to train on and to validate on, by their names alone."""
+    """Splits a source's files into training and validation texts, by a hash of their names."""
     parts = [], []
     for name, text in files.items():
         digest = hashlib.sha256(f"{source}/{name}".encode()).digest()
@@ -96,12 +96,12 @@ def split(source: str, files: Mapping[str, str]) -> tuple[list[str], list[str]]:
 
 
 def normal_name(name: str) -> str:
-    """Returns the one spelling of a distribution's name that all others are taken for."""
+    """Returns the normalised name of a distribution: "Foo_Bar" and "foo.bar" are "foo-bar"."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def python_files(name: str) -> dict[str, str]:
-    """Reads the documents of one distribution, whatever its licence: to evaluate, not to train."""
+    """Reads the documents of one distribution under any licence, for evaluation only."""
     return dict(_documents(_distribution_paths(importlib.metadata.distribution(name)), set()))
 
 
@@ -142,7 +142,8 @@ def _license(distribution: importlib.metadata.Distribution) -> str:
     if not _PERMISSIVE.search(stated) or _RESTRICTIVE.search(stated):
         raise ValueError(
             f"the corpus would hold {distribution.name}, whose licence is {stated!r}; expected a "
-            "permissive one (MIT, BSD, Apache, PSF or ISC): remove what needs it from the corpus"
+            "permissive one (MIT, BSD, Apache, PSF or ISC): leave out the distributions "
+            "that need it"
         )
     return stated
 
@@ -176,7 +177,7 @@ def _documents(paths: Iterable[tuple[str, Path]], seen: set[bytes]) -> Iterator[
 
 
 def is_prose(text: str) -> bool:
-    """Whether a source text was written by people: not generated, and not a table of data."""
+    """Returns whether people wrote a source text: it is neither generated nor a table of data."""
     if len(text) not in _SIZES or _GENERATED.search(text[:2000]):
         return False
     lines = text.splitlines()

@@ -32,9 +32,9 @@ from mistral_jax.training.data.records import Example, Pair
 from mistral_jax.training.job import Prompt
 from mistral_jax.training.recipe import Recipe
 
-_PROMPTS = 3  # that a run shows its model, if the recipe names none
-_LOOKED_AT = 100  # examples, the first ones, among which they are
-_BEGINNING = 32  # tokens of a text that make a prompt
+_PROMPTS = 3  # prompts of a run, if its recipe names none
+_LOOKED_AT = 100  # examples from whose beginnings the prompts are taken
+_BEGINNING = 32  # tokens of a prompt that is the beginning of a text, at most
 SPLITS = ("train", "validation")
 _RULES = {
     "files": table_of(string()),
@@ -50,10 +50,10 @@ _SPLIT_RULES = SUMMARY_RULES | {
 }
 _PROMPT_RULES = {"text": string(), "tokens": list_of(integer(0), 1 << 20)}
 
-MARKS = "⟦", "⟧"  # around what is learnt, where there are no colours
+MARKS = "⟦", "⟧"  # around learnt text, on terminals without colours
 _LEARNT, _GIVEN, _CONTROL = "bold green", "dim", "reverse"
-# What would move a terminal's cursor, or more, is shown as its picture; tabs too, as they are told
-# from spaces then.
+# Control characters, which could move a terminal's cursor, are shown as their Unicode pictures. So
+# are tabs, which then differ from spaces.
 _PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) != "\n"}
 _PICTURES |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
@@ -87,14 +87,14 @@ def prepare(recipe: Recipe, path: Path) -> None:
 
 
 def changed(recipe: Recipe, path: Path) -> str | None:
-    """Returns a file of the recipe that is another now than when `<path>/data` was made of it."""
+    """Returns a file of the recipe that has changed since `<path>/data` was made, or None."""
     made = _notes(path)["files"]
     found = _digests(recipe)
     return next((file for file in made if found.get(file, made[file]) != made[file]), None)
 
 
 def describe(path: Path) -> Iterator[str]:
-    """Yields lines on the data of a run: how much there is, and what was left out, and why."""
+    """Yields lines about the data of a run: their size, and what was cut or left out."""
     notes = _notes(path)
     for name in SPLITS:
         if name not in notes:
@@ -108,16 +108,19 @@ def describe(path: Path) -> Iterator[str]:
         if of["too_long"]:
             yield f"  {of['too_long']:,} are longer than a row, and were cut"
         if of["left_out"]:
-            yield f"  {of['left_out']:,} have nothing to be learnt in what fits, and were left out"
+            yield f"  {of['left_out']:,} have nothing to learn in what fits, and were left out"
         if of["bad"]:
             yield f"  {of['bad']:,} bad lines were left out, such as"
             yield from (f"    {reason}" for reason in of["reasons"])
 
 
 def prompts(recipe: Recipe, path: Path, tokenizer: Tokenizer) -> tuple[list[Prompt], bool]:
-    """Returns what the model is shown, and whether it is asked for answers.
+    """Returns the prompts of a run, and whether they are messages for the model to answer.
 
-    That is the recipe's texts, or how the first examples begin.
+    The prompts are the recipe's texts, or the beginnings of the first examples.
+
+    Raises:
+      ValueError: a prompt of the recipe is longer than the model's positions.
     """
     notes = _notes(path)
     chat = notes["train"]["chat"]
@@ -137,15 +140,15 @@ def prompts(recipe: Recipe, path: Path, tokenizer: Tokenizer) -> tuple[list[Prom
 
 
 def show(examples: Iterable[Example | Pair], tokenizer: Tokenizer, console: Console) -> None:
-    """Prints examples decoded: what is learnt in green, or between ⟦ and ⟧ where nothing is.
+    """Prints decoded examples; the learnt part is green, or between ⟦ and ⟧ without colours.
 
-    Control tokens are shown as the vocabulary spells them, in colours inverted, so that they
-    differ from the same characters in a text.
+    Control tokens appear as the vocabulary spells them, in inverted colours, so that they differ
+    from the same characters in a text.
 
     Args:
-      examples: what `records.read` yields.
-      tokenizer: what encoded them.
-      console: where to print.
+      examples: examples or pairs from `records.read`.
+      tokenizer: the tokenizer that encoded them.
+      console: the console to print on.
     """
     colours = console.color_system is not None and not console.no_color
     for count, example in enumerate(examples, start=1):
@@ -161,7 +164,7 @@ def show(examples: Iterable[Example | Pair], tokenizer: Tokenizer, console: Cons
 
 
 def _notes(path: Path) -> dict[str, Any]:
-    """Reads what `prepare` has noted of the data of a run; a ValueError names what is damaged."""
+    """Reads the notes that `prepare` wrote about the data; a ValueError names damaged ones."""
     file = path / "data" / "data.json"
     notes = {"files": None, "train": None, "prompts": None} | read_json(file)
     check_table(notes, _RULES, str(file))
@@ -176,7 +179,7 @@ def _notes(path: Path) -> dict[str, Any]:
 
 
 def read(recipe: Recipe, files, tokenizer: Tokenizer, tally: records.Tally | None = None):
-    """Yields the examples of files as a recipe has them read: see `records.read`."""
+    """Yields the examples of files, read as a recipe says: see `records.read`."""
     return records.read(
         files,
         tokenizer,
@@ -192,10 +195,10 @@ def base_folder(recipe: Recipe) -> Path:
 
 
 def read_base(recipe: Recipe) -> tuple[ModelConfig, dict[str, Any]]:
-    """Reads the architecture of the model that a recipe trains further, and where it comes from.
+    """Reads the architecture and the provenance of the model that a recipe trains further.
 
     Raises:
-      ValueError: there is no such model, or its positions are fewer than a row has.
+      ValueError: there is no such model, or it has fewer positions than a row.
     """
     base = base_folder(recipe)
     config, provenance = manifest.read(base)
@@ -208,22 +211,26 @@ def read_base(recipe: Recipe) -> tuple[ModelConfig, dict[str, Any]]:
 
 
 def read_tokenizer(recipe: Recipe) -> Tokenizer:
-    """Reads the tokenizer of the model to train; a ValueError says that there is none."""
+    """Reads the tokenizer of the model that a recipe trains further.
+
+    Raises:
+      ValueError: the model has no tokenizer.
+    """
     base = base_folder(recipe)
     config, _ = read_base(recipe)
     if not (base / "tokenizer.model").is_file():
-        raise ValueError(f"{base} has no tokenizer.model, to encode examples with: put it there")
+        raise ValueError(f"{base} has no tokenizer.model, which encodes examples: put it there")
     return checkpoint.read_tokenizer(base / "tokenizer.model", config)
 
 
 def _beginnings(recipe: Recipe, tokenizer: Tokenizer) -> Iterator[Prompt]:
-    """Yields how the first examples begin, but for those that fill a row before they are learnt."""
+    """Yields the beginnings of the first examples, if they are shorter than a row."""
     files = recipe.data.validation or recipe.data.train
     examples = read(recipe, files, tokenizer)
     for example in itertools.islice(examples, _LOOKED_AT):
         example = getattr(example, "chosen", example)
         begin = int(np.flatnonzero(example.weights)[0])
-        if begin == 1:  # A text, of which all is learnt.
+        if begin == 1:  # All of a text is learnt.
             begin = max(1, min(len(example.tokens) // 2, _BEGINNING))
         if begin < recipe.context:
             tokens = example.tokens[:begin].tolist()
@@ -231,7 +238,7 @@ def _beginnings(recipe: Recipe, tokenizer: Tokenizer) -> Iterator[Prompt]:
 
 
 def _digests(recipe: Recipe) -> dict[str, str]:
-    """Returns the SHA-256 of each file that is there: of examples, and what tells of the model."""
+    """Returns the SHA-256 of each existing data file, and of the model's config.json."""
     named = [Path(file) for name in SPLITS for file in getattr(recipe.data, name)]
     files = [base_folder(recipe) / "config.json"]
     for path in named:

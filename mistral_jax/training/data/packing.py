@@ -1,7 +1,4 @@
-"""Packed rows: examples side by side, as many in each row as fit; a file of them, and its reader.
-
-It makes no batches of the rows.
-"""
+"""Packed rows: as many examples in each row as fit, written to a file and read from it."""
 
 import contextlib
 import dataclasses
@@ -19,7 +16,7 @@ from mistral_jax.checkpoint.folder import whole
 from mistral_jax.training.data.records import Example, Pair
 
 _PLACE = np.dtype([("tokens", "<i4"), ("targets", "<i4"), ("weights", "<f4")])
-_PACKED_AT_A_TIME = 1 << 21  # places; some 40 MB
+_PACKED_AT_A_TIME = 1 << 21  # tokens, about 40 MB
 _COUNT = integer(0, 1 << 40)
 SUMMARY_RULES = {
     "context": integer(1, 1 << 20),
@@ -35,17 +32,17 @@ SUMMARY_RULES = {
 
 @dataclasses.dataclass
 class Summary:
-    """What became of examples.
+    """Statistics of packing examples into rows.
 
     Attributes:
-      context: places a row (T).
-      pairs: whether a row is a pair: two times T places, the chosen example's first.
+      context: tokens per row (T).
+      pairs: whether a row is a pair of 2 T tokens, the chosen example first.
       examples: number of examples, or of pairs.
-      too_long: how many of them did not fit into a row.
-      left_out: how many had nothing to be learnt in what fits.
+      too_long: number of examples that did not fit into a row.
+      left_out: number of examples whose part that fits has nothing to learn.
       rows: number of rows.
-      tokens: number of places that hold a token.
-      learnt: number of places whose target is learnt, with whatever weight.
+      tokens: number of tokens in all rows, without padding.
+      learnt: number of targets that are learnt, with any weight.
     """
 
     context: int
@@ -59,22 +56,22 @@ class Summary:
 
     @property
     def fill(self) -> float:
-        """The share of all places that hold a token, from 0 to 1."""
+        """The share of the rows that is not padding, from 0 to 1."""
         return self.tokens / (self.rows * self.context * (1 + self.pairs))
 
 
 class PackedRows(Sequence[np.ndarray]):
-    """The packed rows in a folder, read when they are asked for.
+    """The packed rows in a folder, read from disk on access.
 
     A row is a record of "tokens", "positions", "targets" and "weights", each [T], or [2, T] for
-    pairs; see `Batch` for what they mean.
+    pairs; `Batch` describes them.
 
     Attributes:
-      summary: what they were made of.
+      summary: statistics of the rows.
     """
 
     def __init__(self, folder: Path | str):
-        """Opens the folder that `write_rows` made; a ValueError names the file that is damaged."""
+        """Opens a folder that `write_rows` made; a ValueError names a damaged file."""
         notes, file = Path(folder) / "rows.json", Path(folder) / "rows.bin"
         table = dict.fromkeys(SUMMARY_RULES) | read_json(notes)
         check_table(table, SUMMARY_RULES, str(notes))
@@ -102,22 +99,22 @@ def write_rows(
     pack: bool = True,
     seed: int = 0,
 ) -> Summary:
-    """Writes examples as rows into a folder; memory does not grow with their number.
+    """Packs examples into rows and writes them to a folder; memory does not grow with their number.
 
-    An example of n + 1 tokens takes n places, each with the token after it as its target. One that
-    is longer than the context is cut: a text, which is learnt from end to end, into pieces that
-    each begin at position 0, so that all of it is learnt; any other at its end.
+    An example of n + 1 tokens takes n places of a row, each with the next token as its target. A
+    text that is longer than a row is cut into pieces that each begin at position 0, so that all
+    of it is learnt; any other long example loses its end.
 
     Args:
-      target: folder to make.
-      examples: what `records.read` yields.
-      context: places a row (T).
-      pairs: whether the examples are pairs, of which each has a row of its own.
-      pack: whether a row holds as many examples as fit, else one.
-      seed: of the order in which examples are packed.
+      target: folder to create.
+      examples: examples or pairs from `records.read`.
+      context: tokens per row (T).
+      pairs: whether the examples are pairs, each of which fills a row of its own.
+      pack: whether a row holds as many examples as fit, instead of one.
+      seed: seed of the order in which examples are packed.
 
     Returns:
-      What became of them; it is kept in the folder.
+      The statistics, which are kept in the folder too.
 
     Raises:
       ValueError: nothing is to be learnt, the folder exists, or grain is not installed.
@@ -151,7 +148,7 @@ def write_rows(
 def _fitted(
     examples: Iterable[Example | Pair], summary: Summary
 ) -> Iterator[tuple[np.ndarray, ...]]:
-    """Yields what fits into a row: an example or a piece of one, or the two of a pair."""
+    """Yields texts that fit into a row: an example, a piece of one, or the two of a pair."""
     for example in examples:
         sides = [example] if isinstance(example, Example) else [example.chosen, example.rejected]
         texts = [_places(side) for side in sides]
@@ -176,7 +173,7 @@ def _places(example: Example) -> np.ndarray:
 
 
 def _lay(texts: Sequence[np.ndarray], context: int, pairs: bool) -> np.ndarray:
-    """Lays one text into a row, or two into a pair's."""
+    """Writes one text into a row, or two texts into the row of a pair."""
     (row,) = padding(row_type(context, pairs), 1)
     for side, text in enumerate(texts):
         for name in _PLACE.names:
@@ -186,7 +183,7 @@ def _lay(texts: Sequence[np.ndarray], context: int, pairs: bool) -> np.ndarray:
 
 
 class _Spool(Sequence[dict[str, np.ndarray]]):
-    """Texts in a file, in the order in which they came, read in any other."""
+    """Texts in a file, written in the order in which they arrive, and read in any order."""
 
     def __init__(self, folder: Path, texts: Iterable[np.ndarray]):
         ends = 0
@@ -207,7 +204,7 @@ class _Spool(Sequence[dict[str, np.ndarray]]):
 
 
 def _pack(spool: _Spool, context: int, seed: int) -> Iterator[np.ndarray]:
-    """Lays texts into rows by first fit, in a random order."""
+    """Packs texts into rows by first fit, in a random order."""
     if not spool:
         return
     grain = import_grain()
@@ -227,25 +224,25 @@ def _pack(spool: _Spool, context: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def row_type(context: int, pairs: bool) -> np.dtype:
-    """Returns the type of a row in the file; the names are those of `Batch`."""
+    """Returns the dtype of a row in the file; its fields are named as those of `Batch`."""
     shape = (2, context) if pairs else (context,)
     kinds = {"tokens": "<i4", "positions": "<i4", "targets": "<i4", "weights": "<f4"}
     return np.dtype([(name, kind, shape) for name, kind in kinds.items()])
 
 
 def padding(dtype: np.dtype, count: int) -> np.ndarray:
-    """Returns rows in which no place holds a token."""
+    """Returns rows that hold padding only."""
     rows = np.zeros(count, dtype)
     rows["positions"] = rows["targets"] = -1
     return rows
 
 
 def import_grain() -> ModuleType:
-    """Returns grain, which is an extra; a ValueError says how to install it."""
+    """Returns the optional module grain; a ValueError says how to install it."""
     try:
         import grain
     except ImportError:
         raise ValueError(
-            "the data are packed and shuffled by grain: pip install 'mistral-jax-flax[train]'"
+            "grain is needed to pack and shuffle the data: pip install 'mistral-jax-flax[train]'"
         ) from None
     return grain

@@ -1,6 +1,6 @@
-"""A record: one line of a file of texts, conversations or preferences, as tokens to be learnt.
+"""Records: lines of a file, read one by one and encoded as tokens with weights.
 
-It reads and encodes one record after another; it does not shuffle, cut or batch them.
+A record is a text, a prompt with its completion, a conversation, or a preference.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ _KEPT_REASONS = 5
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
-    """Tokens, and how much each is to be learnt.
+    """The tokens of a training text, and their weights in the loss.
 
     Attributes:
-      tokens: ids, BOS first and EOS last, [n] int32.
-      weights: how much the model learns to give each token after those before, [n] float32; 0 =
-        not at all, as is BOS.
+      tokens: token ids, BOS first and EOS last, [n] int32.
+      weights: weight of predicting each token from the tokens before it, [n] float32; 0 = not
+        learnt, as BOS.
     """
 
     tokens: np.ndarray
@@ -34,7 +34,7 @@ class Example:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pair:
-    """Two examples with one beginning, of which the first is preferred."""
+    """Two examples with a common beginning, a preferred one and a rejected one."""
 
     chosen: Example
     rejected: Example
@@ -42,13 +42,13 @@ class Pair:
 
 @dataclasses.dataclass
 class Tally:
-    """How many records were read, and how many were bad.
+    """Counts of good and bad records.
 
     Attributes:
       good: number of records that gave an example or a pair.
-      chat: whether the first of them is made of messages, rather than of text.
+      chat: whether the first good record has messages, instead of text.
       bad: number of records that were skipped.
-      reasons: what was wrong with the first few of them, a sentence each.
+      reasons: errors of the first few bad records, one sentence each.
     """
 
     good: int = 0
@@ -71,31 +71,32 @@ def read(
     skip_bad: bool = False,
     tally: Tally | None = None,
 ) -> Iterator[Example | Pair]:
-    """Reads and encodes the records of files one by one; none is held in memory as a whole.
+    """Reads and encodes the records of files one by one, in constant memory.
 
-    A file has one JSON object a line, blank lines aside; one whose name ends with ".gz" is
-    unpacked. A record's keys tell its form, and those that no form has are ignored:
+    A file has one JSON object per line; blank lines are skipped. Files whose name ends with
+    ".gz" are decompressed. The keys of a record tell its form; other keys are ignored:
 
     - "text": a text, learnt from its first token to EOS.
-    - "prompt" and "completion": two strings, encoded as `sample` encodes the prompt and goes on,
-      or two lists of messages. The completion (its answers) and EOS are learnt.
+    - "prompt" and "completion": two strings, encoded as `sample` encodes a prompt and continues
+      it, or two lists of messages. The completion (its answers) and EOS are learnt.
     - "messages": a conversation, see `messages.lesson_parts`. Its answers are learnt.
-    - "chosen" and "rejected", with a "prompt", as strings or as messages, or without one where
-      both are conversations with one beginning; or OpenAI's "input", "preferred_output" and
-      "non_preferred_output". These are pairs.
+    - "chosen" and "rejected" with a "prompt", all strings or all lists of messages; or without
+      a prompt, as two conversations with a common beginning; or OpenAI's "input",
+      "preferred_output" and "non_preferred_output". These are pairs.
 
     Args:
-      paths: files, and folders that Hugging Face's `datasets` saved (it must be installed then).
-      tokenizer: encodes them.
-      pairs: whether the records are preferences; else they are all but these.
-      skip_bad: whether a bad record is left out instead of an error, unless all are.
-      tally: is kept up to date with how many records were read and left out.
+      paths: files, and folders that Hugging Face `datasets` saved (which needs `datasets`).
+      tokenizer: the tokenizer that encodes the records.
+      pairs: whether the records are pairs, instead of any other form.
+      skip_bad: whether to skip bad records instead of raising an error, unless all are bad.
+      tally: counts the records while they are read.
 
     Yields:
-      An `Example` a record, or a `Pair`.
+      An `Example` or a `Pair` for each record.
 
     Raises:
-      ValueError: a file or a record cannot be read, with its file and line number (from 1 on).
+      ValueError: a file or a record cannot be read; the message has its file and line number
+        (from 1).
     """
     tally, paths = Tally() if tally is None else tally, list(paths)
     encode = _encode_pair if pairs else _encode_example
@@ -123,7 +124,7 @@ def read(
 
 
 def check_paths(paths: Iterable[Path | str]) -> None:
-    """Raises what `read` would of files and folders that are not such as it reads."""
+    """Raises the ValueError that `read` would raise for a file or folder that it cannot read."""
     for path in map(Path, paths):
         if path.is_dir():
             _check_folder(path)
@@ -164,8 +165,8 @@ def _encode_pair(record: Any, tokenizer: Tokenizer) -> Pair:
 
 
 def _form(record: Mapping[str, Any], pairs: bool) -> tuple[str, ...]:
-    """Recognises a record by its keys; returns those of its form, that of the answer last."""
-    # `datasets` gives every row the keys of all, with None for those that it lacks.
+    """Returns the keys of a record's form, with the key of the answer last."""
+    # `datasets` gives every row all keys, with None for those that its record did not have.
     keys = {key for key, value in record.items() if value is not None}
     forms, others = (_PAIR_FORMS, _FORMS) if pairs else (_FORMS, _PAIR_FORMS)
     found = [form for form in forms if keys.issuperset(form)]
@@ -192,7 +193,7 @@ def _refuse_tools(record: Mapping[str, Any]) -> None:
 
 
 def _continuation(prompt: Any, answer: Any, name: str, tokenizer: Tokenizer) -> Example:
-    """Encodes a prompt and what is to be learnt after it, both strings or lists of messages."""
+    """Encodes a prompt and the answer to be learnt, both strings or both lists of messages."""
     if isinstance(prompt, str) and isinstance(answer, str):
         if not answer:
             raise ValueError(f'"{name}" is empty; expected text to be learnt')
@@ -208,7 +209,7 @@ def _continuation(prompt: Any, answer: Any, name: str, tokenizer: Tokenizer) -> 
 
 
 def _divide(chosen: Any, rejected: Any) -> tuple[list, list, list]:
-    """Divides two conversations into their common beginning and what follows in each."""
+    """Splits two conversations into their common beginning and their different ends."""
     if not (isinstance(chosen, list) and isinstance(rejected, list)):
         raise ValueError(
             'it has no "prompt"; expected one, or "chosen" and "rejected" as whole conversations '
@@ -256,22 +257,22 @@ def _string(record: Mapping[str, Any], key: str) -> str:
 def _check_folder(path: Path) -> None:
     if (path / "dataset_dict.json").is_file():
         splits = sorted(split.name for split in path.iterdir() if split.is_dir())
-        raise ValueError(f"{path} has the parts {', '.join(splits)}; name one of these folders")
+        raise ValueError(f"{path} has the splits {', '.join(splits)}; name one of these folders")
     if not (path / "state.json").is_file():
         raise ValueError(
-            f"{path} is a folder, but none that `datasets` saved; name its files, or save it with "
-            "save_to_disk"
+            f"{path} is a folder, but not one that `datasets` saved; name its files, or save it "
+            "with save_to_disk"
         )
 
 
 def _saved_by_datasets(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yields the rows of a folder that `datasets` saved, and the place of each."""
+    """Yields the rows of a folder that `datasets` saved, and the name of each row's place."""
     _check_folder(path)
     try:
         import datasets
     except ImportError:
         raise ValueError(
-            f"{path} is read by `datasets`: pip install 'mistral-jax-flax[datasets]'"
+            f"`datasets` is needed to read {path}: pip install 'mistral-jax-flax[datasets]'"
         ) from None
     try:
         rows = datasets.load_from_disk(str(path))
@@ -279,6 +280,6 @@ def _saved_by_datasets(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield f"{path}, row {number}", row
     except GeneratorExit:
         raise
-    except Exception as error:  # Whatever its libraries raise of damaged files.
+    except Exception as error:  # Its libraries raise errors of many types for damaged files.
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path} cannot be read by `datasets`: {reason}") from None

@@ -1,4 +1,4 @@
-"""The tokens of a corpus: a vocabulary for source code, and its documents as one array of ids."""
+"""The tokens of a corpus: a vocabulary for source code, and the documents as one array of ids."""
 
 import io
 import random
@@ -9,7 +9,7 @@ import sentencepiece
 
 from mistral_jax.tokens.tokenizer import Tokenizer
 
-# Ids 3 to 9 of Mistral's second vocabulary and later ones.
+# Ids 3 to 9 of Mistral's vocabularies from the second on.
 CONTROL_PIECES = (
     "[INST]",
     "[/INST]",
@@ -25,21 +25,21 @@ _SENTENCE_CHARACTERS = 4000
 
 
 def train_vocabulary(texts: Sequence[str], size: int, seed: int) -> bytes:
-    """Makes a SentencePiece model as Mistral's: BPE with byte fallback, and nothing normalised.
+    """Trains a SentencePiece model like Mistral's: BPE with byte fallback, without normalisation.
 
-    A line's end and the indentation after it are one piece, which saves source code a fifth of its
-    tokens.
+    A line break and the indentation after it are one piece, which saves a fifth of the tokens of
+    source code.
 
     Args:
       texts: documents; a sample of them is read.
       size: number of pieces (V).
-      seed: of the sample.
+      seed: seed of the sample.
 
     Returns:
       The contents of a `tokenizer.model`.
 
     Raises:
-      ValueError: the texts are too few for a vocabulary of that size.
+      ValueError: the texts are too few for a vocabulary of this size.
     """
     space = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
     indents = range(0, _DEEPEST_INDENT + 1, 4)
@@ -69,8 +69,8 @@ def train_vocabulary(texts: Sequence[str], size: int, seed: int) -> bytes:
         )
     except RuntimeError as error:
         raise ValueError(
-            f"the texts do not give a vocabulary of {size} pieces ({error}): add text, or make "
-            "it smaller"
+            f"no vocabulary of {size} pieces can be trained on the texts ({error}): add text, or "
+            "make it smaller"
         ) from None
     return model.getvalue()
 
