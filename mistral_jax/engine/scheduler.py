@@ -116,6 +116,8 @@ class Scheduler:
         A row that ends, but by `end`, is yielded once more with None. The caller may `end` rows
         between two tokens. It asks for all of them.
         """
+        if self._stall is not None and (self._group or len(self._queue)):
+            yield from self._take()  # A chunk shall not wait for it, nor its tokens for a chunk.
         while self.read():
             yield from self._take()
             if self._stall is not None:
