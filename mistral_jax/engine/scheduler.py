@@ -23,6 +23,7 @@ from mistral_jax.engine.decode import (
     by_heads,
     decode,
     first_step,
+    hold,
     shrinks,
     start,
 )
@@ -202,7 +203,8 @@ class Scheduler:
         rows = [row for _, row in group.ready]
         group.ready.clear()
         self._slots[: len(rows)] = rows
-        state = self._fields(rows, len(self._slots), group.reading.cache)
+        cache = hold(self._model, group.reading.cache)
+        state = self._fields(rows, len(self._slots), cache)
         self._state, made = first_step(self._model, state, group.reading.logits)
         self._calls.append(_Call(made, list(enumerate(rows)), 1, False, 0.0))
 

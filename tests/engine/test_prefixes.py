@@ -16,7 +16,7 @@ from mistral_jax.engine.prefill import empty_cache
 from mistral_jax.engine.prefixes import Prefixes
 from mistral_jax.model.cache import LayerCache, init_cache
 from mistral_jax.model.transformer import Transformer
-from mistral_jax.ops.quantized import QuantizedKernel, to_int8
+from mistral_jax.ops.quantized import QuantizedMatrix, to_int8
 from mistral_jax.parallel.sharding import abstract_params, on_mesh, read_layout
 
 CHUNK, BLOCK, ROOM = 8, 4, 64
@@ -207,7 +207,7 @@ def holding(model, ids, row=0, rows=1, room=ROOM):
 
         def values():
             x = random(shape, np.float32)
-            return QuantizedKernel(*to_int8(x, 3)) if kept == jnp.int8 else x.astype(kept)
+            return QuantizedMatrix(*to_int8(x, 3)) if kept == jnp.int8 else x.astype(kept)
 
         return LayerCache(values(), values(), positions)
 

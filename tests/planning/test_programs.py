@@ -8,8 +8,7 @@ import pytest
 
 from mistral_jax.config import ModelConfig
 from mistral_jax.engine import decode as steps
-from mistral_jax.engine import generate as drivers
-from mistral_jax.engine import prefill
+from mistral_jax.engine import prefill, scheduler
 from mistral_jax.engine.generate import generate
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.ops.backend import Backend
@@ -65,8 +64,8 @@ def generated(monkeypatch, name, backend, rows, kv_cache_dtype):
     )
     with monkeypatch.context() as patched:
         patched.setattr(prefill, "read_chunk", traces("prefill", prefill.read_chunk))
-        patched.setattr(drivers, "decode", traces("decode", steps.decode))
-        generate(model, params, [[1] * PROMPT] * rows, NEW)
+        patched.setattr(scheduler, "decode", traces("decode", steps.decode))
+        generate(model, params, [[1 + row] * PROMPT for row in range(rows)], NEW)
     return texts
 
 
