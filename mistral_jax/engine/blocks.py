@@ -82,10 +82,16 @@ class Copier:
             last token to copy; a layer has at least as many slots as tokens are copied.
           by_heads: see the class.
         """
-        chosen, place = [cache[i] for i in layers], np.array([row, *places], np.int32)
-        with self._on_mesh():
-            windows = _blend(chosen, block, place, self._rules, by_heads)
-            filled = _write(chosen, windows, place, self._rules, by_heads)
+        filled = [cache[i] for i in layers]
+        slots = filled[0].positions.shape[1]
+        size, first = min(self._block, slots), places[1] % slots
+        # The tokens lie from their first one's slot on, and go on in slot 0 after the last slot.
+        ranges = [min(first, slots - size), *[0] * (first + places[2] - places[1] > slots)]
+        for begin in ranges:
+            place = np.array([row, begin, *places], np.int32)
+            with self._on_mesh():
+                window = _blend(filled, block, place, self._rules, by_heads)
+                filled = _write(filled, window, place, self._rules, by_heads)
         new = dict(zip(layers, filled, strict=True))
         return tuple(new.get(i, layer) for i, layer in enumerate(cache))
 
@@ -128,74 +134,57 @@ def _merge(old, new, bounds):
 
 @functools.partial(jax.jit, static_argnames=("rules", "by_heads"))
 def _blend(layers, block, place, rules, by_heads):
-    """Returns what two ranges of a row's slots shall hold; see `_begins`.
+    """Returns what a range of a row's slots shall hold, as many slots as the block has tokens.
 
-    It is a program of its own: XLA's CPU backend copies a cache of 16 bits that it reads and writes
-    in one program.
+    It is a program of its own: XLA's CPU backend copies a cache of 16 bits that a program reads and
+    writes.
     """
 
     def blend(layers, block, place):
-        row, start, first, stop = place
+        row, begin, start, first, stop = place
         rows, slots = layers[0].positions.shape
         row, mine = _local(row, rows, rules)
         size = min(len(jax.tree.leaves(block)[0]), slots)
+        slot = begin + jnp.arange(size, dtype=jnp.int32)
+        positions = first + (slot - first) % slots
+        held = (positions < stop) & mine
+        pick = functools.partial(jnp.take, indices=positions - start, axis=0, mode="clip")
 
-        def window(begin):
-            slot = begin + jnp.arange(size, dtype=jnp.int32)
-            positions = first + (slot - first) % slots
-            held = (positions < stop) & mine
-            pick = functools.partial(jnp.take, indices=positions - start, axis=0, mode="clip")
+        def choose(old, new):
+            rest = old.shape[2:]
+            old = jax.lax.dynamic_slice(old, _index(old, row, begin), (1, size, *rest))
+            return jnp.where(held.reshape(1, size, *[1] * len(rest)), new[None], old)
 
-            def choose(old, new):
-                rest = old.shape[2:]
-                old = jax.lax.dynamic_slice(old, _index(old, row, begin), (1, size, *rest))
-                return jnp.where(held.reshape(1, size, *[1] * len(rest)), new[None], old)
-
-            chunk = [LayerCache(*pair, positions) for pair in jax.tree.map(pick, block)]
-            return jax.tree.map(choose, layers, chunk)
-
-        return [window(begin) for begin in _begins(first, size, slots)]
+        chunk = [LayerCache(*pair, positions) for pair in jax.tree.map(pick, block)]
+        return jax.tree.map(choose, layers, chunk)
 
     layers = _swap(layers, by_heads)
-    windows = [layers, layers]  # They have as many axes.
-    return _by_device(blend, rules, (layers, block, place), windows)
+    return _by_device(blend, rules, (layers, block, place), layers)
 
 
 @functools.partial(jax.jit, static_argnames=("rules", "by_heads"), donate_argnames="layers")
-def _write(layers, windows, place, rules, by_heads):
-    """Writes what `_blend` returned into a row's slots."""
+def _write(layers, window, place, rules, by_heads):
+    """Writes what `_blend` returned into a row."""
 
-    def write(layers, windows, place):
-        row, _, first, _ = place
-        rows, slots = layers[0].positions.shape
-        row, _ = _local(row, rows, rules)
-        begins = _begins(first, windows[0][0].positions.shape[1], slots)
+    def write(layers, window, place):
+        row, begin = place[:2]
+        row, _ = _local(row, layers[0].positions.shape[0], rules)
 
-        def update(old, *new):
-            dtype = old.dtype
-            if dtype.itemsize == 2:
-                # As whole numbers, which costs nothing: XLA's CPU backend would convert a whole
-                # cache of bfloat16 to float32 and back.
-                old, *new = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (old, *new))
-                old = jax.lax.optimization_barrier(old)
-            for begin, window in zip(begins, new, strict=True):
-                old = jax.lax.dynamic_update_slice(old, window, _index(old, row, begin))
-            if old.dtype != dtype:
-                old = jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(old), dtype)
-            return old
+        def update(old, new):
+            index = _index(old, row, begin)
+            if old.dtype.itemsize != 2:
+                return jax.lax.dynamic_update_slice(old, new, index)
+            # As whole numbers, which costs nothing: XLA's CPU backend would convert a whole cache
+            # of bfloat16 to float32 and back.
+            bits, new = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (old, new))
+            bits = jax.lax.optimization_barrier(bits)
+            bits = jax.lax.dynamic_update_slice(bits, new, index)
+            return jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(bits), old.dtype)
 
-        return jax.tree.map(update, layers, *windows)
+        return jax.tree.map(update, layers, window)
 
     layers = _swap(layers, by_heads)
-    return _swap(_by_device(write, rules, (layers, windows, place), layers), by_heads)
-
-
-def _begins(first, size, slots):
-    """Returns the first slots of two ranges that have all slots of at most `size` tokens.
-
-    They lie from the slot of the first token on, and go on in slot 0 after the last slot.
-    """
-    return jnp.minimum(first % slots, slots - size), jnp.zeros_like(first)
+    return _swap(_by_device(write, rules, (layers, window, place), layers), by_heads)
 
 
 def _index(x, row, slot):

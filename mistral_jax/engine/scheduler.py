@@ -156,11 +156,13 @@ class Scheduler:
                 reading.read()
             if self._prefixes is not None:
                 reading.cache = self._prefixes.warm(reading.cache)
-                prefill.sound(reading.cache)
+                with on_mesh(self._params):
+                    prefill.sound(reading.cache)
             row = Row(prompt, 1, DEFAULT, 0, (), 0)
             self._place(Group([[row]], reading, adopted=False))
             self.end(row, "stop")
-        self._state = erase(self._model, self._state, self._ended)
+        with on_mesh(self._params):
+            self._state = erase(self._model, self._state, self._ended)
         self._ended = np.zeros_like(self._ended)
         for slot in range(len(self._slots)):
             self._decode([(slot, row)])

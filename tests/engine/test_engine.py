@@ -17,6 +17,7 @@ from mistral_jax.engine.engine import Busy, Engine
 from mistral_jax.engine.generate import generate
 from mistral_jax.engine.sampling import Sampling
 from mistral_jax.engine.text import chat, complete, completions
+from mistral_jax.parallel.sharding import abstract_params, read_layout
 from mistral_jax.tokens.tokenizer import Tokenizer
 
 WARM = Sampling(temperature=1, top_p=1, seed=1)
@@ -322,3 +323,24 @@ def test_requests_that_make_no_sense_are_refused(engine, prompt, options, messag
     with pytest.raises(ValueError) as refusal:  # noqa: PT011
         engine.submit(prompt, **({"max_new_tokens": 9} | options))
     assert str(refusal.value).startswith(message)
+
+
+def test_devices_of_a_mesh_serve_what_one_does(warm, compiled):
+    """Rows lie on four devices, and heads on two; a second turn copies what the first one read."""
+    fields = {"n_heads": 8, "n_kv_heads": 2, "hidden_dim": 48, "vocab_size": 56}
+    model, params = tiny.build(sliding_window=[5, None], **fields)
+    layout = read_layout("data_tensor", model.config)
+    places = jax.tree.map(lambda x: x.sharding, abstract_params(model, layout))
+    laid = model.clone(rules=layout.rules), jax.device_put(params, places)
+    with Engine(*laid, slots=4, length=100) as engine:
+        engine.warm_up()
+        ids = list(range(1, 40))
+        for _ in range(2):
+            compiled.clear()
+            answers = engine.submit(ids, 6, sampling=WARM, stop_ids=(), n=2)
+            tokens = [answer.result(300).tokens for answer in answers]
+            assert compiled == []
+            rows = generate(model, params, [ids] * 2, 6, sampling=WARM, stop_ids=())
+            assert tokens == [row.tokens for row in rows]
+            ids += [*tokens[0], 3, 4]
+        assert engine.stats()["reused_tokens"] == 39 + 5

@@ -129,6 +129,8 @@ def test_what_is_copied_is_what_was_read_to_the_bit(name, dtype):
             _, cache = read(model, params, cache, 1, whole[:tokens], before)
         copied = prefixes.restore(hit, jax.tree.map(jnp.copy, used), 1)
         same(seen(model, copied, 1, tokens), seen(model, cache, 1, tokens))
+        for layer, held in zip(copied, seen(model, copied, 1, tokens), strict=True):
+            assert np.sum(layer.positions[1] >= 0) == len(held.positions)  # nothing else
         expected, cache = read(model, params, cache, 1, prompt, tokens)
         logits, copied = read(model, params, copied, 1, prompt, tokens)
         same(logits, expected)
@@ -206,8 +208,13 @@ def holding(model, ids, row=0, rows=1, room=ROOM):
             positions[row, position % slots] = position
 
         def values():
+<<<<<<< HEAD
             x = random(shape, np.float32)
             return QuantizedMatrix(*to_int8(x, 3)) if kept == jnp.int8 else x.astype(kept)
+=======
+            x = random((room, *shape[2:]), np.float32)[np.maximum(positions, 0)]
+            return QuantizedMatrix(*to_int8(x, 3)) if kept == jnp.int8 else x.astype(kept)
+>>>>>>> engine
 
         return LayerCache(values(), values(), positions)
 
@@ -249,6 +256,26 @@ def test_a_window_needs_the_blocks_that_it_reaches_alone():
     assert found(prefixes, ids) == 60
     assert found(prefixes, ids[:40]) == 0
     assert kept(prefixes)[0] <= 3 * PIECE
+    # A text makes room by evicting what follows it.
+    prefixes = reusing(model, {"x": 0}, 2 * PIECE)
+    for end in (20, 12):
+        prefixes.save("a", ids[:end], holding(model, ids[:end]), 0)
+        assert found(prefixes, ids) == end
+    assert kept(prefixes) == (2 * PIECE, 1 + 3)
+
+
+def test_a_block_keeps_what_a_ring_has_lost_since():
+    model, ids = Transformer(config(6)), text(1, 16)
+    prefixes = reusing(model, {"x": 0}, block=16)
+    for end in (6, 10, 14):
+        prefixes.save("a", ids[:end], holding(model, ids[:end]), 0)
+    for end in (1, 5, 6, 8, 11, 14):
+        cache = init_cache(model.config, 1, ROOM)
+        hit = prefixes.find("a", ids[: end + 1])
+        assert (hit.tokens if hit else 0) == (end if end > 5 else 0)
+        if hit:
+            copied = prefixes.restore(hit, cache, 0)
+            same(seen(model, copied, 0, end), seen(model, holding(model, ids[:end]), 0, end))
 
 
 def test_a_text_that_grows_has_one_node_a_block():
@@ -262,6 +289,7 @@ def test_a_text_that_grows_has_one_node_a_block():
     assert kept(prefixes) == (3 * PIECE, 1 + 3)
     for end in range(13):
         assert found(prefixes, ids[:end]) == end
+    assert [prefixes.find("a", [*ids[:11], 1], n).tokens for n in (1, 3, 8)] == [11, 9, 8]
     assert prefixes.find("a", []) is prefixes.find("a", ids[:1]) is None
     assert reusing(model, {"x": 0}, least=16).find("a", ids) is None
 
@@ -331,6 +359,7 @@ def test_each_device_copies_its_rows_and_heads(name, dtype):
     before = jax.tree.map(lambda x: x.sharding, empty)
     copied = prefixes.restore(hit, empty, 1)
     same(seen(model, copied, 1, 21), seen(model, cache, 2, 21))
+    assert np.all(np.asarray(copied[0].positions)[[0, 2, 3]] == -1)
     assert jax.tree.map(lambda x: x.sharding, copied) == before
     with on_mesh(params):
         lowered = blocks._take.lower(cache, np.zeros(2, np.int32), BLOCK, model.rules, False)
