@@ -208,13 +208,8 @@ def holding(model, ids, row=0, rows=1, room=ROOM):
             positions[row, position % slots] = position
 
         def values():
-<<<<<<< HEAD
-            x = random(shape, np.float32)
-            return QuantizedMatrix(*to_int8(x, 3)) if kept == jnp.int8 else x.astype(kept)
-=======
             x = random((room, *shape[2:]), np.float32)[np.maximum(positions, 0)]
             return QuantizedMatrix(*to_int8(x, 3)) if kept == jnp.int8 else x.astype(kept)
->>>>>>> engine
 
         return LayerCache(values(), values(), positions)
 
