@@ -40,7 +40,7 @@ def visible(
       q_positions: position of each query in its text, [B, T] int32; -1 = padding, which sees no
         key.
       kv_positions: position of each key in its text, [B, S] int32; -1 = no key, seen by no query.
-      window: number of visible keys (W), the query's own included; None = all earlier keys.
+      window: number of visible keys (W), the query's own included; None = no limit.
       dilation: distance between visible keys: 1 = every key, 2 = every second key.
       q_texts: number of the text that each query belongs to, [B, T] int32, for rows that hold
         several texts; None = each row holds one text.
@@ -67,7 +67,7 @@ class Attention(nn.Module):
 
     Attributes:
       config: the architecture.
-      window: number of keys that each query sees (W), its own included; None = all.
+      window: number of keys that each query sees (W), its own included; None = no limit.
       dtype: dtype of the activations.
       rules: mesh axes of each logical axis.
       backend: the backend that the layer is traced for.
@@ -106,7 +106,7 @@ class Attention(nn.Module):
             Projection, self.config, self.dtype, self.backend, dropout=self.dropout
         )
 
-        def place(y, axis):
+        def place(y, axis):  # Tells XLA how to partition `y` over the devices of a mesh.
             axes = ("batch", "length", axis, "head_dim")
             return nn.with_logical_constraint(y, axes, rules=self.rules)
 

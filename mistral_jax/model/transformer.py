@@ -1,14 +1,22 @@
 """`Transformer` and `Block`: the forward pass, from tokens to logits.
 
 The model is a pure function: `model.apply({"params": params}, tokens, positions, cache)` returns
-the logits and the updated cache. These letters name the axes of arrays here and everywhere else:
+the logits and the updated cache. Tokens are embedded, pass through L blocks of attention and MLP,
+and are normalised and multiplied by the output matrix.
+
+Positions are data. The position of a token decides its rotation, its attention mask and its cache
+slot, and position -1 marks padding. So rows of different lengths and ages share a batch without a
+pad token or left padding, and a text may be read in chunks of any size with the same result.
+
+These letters name the axes of arrays here and everywhere else:
 
   B  batch rows                 D  embed_dim, the residual stream     N  num_heads = K * G
   T  query length               F  mlp_dim                            K  num_kv_heads
   S  key length, cache slots    V  vocab_size                         G  queries per key-value head
   L  num_layers                 W  sliding_window, own key included   H  head_dim
 
-The parameters, with output axes first, heads in an axis of their own, and one entry for each layer:
+The parameters, with output axes first, heads in an axis of their own (which a mesh can partition),
+and one entry for each layer:
 
   embed/embedding [V, D]                        layers_i/attn_norm/scale [D]
   layers_i/attn/q_proj/kernel [N, H, D]         layers_i/mlp_norm/scale [D]
