@@ -75,7 +75,7 @@ def attend(
       q_positions: position of each query in its text, [B, T] int32; -1 = padding, whose output is
         finite and has no meaning.
       kv_positions: position of each key in its text, [B, S] int32; -1 = no key.
-      window: number of visible keys (W), the query's own included; None = all earlier keys.
+      window: number of visible keys (W), the query's own included; None = no limit.
       dilation: distance between visible keys.
       aligned: whether key S - T + i is the key of query i. Without a cache (S = T) a row may then
         hold several texts, one after another, with padding between them. The positions of each
