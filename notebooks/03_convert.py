@@ -99,16 +99,16 @@ print(f"{len(tensors)} tensors, loaded: {sum(x.flags.owndata for x in tensors.va
 # The conversion is built on one table, `checkpoint/names.py`, which has the name of each tensor in
 # this package, in Mistral's files and in Hugging Face's. The next cell prints the entries for the
 # first layer of your model. Files store a matrix as (out, in). This package does the same, with the
-# heads unfolded: `NH D` becomes `N H D`. The bytes are therefore identical, except for the two
-# matrices with an asterisk at the end: the conversion permutes their rows when it reads official
-# files.
+# heads in an axis of their own: (N * H, D) becomes (N, H, D). The bytes are identical, except for
+# the two matrices with an asterisk at the end: the conversion permutes their rows when it reads
+# official files.
 
 # %%
 _, table, *_ = names.groups(config)  # the embedding comes before the first layer
-print(f"{'ours':21}{'official':17}{'Hugging Face':25}file  here")
+print(f"{'ours':21}{'official':17}{'Hugging Face':25}{'file':14}here")
 for row in table:
     official, hf = row.official.split(".", 2)[2], row.hf.split(".", 3)[3]
-    print(f"{row.path[9:]:21}{official:17}{hf:25}{row.file_axes:5} {row.axes:6}", end="")
+    print(f"{row.path[9:]:21}{official:17}{hf:25}{row.file_shape(config)!s:14}", end="")
     print(row.shape(config), "*" if row.pairs else "")
 
 # %% [markdown]

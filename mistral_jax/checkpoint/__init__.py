@@ -1,1 +1,1 @@
-"""The folder of a checkpoint: load, save, quantise, adapters."""
+"""Checkpoint folders: load, save, quantise, and apply adapters."""

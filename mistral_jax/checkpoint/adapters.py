@@ -1,8 +1,8 @@
-"""Adapter files: LoRA as PEFT keeps it, and as Mistral does. It trains nothing, and reads no model.
+"""Adapter files: read and write LoRA adapters in PEFT's format and in Mistral's.
 
-Files hold two matrices for each adapted one, A (R, in) and B (out, R); we unfold the heads of both.
-Here all adapters of a model have one scale, whatever their ranks are. A file may give each its own:
-what that differs by goes into `lora_b` when it is read.
+For each adapted matrix a file holds A (R, in) and B (out, R); ours have heads in an axis of their
+own. All adapters of a model have one scale here, whatever their ranks. A file may give each adapter
+its own scale: `read` then multiplies `lora_b` by the difference.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ from mistral_jax.checkpoint.names import Weight, to_halves, to_pairs, weights
 from mistral_jax.config import ModelConfig
 from mistral_jax.parallel import distributed
 
-PREFIX = "base_model.model."  # of all tensors in PEFT's files
+PREFIX = "base_model.model."  # The names of all tensors in PEFT's files begin with it.
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 PEFT, PEFT_CONFIG, OFFICIAL = "adapter_model.safetensors", "adapter_config.json", "lora.safetensors"
 
-# What `save` makes.
+# The files that `save` makes.
 _FILES = re.compile(r"adapter_model\.safetensors|adapter_config\.json|lora\.safetensors")
 
-# What mistral-inference multiplies products by, unless it is told another number.
+# The default scale of mistral-inference.
 _OFFICIAL_SCALE = 2.0
 
 Pair = tuple[np.ndarray, np.ndarray]
@@ -42,9 +42,9 @@ class Place(NamedTuple):
     """A matrix of the model that can have an adapter.
 
     Attributes:
-      weight: what the matrix is called in files.
-      outputs: sizes of those of its axes that are its results.
-      inputs: sizes of the others.
+      weight: the names of the matrix in files.
+      outputs: sizes of its output axes.
+      inputs: sizes of its input axes.
     """
 
     weight: Weight
@@ -53,19 +53,24 @@ class Place(NamedTuple):
 
     @property
     def path(self) -> tuple[str, ...]:
-        """The path of the module that holds it, in the tree of parameters."""
+        """The path of its module in the tree of parameters."""
         return tuple(self.weight.path.split("/")[:-1])
 
     def names(self, official: bool) -> tuple[str, str]:
-        """Returns the names of both matrices in a file."""
+        """Returns the names of A and B in a file."""
         module = ("" if official else PREFIX) + self.weight.module(official)
         return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
 
     def checked(self, pair: Sequence[np.ndarray], official: bool, where: Any) -> Pair:
-        """Returns the matrices of a file in float32.
+        """Checks A and B of a file, and returns them in float32.
+
+        Args:
+          pair: A and B.
+          official: whether the file is in Mistral's format.
+          where: what the message names as their source.
 
         Raises:
-          ValueError: they do not fit, or are not finite.
+          ValueError: a shape, rank or dtype is wrong, or a number is not finite.
         """
         rank = len(pair[0]) if pair[0].ndim else 0
         shapes = (rank, math.prod(self.inputs)), (math.prod(self.outputs), rank)
@@ -90,19 +95,19 @@ class Place(NamedTuple):
         return a, b
 
     def zeros(self, rank: int) -> Pair:
-        """Returns matrices of a file that change nothing."""
+        """Returns A and B of an adapter that changes nothing."""
         rows, columns = math.prod(self.outputs), math.prod(self.inputs)
         return np.zeros((rank, columns), np.float32), np.zeros((rows, rank), np.float32)
 
     def from_file(self, pair: Pair, official: bool) -> dict[str, np.ndarray]:
-        """Turns the matrices of a file into ours."""
+        """Converts A and B of a file to our arrays."""
         a, b = pair
         b = b.reshape(*self.outputs, -1)
         b = to_halves(b) if official and self.weight.pairs else b
         return {"lora_a": a.reshape(-1, *self.inputs), "lora_b": b}
 
     def to_file(self, own: dict[str, np.ndarray], official: bool) -> Pair:
-        """Turns our matrices into those of a file: the inverse of `from_file`."""
+        """Converts our arrays to A and B of a file: the inverse of `from_file`."""
         a, b = own["lora_a"], own["lora_b"]
         b = to_pairs(b) if official and self.weight.pairs else b
         return a.reshape(a.shape[0], -1), b.reshape(-1, b.shape[-1])
@@ -120,22 +125,22 @@ def places(config: ModelConfig) -> list[Place]:
 def read(
     path: Path | str, config: ModelConfig, scaling: float | None = None
 ) -> tuple[Lora, dict[str, Any]]:
-    """Reads adapters of either kind.
+    """Reads adapters in either format.
 
     Args:
-      path: a folder with adapter_model.safetensors and adapter_config.json (PEFT's) or with
-        lora.safetensors (Mistral's), or such a file.
-      config: the model that they are for.
-      scaling: what the products of Mistral's file are multiplied by, which it does not tell; None =
-        as a params.json beside it says, or else 2. PEFT's tell it.
+      path: a folder with adapter_model.safetensors and adapter_config.json (PEFT) or with
+        lora.safetensors (Mistral), or one of these safetensors files.
+      config: the model that the adapters are for.
+      scaling: the scale of adapters in Mistral's format, whose file does not state it; None = the
+        value in a params.json beside the file, or 2. PEFT states it, so leave it out there.
 
     Returns:
-      What they are (where modules have ranks and alphas of their own: the file's defaults), and a
-      tree of them as `init_adapters` makes it, in float32 NumPy arrays. `Lora.scale` is right for
-      all of them.
+      The adapters' description (with the file's defaults, where modules have ranks and alphas of
+      their own), and a tree of float32 NumPy arrays as `init_adapters` makes it. `Lora.scale` holds
+      for all of them.
 
     Raises:
-      ValueError: there are none; they are not plain LoRA; or they are for another model.
+      ValueError: there are no adapters, they are not plain LoRA, or they are for another model.
     """
     file = _find(Path(path))
     tensors = safetensors_file.read(file)
@@ -176,26 +181,27 @@ def save(
     dtype: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Saves adapters; the folder appears whole or not at all.
+    """Saves adapters in a folder, which appears whole or not at all.
 
-    Of several processes all must call it, and the first writes.
+    With several processes all must call it, and the first one writes.
 
     Args:
       path: the folder to make.
-      config: the model that they are for.
-      lora: what they are.
-      adapters: the tree of them, of any dtype, on any devices.
-      base: path or name of the model in Hugging Face's format, for PEFT to look up.
-      format: "peft", or "official" for mistral-inference. This wants an adapter in every projection
-        of every layer, and gets zeros where there is none; its default scale, 2, is right.
-      dtype: of the tensors; None = float32, but bfloat16 for mistral-inference, which wants that of
-        its model.
-      overwrite: whether adapters at `path` may be replaced that this function made, if nothing
-        else is in their folder.
+      config: the model that the adapters are for.
+      lora: the adapters' description.
+      adapters: the tree of adapters, in any dtype, on any devices.
+      base: path or name of the model in Hugging Face's format, which PEFT loads.
+      format: "peft", or "official" for mistral-inference, which needs an adapter in every
+        projection of every layer: missing ones are written as zeros. Its default scale, 2, is then
+        right.
+      dtype: dtype of the tensors. None = float32, or bfloat16 for mistral-inference, which needs
+        the dtype of its model.
+      overwrite: whether to replace adapters at `path`, if this function made them and their folder
+        holds nothing else.
 
     Raises:
-      ValueError: something else is at `path`, the format cannot hold them, or they are not those of
-        `config`, or not finite.
+      ValueError: something else is at `path`, or the adapters do not fit the format or `config`, or
+        are not finite.
     """
     if format not in ("peft", "official"):
         raise ValueError(f"format is {format!r}; expected 'peft' or 'official'")
@@ -206,7 +212,8 @@ def save(
     for module in sorted({path[:-1] for path in flat}):
         if module not in known:
             raise ValueError(
-                f"adapters has {'/'.join(module)}, which this model has not in {format}"
+                f"adapters has {'/'.join(module)}, which this model does not have in "
+                f"format {format!r}"
             )
         own = {
             name: distributed.gather(flat[*module, name]).astype(np.float32)
@@ -236,7 +243,7 @@ def save(
 
 
 def _find(path: Path) -> Path:
-    """Returns the file with the tensors."""
+    """Finds the file with the tensors."""
     if path.is_file() and path.suffix == ".safetensors":
         return path
     found = [path / name for name in (PEFT, OFFICIAL) if (path / name).is_file()]
@@ -252,9 +259,9 @@ def _find(path: Path) -> Path:
 def _pairs(
     file: Path, tensors: Mapping[str, np.ndarray], known: list[Place], official: bool
 ) -> dict[Place, Pair]:
-    """Returns the matrices of each projection that has them, in float32, checked."""
+    """Returns A and B of each adapted projection, in float32, checked."""
     names = {name for place in known for name in place.names(official)}
-    # PEFT adds a copy of the frozen output to an adapter of it.
+    # With an adapter of the output matrix PEFT saves a copy of the frozen matrix too.
     names.add(f"{PREFIX}{HEAD}.base_layer.weight")
     if unknown := sorted(set(tensors) - names):
         raise ValueError(
@@ -274,7 +281,7 @@ def _pairs(
 
 
 def _official_scale(file: Path) -> float:
-    """Returns the scale that mistral-finetune has used, or else the default."""
+    """Returns the scale in a params.json of mistral-finetune, or the default."""
     beside = file.with_name("params.json")
     if not beside.is_file():
         return _OFFICIAL_SCALE
@@ -286,7 +293,7 @@ def _official_scale(file: Path) -> float:
 
 
 def _scaled(b: np.ndarray, factor: float, where: str) -> np.ndarray:
-    """Returns `lora_b` times a factor, if float32 can hold it."""
+    """Returns `lora_b` times a factor; a ValueError if float32 cannot hold the product."""
     with np.errstate(over="ignore", invalid="ignore"):
         scaled = b * np.float32(factor)
     if not np.isfinite(scaled).all():
@@ -295,9 +302,10 @@ def _scaled(b: np.ndarray, factor: float, where: str) -> np.ndarray:
 
 
 def kept(path: Path) -> str | None:
-    """Returns what keeps a folder from being replaced by what `save` makes.
+    """Returns the reason why `save` may not replace a folder, or None.
 
-    PEFT itself describes more than `save` does; Mistral's program writes no metadata.
+    `save` replaces only folders that it wrote. It recognises a file in PEFT's format by its fields,
+    for PEFT writes more of them, and one in Mistral's by metadata that Mistral does not write.
     """
     if reason := folder.foreign(path, _FILES):
         return reason

@@ -1,6 +1,6 @@
-"""A tree of arrays on disk, as Orbax keeps it: read straight onto devices, saved in the background.
+"""Trees of arrays on disk, read and saved with Orbax.
 
-All of Orbax is behind this file. It knows no models.
+Arrays are read directly onto their devices, and saved in the background. Only this file uses Orbax.
 """
 
 import contextlib
@@ -21,18 +21,18 @@ from mistral_jax.parallel import distributed
 
 Tree = Mapping[str, Any]
 
-# What Orbax notes in a checkpoint as the class that wrote it.
+# The class that Orbax names in a checkpoint as its writer.
 HANDLER = f"{ocp.handlers.PyTreeHandler.__module__}.{ocp.handlers.PyTreeHandler.__qualname__}"
 
 
 def save_in_background(path: Path, tree: Any) -> Callable[[], None]:
-    """Begins to write a whole tree of arrays into the folder `path`, which must not exist yet.
+    """Begins to write a tree of arrays into the folder `path`, which must not exist yet.
 
-    Of several processes all must call it, for each writes its own part of an array. On a CPU the
-    arrays must not be changed or consumed before all is written.
+    With several processes all must call it, for each writes its own part of each array. On a CPU
+    the arrays must not be changed or donated until the write ends.
 
     Returns:
-      A function that waits until it is, to be called once.
+      A function that waits for the end of the write; call it once.
     """
     context = ocp.Context()
     saving = context.array.saving
@@ -46,18 +46,19 @@ def save_in_background(path: Path, tree: Any) -> Callable[[], None]:
         with quiet:
             response.result()
         if distributed.is_first():
-            # It names the folder on this machine, which may be another's business; nobody reads it.
+            # The file holds the folder's path on this machine, which may be private, and is not
+            # needed to read the checkpoint.
             (path / "commit_success.txt").unlink(missing_ok=True)
 
     return finish
 
 
 def stored(path: Path, found: Mapping[str, zarr.Array] | None = None) -> Tree:
-    """Returns the tree at `path` with the shape and the dtype of each array, unread.
+    """Returns the shape and dtype of each array of the tree at `path`, without reading arrays.
 
     Args:
-      path: where a tree was written.
-      found: what `zarr.stored` says of it, if it was asked already.
+      path: the folder of the tree.
+      found: the result of `zarr.stored` for it, if the caller has it already.
 
     Raises:
       ValueError: a file is missing or damaged; see `zarr.stored`.
@@ -73,14 +74,15 @@ def stored(path: Path, found: Mapping[str, zarr.Array] | None = None) -> Tree:
 
 
 def read(path: Path, abstract: Tree) -> Tree:
-    """Reads arrays, each straight onto its devices.
+    """Reads arrays directly onto their devices.
 
     Args:
-      path: where a tree was written; whole, for over what is missing Orbax leaks coroutines.
-      abstract: the tree or a part of it, with the shapes, dtypes and shardings to read it as.
+      path: the folder of a tree. Its files must be complete: Orbax leaks coroutines over missing
+        ones.
+      abstract: the tree or a part of it, with the shapes, dtypes and shardings to read.
 
     Raises:
-      ValueError: it cannot be read.
+      ValueError: an array cannot be read.
     """
     own = all(array.sharding.is_fully_addressable for array in jax.tree.leaves(abstract))
     context = _alone() if own else ocp.Context()
@@ -91,9 +93,9 @@ def read(path: Path, abstract: Tree) -> Tree:
 
 
 def bytes_in_flight(abstract: Tree) -> int:
-    """Returns how much of the host's memory `read` uses for what is on its way to the devices.
+    """Returns how many bytes of host memory `read` uses for arrays on their way to the devices.
 
-    Two of the largest array keep the disk busy; one is enough where there is no room for more.
+    Room for two of the largest array keeps the disk busy. With less memory one is enough.
     """
     least = least_in_flight(abstract)
     arrays = jax.tree.leaves(abstract)
@@ -104,21 +106,21 @@ def bytes_in_flight(abstract: Tree) -> int:
 
 
 def least_in_flight(abstract: Tree) -> int:
-    """Returns the least of the host's memory that `read` can do with: its largest array in float32.
+    """Returns the least host memory in bytes that `read` needs: its largest array in float32.
 
-    Orbax refuses to read an array that is larger than this, with its last chunk filled up.
+    Orbax refuses to read an array that is larger than its limit, with the last chunks padded.
     """
     return 1 + max(4 * _padded(array.shape) for array in jax.tree.leaves(abstract))
 
 
 def _padded(shape: tuple[int, ...]) -> int:
-    """Returns how many numbers an array has in its files."""
+    """Returns the number of elements of an array in its files, whose last chunks are padded."""
     counts = (c * math.ceil(n / c) for n, c in zip(shape, zarr.chunk_shape(shape, 4), strict=True))
     return math.prod(counts)
 
 
 def _alone() -> ocp.Context:
-    """Returns a context of work that concerns this process only: Orbax waits for no other."""
+    """Returns an Orbax context for this process only, which waits for no other process."""
     context = ocp.Context()
     if distributed.count() > 1:
         context.multiprocessing.primary_host = jax.process_index()
@@ -128,16 +130,16 @@ def _alone() -> ocp.Context:
 
 @contextlib.contextmanager
 def _frugal_allocator() -> Iterator[None]:
-    """Has glibc return large blocks when they are freed.
+    """Makes glibc return freed large blocks to the system.
 
-    Else it keeps the buffers of Orbax's many threads: half the size of a model, measured.
+    Otherwise it keeps the buffers of Orbax's many threads: half the size of the model, as measured.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda parameter, value: None)
     trim_threshold, mmap_threshold = -1, -3
     mallopt(mmap_threshold, 128 << 10)
     try:
         yield
-    finally:  # To where it gets by itself in a program that uses large blocks.
+    finally:  # The values that glibc reaches by itself in a program with large blocks.
         mallopt(mmap_threshold, 32 << 20)
         mallopt(trim_threshold, 64 << 20)
 
@@ -148,14 +150,14 @@ def _run(path: Path, context: ocp.Context, task: Callable[[], Any]) -> Any:
             return task()
         except MemoryError:
             raise
-        except Exception as error:  # Orbax raises what its parts do, of any type.
+        except Exception as error:  # Orbax raises errors of any type, from its own dependencies.
             said = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"{path} cannot be read: {said[:300]}") from error
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences the log of Orbax, which repeats errors and warns of plain files."""
+    """Silences the log of Orbax, which repeats errors and warns about plain files."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

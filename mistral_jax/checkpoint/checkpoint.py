@@ -1,6 +1,7 @@
-"""A checkpoint folder: `config.json`, `tokenizer.model` and `params/` (Orbax). It reads no PyTorch.
+"""Load and save models in checkpoint folders: `config.json`, `tokenizer.model`, `params/` (Orbax).
 
-Arrays go straight from disk to their devices, in the dtype asked for.
+Arrays are read from disk directly onto their devices, in the dtype of the caller's choice.
+PyTorch checkpoints are converted first (`mistral_jax.convert`).
 """
 
 import contextlib
@@ -29,9 +30,10 @@ from mistral_jax.parallel.sharding import abstract_params, read_layout
 from mistral_jax.tokens.tokenizer import Tokenizer
 
 BUNDLED = Path(__file__).resolve().parents[1] / "assets" / "nano"
-# Fine-tuning adds tokens that a SentencePiece file lacks, and tables are padded to even sizes.
+# The most tokens that a model may have beyond those of its SentencePiece file: fine-tuning adds
+# tokens, and tables are padded to round sizes.
 MOST_UNNAMED = 255
-# What is read at once: large enough to keep the disk busy, small enough to show how it goes on.
+# Bytes read at a time: enough to keep the disk busy, and few enough to show progress.
 _PART_BYTES = 1 << 30
 
 Params = Mapping[str, Any]
@@ -49,31 +51,31 @@ def load(
     verify: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Transformer, Params, Tokenizer | None]:
-    """Loads a model; of several processes, each reads its own part.
+    """Loads a model. With several processes, each reads its own part of the arrays.
 
     Args:
       path: a checkpoint folder; None or "nano" = the small model that comes with this package.
-      sharding: how to spread the arrays over all devices: a name from `configs/sharding/`, or a
-        file like those; None = one device holds everything.
-      mesh: sizes of that file's mesh axes, in place of its own: `{"tensor": 4}`.
-      dtype: of parameters and computation. None = as stored; on a CPU, float32 if it fits, which
-        is exact.
-      lora: adapters of the model to use: a folder or a file, as `adapters.read` takes it.
-      merge: whether to add their products to the weights, as fast as if there were none, and ready
-        to be saved; else they stay matrices of their own, beside the weights.
-      quantize: "int8" rounds the matrices of all projections and of the output to 8 bits, with a
-        scale for each output, a layer at a time; None = they stay as they are.
-      verify: whether to read all files for their checksums first, and look for numbers that are
-        not finite; else sizes and descriptions alone are compared.
-      progress: what to tell of the work's course; None = nothing. It is told which dtype was
-        chosen where that is not the usual one, and of more than 1 GB how much is read.
+      sharding: how to partition the arrays over all devices: a name from `configs/sharding/`, or
+        the path of such a file; None = one device holds everything.
+      mesh: sizes of the mesh axes, to override those of the sharding file: `{"tensor": 4}`.
+      dtype: dtype of the parameters and of computation. None = as stored; but on a CPU float32, in
+        which it computes exactly, if that fits in memory.
+      lora: adapters to use with the model: a folder or a file, as for `adapters.read`.
+      merge: whether to add the adapters to the weights, which costs no time in use and can be
+        saved; else they stay separate matrices beside the weights.
+      quantize: "int8" quantises the matrices of all projections and of the output, with a scale for
+        each output, one layer at a time; None = they stay as they are.
+      verify: whether to compare the checksums of all files first, and refuse numbers that are not
+        finite; else only the files' sizes and descriptions are checked.
+      progress: reports the progress of loading more than 1 GB, and the dtype if it is not the usual
+        one; None = no reports.
 
     Returns:
       The model, its parameters, and its tokenizer (None if the folder has none).
 
     Raises:
-      ValueError: the folder is no whole checkpoint of a format that this version knows, its parts
-        do not fit each other, it does not fit in memory, or the adapters are not the model's.
+      ValueError: the folder is not a complete checkpoint of a known format, its parts do not fit
+        each other, the model does not fit in memory, or the adapters are for another model.
     """
     quantization.check(quantize)
     path, progress = find(path), progress or Progress()
@@ -85,7 +87,7 @@ def load(
     check_layers(config, stored, path / "params")
     file = path / "tokenizer.model"
     tokenizer = read_tokenizer(file, config) if file.is_file() else None
-    if tokenizer is not None:  # Earlier versions did not compare their ends.
+    if tokenizer is not None:  # Earlier versions did not check the end token.
         config = config.taught_to_end_with(tokenizer.eos_id)
     layout = read_layout(sharding, config, mesh=mesh)
     model = Transformer(config, rules=layout.rules if layout else (), backend=PLAIN)
@@ -102,12 +104,12 @@ def load(
     kept = quantization.abstract(abstract, rest)
     dtype = precision.choose(path, kept, stored, precision.check(dtype), progress.say)
     abstract = precision.typed(abstract, dtype)
-    # On a CPU this compiles C++ kernels, once: after all checks that need no arrays.
+    # On a CPU this may compile the C++ kernels, so it follows all checks that need no arrays.
     backend = layout.backend() if layout else Backend.of([device])
     sums = manifest.verify(path) if verify else {}
     params, size = {}, _bytes(abstract)
     with (progress if size > _PART_BYTES else Progress()).task(size) as advance:
-        # What is to be quantised is read a layer at a time, for the whole may not fit.
+        # Matrices to be quantised are read one layer at a time: all of them may not fit in memory.
         for names in _parts(abstract, 1 if rest else _PART_BYTES):
             part = quantization.split({name: abstract[name] for name in names})
             if verify and described is not None:
@@ -129,21 +131,21 @@ def save(
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Saves a model; the folder appears whole or not at all.
+    """Saves a model in a folder, which appears whole or not at all.
 
-    Of several processes all must call it, and the first writes.
+    With several processes all must call it, and the first one writes.
 
     Args:
       path: the folder to make.
       config: the architecture.
-      params: the parameters, of any dtype, on any devices.
+      params: the parameters, in any dtype, on any devices.
       tokenizer_file: SentencePiece model to copy into the folder.
-      provenance: where the model is from, as JSON values.
-      overwrite: whether a checkpoint at `path` may be replaced, if nothing else is in its folder.
+      provenance: the origin of the model, as JSON values.
+      overwrite: whether to replace a checkpoint at `path`, if its folder holds nothing else.
 
     Raises:
-      ValueError: something else is at `path`, or `params` are not those of `config`, or have
-        adapters beside them, or are quantised to less than 8 bits.
+      ValueError: something else is at `path`, or `params` do not fit `config`, hold adapters, or
+        are quantised to less than 8 bits.
     """
     if not isinstance(tokenizer_file, str | Path | None):
         raise ValueError(
@@ -189,10 +191,18 @@ def create(
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Iterator[Callable[[str, np.ndarray], None]]:
-    """Yields a function that writes one parameter after the other, by path and array.
+    """Yields a function that writes one parameter, given its path and array.
 
-    So a model can be saved that does not fit in memory. `shapes` are those of all its parameters,
-    by path; the other arguments are those of `save`, and `provenance` is written last.
+    A model that does not fit in memory can so be saved one array at a time.
+
+    Args:
+      path: the folder to make.
+      config: the architecture.
+      shapes: the shapes of all parameters, by path.
+      tokenizer_file: SentencePiece model to copy into the folder.
+      provenance: the origin of the model, as JSON values. It is written last, so the caller may add
+        to it until then.
+      overwrite: whether to replace a checkpoint at `path`, if its folder holds nothing else.
     """
     with folder.whole(path, manifest.kept if overwrite else None) as part:
         names = [tuple(name.split("/")) for name in shapes]
@@ -214,7 +224,7 @@ def read_tokenizer(file: Path, config: ModelConfig) -> Tokenizer:
     """Reads the tokenizer of a model.
 
     Raises:
-      ValueError: it is not one, or another model's.
+      ValueError: the file is not a tokenizer, or is that of another model.
     """
     tokenizer = Tokenizer.from_file(file, config.vocab_size)
     check_tokenizer(tokenizer, config, file)
@@ -222,7 +232,7 @@ def read_tokenizer(file: Path, config: ModelConfig) -> Tokenizer:
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, file: Path) -> None:
-    """Raises what `read_tokenizer` raises of a tokenizer that was read from `file`."""
+    """Raises a ValueError if a tokenizer that was read from `file` is that of another model."""
     unnamed = config.vocab_size - tokenizer.vocab_size
     if unnamed != config.unnamed_tokens and not 0 <= unnamed <= MOST_UNNAMED:
         raise ValueError(
@@ -232,7 +242,7 @@ def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, file: Path) -> No
 
 
 def find(path: Path | str | None) -> Path:
-    """Returns the folder that `load` means: of the bundled model, by its name too, or as it is."""
+    """Returns the folder that `load` reads: that of the bundled model for None or its name."""
     if path is None or (str(path) == BUNDLED.name and not Path(path).exists()):
         return BUNDLED
     return Path(path)
@@ -244,7 +254,7 @@ def shapes_of(params: Params) -> dict[str, tuple[int, ...]]:
 
 
 def check_layers(config: ModelConfig, stored: Params, where: Path) -> None:
-    """Raises a ValueError if a config has another number of layers than there are arrays of."""
+    """Raises a ValueError if the stored arrays have another number of layers than the config."""
     found = sum(name.startswith("layers_") for name in stored)
     if found != config.num_layers:
         raise ValueError(
@@ -253,7 +263,7 @@ def check_layers(config: ModelConfig, stored: Params, where: Path) -> None:
 
 
 def check_shapes(expected: Mapping, found: Mapping, where: Path | str) -> None:
-    """Raises a ValueError that names the first parameter whose shape is not what is expected."""
+    """Raises a ValueError that names the first parameter whose shape differs from the expected."""
     for name in {**expected, **found}:
         if expected.get(name) != found.get(name):
             raise ValueError(

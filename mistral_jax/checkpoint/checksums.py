@@ -1,6 +1,6 @@
-"""Checksums: the CRC-32 of each file of a folder, as it was written, in `checksums.json`.
+"""Checksums of a folder: `checksums.json` holds the CRC-32 of each file as it was written.
 
-They tell later which file is missing, cut or changed.
+They later show which file is missing, truncated or changed.
 """
 
 import json
@@ -12,7 +12,7 @@ from mistral_jax.base.fields import Rule, check_table, integer, list_of, show, s
 from mistral_jax.base.files import check_regular, read_json
 
 NAME = "checksums.json"
-# What runs of earlier versions have in its place: the size of each file, and its CRC-32 in decimal.
+# Runs of earlier versions have this file instead, with the size and CRC-32 of each file in decimal.
 EARLIER_NAME = "sums.json"
 
 REMEDY = "copy the checkpoint again, or convert it again"
@@ -25,16 +25,20 @@ _EARLIER_RULES = {
     )
 }
 
-Checksums = dict[str, str]  # the CRC-32 of each file, in hexadecimal, by its path in the folder
+Checksums = dict[str, str]  # The CRC-32 of each file in hexadecimal, by its path in the folder.
 
 
 def of_bytes(data: bytes | memoryview) -> str:
-    """Returns the checksum of a file that holds these bytes."""
+    """Returns the checksum of bytes."""
     return to_text(zlib.crc32(data))
 
 
 def of_file(file: Path) -> str:
-    """Returns the checksum of a file, read in blocks; a ValueError says that there is none."""
+    """Returns the checksum of a file, read in blocks.
+
+    Raises:
+      ValueError: the file does not exist, or is not a regular file.
+    """
     check_regular(file)
     total = 0
     with file.open("rb") as stream:
@@ -44,16 +48,16 @@ def of_file(file: Path) -> str:
 
 
 def to_text(total: int) -> str:
-    """Returns a CRC-32 as it is written."""
+    """Returns a CRC-32 in hexadecimal, as `checksums.json` holds it."""
     return f"{total:08x}"
 
 
 def write(folder: Path, known: Mapping[str, str] | None = None) -> None:
-    """Writes the checksums of all files in a folder, and in those in it, beside them.
+    """Writes the checksums of all files in a folder and its subfolders.
 
     Args:
-      folder: the folder, complete.
-      known: checksums of some of its files, which are not read again.
+      folder: the folder, with all of its files.
+      known: checksums of some of the files, which are then not read.
     """
     known = known or {}
     sums = {name: known.get(name) or of_file(file) for name, file in _files(folder).items()}
@@ -61,10 +65,13 @@ def write(folder: Path, known: Mapping[str, str] | None = None) -> None:
 
 
 def read(folder: Path) -> Checksums:
-    """Reads the checksums of a folder, of this version or an earlier one; none if it has none.
+    """Reads the checksums of a folder, of this version or an earlier one.
+
+    Returns:
+      The checksums; empty if the folder has none.
 
     Raises:
-      ValueError: their file is damaged.
+      ValueError: the file of checksums is damaged.
     """
     file, earlier = folder / NAME, folder / EARLIER_NAME
     if not file.exists() and earlier.exists():
@@ -77,10 +84,14 @@ def read(folder: Path) -> Checksums:
 
 
 def check(folder: Path, remedy: str) -> None:
-    """Compares the files of a folder with its checksums; one without checksums is not compared.
+    """Compares the files of a folder with its checksums, if it has any.
+
+    Args:
+      folder: the folder.
+      remedy: what the message advises.
 
     Raises:
-      ValueError: a file is missing or another; it is named, with the remedy.
+      ValueError: a file is missing or differs; the message names it.
     """
     for name, total in read(folder).items():
         if not (folder / name).is_file():
@@ -100,10 +111,10 @@ def compare(
 
     Args:
       found: the checksum of the file as it is.
-      expected: its checksum when it was written; None = it was not there.
+      expected: its checksum when it was written; None = the file was not written.
       file: the file, for the message.
-      what: what the message begins with.
-      remedy: what it ends with.
+      what: the beginning of the message.
+      remedy: the end of the message.
     """
     if found != expected:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all, however the program ends. It knows no file formats."""
+"""Folders that appear whole or not at all, however the program ends."""
 
 import contextlib
 import ctypes
@@ -17,10 +17,10 @@ from rich.filesize import decimal
 
 from mistral_jax.checkpoint import locks
 
-# Says what keeps a folder from being replaced, such as "has notes.txt, ..."; None = nothing does.
+# Returns the reason why a folder may not be replaced, such as "has notes.txt, ...", or None.
 Kept = Callable[[Path], str | None]
 
-# Files and folders that operating systems and file browsers leave, and no user misses.
+# Files and folders that operating systems and file browsers leave behind.
 _STRAY = re.compile(
     r"\._.*|\.DS_Store|\.localized|\.nfs[0-9a-f]+|\.fuse_hidden.*|\.directory"
     r"|desktop\.ini|(eh)?thumbs\.db|@eaDir|__MACOSX",
@@ -30,19 +30,21 @@ _STRAY = re.compile(
 
 @contextlib.contextmanager
 def whole(target: Path | str, kept: Kept | None = None) -> Iterator[Path]:
-    """Yields an empty folder that becomes `target` when the block ends, or vanishes if it fails.
+    """Yields an empty folder that becomes `target` when the block ends, or is removed if it fails.
 
-    It lies beside its target, with a lock file while this process lives: so a later run for the
-    same target can tell those of killed processes, which it removes, from those of running ones.
+    The folder is made beside its target, with a lock file as long as this process runs. A later run
+    for the same target can so remove the folders of killed processes, and leave those of running
+    ones.
 
     Args:
-      target: what to make. Nothing that exists is touched, but for an empty folder, or where
-      kept: says that nothing keeps the folder at `target` from being replaced; it stays until the
-        new one is whole. None = it may not be replaced.
+      target: the folder to make. Anything that exists there is an error, except an empty folder, or
+        a folder that may be replaced.
+      kept: returns the reason why the folder at `target` may not be replaced, or None if it may.
+        The old folder stays until the new one is complete. None = never replace a folder.
 
     Raises:
-      ValueError: `target` exists and may not be replaced, or no folder can appear there.
-      OSError: the block raised one, for instance on a full disk.
+      ValueError: `target` exists and may not be replaced, or no folder can be made there.
+      OSError: the block raised it, for instance on a full disk.
     """
     check_target(target, kept)
     target = _place(target)
@@ -54,7 +56,7 @@ def whole(target: Path | str, kept: Kept | None = None) -> Iterator[Path]:
         try:
             part.mkdir()
             yield part
-            with ThreadPoolExecutor(8) as pool:  # A disk is faster at several.
+            with ThreadPoolExecutor(8) as pool:  # A disk syncs several files at once faster.
                 list(pool.map(_sync, (*part.rglob("*"), part)))
             check_target(target, kept)
             if target.is_dir() and any(target.iterdir()):
@@ -70,14 +72,14 @@ def whole(target: Path | str, kept: Kept | None = None) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(path: Path, busy: str) -> Iterator[None]:
-    """Keeps a folder from all other processes that ask for it in this way.
+    """Locks a folder against other processes that lock it too.
 
     Args:
-      path: the folder; a file `.lock` lies in it meanwhile.
-      busy: a sentence for whoever finds it locked, with `{owner}` for the process that has it.
+      path: the folder, which holds a file `.lock` meanwhile.
+      busy: the message if it is locked; `{owner}` stands for the process that holds the lock.
 
     Raises:
-      ValueError: another has it.
+      ValueError: another process holds the lock.
     """
     with locks.held(path / ".lock") as owner:
         if owner is not None:
@@ -88,13 +90,13 @@ def locked(path: Path, busy: str) -> Iterator[None]:
 def check_free(
     target: Path | str, remedy: str = "; name another folder, or replace it with --overwrite"
 ) -> None:
-    """Raises a ValueError if there is something at `target`, an empty folder apart."""
+    """Raises a ValueError if there is anything but an empty folder at `target`."""
     if not _is_free(Path(os.path.abspath(target))):
         raise ValueError(f"{target} exists{remedy}")
 
 
 def check_target(target: Path | str, kept: Kept | None = None) -> None:
-    """Raises what `whole` would, before any work is done for it."""
+    """Raises the ValueError that `whole` would raise, before any work is done."""
     place = _place(target)
     if kept is None:
         check_free(target)
@@ -124,15 +126,15 @@ def check_target(target: Path | str, kept: Kept | None = None) -> None:
 
 
 def foreign(path: Path, files: re.Pattern[str]) -> str | None:
-    """Finds something in a folder that a program did not put there.
+    """Looks for anything in a folder that this program did not write.
 
     Args:
       path: the folder.
-      files: the relative paths of what the program writes.
+      files: matches the relative paths of the files that this program writes.
 
     Returns:
-      What keeps the folder, for `whole`: it names the first other file, empty folder or symbolic
-      link; None = there is none. What systems leave does not count.
+      A reason not to replace the folder, which names the first other file, empty folder or symbolic
+      link; None if there is none. Files that operating systems leave are ignored.
     """
     for folder, inner, names in os.walk(path):
         inner[:] = sorted(name for name in inner if not is_stray(name))
@@ -147,12 +149,12 @@ def foreign(path: Path, files: re.Pattern[str]) -> str | None:
 
 
 def is_stray(name: str) -> bool:
-    """Tells whether operating systems leave files of such a name, as .DS_Store and ._x."""
+    """Tells whether operating systems leave files of this name, such as .DS_Store and ._x."""
     return _STRAY.fullmatch(name) is not None
 
 
 def check_space(target: Path | str, size: int) -> None:
-    """Raises a ValueError if the disk of `target` has no room for `size` more bytes."""
+    """Raises a ValueError if the disk of `target` has less than `size` bytes free."""
     place = Path(os.path.abspath(target)).parent
     while not place.exists():
         place = place.parent
@@ -162,10 +164,10 @@ def check_space(target: Path | str, size: int) -> None:
 
 
 def write_array(file: BinaryIO, array: np.ndarray) -> None:
-    """Writes the bytes of an array, fast in virtual machines too.
+    """Writes the bytes of an array in small blocks, which is faster in virtual machines.
 
-    For a large write Linux takes large pages, and those that a virtual machine has freed its host
-    must provide again: this was measured to take up to eight times as long as all the rest.
+    For a large write Linux allocates large pages. If the virtual machine had returned these to its
+    host, the host must provide them again, which took up to eight times as long as the write.
     """
     block, data = 128 << 10, memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
     for start in range(0, len(data), block):
@@ -173,7 +175,7 @@ def write_array(file: BinaryIO, array: np.ndarray) -> None:
 
 
 def _place(target: Path | str) -> Path:
-    """Returns where a target is to be made: where a symbolic link leads, if that is free."""
+    """Returns the absolute path of a target; a symbolic link to a free place is resolved."""
     target = Path(os.path.abspath(target))
     return target.resolve() if target.is_symlink() and _is_free(target) else target
 
@@ -192,7 +194,7 @@ def _is_mounted(place: Path) -> bool:
         mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
-    # Blanks and backslashes in a path are octal escapes.
+    # The table escapes blanks and backslashes of a path in octal.
     escaped = re.sub(r"[ \t\n\\]", lambda x: f"\\{ord(x[0]):03o}", str(place.resolve()))
     return any(line.split()[4:5] == [escaped] for line in mounts.splitlines())
 
@@ -206,7 +208,7 @@ def _error_names(target: Path) -> Iterator[None]:
 
 
 def _clean(target: Path) -> None:
-    """Removes what killed processes have left; gives a name back that one took in exchange."""
+    """Removes folders of killed processes, and restores a target that one had moved aside."""
     names = {path.name for path in target.parent.iterdir()}
     found = {name for name in names if name.startswith(_prefix(target))}
     for name in sorted({name.removesuffix(".lock").removesuffix(_OLD) for name in found}):
@@ -229,7 +231,7 @@ def _lock_file(part: Path) -> Path:
 
 
 def _remove(folder: Path) -> None:
-    for _ in range(50):  # A writer's thread may outlive its interrupted caller for a moment.
+    for _ in range(50):  # A thread that writes may run on for a moment after an interrupt.
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
             return
@@ -252,7 +254,7 @@ _OLD = "-old"
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Swaps two folders in one step where the system can, so that no moment is without `old`."""
+    """Swaps two folders, atomically if the system can, so that `old` always exists."""
     at_cwd, exchange = -100, 2
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2:

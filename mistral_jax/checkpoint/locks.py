@@ -1,7 +1,7 @@
-"""A lock file: one process at a time, on file systems with and without `flock`.
+"""Lock files, which work on file systems with and without `flock`.
 
-The file names its owner, who touches it every few seconds. So a running owner is told from a dead
-one where `flock` is missing (Lustre, FUSE) or holds on one host only (NFS).
+The file names its owner, which updates the file's time every few seconds. This tells a running
+owner from a dead one where `flock` is missing (Lustre, FUSE) or works on one host only (NFS).
 """
 
 import contextlib
@@ -19,12 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# What a system call says of a thing that a file system does not do.
+# Errors of system calls that a file system does not support.
 UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
 
-# An owner on another host that has not touched its file for so long has died.
+# An owner updates its file this often; one on another host counts as dead after the second time.
 _BEAT_SECONDS, _DEAD_SECONDS = 10.0, 120.0
-# Without flock, two may take a file at once: each looks again after this time.
+# Without flock, two processes may take a file at once: each reads it again after this time.
 _SETTLE_SECONDS = 0.5
 
 _log = logging.getLogger(__name__)
@@ -32,13 +32,13 @@ _log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def held(file: Path) -> Iterator[str | None]:
-    """Holds a lock file, which is removed at the end.
+    """Holds a lock file while the block runs, and removes it at the end.
 
     Args:
-      file: what to make; its folder exists.
+      file: the file to make; its folder must exist.
 
     Yields:
-      None; or who holds it already, for a message.
+      None if this process holds the lock, or else the name of the owner, for a message.
 
     Raises:
       OSError: the file cannot be made.
@@ -47,7 +47,7 @@ def held(file: Path) -> Iterator[str | None]:
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         owner = _take(file, descriptor, token)
-        if owner is None and not _is(file, descriptor):  # Its last owner has removed it meanwhile.
+        if owner is None and not _is(file, descriptor):  # The last owner has just removed it.
             os.close(descriptor)
             continue
         break
@@ -70,7 +70,7 @@ def held(file: Path) -> Iterator[str | None]:
 
 
 def warn(path: Path, what: str) -> None:
-    """Says once what the file system of `path` does not do, and what that means."""
+    """Warns once that the file system of `path` lacks a feature, with the consequence."""
     if what not in _said:
         _said.add(what)
         _log.warning("the file system of %s %s", path, what)
@@ -80,7 +80,7 @@ _said: set[str] = set()
 
 
 def _take(file: Path, descriptor: int, token: str) -> str | None:
-    """Makes a process the owner of an open file; returns who is it already, or None."""
+    """Makes this process the owner of an open file, or returns the name of its owner."""
     locks = True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -108,7 +108,7 @@ def _take(file: Path, descriptor: int, token: str) -> str | None:
 
 
 def _self() -> dict[str, Any]:
-    """Returns what tells this process from all others, on all hosts and after a restart."""
+    """Returns a description that identifies this process on all hosts, and after a restart."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     space = Path("/proc/self/ns/pid")
     return {
@@ -121,7 +121,11 @@ def _self() -> dict[str, Any]:
 
 
 def _started(process: int) -> str | None:
-    """Returns when a process of this host began, if it lives; "" = the system does not say when."""
+    """Returns the start time of a running process on this host.
+
+    Returns:
+      The time as the system states it; "" if it does not; None if there is no such process.
+    """
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -137,7 +141,7 @@ def _started(process: int) -> str | None:
 
 
 def _owner(descriptor: int) -> dict[str, Any] | None:
-    """Returns what an open lock file says of its owner; None = nothing that makes sense."""
+    """Reads the owner's description from an open lock file; None if it is empty or damaged."""
     try:
         record = json.loads(os.pread(descriptor, 4096, 0))
         kinds = {"host": str, "boot": str, "space": str, "process": int, "token": str}
@@ -155,14 +159,14 @@ def _is_alive(owner: dict[str, Any], file: Path, descriptor: int) -> bool:
     own = _self()
     if all(owner[name] == own[name] for name in ("host", "boot", "space")):
         return 0 < owner["process"] < 1 << 31 and _started(owner["process"]) == owner.get("started")
-    # The clocks of two hosts differ: the age is taken by that of the file system.
+    # The clocks of two hosts differ, so the file's age is measured with the file system's clock.
     with tempfile.TemporaryFile(dir=file.parent) as probe:
         now = os.fstat(probe.fileno()).st_mtime
     return now - os.fstat(descriptor).st_mtime < _DEAD_SECONDS
 
 
 def _is(file: Path, descriptor: int) -> bool:
-    """Tells whether an open file still lies at its path."""
+    """Tells whether an open file is still the one at its path."""
     try:
         return os.path.samestat(os.stat(file), os.fstat(descriptor))
     except OSError:

@@ -1,7 +1,7 @@
-"""LoRA: low-rank adapters of projections, as a tree of their own (arXiv 2106.09685).
+"""LoRA: low-rank adapters of projections, in a tree of their own (arXiv 2106.09685).
 
-It makes them, lays them beside the matrices that they adapt, and merges them into these. It reads
-and writes no files (see `adapters.py`), and trains nothing.
+Adapters are made here, attached to the parameters, and merged into them. `adapters.py` reads and
+writes their files.
 """
 
 import dataclasses
@@ -20,21 +20,21 @@ from mistral_jax.model.layers import MATRICES
 Params = Mapping[str, Any]
 
 HEAD = "lm_head"
-# Those of every layer.
+# The projections of every layer.
 PROJECTIONS = tuple(name for name in MATRICES if name not in ("embed", HEAD))
 
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Which adapters a model gets.
+    """Describes the adapters of a model.
 
     Attributes:
-      rank: inner width of each (R).
-      alpha: their product is scaled by alpha / R.
-      rslora: whether it is by alpha / sqrt(R), which lets high ranks learn (rsLoRA, arXiv
-        2312.03732).
-      dropout: share of an adapter's inputs that training drops.
-      targets: names of the projections that get one, in every layer; "lm_head" may be among them.
+      rank: inner width of each adapter (R).
+      alpha: adapters are scaled by alpha / R.
+      rslora: whether to scale by alpha / sqrt(R) instead, which lets high ranks learn (rsLoRA,
+        arXiv 2312.03732).
+      dropout: dropout rate of the adapters' inputs in training.
+      targets: names of the adapted projections, in every layer; "lm_head" may be one of them.
     """
 
     rank: int = 16
@@ -59,24 +59,24 @@ class Lora:
 
     @property
     def scale(self) -> float:
-        """What the product of an adapter's two matrices is multiplied by."""
+        """The factor of the product of an adapter's two matrices."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 def init_adapters(lora: Lora, params: Params, key: jax.Array) -> Params:
-    """Makes adapters that change nothing yet.
+    """Initialises adapters, which change nothing until they are trained.
 
     Args:
-      lora: which.
+      lora: the adapters to make.
       params: the model's parameters, or their shapes.
-      key: of the random numbers.
+      key: the random key.
 
     Returns:
-      A tree like `params` with the adapted projections alone, float32: `lora_a` [R, inputs],
-      uniform within 1 / sqrt(inputs) as PEFT has it, and `lora_b` [outputs, R], zero.
+      A tree like `params` with only the adapted projections, float32: `lora_a` [R, inputs], uniform
+      within 1 / sqrt(inputs) as in PEFT, and `lora_b` [outputs, R], zeros.
 
     Raises:
-      ValueError: the model has no such projection.
+      ValueError: the model has no projection of a target's name.
     """
     matrices = {
         path[:-1]: matrix
@@ -96,28 +96,39 @@ def init_adapters(lora: Lora, params: Params, key: jax.Array) -> Params:
 
 
 def attach(params: Params, adapters: Params, scale: float = 1.0) -> Params:
-    """Lays adapters beside the matrices, where the model adds their product to the matrix's.
+    """Returns the parameters with adapters beside the matrices, where the model finds them.
 
     Args:
-      params: the model's parameters; they are not changed.
-      adapters: as `init_adapters` makes them.
-      scale: what `lora_b` is multiplied by: `Lora.scale`.
+      params: the model's parameters, which are not changed.
+      adapters: a tree as `init_adapters` makes it.
+      scale: the factor of `lora_b`, `Lora.scale`.
+
+    Raises:
+      ValueError: an adapter is for a projection that the model does not have.
     """
     flat = flatten_dict(params)
     for path, array in flatten_dict(adapters).items():
         if (*path[:-1], "kernel") not in flat:
-            raise ValueError(f"an adapter is for {'/'.join(path[:-1])}, which the model has not")
+            raise ValueError(
+                f"an adapter is for {'/'.join(path[:-1])}, which the model does not have"
+            )
         flat[path] = array * scale if path[-1] == "lora_b" else array
     return unflatten_dict(flat)
 
 
 def merge(params: Params, adapters: Params, scale: float = 1.0) -> Params:
-    """Adds the product of each adapter to its matrix, in float32, and rounds to its dtype.
+    """Returns the parameters with the product of each adapter added to its matrix.
 
-    Args are those of `attach`.
+    The sum is computed in float32 and rounded to the dtype of the matrix.
+
+    Args:
+      params: the model's parameters, which are not changed.
+      adapters: a tree as `init_adapters` makes it.
+      scale: the factor of `lora_b`, `Lora.scale`.
 
     Raises:
-      ValueError: as `attach` does; or a matrix is quantised.
+      ValueError: an adapter is for a projection that the model does not have, or a matrix is
+        quantised.
     """
     flat = flatten_dict(attach(params, adapters, scale))
     merged = {path: array for path, array in flat.items() if not path[-1].startswith("lora_")}
@@ -133,14 +144,15 @@ def merge(params: Params, adapters: Params, scale: float = 1.0) -> Params:
 
 
 def apply(params: Params, lora: Lora, adapters: Params, merged: bool = False) -> Params:
-    """Puts adapters from host memory to use, on the devices of their matrices and split as these.
+    """Attaches or merges adapters from host memory, on the devices of their matrices.
+
+    The adapters are partitioned as their matrices are.
 
     Args:
       params: the model's parameters; with `merged` they are consumed.
-      lora: what the adapters are.
-      adapters: the tree of them, of NumPy arrays.
-      merged: whether their products are added to the matrices; else they lie beside these, in the
-        same dtype.
+      lora: the adapters' description.
+      adapters: the tree of adapters, in NumPy arrays.
+      merged: whether to merge the adapters; else they are attached, in the dtype of their matrices.
     """
     matrices, placed = flatten_dict(params), {}
     places = flatten_dict(adapter_shardings(params, adapters))
@@ -152,18 +164,18 @@ def apply(params: Params, lora: Lora, adapters: Params, merged: bool = False) ->
     if not merged:
         return attach(params, placed)
     result = dict(params)
-    for name, part in placed.items():  # A layer at a time: no second model in memory.
+    for name, part in placed.items():  # One layer at a time, to hold one model in memory.
         result |= merge({name: params[name]}, {name: part})
         jax.tree.map(lambda old, new: old is new or old.delete(), params[name], result[name])
     return result
 
 
 def adapter_shardings(params: Params, adapters: Params) -> Params:
-    """Returns where adapters lie: split as the axes of their matrices are, and whole along R.
+    """Returns the shardings of adapters: partitioned like their matrices, and whole along R.
 
     Args:
       params: the model's parameters.
-      adapters: their adapters, or the shapes of these.
+      adapters: the adapters, or their shapes.
     """
     matrices = flatten_dict(params)
     found = {}

@@ -1,6 +1,7 @@
-"""The `config.json` of a checkpoint folder: what it describes, and whether all of it is there.
+"""The `config.json` of a checkpoint folder, which describes the model and the size of its files.
 
-Beside it, `checksums.json` has the CRC-32 of every other file as it was written.
+`examine` compares the folder with it. Beside it, `checksums.json` holds the CRC-32 of every other
+file.
 """
 
 import json
@@ -18,7 +19,7 @@ from mistral_jax.config import ModelConfig
 
 FORMAT_VERSION = 1
 
-# What a checkpoint of this program or an earlier version consists of.
+# The files of a checkpoint of this version or an earlier one.
 _FILES = re.compile(
     r"config\.json|checksums\.json|generation_config\.json|tokenizer(_config)?\.json"
     r"|tokenizer\.model|tekken\.json|chat_template\.jinja"
@@ -37,13 +38,13 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class Manifest(NamedTuple):
-    """What a checkpoint folder holds.
+    """The contents of a checkpoint folder.
 
     Attributes:
       config: the architecture.
-      provenance: where the model is from; any JSON values.
-      arrays: those in its files, as `zarr.stored` describes them; None = they are of Zarr 3, as the
-        first versions wrote them.
+      provenance: the origin of the model, any JSON values.
+      arrays: the stored arrays, as `zarr.stored` describes them; None = they are in Zarr 3, which
+        the first versions wrote.
     """
 
     config: ModelConfig
@@ -52,12 +53,12 @@ class Manifest(NamedTuple):
 
 
 def is_checkpoint(path: Path | str) -> bool:
-    """Tells whether a folder has the parts that a checkpoint has, and a PyTorch one has not."""
+    """Tells whether a folder has the parts of this package's checkpoints, not of PyTorch ones."""
     return (Path(path) / "config.json").is_file() and (Path(path) / "params").is_dir()
 
 
 def kept(path: Path) -> str | None:
-    """Returns what keeps a folder from being replaced by a checkpoint; see `folder.whole`."""
+    """Returns the reason why a checkpoint may not replace a folder, or None; see `folder.whole`."""
     if reason := folder.foreign(path, _FILES):
         return reason
     try:
@@ -68,19 +69,20 @@ def kept(path: Path) -> str | None:
 
 
 def read(path: Path | str) -> tuple[ModelConfig, dict[str, Any]]:
-    """Reads the architecture and the provenance in a checkpoint folder.
+    """Reads the architecture and the provenance of a checkpoint folder.
 
     Raises:
-      ValueError: the folder is no whole checkpoint, or of a later format.
+      ValueError: the folder is not a complete checkpoint, or has a later format.
     """
     return examine(path)[:2]
 
 
 def examine(path: Path | str) -> Manifest:
-    """Reads what a checkpoint folder says of itself, and makes sure that all files are there.
+    """Reads the description of a checkpoint folder, and checks that all files are there.
 
     Raises:
-      ValueError: it is no whole checkpoint, or of a later format; the message names the file.
+      ValueError: the folder is not a complete checkpoint, or has a later format; the message names
+        the file.
     """
     path = Path(path)
     if not is_checkpoint(path):
@@ -99,11 +101,11 @@ def examine(path: Path | str) -> Manifest:
 
 
 def verify(path: Path | str) -> Checksums:
-    """Verifies the files of a checkpoint, but for those of its arrays.
+    """Compares the checksums of all files of a checkpoint except those of its arrays.
 
     Returns:
-      The checksums of the arrays' files, for `zarr.verify`; none of a checkpoint of earlier
-      versions, which wrote none.
+      The checksums of the arrays' files, for `zarr.verify`. They are empty for a checkpoint of an
+      early version, which wrote no checksums.
 
     Raises:
       ValueError: a file is not the one that was written.
@@ -125,14 +127,14 @@ def write(
     provenance: Mapping[str, Any],
     sums: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes `config.json`, and `checksums.json`, into a folder that is complete but for them.
+    """Writes `config.json` and `checksums.json` into a folder that has all other files.
 
     Args:
       path: the folder.
       config: the architecture.
-      provenance: where the model is from, as JSON values.
+      provenance: the origin of the model, as JSON values.
       sums: the checksums of the files in `params/`, as `zarr.write` returns them; those of other
-        files are made here. None = none are written.
+        files are computed here. None = write no checksums.
     """
     contents: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -152,7 +154,7 @@ def _write_json(file: Path, value: Mapping[str, Any]) -> None:
 
 
 def _contents(file: Path) -> dict[str, Any]:
-    """Reads `config.json`, whose values have their types."""
+    """Reads `config.json`, and checks the types of its values."""
     contents = read_json(file)
     version = contents.get("format_version")
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
@@ -170,7 +172,7 @@ def _contents(file: Path) -> dict[str, Any]:
 
 
 def _extent(path: Path) -> dict[str, int]:
-    """Returns the number and the bytes of all files in a folder: those of a whole copy agree."""
+    """Returns the number and total size of the files in a folder, which show a partial copy."""
     sizes = []
     for place, inner, names in os.walk(path):
         inner[:] = [name for name in inner if not folder.is_stray(name)]
@@ -180,7 +182,7 @@ def _extent(path: Path) -> dict[str, int]:
 
 
 def _what_instead(path: Path) -> str:
-    """Returns a sentence on a folder that is no checkpoint."""
+    """Returns a message for a folder that is not a checkpoint, with the remedy."""
     if not path.is_dir():
         if not path.exists() and _HUB_NAME.fullmatch(str(path)):
             return (

@@ -1,8 +1,8 @@
-"""The table of weights: what each is called, and how it lies, in each format. It reads no files.
+"""The table of weights: the name and layout of each parameter in ours and in other formats.
 
-Other programs store a matrix as (out, in), and so do we, with the heads unfolded: the bytes are the
-same. But official files rotate the pairs (2i, 2i + 1) of a head, and Hugging Face and we the halves
-(i, i + H / 2): between the two, the rows of wq and wk change places.
+Every format stores a matrix as (outputs, inputs). Ours has heads in an axis of their own, which
+changes no bytes. Official files rotate the pairs (2i, 2i + 1) of a head; Hugging Face and we rotate
+(i, i + H / 2). So between official files and ours the rows of wq and wk are permuted.
 """
 
 import math
@@ -12,31 +12,34 @@ from typing import NamedTuple
 import numpy as np
 
 from mistral_jax.config import ModelConfig
+from mistral_jax.model.layers import MATRICES, Axes
 
 
 class Weight(NamedTuple):
     """One weight of the model.
 
     Attributes:
-      path: ours, in the tree of parameters.
-      official: name in `consolidated.*`.
-      hf: name in a Hugging Face folder.
-      axes: letters of our shape (see `model/transformer.py`).
-      file_axes: the same in a file, where two letters in one word are one axis.
-      shard_axis: axis that several `consolidated.NN.pth` divide among them; None = each has all.
-      pairs: whether official files interleave the rotary pairs.
+      path: its path in our tree of parameters.
+      official: name of its module in `consolidated.*`.
+      hf: name of its module in a Hugging Face folder.
+      shard_axis: axis along which several `consolidated.NN.pth` partition it; None = each file has
+        the whole weight.
+      pairs: whether official files interleave the rotary pairs of its rows.
     """
 
     path: str
     official: str
     hf: str
-    axes: str
-    file_axes: str
     shard_axis: int | None = None
     pairs: bool = False
 
+    @property
+    def axes(self) -> Axes:
+        """The logical axes of the weight. A norm's scale is in no table, and has no inputs."""
+        return MATRICES.get(self.path.split("/")[-2], Axes(("embed",), ()))
+
     def module(self, official: bool) -> str:
-        """Returns the name of the module that holds it in the model that a file is for."""
+        """Returns the name of its module in the model that a file is for."""
         return self.official if official else self.hf
 
     def name(self, official: bool) -> str:
@@ -44,69 +47,64 @@ class Weight(NamedTuple):
         return f"{self.module(official)}.weight"
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
-        """Returns the shape in our tree."""
-        return tuple(_size(axis, config) for axis in self.axes.split())
+        """Returns its shape in our tree."""
+        return self.axes.shape(config)
 
     def file_shape(self, config: ModelConfig) -> tuple[int, ...]:
-        """Returns the shape in a file, of either format."""
-        return tuple(_size(axis, config) for axis in self.file_axes.split())
+        """Returns its shape in a file of either format."""
+        return tuple(math.prod(sizes) for sizes in self.divided(config) if sizes)
 
     def divided(self, config: ModelConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Returns the sizes of a matrix's outputs and of its inputs, which a file folds each."""
-        count = len(self.file_axes.split()[0])
-        return self.shape(config)[:count], self.shape(config)[count:]
+        """Returns the sizes of its output axes and of its input axes; a file flattens each."""
+        return self.axes.divide(self.shape(config))
 
     def join(self, shards: Sequence[np.ndarray]) -> np.ndarray:
-        """Puts the tensor of a source together from its shard in each file."""
+        """Joins the shards of a tensor, one from each file of a source."""
         if self.shard_axis is None or len(shards) == 1:
             return shards[0]
         return np.concatenate(shards, self.shard_axis)
 
     def from_file(self, tensor: np.ndarray, config: ModelConfig, official: bool) -> np.ndarray:
-        """Turns the tensor of a file into ours: a view, unless rows change places."""
+        """Converts the tensor of a file to ours: a view of it, unless rows are permuted."""
         array = tensor.reshape(self.shape(config))
         return to_halves(array) if official and self.pairs else array
 
     def to_file(self, array: np.ndarray, config: ModelConfig, official: bool) -> np.ndarray:
-        """Turns one of our arrays into the tensor of a file: the inverse of `from_file`."""
+        """Converts one of our arrays to the tensor of a file: the inverse of `from_file`."""
         array = to_pairs(array) if official and self.pairs else array
         return array.reshape(self.file_shape(config))
 
 
 def to_halves(array: np.ndarray) -> np.ndarray:
-    """Orders the rows of each head, of [heads, head_dim, ...], from pairs to halves."""
+    """Permutes the rows of each head of [heads, head_dim, ...] from rotary pairs to halves."""
     heads, head_dim, *rest = array.shape
     return array.reshape(heads, head_dim // 2, 2, *rest).swapaxes(1, 2).reshape(array.shape)
 
 
 def to_pairs(array: np.ndarray) -> np.ndarray:
-    """Orders the rows of each head, of [heads, head_dim, ...], from halves to pairs."""
+    """Permutes the rows of each head of [heads, head_dim, ...] from halves to rotary pairs."""
     heads, head_dim, *rest = array.shape
     return array.reshape(heads, 2, head_dim // 2, *rest).swapaxes(1, 2).reshape(array.shape)
 
 
-EMBED = Weight("embed/embedding", "tok_embeddings", "model.embed_tokens", "V D", "V D", 1)
-HEAD = Weight("lm_head/kernel", "output", "lm_head", "V D", "V D", 0)
-_NORM = Weight("final_norm/scale", "norm", "model.norm", "D", "D")
+EMBED = Weight("embed/embedding", "tok_embeddings", "model.embed_tokens", 1)
+HEAD = Weight("lm_head/kernel", "output", "lm_head", 0)
+_NORM = Weight("final_norm/scale", "norm", "model.norm")
 _LAYER = (
-    Weight("attn_norm/scale", "attention_norm", "input_layernorm", "D", "D"),
-    Weight(
-        "attn/q_proj/kernel", "attention.wq", "self_attn.q_proj", "N H D", "NH D", 0, pairs=True
-    ),
-    Weight(
-        "attn/k_proj/kernel", "attention.wk", "self_attn.k_proj", "K H D", "KH D", 0, pairs=True
-    ),
-    Weight("attn/v_proj/kernel", "attention.wv", "self_attn.v_proj", "K H D", "KH D", 0),
-    Weight("attn/o_proj/kernel", "attention.wo", "self_attn.o_proj", "D N H", "D NH", 1),
-    Weight("mlp_norm/scale", "ffn_norm", "post_attention_layernorm", "D", "D"),
-    Weight("mlp/gate_proj/kernel", "feed_forward.w1", "mlp.gate_proj", "F D", "F D", 0),
-    Weight("mlp/down_proj/kernel", "feed_forward.w2", "mlp.down_proj", "D F", "D F", 1),
-    Weight("mlp/up_proj/kernel", "feed_forward.w3", "mlp.up_proj", "F D", "F D", 0),
+    Weight("attn_norm/scale", "attention_norm", "input_layernorm"),
+    Weight("attn/q_proj/kernel", "attention.wq", "self_attn.q_proj", 0, pairs=True),
+    Weight("attn/k_proj/kernel", "attention.wk", "self_attn.k_proj", 0, pairs=True),
+    Weight("attn/v_proj/kernel", "attention.wv", "self_attn.v_proj", 0),
+    Weight("attn/o_proj/kernel", "attention.wo", "self_attn.o_proj", 1),
+    Weight("mlp_norm/scale", "ffn_norm", "post_attention_layernorm"),
+    Weight("mlp/gate_proj/kernel", "feed_forward.w1", "mlp.gate_proj", 0),
+    Weight("mlp/down_proj/kernel", "feed_forward.w2", "mlp.down_proj", 1),
+    Weight("mlp/up_proj/kernel", "feed_forward.w3", "mlp.up_proj", 0),
 )
 
 
 def groups(config: ModelConfig) -> Iterator[list[Weight]]:
-    """Yields the weights of a model in the order of its forward pass, a layer at a time."""
+    """Yields the weights of a model in the order of its forward pass, one layer at a time."""
     yield [EMBED]
     for i in range(config.num_layers):
         yield [
@@ -123,17 +121,3 @@ def groups(config: ModelConfig) -> Iterator[list[Weight]]:
 def weights(config: ModelConfig) -> list[Weight]:
     """Returns all weights of a model."""
     return [weight for group in groups(config) for weight in group]
-
-
-def _size(axis: str, config: ModelConfig) -> int:
-    return math.prod(getattr(config, _FIELDS[letter]) for letter in axis)
-
-
-_FIELDS = {
-    "V": "vocab_size",
-    "D": "embed_dim",
-    "F": "mlp_dim",
-    "N": "num_heads",
-    "K": "num_kv_heads",
-    "H": "head_dim",
-}

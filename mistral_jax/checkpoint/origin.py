@@ -1,7 +1,7 @@
-"""What others call a model: its name on the Hugging Face Hub, as the Hub's cache tells it.
+"""The name of a model on the Hugging Face Hub, found in the paths of the Hub's cache.
 
-The cache keeps a model in folders `models--acme--tiny/snapshots/<commit>`, whose own name, a
-commit, means nothing on another machine.
+The cache keeps a model in folders `models--acme--tiny/snapshots/<commit>`. A provenance should hold
+the model's name, because the path means nothing on another machine.
 """
 
 import re
@@ -14,7 +14,7 @@ _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def hub_name(folder: Path | str) -> str | None:
-    """Returns "acme/tiny@commit" of a folder in the Hub's cache; None = it is another folder."""
+    """Returns "acme/tiny@commit" for a folder in the Hub's cache, and None for other folders."""
     for path in (Path(folder).absolute(), Path(folder).resolve()):
         for snapshot in (path, *path.parents):
             if snapshot.parent.name == "snapshots" and _COMMIT.fullmatch(snapshot.name):
@@ -26,14 +26,14 @@ def hub_name(folder: Path | str) -> str | None:
 
 
 def base_name(source: Any) -> str | None:
-    """Returns the Hub's name for what a checkpoint's provenance calls its source.
+    """Returns the Hub's name of the source in a checkpoint's provenance.
 
     Args:
-      source: "acme/tiny@commit"; the name of a folder, which means nothing elsewhere; or, of
-        earlier conversions, the commit alone, which is looked for in this machine's cache.
+      source: "acme/tiny@commit", or the name of a local folder, or only the commit, which earlier
+        conversions wrote, and which is looked up in this machine's cache.
 
     Returns:
-      "acme/tiny", or None if there is no such name.
+      "acme/tiny", or None if the source has no name on the Hub.
     """
     if not isinstance(source, str):
         return None
@@ -50,9 +50,10 @@ def base_name(source: Any) -> str | None:
 
 
 def snapshot(repository: str) -> Path | None:
-    """Returns the folder in which the Hub's cache has a model: that of its main branch, if known.
+    """Returns the folder of a model in the Hub's cache; None if the cache does not have it.
 
-    It may lack files. Of several that are not known to be the main branch's, it is the newest.
+    It is the folder of the main branch, or the newest one if that is not cached. Files may be
+    missing from it.
     """
     for cache in _caches():
         folder = cache / f"models--{repository.replace('/', '--')}"

@@ -1,30 +1,30 @@
-"""Patterns of names, in the part of regular expressions that takes no more than linear time.
+"""Patterns of module names: a subset of regular expressions, matched in linear time.
 
-A file may say which modules it means by such a pattern. `re` would try every way to match one, of
-which there may be more than a lifetime allows; here all ways are followed at once, as the set of
-places that they have reached.
+Files from others contain such patterns. `re` tries the ways to match one after another, and their
+number can be exponential. Here all ways are followed at once, as the set of places in the name that
+they have reached (Thompson's algorithm).
 """
 
 import re
 from collections.abc import Callable
 
 _LONGEST, _DEEPEST = 1000, 10
-_CLASSES = {"d": "09", "w": "azAZ09__", "s": "\t\r  "}  # First and last letters of ranges.
+_CLASSES = {"d": "09", "w": "azAZ09__", "s": "\t\r  "}  # First and last characters of ranges.
 
-# From the places where a match may begin to those where it may end, in a name.
+# Maps a name and the places where a match may begin to the places where it may end.
 Matcher = Callable[[str, set[int]], set[int]]
 
 
 def suffix(pattern: str) -> Callable[[str], bool]:
-    r"""Returns a function that tells whether a name, or what follows a dot in it, is of a pattern.
+    r"""Returns a function that tells whether a pattern matches a name, or its end after a dot.
 
     Args:
-      pattern: of letters that stand for themselves, ".", "[a-z]", "[^a-z]", "\d", "\w", "\s" and
-        escaped signs, each with "*", "+" or "?" behind it; of "^", "$"; and of alternatives in
-        groups: "(q|o)_proj".
+      pattern: a sequence of literal characters, ".", "[a-z]", "[^a-z]", "\d", "\w", "\s" and
+        escaped characters, each optionally followed by "*", "+" or "?"; of "^" and "$"; and of
+        groups of alternatives, such as "(q|o)_proj".
 
     Raises:
-      ValueError: the pattern is not one, is too long, or has more than this.
+      ValueError: the pattern is malformed, too long, or uses other syntax.
     """
     if len(pattern) > _LONGEST:
         raise ValueError(f"it has {len(pattern)} characters; expected at most {_LONGEST}")
@@ -33,7 +33,8 @@ def suffix(pattern: str) -> Callable[[str], bool]:
     if parser.rest():
         raise ValueError("it has a ')' without a '('")
 
-    # What every match ends with: it saves most of the work where each module has its own pattern.
+    # Every match ends with this text. To compare it first saves most of the work when each module
+    # has its own pattern.
     tail = "" if "|" in pattern else re.search(r"(?:(?<!\\)\w)*\Z", pattern)[0]
 
     def match(name: str) -> bool:
@@ -46,13 +47,13 @@ def suffix(pattern: str) -> Callable[[str], bool]:
 
 
 class _Parser:
-    """Reads a pattern from its beginning to its end."""
+    """A recursive-descent parser, which turns a pattern into a `Matcher`."""
 
     def __init__(self, pattern: str):
         self._pattern, self._at = pattern, 0
 
     def rest(self) -> str:
-        """Returns what is not yet read."""
+        """Returns the part of the pattern that is not read yet."""
         return self._pattern[self._at :]
 
     def alternatives(self, depth: int) -> Matcher:
@@ -94,7 +95,7 @@ class _Parser:
         accepts = self._letter()
         sign = next(filter(self._take, ("*", "+", "?")), "")
         if sign:
-            self._take("?")  # Which of several matches it prefers is all the same.
+            self._take("?")  # A lazy match: only whether there is a match matters here.
         return _repeated(accepts, sign)
 
     def _letter(self) -> Callable[[str], bool]:

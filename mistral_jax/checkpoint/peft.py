@@ -1,4 +1,4 @@
-"""PEFT's `adapter_config.json`: which adapters a folder has. It reads and writes no tensors."""
+"""PEFT's `adapter_config.json`, which describes the adapters of a folder."""
 
 import dataclasses
 import json
@@ -23,16 +23,16 @@ from mistral_jax.base.files import read_json
 from mistral_jax.checkpoint import patterns
 from mistral_jax.checkpoint.lora import Lora
 
-# Fields that, where they are set, make an adapter more than two matrices beside a frozen one.
+# If one of these fields is set, an adapter is more than two matrices beside a frozen one.
 _OTHER_KINDS = (
     *("use_dora", "fan_in_fan_out", "modules_to_save", "lora_bias", "layer_replication"),
     *("target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config"),
     *("use_qalora", "use_bdlora", "kasa_config"),
 )
-# Others, such as PiSSA, take the first matrices out of the base, which is another one then.
+# Other initialisations, such as PiSSA, change the base model's matrices.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
-# Bytes of such a file; one with a rank of its own for each of a thousand modules has some 100,000.
+# The most bytes of a file; one with a rank for each of a thousand modules has about 100,000.
 _MOST_BYTES = 512 << 10
 MOST_RANK = 1 << 16
 _RANK, _ALPHA = integer(1, MOST_RANK), number(0, 1e6, above=True)
@@ -50,18 +50,20 @@ _RULES = {
     **{name: optional(boolean()) for name in ("use_dora", "fan_in_fan_out", "lora_bias")},
 }
 
-# Whether a module is meant, by its name in Hugging Face's model, and the value of those that are.
+# Pairs of a function that tells whether a module is meant, by its name in Hugging Face's model, and
+# the value for such modules.
 _Values = tuple[tuple[Callable[[str], bool], float], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class PeftConfig:
-    """What the file says.
+    """The contents of the file.
 
     Attributes:
-      lora: the defaults; its targets mean nothing, for the tensors tell them.
-      ranks: ranks of some modules; the first that means a module is its.
-      alphas: their alphas, likewise.
+      lora: the defaults for all modules. Its targets have no meaning: the tensors' names tell which
+        modules are adapted.
+      ranks: ranks of some modules; the first entry that means a module counts.
+      alphas: alphas of some modules, in the same form.
     """
 
     lora: Lora
@@ -69,7 +71,7 @@ class PeftConfig:
     alphas: _Values
 
     def of(self, module: str) -> Lora:
-        """Returns what the adapter of a module is, by its name in Hugging Face's model."""
+        """Returns the description of one module's adapter, by its name in Hugging Face's model."""
 
         def pick(values, default):
             return next((value for means, value in values if means(module)), default)
@@ -82,7 +84,7 @@ def read(file: Path) -> PeftConfig:
     """Reads the file.
 
     Raises:
-      ValueError: there is none, or it tells of adapters that are no plain LoRA.
+      ValueError: the file does not exist, is malformed, or describes more than plain LoRA.
     """
     if not file.exists():
         raise ValueError(f"there is no {file}; put the one there that was saved with the adapters")
@@ -115,7 +117,7 @@ def read(file: Path) -> PeftConfig:
 
 
 def _values(found: Mapping[str, Any], name: str, file: Path) -> _Values:
-    """Returns the values of a table whose keys are patterns of names, as PEFT matches them."""
+    """Reads a table whose keys are patterns of module names, which match as in PEFT."""
     values = []
     for pattern, value in (found.get(name) or {}).items():
         try:
@@ -134,11 +136,11 @@ def write(
     """Writes the file.
 
     Args:
-      file: where to.
-      lora: what the adapters are; all have its scale.
-      ranks: the rank of each, by the module's name in Hugging Face's model.
+      file: the file to write.
+      lora: the adapters' description; all adapters have its scale.
+      ranks: the rank of each adapter, by its module's name in Hugging Face's model.
       modules: names of all projections of the model.
-      base: path or name of the model; None = not said.
+      base: path or name of the base model; None = do not state it.
     """
     own = {name: rank for name, rank in ranks.items() if rank != lora.rank}
     alphas = {
@@ -166,7 +168,7 @@ def write(
     file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
-# What `write` describes adapters by.
+# The fields that `write` writes.
 FIELDS = [
     *("peft_type", "task_type", "base_model_name_or_path", "inference_mode", "r", "lora_alpha"),
     *("lora_dropout", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern", "bias"),

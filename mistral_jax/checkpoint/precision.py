@@ -1,7 +1,4 @@
-"""The dtype that a model is loaded in: the one asked for, or the best that there is memory for.
-
-It reads no arrays.
-"""
+"""The dtype to load a model in: the caller's choice, or the best one that fits in memory."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -21,10 +18,10 @@ Params = Mapping[str, Any]
 
 
 def check(dtype: jnp.dtype | str | None) -> str | None:
-    """Returns a dtype's name.
+    """Returns the name of a dtype, or None for None.
 
     Raises:
-      ValueError: it is none that a model may have.
+      ValueError: no model is loaded in this dtype.
     """
     if dtype is None:
         return None
@@ -45,13 +42,14 @@ def choose(
 
     Args:
       path: the checkpoint, for messages.
-      kept: the shapes and shardings of what stays in memory; quantised matrices have their dtypes.
+      kept: the shapes and shardings of the parameters in memory, where quantised matrices have
+        their own dtypes.
       stored: the shapes and dtypes on disk.
-      dtype: the one that is asked for; None = on a CPU float32 if it fits, else as stored.
-      tell: is given a sentence where that is not the first choice, for want of memory.
+      dtype: the caller's choice; None = on a CPU float32 if it fits, else the dtype on disk.
+      tell: called with a message if there is too little memory for the first choice.
 
     Raises:
-      ValueError: there is no memory for it.
+      ValueError: there is too little memory.
     """
     leaves = jax.tree.leaves(kept)
     on_cpu = next(iter(leaves[0].sharding.device_set)).platform == "cpu"
@@ -65,18 +63,18 @@ def choose(
             for demand in memory.demands(jax.tree.leaves(typed(kept, choice)), staging)
             if demand.free is not None and demand.needed > demand.free
         ]
-        # Of several processes all must choose the same.
+        # All processes must choose the same dtype.
         if not distributed.any_of(bool(short)):
             if lacked:
                 tell(
-                    f"{path} is loaded in {jnp.dtype(choice)}, as it is stored: {lacked} for "
-                    "float32, in which a CPU is exact; name a dtype to have the same everywhere"
+                    f"{path} is loaded in {jnp.dtype(choice)}, as it is stored: {lacked}, and "
+                    "only float32 is exact on a CPU; name a dtype to have the same everywhere"
                 )
             return jnp.dtype(choice)
-        lacked = "another process has no memory"
+        lacked = "another process has too little memory for float32"
         if short:
             place, needed, free = short[0]
-            lacked = f"{place} has {decimal(free)} free, of {decimal(needed)}"
+            lacked = f"{place} has {decimal(free)} free, float32 needs {decimal(needed)}"
     if not short:
         raise ValueError(f"{path} needs more memory than another process has free")
     raise ValueError(
@@ -86,7 +84,7 @@ def choose(
 
 
 def typed(abstract: Params, dtype: jnp.dtype | str) -> Params:
-    """Returns shapes in a dtype; quantised matrices keep theirs."""
+    """Sets the dtype of described arrays; quantised matrices keep their own."""
 
     def change(leaf):
         return leaf if isinstance(leaf, QuantizedMatrix) else leaf.update(dtype=jnp.dtype(dtype))

@@ -1,7 +1,7 @@
-"""Kernels in 8 or 4 bits in place of float ones: to run a model in less memory, or to train beside.
+"""Quantise the matrices of a model to 8 or 4 bits, to run it or train adapters in less memory.
 
-What a quantised matrix is, and how it multiplies, is in `ops/quantized.py`. On disk it is two
-arrays, `values` and `scale`, where else the matrix would be.
+`ops/quantized.py` defines a quantised matrix and its products. On disk it is two arrays, `values`
+and `scale`, in the place of the matrix.
 """
 
 import functools
@@ -24,12 +24,12 @@ Path = tuple[str, ...]
 
 KINDS = ("int8", "nf4")
 
-# Values that share a scale in nf4, at most: the paper's block.
+# The most values that share a scale in nf4: the block of the QLoRA paper (arXiv 2305.14314).
 _BLOCK = 64
 
 
 def check(kind: str | None) -> None:
-    """Refuses what no checkpoint is loaded or stored as.
+    """Checks a kind of quantisation that checkpoints are loaded or stored in.
 
     Raises:
       ValueError: `kind` is neither None nor "int8".
@@ -39,12 +39,12 @@ def check(kind: str | None) -> None:
 
 
 def matrices(params: Params, output: bool = False) -> dict[Path, int]:
-    """Returns which matrices are quantised as a rule, each with the number of its output axes.
+    """Returns the matrices that are quantised by default, with their numbers of output axes.
 
     Args:
-      params: the model's parameters, with one entry a layer, or a tree like them.
-      output: whether the output's is one of them, or the embedding, where that is the output, too;
-        else only the projections of layers are.
+      params: the model's parameters, with one entry for each layer, or a tree of this structure.
+      output: whether to include the output matrix, which is the embedding if embeddings are tied;
+        else only the projections of layers are returned.
     """
     names = {*PROJECTIONS, HEAD if HEAD in params else "embed"} if output else {*PROJECTIONS}
     return {
@@ -58,14 +58,16 @@ def quantize(params: Params, kind: str, which: Mapping[Path, int] | None = None)
     """Quantises matrices, one after another.
 
     Args:
-      params: the model's parameters, with one entry a layer. They are consumed: the memory of each
-        matrix is given back as soon as there is its small copy.
-      kind: "int8", with a scale for each output; or "nf4", with one for 64 values next to each
-        other (or the largest divisor of the last axis below), which takes 4.5 bits a value.
-      which: as `matrices` returns them; None = those of all layers' projections.
+      params: the model's parameters, with one entry for each layer. They are consumed: each matrix
+        is deleted as soon as it is quantised.
+      kind: "int8", with a scale for each output; or "nf4", with a scale for each 64 neighbouring
+        values (or the largest smaller number that divides the last axis), 4.5 bits a value.
+      which: the matrices to quantise, as `matrices` returns them; None = the projections of all
+        layers.
 
     Raises:
-      ValueError: `kind` is another, or qwix is not installed, which makes "nf4".
+      ValueError: `kind` is unknown, a matrix is quantised already, or "nf4" is requested and qwix,
+        which computes it, is not installed.
     """
     if kind not in KINDS:
         raise ValueError(f"quantize is {kind!r}; expected {' or '.join(KINDS)}")
@@ -103,7 +105,7 @@ def _nf4(matrix):
 
 
 def _fit(sharding: NamedSharding, array: jax.Array) -> NamedSharding:
-    """Returns a matrix's sharding for its values or scale: whole along axes that it can't split."""
+    """Returns a matrix's sharding for its values or scale, without axes that it cannot divide."""
     sizes, axes = sharding.mesh.shape, []
     for axis, size in zip(sharding.spec, array.shape, strict=False):
         names = axis if isinstance(axis, tuple) else (axis,) if axis else ()
@@ -113,7 +115,7 @@ def _fit(sharding: NamedSharding, array: jax.Array) -> NamedSharding:
 
 
 def abstract(shapes: Params, which: Mapping[Path, int]) -> dict[str, Any]:
-    """Returns what shapes and shardings of parameters become where matrices are in int8."""
+    """Describes parameters after int8 quantisation, from their shapes and shardings before it."""
 
     def small(matrix, outputs):
         ones = (1 for _ in matrix.shape[outputs:])
@@ -127,7 +129,7 @@ def abstract(shapes: Params, which: Mapping[Path, int]) -> dict[str, Any]:
 
 
 def split(params: Params) -> dict[str, Any]:
-    """Returns a tree in which each quantised matrix is a dict of its arrays, as on disk."""
+    """Replaces each quantised matrix by a dict of its arrays, which is its form on disk."""
     return jax.tree.map(
         lambda x: {"values": x.values, "scale": x.scale} if isinstance(x, QuantizedMatrix) else x,
         params,

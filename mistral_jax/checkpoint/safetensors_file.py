@@ -1,4 +1,4 @@
-"""A `.safetensors` file: mapped into memory to be read, and written a tensor at a time."""
+"""Read `.safetensors` files by mapping them into memory, and write them one tensor at a time."""
 
 import json
 import math
@@ -32,7 +32,7 @@ _DTYPES = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
 }
-# Names who wrote a file; "format" is what Transformers asks for.
+# Marks the files of this program; Transformers requires "format".
 _METADATA = {"format": "pt", "writer": "mistral_jax"}
 
 _KINDS = {np.dtype(dtype): kind for kind, dtype in _DTYPES.items()}
@@ -42,12 +42,12 @@ def read(file: Path) -> dict[str, np.ndarray]:
     """Maps the tensors of a file.
 
     Returns:
-      Views of the mapped file by name; nothing is read before it is used.
+      Views of the mapped file by name. The system reads their bytes when they are used.
 
     Raises:
-      ValueError: the file is damaged or no such file, or has a tensor of a dtype that NumPy cannot
-        have.
-      OSError: it cannot be read.
+      ValueError: the file is damaged, is not a safetensors file, or has a tensor of a dtype without
+        a NumPy dtype.
+      OSError: the file cannot be read.
     """
     check_content(file, "the weights")
     with open(file, "rb") as stream:
@@ -76,15 +76,15 @@ def read(file: Path) -> dict[str, np.ndarray]:
             )
         flat = np.frombuffer(mapped, _DTYPES[kind], math.prod(shape), offset)
         arrays[name] = flat.reshape(shape)
-        offset += flat.nbytes  # The library has made sure that tensors follow without holes.
+        offset += flat.nbytes  # The library has checked that there are no gaps between tensors.
     return arrays
 
 
 def is_ours(file: Path) -> bool:
-    """Tells whether `write` has written a file, or an earlier version of it, which left no mark.
+    """Tells whether `write` of this version or an earlier one wrote a file.
 
-    Then it tells by the order of the tensors, which is that of the forward pass: other programs
-    sort those of a dtype by name.
+    Earlier versions left no mark in the file. Their tensors are in the order of the forward pass,
+    whereas other programs sort the tensors of a dtype by name.
     """
     try:
         with safe_open(file, framework="np") as handle:
@@ -104,12 +104,12 @@ def write(
     heads: Mapping[str, tuple[tuple[int, ...], np.dtype]],
     tensors: Iterator[np.ndarray],
 ) -> None:
-    """Writes a file, one tensor after the other.
+    """Writes a file, one tensor after another.
 
     Args:
-      file: where to.
+      file: the file to write.
       heads: shape and dtype of each tensor, by name.
-      tensors: what they hold, in the order of `heads`; what follows is left there.
+      tensors: the tensors, in the order of `heads`. Further tensors are not consumed.
     """
     header, offset = {"__metadata__": _METADATA}, 0
     for name, (shape, dtype) in heads.items():
@@ -117,7 +117,7 @@ def write(
         header[name] = {"dtype": _KINDS[dtype], "shape": shape, "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # So that tensors lie aligned.
+    text += b" " * (-len(text) % 8)  # Aligns the tensors.
     with open(file, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in zip(heads, tensors, strict=False):

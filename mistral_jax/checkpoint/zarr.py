@@ -1,6 +1,7 @@
-"""The files of a tree of arrays on disk, of Zarr 2 as Orbax keeps them: made, described, verified.
+"""The files of a tree of arrays in Orbax's layout of Zarr 2: write, describe and verify them.
 
-It reads no array into memory, and knows no models.
+Files are verified in small blocks, so no array is read into memory. `arrays.py` reads arrays onto
+devices.
 """
 
 import itertools
@@ -23,9 +24,10 @@ from mistral_jax.base.files import read_json
 from mistral_jax.checkpoint import checksums, folder
 from mistral_jax.checkpoint.checksums import Checksums
 
-# Of a file, at most: of a larger one a host reads more than its part, smaller ones read slower.
+# The most bytes of a file. Of larger files a host would read more than its own part; smaller ones
+# take longer to read.
 _CHUNK_BYTES = 2 << 20
-# What is verified at a time, in each of a few threads.
+# Bytes that each of a few threads verifies at a time.
 _BLOCK_BYTES = 128 << 10
 _MOST_METADATA = 64 << 20
 
@@ -63,10 +65,10 @@ class Array(NamedTuple):
     """An array on disk.
 
     Attributes:
-      shape: its axes.
-      dtype: of its numbers.
-      chunk: the axes of each file; the last along an axis is filled up.
-      place: the folder of its files.
+      shape: the shape of the array.
+      dtype: the dtype of the array.
+      chunk: the shape of each file; the last file along an axis is padded.
+      place: the folder of the files.
     """
 
     shape: tuple[int, ...]
@@ -76,14 +78,14 @@ class Array(NamedTuple):
 
     @property
     def file_bytes(self) -> int:
-        """The size of each of its files."""
+        """The size of each file in bytes."""
         return math.prod(self.chunk) * self.dtype.itemsize
 
     @property
     def files(self) -> Iterator[str]:
-        """The names of its files."""
+        """The names of the files."""
         counts = [-(-n // part) for n, part in zip(self.shape, self.chunk, strict=True)]
-        # One at a time: what a damaged file describes may have no end.
+        # A generator: a damaged description may have an enormous number of files.
         for number in range(math.prod(counts)):
             places = []
             for count in reversed(counts):
@@ -93,15 +95,15 @@ class Array(NamedTuple):
 
 
 def lay_out(path: Path, names: Iterable[tuple[str, ...]], handler: str) -> Checksums:
-    """Prepares a folder for the arrays of a tree, each of which `write` then writes.
+    """Makes a folder for the arrays of a tree, which `write` then writes one by one.
 
     Args:
       path: the folder to make.
-      names: the keys on the way to each leaf of the tree.
-      handler: the class of Orbax that reads such a tree, by its full name.
+      names: the keys on the path to each leaf of the tree.
+      handler: full name of the Orbax class that reads the tree.
 
     Returns:
-      What `verify` needs of the files that it has made.
+      The checksums of the files that it made, for `verify`.
     """
     about = {"value_type": "np.ndarray", "skip_deserialize": False}
     described = {
@@ -125,17 +127,17 @@ def lay_out(path: Path, names: Iterable[tuple[str, ...]], handler: str) -> Check
 
 
 def write(path: Path, name: str, array: np.ndarray) -> Checksums:
-    """Writes an array in its place: the same files, of Zarr 2, that Orbax makes of a tree.
+    """Writes an array into the same files that Orbax would make.
 
-    Orbax itself would need the whole tree in memory, or half as long again for writing it in parts.
+    Orbax would need the whole tree in memory, or would take 1.5 times as long to write it in parts.
 
     Args:
-      path: a folder that was laid out for a tree.
-      name: the keys on the way to the leaf, with slashes between.
-      array: what to write; it has at least one axis.
+      path: a folder made by `lay_out`.
+      name: the keys on the path to the leaf, joined by slashes.
+      array: the array to write, with at least one axis.
 
     Returns:
-      What `verify` needs of the files that it has made.
+      The checksums of the files that it made, for `verify`.
     """
     chunk = chunk_shape(array.shape, array.itemsize)
     about = {
@@ -158,7 +160,7 @@ def write(path: Path, name: str, array: np.ndarray) -> Checksums:
     counts = (math.ceil(size / part) for size, part in zip(array.shape, chunk, strict=True))
     for number in itertools.product(*map(range, counts)):
         block = array[tuple(slice(n * c, (n + 1) * c) for n, c in zip(number, chunk, strict=True))]
-        # The last chunk along an axis is as long as the others.
+        # The last chunk along an axis is padded to the size of the others.
         missing = [(0, c - size) for c, size in zip(chunk, block.shape, strict=True)]
         block = np.ascontiguousarray(np.pad(block, missing) if np.any(missing) else block)
         file = ".".join(map(str, number))
@@ -171,8 +173,9 @@ def write(path: Path, name: str, array: np.ndarray) -> Checksums:
 def chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
     """Returns the shape of an array's files.
 
-    It halves the axes of a large array in turn, the longest first, until a chunk is small enough;
-    each axis at least once: whatever is split over hosts, each reads little but its own part.
+    The axes of a large array are halved in turn, the longest first, until a chunk is small enough.
+    Each axis is halved at least once: whichever axis is partitioned over hosts, each host then
+    reads little more than its own part.
     """
     parts, chunk = [1] * len(shape), list(shape)
     axes = [axis for axis, size in enumerate(shape) if size > 1]
@@ -188,16 +191,19 @@ def chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
 
 
 def is_other(path: Path) -> bool:
-    """Tells whether a tree is of Zarr 3, as the first versions of this program wrote it."""
+    """Tells whether a tree is in Zarr 3, which the first versions of this program wrote."""
     return any((path / "state").glob("*/zarr.json"))
 
 
 def stored(path: Path) -> dict[str, Array]:
-    """Describes a tree of arrays, by the keys to each with slashes between; all files are there.
+    """Describes the arrays of a tree, and checks that all of their files are there.
+
+    Returns:
+      The description of each array, by the keys on the path to it, joined by slashes.
 
     Raises:
-      ValueError: a file is missing, of another size, not what describes such a tree, or no part
-        of it. The message names the file, and the array where it is of one.
+      ValueError: a file is missing, has the wrong size, is malformed, or does not belong to the
+        tree. The message names the file and its array.
     """
     _check_names(path, {_MARKER, _HANDLERS, "state", "commit_success.txt"}, (_HANDLERS, "state"))
     handlers = _read_json(path / _HANDLERS, _MOST_METADATA)
@@ -223,10 +229,15 @@ def stored(path: Path) -> dict[str, Array]:
 
 
 def describe(place: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> Array:
-    """Describes an array in a folder, whose numbers are of one of `dtypes`.
+    """Describes the array in a folder, and checks that all of its files are there.
+
+    Args:
+      place: the folder.
+      dtypes: the dtypes that it may have, by their names in Zarr.
 
     Raises:
-      ValueError: a file of it is missing, of another size, or no part of it; both are named.
+      ValueError: a file is missing, has the wrong size, is malformed, or does not belong to the
+        array. The message names the file and the array.
     """
     name, file = place.name.replace(".", "/"), place / _ARRAY
     if not os.path.lexists(file):
@@ -273,16 +284,17 @@ def verify(
     names: Mapping[str, Array],
     advance: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Reads the files of arrays to see whether they are those that were written, and finite.
+    """Reads the files of arrays, compares their checksums, and looks for numbers not finite.
 
     Args:
       path: the folder of the tree.
-      sums: what `lay_out` and `write` returned for it; none = only the numbers are looked at.
+      sums: the checksums that `lay_out` and `write` returned; empty = compare none.
       names: the arrays, as `stored` describes them.
-      advance: is called with the number of bytes of each file, once it is read.
+      advance: called with the size of each file in bytes, once it is read.
 
     Raises:
-      ValueError: a file is another, or has a number that is not; it and its array are named.
+      ValueError: a file has changed, or holds a number that is not finite. The message names the
+        file and its array.
     """
 
     def compare(found: str, file: Path, what: str = "") -> None:
@@ -322,10 +334,10 @@ def verify(
 
 
 def _finite(block: bytes, dtype: np.dtype) -> bool:
-    """Tells whether numbers have neither infinities nor NaNs among them."""
+    """Tells whether a block of numbers has no infinities and no NaNs."""
     if dtype == np.int8:
         return True
-    # Such a number has at least the bits of infinity, but for its sign.
+    # Without the sign bit, the bits of infinity and NaN are those of infinity or larger.
     bits = np.dtype(f"i{dtype.itemsize}")
     infinity = np.array(np.inf, dtype).view(bits)
     return (np.frombuffer(block, bits) & np.iinfo(bits).max).max() < infinity
@@ -349,7 +361,7 @@ def _key_metadata(keys: tuple[str, ...]) -> list[dict[str, Any]]:
 
 
 def _keys(about: Mapping[str, Any], source: str) -> tuple[str, ...]:
-    """Returns the keys to a leaf, by what Orbax's metadata say of it."""
+    """Returns the keys on the path to a leaf, from Orbax's metadata of it."""
     described, value = about.get("key_metadata"), about.get("value_metadata")
     if isinstance(described, list) and all(isinstance(x, dict) for x in described):
         keys = tuple(x.get("key") for x in described)
@@ -366,7 +378,7 @@ def _names_state(handlers: Any) -> bool:
 
 
 def _check_names(path: Path, known: set[str], needed: Iterable[str]) -> None:
-    """Makes sure that a folder has what it needs, and nothing but what is known."""
+    """Checks that a folder has the files it needs, and no unknown ones."""
     if not path.is_dir():
         raise ValueError(f"{path} is no folder; expected the arrays of a checkpoint")
     found = {name for name in os.listdir(path) if not folder.is_stray(name)}

@@ -1,6 +1,8 @@
-"""The mask of attention, and the layer: projections, rotation, the cache, and `attend`.
+"""The attention layer, and the mask that decides which keys each query sees.
 
-How attention is computed is in `ops/attention.py`, to which this passes the mask.
+The layer projects, rotates, updates the cache and calls `attend`. `ops/attention.py` computes the
+attention itself, and gets the mask function from here: to change what a token sees, change
+`visible`.
 """
 
 import functools
@@ -27,22 +29,25 @@ def visible(
     q_texts: jax.Array | None = None,
     kv_texts: jax.Array | None = None,
 ) -> jax.Array:
-    """Says which keys each query may look at: those not after it, and among them the last `window`.
+    """Returns the attention mask: each query sees the last `window` keys up to its own position.
 
-    The window counts the query's own key, as in Mistral's own engine (arXiv 2310.06825, section 2).
-    Dilated, it reaches further back over gaps (Longformer, arXiv 2004.05150, section 3.1). Every
-    mask is made here, except by kernels that take the window alone (see `ops/attention.py`).
+    The window counts the query's own key, as Mistral's reference implementation does (arXiv
+    2310.06825, section 2). A dilated window skips keys, and so reaches further back with the same
+    number of keys (Longformer, arXiv 2004.05150, section 3.1). Every mask is made by this function,
+    except in kernels that take only the window's size (see `ops/attention.py`).
 
     Args:
-      q_positions: place of each query in its text, [B, T] int32; -1 = padding, which sees nothing.
-      kv_positions: place of each key, [B, S] int32; -1 = no key there, which nobody sees.
-      window: keys visible, the query's own included (W); None = all.
-      dilation: distance between neighbouring keys that are visible: at 2, every other one.
-      q_texts: which of a row's texts each query is of, [B, T] int32; None = rows hold one text.
-      kv_texts: the same of each key, [B, S] int32.
+      q_positions: position of each query in its text, [B, T] int32; -1 = padding, which sees no
+        key.
+      kv_positions: position of each key in its text, [B, S] int32; -1 = no key, seen by no query.
+      window: number of visible keys (W), the query's own included; None = no limit.
+      dilation: distance between visible keys: 1 = every key, 2 = every second key.
+      q_texts: number of the text that each query belongs to, [B, T] int32, for rows that hold
+        several texts; None = each row holds one text.
+      kv_texts: number of the text that each key belongs to, [B, S] int32.
 
     Returns:
-      [B, T, S] bool, True = may look.
+      [B, T, S] bool; True where the query sees the key.
     """
     distance = q_positions[:, :, None] - kv_positions[:, None, :]
     mask = (kv_positions[:, None, :] >= 0) & (distance >= 0)
@@ -53,12 +58,22 @@ def visible(
     return mask if q_texts is None else mask & (q_texts[:, :, None] == kv_texts[:, None, :])
 
 
-# `ops.attention.attend` with this mask.
+# Attention with the mask of this module.
 attend = functools.partial(attention.attend, visible)
 
 
 class Attention(nn.Module):
-    """The attention layer: projections, rotation, the cache, and `attend`."""
+    """Multi-head attention with grouped key-value heads (GQA, arXiv 2305.13245).
+
+    Attributes:
+      config: the architecture.
+      window: number of keys that each query sees (W), its own included; None = no limit.
+      dtype: dtype of the activations.
+      rules: mesh axes of each logical axis.
+      backend: the backend that the layer is traced for.
+      dropout: dropout rate of the adapters' inputs.
+      dilation: distance between visible keys.
+    """
 
     config: ModelConfig
     window: int | None
@@ -76,12 +91,22 @@ class Attention(nn.Module):
         angles: tuple[jax.Array, jax.Array],
         cache: LayerCache | None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        """Maps `x` [B, T, D] to [B, T, D], and the cache to the one that has seen `x` too."""
+        """Applies attention to a chunk of tokens, and adds the chunk to the cache.
+
+        Args:
+          x: normalised activations, [B, T, D].
+          positions: position of each token in its text, [B, T] int32; -1 = padding.
+          angles: cosines and sines from `rotary_angles`.
+          cache: this layer's cache of earlier tokens; None = there are no earlier tokens.
+
+        Returns:
+          The output, [B, T, D], and the updated cache.
+        """
         projection = functools.partial(
             Projection, self.config, self.dtype, self.backend, dropout=self.dropout
         )
 
-        def place(y, axis):
+        def place(y, axis):  # Tells XLA how to partition `y` over the devices of a mesh.
             axes = ("batch", "length", axis, "head_dim")
             return nn.with_logical_constraint(y, axes, rules=self.rules)
 
@@ -89,7 +114,9 @@ class Attention(nn.Module):
         q, k, v = place(q, "heads"), place(k, "kv_heads"), place(v, "kv_heads")
         q, k = rotate(q, angles), rotate(k, angles)
         sections = length_parts(self.rules)
-        if sections > 1:  # Queries stay apart; keys and values, which are fewer, come together.
+        if sections > 1:
+            # The sequence is partitioned over devices. Queries stay where they are; keys and
+            # values, which have fewer heads, are gathered.
             axes = ("batch", None, "kv_heads", "head_dim")
             k, v = (nn.with_logical_constraint(x, axes, rules=self.rules) for x in (k, v))
         look = functools.partial(
@@ -104,20 +131,25 @@ class Attention(nn.Module):
 
         if cache is not None:
             k, v = round_for(cache, k), round_for(cache, v)
-        if cache is None:
+        if cache is None:  # Training, or scoring a whole text.
             mixed = look(q, k, v, positions, positions, aligned=True)
         elif x.shape[1] == 1:
-            # One token overwrites nothing that it may still see: the ring holds all its keys.
+            # Decoding. Any key that the token overwrites has just left its window. So the cache is
+            # written first, and then holds every key that the token sees.
             cache = store(cache, k, v, positions)
             mixed = look(q, cache.k, cache.v, positions, cache.positions)
         elif self.window and (self.window - 1) * self.dilation < cache.positions.shape[1]:
-            # A chunk's early queries still need keys that its late tokens overwrite.
+            # A chunk of a prompt, in a cache with a slot for each token of the window: the chunk's
+            # last tokens overwrite keys that its first tokens still see. So attention reads the old
+            # cache and the chunk side by side, and the cache is written afterwards.
             seen, origin = line_up(cache, k, v, positions)
-            # Only then is the ring written: else XLA copies it first, to have it both ways.
+            # The barrier orders the two: otherwise XLA copies the cache, to have the old and the
+            # new one at the same time.
             seen, cache = jax.lax.optimization_barrier((seen, cache))
             mixed = look(q, seen.k, seen.v, positions, seen.positions, aligned=True, origin=origin)
             cache = store(cache, k, v, positions)
-        else:  # As many slots as the text has tokens, or will have: nothing is overwritten.
+        else:
+            # A chunk of a prompt, with a slot for every token of the text: nothing is overwritten.
             cache = store(cache, k, v, positions)
             origin = jnp.zeros(len(x), jnp.int32)
             mixed = look(q, cache.k, cache.v, positions, cache.positions, origin=origin)

@@ -1,8 +1,9 @@
-"""The rolling-buffer key-value cache: a pytree, `write` and `line_up`. It computes no attention.
+"""The rolling-buffer key-value cache (Mistral 7B, arXiv 2310.06825, section 2).
 
-Token p of a row lies in slot p mod S. A layer with a window of W needs no more than W slots (a
-dilated one: what it spans), so the memory of a windowed model does not grow with its text (Mistral
-7B, arXiv 2310.06825, section 2).
+The token at position p of a row is stored in cache slot p mod S, over the token that is S positions
+older. A layer with a window of W tokens needs only W slots (a dilated window: as many as it spans),
+so the memory of a windowed model does not grow with the length of its text. The cache is a pytree
+of arrays; `write` and `line_up` are pure functions of it.
 """
 
 import flax.struct
@@ -17,12 +18,13 @@ from mistral_jax.ops.rows import pick, put
 
 @flax.struct.dataclass
 class LayerCache:
-    """The keys and values that one layer remembers.
+    """The cached keys and values of one layer.
 
     Attributes:
-      k: rotated keys, [B, S, K, H]; in 8 bits with a scale for each token and head, [B, S, K, 1].
-      v: values, likewise.
-      positions: place in its text of the token in each slot, [B, S] int32; -1 = empty.
+      k: rotated keys, [B, S, K, H]; an int8 cache has a float32 scale for each token and head too,
+        [B, S, K, 1].
+      v: values, in the same form.
+      positions: position in its text of the token in each slot, [B, S] int32; -1 = empty slot.
     """
 
     k: MaybeQuantized
@@ -40,13 +42,13 @@ def init_cache(
 
     Args:
       config: the model's architecture.
-      batch_size: rows (B); each advances on its own.
-      length: tokens of the longest row, prompt and continuation. A layer without a window would
-        forget a row's first tokens past this length.
-      dtype: of keys and values: the model's compute dtype, or int8, to which they are rounded.
+      batch_size: number of rows (B); each row advances on its own.
+      length: number of tokens of the longest row, prompt and continuation together. Past it, a
+        layer without a window forgets a row's first tokens.
+      dtype: dtype of keys and values: the model's compute dtype, or int8 to quantise them.
 
     Returns:
-      One `LayerCache` a layer, with S = min(W, length) slots, or for a dilated window
+      One `LayerCache` for each layer, with S = min(W, length) slots. With a dilated window,
       S = min((W - 1) * dilation + 1, length).
     """
 
@@ -60,17 +62,17 @@ def init_cache(
                 return QuantizedMatrix(values, jnp.zeros((*shape[:-1], 1), jnp.float32))
             return values
 
-        # Two calls: a buffer that k and v shared could not be donated.
+        # Called once for k and once for v: JAX cannot donate a buffer that they share.
         return LayerCache(nothing(), nothing(), jnp.full((batch_size, slots), -1, jnp.int32))
 
     return tuple(empty(span) for span in config.spans)
 
 
 def round_for(cache: LayerCache, x: jax.Array) -> MaybeQuantized:
-    """Rounds keys or values [B, T, K, H] to 8 bits, if the cache keeps them so.
+    """Quantises keys or values [B, T, K, H] to int8 if the cache does.
 
-    It is done before any are looked at, so that a token sees others the same, be they in its chunk
-    or in an earlier one.
+    The layer calls it before attention, so that a token sees the same rounded keys whether they
+    are in its own chunk or in the cache. The result then does not depend on the chunk size.
     """
     if isinstance(cache.k, QuantizedMatrix):
         return QuantizedMatrix(*to_int8(x.astype(jnp.float32), 3, jnp))
@@ -84,24 +86,25 @@ def write(
     positions: jax.Array,
     backend: Backend = PLAIN,
 ) -> LayerCache:
-    """Stores a chunk's last S tokens of each row, over the oldest ones.
+    """Stores the last S tokens of a chunk in each row, over the oldest tokens.
 
     Args:
-      cache: the layer's cache; S slots.
+      cache: the layer's cache, with S slots.
       k: rotated keys of the chunk, [B, T, K, H], as `round_for` returns them.
-      v: values of the chunk, likewise.
-      positions: places of the chunk's tokens, [B, T] int32, rising by 1 along a row; -1 = padding,
-        which is not stored.
-      backend: what this is traced for.
+      v: values of the chunk, in the same form.
+      positions: positions of the chunk's tokens, [B, T] int32, rising by 1 along a row; -1 =
+        padding, which is not stored.
+      backend: the backend that this is traced for.
 
     Returns:
-      The new cache; the same for every way to cut a text into chunks.
+      The new cache. It is the same however the text is cut into chunks.
     """
     slots = cache.positions.shape[1]
-    # Of two tokens for one slot only the later is written: a scatter's order is undefined.
+    # A chunk longer than S has several tokens for one slot. Only the last one may be written, for
+    # the order of writes in a scatter is undefined.
     last = jnp.max(positions, axis=1, keepdims=True)
     stored = (positions >= 0) & (positions > last - slots)
-    # Slot S does not exist: what is not stored is dropped there.
+    # Slot S does not exist, so the scatter drops the tokens that are sent there.
     slot = jnp.where(stored, positions % slots, slots)
 
     return jax.tree.map(
@@ -114,21 +117,24 @@ def write(
 def line_up(
     cache: LayerCache, k: MaybeQuantized, v: MaybeQuantized, positions: jax.Array
 ) -> tuple[LayerCache, jax.Array]:
-    """Puts what a ring holds and a chunk brings in the order of their places in the text.
+    """Joins the cached tokens and a chunk, in the order of their positions.
+
+    The chunk's queries attend to the result. It still has the keys that `write` will overwrite, and
+    its order lets each block of queries read only the keys that its window reaches.
 
     Args:
-      cache: the layer's cache before the chunk; S slots.
+      cache: the layer's cache before the chunk, with S slots.
       k: rotated keys of the chunk, [B, T, K, H], as for `write`.
-      v: values of the chunk, likewise.
-      positions: places of the chunk's tokens, likewise.
+      v: values of the chunk, in the same form.
+      positions: positions of the chunk's tokens, as for `write`.
 
     Returns:
-      S + T entries, of which S + i is the chunk's token i; and the place of each row's first, [B]
-      int32: entry i has place origin + i, or is empty.
+      S + T entries, of which entry S + i is token i of the chunk; and the position of entry 0 of
+      each row, [B] int32. Entry i has position origin + i, or is empty.
     """
     slots = cache.positions.shape[1]
     entries = jnp.arange(slots + k.shape[1], dtype=jnp.int32)[None]
-    # The chunk's own begin after its padding; before them, all are the ring's.
+    # A row's tokens begin after its padding. All entries before them come from the cache.
     column = jax.lax.argmax(positions >= 0, 1, jnp.int32)[:, None]
     origin = jnp.take_along_axis(positions, column, axis=1) - column - slots
     old, place = entries < slots + column, origin + entries

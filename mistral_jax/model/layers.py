@@ -1,7 +1,7 @@
-"""The layers that hold parameters: projection, RMSNorm, embedding, gated MLP.
+"""The layers that hold parameters: projections, RMSNorm, the embedding and the gated MLP.
 
-They do not know how they are stacked. Every parameter names its logical axes, which `sharding.py`
-maps to a mesh.
+Every parameter declares its logical axes, such as "heads" or "embed". `parallel/sharding.py` maps
+these to the axes of a device mesh, so the model itself names no device.
 """
 
 import functools
@@ -20,7 +20,7 @@ from mistral_jax.ops.rows import look_up
 
 
 class Axes(NamedTuple):
-    """The logical axes of a matrix, output axes first, as PyTorch stores them.
+    """The logical axes of a matrix: output axes first, as PyTorch stores a linear layer's weight.
 
     Attributes:
       outputs: axes of the product's result.
@@ -31,7 +31,7 @@ class Axes(NamedTuple):
     inputs: tuple[str, ...]
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
-        """Returns the sizes of all axes in a model."""
+        """Returns the shape of the matrix in a model with this config."""
         sizes = {
             "vocab": config.vocab_size,
             "embed": config.embed_dim,
@@ -43,9 +43,9 @@ class Axes(NamedTuple):
         return tuple(sizes[axis] for axis in (*self.outputs, *self.inputs))
 
     def divide(self, axes: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Divides what is known of each axis, such as its size, into outputs and inputs.
+        """Divides a tuple with one entry for each axis, such as a shape, into outputs and inputs.
 
-        Axes before the named ones, such as one of stacked layers, count as outputs.
+        Axes in front of the declared ones, such as that of stacked layers, count as outputs.
         """
         count = len(axes) - len(self.inputs)
         return axes[:count], axes[count:]
@@ -66,17 +66,18 @@ MATRICES = {
 
 
 class Projection(nn.Module):
-    """Multiplies by the matrix that `MATRICES` has under the module's name.
+    """A linear layer without a bias. `MATRICES` declares its axes under the module's name.
 
-    Where its parameters have an adapter beside the matrix, `lora_a` [R, inputs] and `lora_b`
-    [outputs, R], the product of the two is added to the matrix's (LoRA, arXiv 2106.09685).
+    If the parameters hold an adapter beside the matrix, `lora_a` [R, inputs] and `lora_b`
+    [outputs, R], the layer adds the adapter's product to that of the matrix (LoRA, arXiv
+    2106.09685).
 
     Attributes:
       config: the architecture.
-      dtype: of the product's operands; sums are float32.
-      backend: what it is traced for.
-      out_dtype: of the result; None = dtype.
-      dropout: share of an adapter's inputs that are dropped where there is an rng "dropout".
+      dtype: dtype of the operands; sums are float32.
+      backend: the backend that the layer is traced for.
+      out_dtype: dtype of the result; None = dtype.
+      dropout: dropout rate of the adapter's inputs, used only with an rng named "dropout".
     """
 
     config: ModelConfig
@@ -98,7 +99,7 @@ class Projection(nn.Module):
         return project(x, [self])[0]
 
     def complete(self, product: jax.Array, x: jax.Array) -> jax.Array:
-        """Adds what an adapter makes of `x` to the matrix's product with it."""
+        """Adds the adapter's product with `x`, if there is an adapter, and casts the result."""
         if self.has_variable("params", "lora_a"):
             a, b = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
             if self.dropout and self.has_rng("dropout"):
@@ -111,14 +112,21 @@ class Projection(nn.Module):
 
 
 def project(x: jax.Array, projections: Sequence[Projection]) -> list[jax.Array]:
-    """Projects `x` by each of `projections`, which differ in sizes only, at once."""
+    """Projects `x` by several projections in one call, which some backends compute faster.
+
+    The projections may differ in the sizes of their axes, but in nothing else.
+    """
     first, matrices = projections[0], [one.matrix for one in projections]
     products = multiply_each(x, matrices, first.outputs, first.dtype, first.backend)
     return [one.complete(product, x) for one, product in zip(projections, products, strict=True)]
 
 
 class RMSNorm(nn.Module):
-    """Divides by the root mean square in float32, then scales in `dtype` (arXiv 1910.07467)."""
+    """Root mean square normalisation (arXiv 1910.07467).
+
+    The mean is computed in float32, and the scale is applied after the cast to `dtype`, as in
+    Mistral's reference implementation: at half precision another order rounds differently.
+    """
 
     eps: float
     dtype: jnp.dtype
@@ -134,7 +142,7 @@ class RMSNorm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Looks tokens up in a table, and scores every token against it where the output is tied."""
+    """The table of token vectors; with tied embeddings, also the output matrix."""
 
     config: ModelConfig
     dtype: jnp.dtype
@@ -151,8 +159,9 @@ class Embedding(nn.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Returns the vectors [B, T, D] of `tokens` [B, T]."""
         x = look_up(self.embedding, tokens, self.backend).astype(self.dtype)
-        # Split as the table is: what devices share by width they look up for each other's tokens,
-        # and exchange. Else XLA may gather all activations on the way back.
+        # The result is partitioned as the table is. Where devices hold parts of the width, each
+        # looks up its part for the others' tokens, and they exchange the parts. Otherwise XLA may
+        # gather all activations in the backward pass.
         width = set(mesh_axes(self.rules, "embed"))
         places = (
             axis if width.isdisjoint(mesh_axes(self.rules, axis)) else None
@@ -183,6 +192,7 @@ class MLP(nn.Module):
         gate, up = projection(name="gate_proj"), projection(name="up_proj")
         down = projection(name="down_proj")
         opened, raised = project(x, [gate, up])
-        # Rounded once, as PyTorch does: each of its operations would else be.
+        # In float32 silu rounds once, as in PyTorch. In `dtype` each operation inside it would
+        # round.
         gated = nn.silu(opened.astype(jnp.float32)).astype(self.dtype) * raised
         return down(nn.with_logical_constraint(gated, ("batch", "length", "mlp"), rules=self.rules))

@@ -1,13 +1,22 @@
-"""`Block` and `Transformer`: the whole forward pass. They hold no weights and choose no tokens.
+"""`Transformer` and `Block`: the forward pass, from tokens to logits.
 
-The letters of shapes and einsums, here and everywhere else:
+The model is a pure function: `model.apply({"params": params}, tokens, positions, cache)` returns
+the logits and the updated cache. Tokens are embedded, pass through L blocks of attention and MLP,
+and are normalised and multiplied by the output matrix.
 
-  B  batch                      D  embed_dim, the residual stream     N  num_heads = K * G
+Positions are data. The position of a token decides its rotation, its attention mask and its cache
+slot, and position -1 marks padding. So rows of different lengths and ages share a batch without a
+pad token or left padding, and a text may be read in chunks of any size with the same result.
+
+These letters name the axes of arrays here and everywhere else:
+
+  B  batch rows                 D  embed_dim, the residual stream     N  num_heads = K * G
   T  query length               F  mlp_dim                            K  num_kv_heads
   S  key length, cache slots    V  vocab_size                         G  queries per key-value head
   L  num_layers                 W  sliding_window, own key included   H  head_dim
 
-The parameters, output axes first, heads unfolded, one entry a layer:
+The parameters, with output axes first, heads in an axis of their own (which a mesh can partition),
+and one entry for each layer:
 
   embed/embedding [V, D]                        layers_i/attn_norm/scale [D]
   layers_i/attn/q_proj/kernel [N, H, D]         layers_i/mlp_norm/scale [D]
@@ -38,7 +47,10 @@ Params = Mapping[str, Any]
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each on the normalised residual stream and added to it."""
+    """One layer: attention, then the MLP, each applied to the normalised residual stream.
+
+    See `Attention` for the fields.
+    """
 
     config: ModelConfig
     window: int | None
@@ -56,7 +68,17 @@ class Block(nn.Module):
         angles: tuple[jax.Array, jax.Array],
         cache: LayerCache | None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        """Maps `x` [B, T, D] to [B, T, D], and the cache to the one that has seen `x` too."""
+        """Adds the outputs of attention and of the MLP to `x`.
+
+        Args:
+          x: the residual stream, [B, T, D].
+          positions: position of each token in its text, [B, T] int32; -1 = padding.
+          angles: cosines and sines from `rotary_angles`.
+          cache: this layer's cache of earlier tokens; None = there are no earlier tokens.
+
+        Returns:
+          The residual stream after the layer, [B, T, D], and the updated cache.
+        """
         config, dtype, rules = self.config, self.dtype, self.rules
         of = {"backend": self.backend, "dropout": self.dropout}
         normal = RMSNorm(config.norm_eps, dtype, name="attn_norm")(x)
@@ -71,25 +93,25 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Mistral: a pure function of (params, tokens, positions, cache).
+    """The language model: a pure function of (params, tokens, positions, cache).
 
     Attributes:
       config: the architecture.
-      dtype: of activations and of products' operands; norms' statistics, rotations, softmax and
-        logits are float32 whatever it is.
-      rules: which mesh axes each logical axis of an activation lies on (see `sharding.py`); empty =
-        left to the compiler.
-      remat: what a gradient keeps of the inside of each block, the rest of which it computes again
-        (arXiv 1604.06174): name of a policy of `jax.checkpoint_policies`. "nothing_saveable" is a
-        third more work, for a small part of the memory. None = all is kept.
-      scan: whether one compiled block runs over all layers' parameters, stacked as `stack_layers`
-        does it, in place of a program that is as long as the model is deep. It is for training:
+      dtype: dtype of activations and of the operands of products. The statistics of norms,
+        rotations, softmax and logits are always float32.
+      rules: the mesh axes that partition each logical axis of an activation (see
+        `parallel/sharding.py`); empty = XLA decides.
+      remat: name of a policy of `jax.checkpoint_policies` that says what each block saves for the
+        backward pass, which computes the rest again (arXiv 1604.06174). "nothing_saveable" costs a
+        third more work, and needs a small part of the memory. None = save everything.
+      scan: whether to compile one block and scan it over the parameters of all layers, stacked by
+        `stack_layers`. The program is then small however deep the model is. For training only:
         without a cache, and with the same window and dilation in all layers.
-      dropout: share of the inputs of adapters that are dropped where there is an rng "dropout".
-      kv_cache_dtype: of the keys and values that a cache keeps; None = `dtype`. To "int8" they are
-        rounded with a scale for each token and head.
-      backend: what it is traced for; `load` sets it from the devices of the parameters, and without
-        it the first device counts when the model is made.
+      dropout: dropout rate of the adapters' inputs, used only with an rng named "dropout".
+      kv_cache_dtype: dtype of cached keys and values; None = `dtype`. "int8" quantises them, with a
+        scale for each token and head.
+      backend: the backend that the model is traced for. `load` sets it from the devices that hold
+        the parameters; the default is chosen from this process's devices.
     """
 
     config: ModelConfig
@@ -109,21 +131,21 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         logits_at: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
-        """Computes the logits of the token after each token.
+        """Computes, for each token, the logits of the next token.
 
         Args:
           tokens: token ids, [B, T] int32.
-          positions: place of each token in its text, [B, T] int32, rising by 1 along a row; -1 =
-            padding, before or after a row's tokens, unseen and with logits that mean nothing.
-            Without a cache a row may hold several texts, one after another, each from its own
-            position 0 on: none of them sees another.
-          cache: what came before, as `init_cache` or an earlier call gives it; None = nothing did,
-            and nothing is to be remembered.
-          logits_at: column whose logits are wanted, [B] int32; None = all.
+          positions: position of each token in its text, [B, T] int32, rising by 1 along a row; -1 =
+            padding, before or after a row's tokens. No token sees padding, and its logits have no
+            meaning. Without a cache a row may hold several texts, one after another, each with
+            positions from 0; tokens then see only their own text.
+          cache: the cache of earlier tokens, from `init_cache` or an earlier call; None = there are
+            no earlier tokens, and these are not cached.
+          logits_at: column of each row whose logits to compute, [B] int32; None = all columns.
 
         Returns:
-          The logits, [B, T, V] (with `logits_at`: [B, 1, V]) float32, and the cache that has seen
-          `tokens` too, or None.
+          The logits, [B, T, V] float32 (with `logits_at`: [B, 1, V]), and the updated cache, or
+          None without a cache.
         """
         config, dtype = self.config, self.dtype
         chex.assert_rank([tokens, positions], 2)
@@ -144,7 +166,7 @@ class Transformer(nn.Module):
         return logits, cache
 
     def _blocks(self, x, positions, angles, cache):
-        """Passes `x` [B, T, D] through all layers."""
+        """Applies all layers to `x` [B, T, D]."""
         config, block_class = self.config, Block
         if self.remat:
             policy = getattr(jax.checkpoint_policies, self.remat)
@@ -181,11 +203,12 @@ class Transformer(nn.Module):
 
 
 def stack_layers(params: Params, consume: bool = False) -> Params:
-    """Joins `layers_0`, `layers_1`, ... to one entry, `layers`, of arrays with a first axis L.
+    """Stacks `layers_0`, `layers_1`, ... into one entry `layers`, whose arrays have a first axis L.
 
     Args:
-      params: the parameters, or any tree like them.
-      consume: whether to free each array once it is part of another, for the memory of one model.
+      params: the parameters, or any tree of the same structure.
+      consume: whether to delete each array as soon as it is stacked, so that memory never holds two
+        copies of the model.
     """
     rest = {name: part for name, part in params.items() if not name.startswith("layers_")}
     layers = [params[f"layers_{i}"] for i in range(len(params) - len(rest))]

@@ -1,1 +1,1 @@
-"""How products and attention are computed on each backend, behind one function each."""
+"""Products, attention and table lookups, each behind one function that suits the backend."""

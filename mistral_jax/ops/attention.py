@@ -1,6 +1,7 @@
-"""Grouped-query attention, and the one place that picks how it is computed.
+"""Grouped-query attention, and the choice of its implementation.
 
-It holds no parameters, makes no mask, and does not know where keys are kept.
+`attend` picks a kernel (C++, splash or cuDNN) that the backend has and that takes the arrays, or
+else computes attention with XLA's operations, in blocks of queries and of keys.
 """
 
 import functools
@@ -16,23 +17,26 @@ from mistral_jax.ops.partition import Rules
 from mistral_jax.ops.pieces import attend_present, fill, take, weigh, weigh_pieces
 from mistral_jax.ops.quantized import MaybeQuantized, QuantizedMatrix
 
-# Queries attended at a time: larger blocks spill a CPU's caches, smaller ones starve it.
+# Queries of a block. Larger blocks do not fit in a CPU's caches; smaller ones give it too little
+# work at a time.
 BLOCK = 128
-# Keys attended at a time by a block, which bounds the memory of texts without a window.
+# Keys that a block of queries attends to at a time. It bounds the memory of long texts without a
+# window.
 KEYS = 8192
-# Up to here every block has its own exact range of keys; beyond, one compiled body serves all.
+# Up to this many blocks are unrolled, each with its own exact range of keys. More blocks share one
+# compiled loop body.
 UNROLLED_BLOCKS = 8
 
 
 class _Pattern(NamedTuple):
-    """Which keys are visible; a tuple, so that programs of equal ones are shared."""
+    """Which keys are visible. A tuple compares by value, so equal patterns share a program."""
 
     visible: Callable[..., jax.Array]
     window: int | None
     dilation: int
 
     def mask(self, q_positions, kv_positions, q_texts=None, kv_texts=None):
-        """Returns the mask [B, T, S] of a block."""
+        """Returns the mask of a block, [B, T, S] bool."""
         return self.visible(
             q_positions, kv_positions, self.window, self.dilation, q_texts, kv_texts
         )
@@ -54,31 +58,34 @@ def attend(
     rules: Rules = (),
     backend: Backend = PLAIN,
 ) -> jax.Array:
-    """Attends from every query to the keys that it may see.
+    """Attends from every query to the keys that it sees.
 
-    Never builds T x S scores: queries go in blocks, and meet `KEYS` keys at a time. Where keys
-    stand in the order of the queries (`aligned`), a block reads only the keys that its window can
-    reach; where the place of each is known (`origin`), only those of them that are there, if the
-    processor may decide as it runs.
+    The T x S scores never exist as a whole: queries are processed in blocks, and each block meets
+    `KEYS` keys at a time. With `aligned` keys, a block reads only the keys that its window reaches.
+    With a known `origin`, a CPU also skips keys that are absent, which it decides at run time.
 
     Args:
-      visible: the mask function, called with the arguments of `model.attention.visible`; it shows
-        no key beyond the window. `splash` does not call it, and builds its mask from the window.
+      visible: the mask function, called with the arguments of `model.attention.visible`. It must
+        show no key beyond the window. The splash kernel does not call it: it builds its mask from
+        the window.
       q: queries, [B, T, N, H].
-      k: keys, [B, S, K, H]; each serves G = N / K query heads. Of int8, with scales [B, S, K, 1].
-      v: values, likewise.
-      q_positions: place of each query, [B, T] int32; -1 = padding, whose output is finite.
-      kv_positions: place of each key, [B, S] int32; -1 = no key there.
-      window: keys visible (W), the query's own included; None = all.
-      dilation: distance between neighbouring keys that are visible.
-      aligned: key S - T + i is the key of query i. Without a cache (S = T) a row may then hold
-        several texts, one after another, with padding between them; the positions of each rise by
-        1, and none sees another.
-      origin: key i of a row has place origin + i, or is not there, [B] int32. None = any order.
-        Given one, gradients do not pass.
-      sections: equal parts of T that are worked on side by side, each on the devices that hold it.
-      rules: mesh axes of the logical axes, which a TPU's kernel is split by.
-      backend: what this is traced for.
+      k: keys, [B, S, K, H], each shared by G = N / K query heads; int8 keys have scales
+        [B, S, K, 1].
+      v: values, in the same form.
+      q_positions: position of each query in its text, [B, T] int32; -1 = padding, whose output is
+        finite and has no meaning.
+      kv_positions: position of each key in its text, [B, S] int32; -1 = no key.
+      window: number of visible keys (W), the query's own included; None = no limit.
+      dilation: distance between visible keys.
+      aligned: whether key S - T + i is the key of query i. Without a cache (S = T) a row may then
+        hold several texts, one after another, with padding between them. The positions of each
+        text rise by 1, and queries see only keys of their own text.
+      origin: position of each row's key 0, [B] int32: key i has position origin + i, or is absent.
+        None = keys are in any order. Attention with an origin has no gradient.
+      sections: number of equal parts of T that are computed side by side, each on the devices that
+        hold it.
+      rules: mesh axes of the logical axes, by which kernels are partitioned.
+      backend: the backend that this is traced for.
 
     Returns:
       [B, T, N, H] in the dtype of `q`.
@@ -96,14 +103,15 @@ def attend(
     q_places, kv_places = (q_positions, None), (kv_positions, None)
     before = keys if window is None else min(keys, (window - 1) * dilation)
     if aligned and length == keys:
-        # A text is known by where its position 0 stands, or would stand.
+        # All tokens of a text have the same (index - position), and tokens of different texts have
+        # different ones: it serves as the text's number.
         texts = jnp.arange(length, dtype=jnp.int32)[None] - q_positions
         q_places, kv_places = (q_positions, texts), (kv_positions, texts)
     offset = keys - length if aligned else None
     if sections > 1 and length % sections == 0:
         return _attend_sections(q, k, v, q_places, kv_places, pattern, before, offset, sections)
-    # A GPU would wait for the host before each piece; devices of a mesh would have to agree on how
-    # many there are.
+    # Only on one CPU: a GPU would wait for the host before each piece, and the devices of a mesh
+    # would have to agree on the number of pieces.
     if origin is not None and length > 1 and backend.is_one_cpu:
 
         def weigh_seen(q, k, v, q_positions, kv_positions):
@@ -125,7 +133,7 @@ def _widen(x, dtype):
 
 @jax.custom_jvp
 def _attend_once(q, k, v, mask):
-    """Attends from one token of each row, by a kernel."""
+    """Attends from one token of each row, with the C++ kernel."""
     numbers, scales = (k, v), ()
     if isinstance(k, QuantizedMatrix):
         numbers, scales = (k.values, v.values), (k.scale[..., 0], v.scale[..., 0])
@@ -134,7 +142,7 @@ def _attend_once(q, k, v, mask):
 
 @_attend_once.defjvp
 def _differentiate_once(primals, tangents):
-    """Differentiates what XLA knows to be the same."""
+    """Differentiates the same function in XLA's operations, for the kernel has no gradient."""
     q, k, v, mask = primals
 
     def plain(q, k, v):
@@ -149,10 +157,11 @@ def _attend_by_cudnn(q, k, v, q_places, kv_places, pattern, rules):
 
 
 def _attend_blocks(q, k, v, q_places, kv_places, pattern, before, offset, one, size):
-    """Attends block by block; query i sees at most `before` keys before key `offset` + i.
+    """Attends block by block.
 
-    Without an offset, keys are in any order, and each block reads all. `one` attends from a block
-    of `size` queries, or of fewer.
+    Query i sees at most the `before` keys in front of key `offset` + i. Without an offset keys are
+    in any order, and each block reads all of them. `one` computes a block of at most `size`
+    queries.
     """
     length, keys = q.shape[1], k.shape[1]
     if length <= size and (offset is None or offset <= before):
@@ -164,7 +173,7 @@ def _attend_blocks(q, k, v, q_places, kv_places, pattern, before, offset, one, s
             stop = min(start + size, length)
             seen = slice(0, keys)
             if offset is not None:
-                # From a multiple of 8 on: kernels would copy an odd number of keys.
+                # The range begins at a multiple of 8: kernels copy keys that are not so aligned.
                 first = max(0, offset + start - before) // 8 * 8
                 seen = slice(first, offset + stop)
             queries = jax.tree.map(lambda x, a=start, b=stop: x[:, a:b], (q, q_places))
@@ -186,7 +195,10 @@ def _attend_blocks(q, k, v, q_places, kv_places, pattern, before, offset, one, s
 
 
 def _attend_sections(q, k, v, q_places, kv_places, pattern, before, offset, sections):
-    """Attends from each section to the keys that it can reach: as many for one as for another."""
+    """Attends from each section to the keys that it can reach, the same number for each section.
+
+    `jax.vmap` runs the sections side by side, so that XLA can partition them over devices.
+    """
     length, keys = q.shape[1], k.shape[1]
     size = length // sections
     reach = keys if offset is None else min(keys, before + size)
@@ -209,9 +221,9 @@ def _attend_sections(q, k, v, q_places, kv_places, pattern, before, offset, sect
     return mixed.reshape(q.shape)
 
 
-@functools.partial(jax.checkpoint, static_argnums=5)  # A gradient computes the scores again.
+@functools.partial(jax.checkpoint, static_argnums=5)  # The backward pass computes scores again.
 def _attend_block(q, k, v, q_places, kv_places, pattern):
-    """Attends with scores [B, K, G, T, S] of all keys at once, or of `KEYS` if there are more."""
+    """Attends from one block of queries to all keys, at most `KEYS` of them at a time."""
 
     def weigh_seen(k, v, kv_places):
         (q_positions, q_texts), (kv_positions, kv_texts) = q_places, kv_places

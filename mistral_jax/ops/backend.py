@@ -1,7 +1,7 @@
-"""`Backend`: the devices that programs are traced for, and the kernels that they may use there.
+"""`Backend`: the kind of device that a program is traced for, and the kernels that it may use.
 
-It is chosen before anything is traced, and nothing below asks JAX what devices there are: so a
-program can be traced on a CPU for a TPU, and each implementation be compared with the plain one.
+It is chosen once, before tracing, and no traced function asks JAX for its devices. So a CPU can
+trace the program of a TPU, and tests can compare each implementation with the plain one.
 """
 
 import dataclasses
@@ -15,15 +15,17 @@ from mistral_jax.ops import cudnn, library
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """What programs are traced for. `Backend()` stands for XLA's own operations on any device.
+    """The kind of device that programs are traced for.
+
+    `Backend()` has no kernels: programs then use XLA's operations only, and run on any device.
 
     Attributes:
       platform: "cpu", "gpu" or "tpu".
-      chip: what of it decides how something is computed: the compute capability of a GPU, "vnni"
-        for a CPU that multiplies bytes.
-      alone: whether programs run on one device, where no mesh is in use.
-      kernels: names of the kernels that may be used: "native" (the C++ of `kernels.py`), "splash"
-        (of a TPU), "cudnn" (of an NVIDIA GPU).
+      chip: the feature of the chip that decides between implementations: the compute capability of
+        a GPU, "vnni" for a CPU with instructions that multiply bytes.
+      alone: whether programs run on one device, without a mesh.
+      kernels: names of the kernels that programs may call: "native" (C++, on a CPU; see
+        `kernels.py`), "splash" (Pallas, on a TPU), "cudnn" (on an NVIDIA GPU).
     """
 
     platform: str = "cpu"
@@ -33,18 +35,19 @@ class Backend:
 
     @classmethod
     def of(cls, devices: Sequence[jax.Device], planned: bool = False) -> "Backend":
-        """Chooses for the devices that a model lies on.
+        """Chooses the backend for the devices that hold a model.
 
         Args:
-          devices: all of them, of one kind.
-          planned: whether they are there to be compiled for, not to run anything. Their kernels
-            are then assumed to work; planned CPU devices stand for others, and have none.
+          devices: all devices of the model; they are of one kind.
+          planned: whether programs are only compiled for these devices, and not run. Their kernels
+            are then assumed to work. Planned CPU devices stand in for other devices, and get no
+            kernels.
         """
         platform, alone = devices[0].platform, len(devices) == 1
         if platform == "tpu":
             return cls("tpu", alone=alone, kernels=("splash",))
         if platform in ("gpu", "cuda", "rocm"):
-            # The capability of AMD's GPUs is a name, such as "gfx90a".
+            # AMD's GPUs have a name here, such as "gfx90a", and no cuDNN.
             chip = str(getattr(devices[0], "compute_capability", ""))
             major = chip.partition(".")[0]
             runs = major.isdigit() and int(major) >= 8 and (planned or cudnn.runs())
@@ -56,12 +59,12 @@ class Backend:
 
     @property
     def is_one_cpu(self) -> bool:
-        """Whether what is traced now is for one CPU: no mesh is in use."""
+        """Whether the program being traced runs on one CPU, without a mesh."""
         return self.platform == "cpu" and self.alone and jax.sharding.get_abstract_mesh().empty
 
     @property
     def has_native(self) -> bool:
-        """Whether what is traced now may call the C++ kernels."""
+        """Whether the program being traced may call the C++ kernels."""
         return "native" in self.kernels and self.is_one_cpu
 
 
@@ -69,10 +72,10 @@ PLAIN = Backend()
 
 
 def default() -> Backend:
-    """Chooses for arrays that nobody has placed: they lie on the first device.
+    """Chooses the backend for arrays without an explicit placement, which JAX puts on device 0.
 
-    Where a process has several accelerators, somebody may yet spread them, which XLA does with a
-    CPU's kernels and cannot do with a TPU's.
+    With several accelerators the caller may still spread the arrays over a mesh, and XLA cannot
+    partition a TPU kernel. So the choice counts all accelerators, but only one CPU device.
     """
     devices = jax.local_devices()
     return Backend.of(devices[:1] if devices[0].platform == "cpu" else devices)

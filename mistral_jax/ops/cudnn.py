@@ -1,7 +1,7 @@
-"""Attention on an NVIDIA GPU by cuDNN's flash kernel, behind `attention.attend`.
+"""Attention on an NVIDIA GPU with cuDNN's flash attention kernel, called by `attention.attend`.
 
-It reads prompts, a block of queries at a time. It has not been run: tests put XLA's product in the
-kernel's place, and `benchmarks/gpu.py` compiles it for a GPU that is not here.
+It computes prompts, one block of queries at a time. It has not been run on a GPU yet: tests replace
+the kernel by XLA's operations, and `benchmarks/gpu.py` compiles it without a GPU.
 """
 
 import functools
@@ -14,16 +14,16 @@ from mistral_jax.ops import partition
 from mistral_jax.ops.partition import Rules
 from mistral_jax.ops.pieces import fill
 
-# Queries attended at a time, which bounds their mask, [B, T, S].
+# Queries of a block, which bounds the size of its mask, [B, T, S].
 BLOCK = 512
 IMPLEMENTATION = "cudnn"
 
 
 def fits(q: jax.Array, k: jax.Array, v: jax.Array, rules: Rules) -> bool:
-    """Whether `attend` can take these arrays, on a GPU whose backend has the kernel.
+    """Tells whether `attend` can take these arrays, on a backend with the kernel.
 
-    They are all bfloat16 or all float16, with heads of at most 128 numbers, a multiple of 8. On a
-    mesh, its rules must give each device the keys of its queries.
+    The arrays must be all bfloat16 or all float16, with a head width that is a multiple of 8 and at
+    most 128. On a mesh, the rules must give each device the keys of its queries.
 
     Args:
       q: queries, [B, T, N, H].
@@ -42,13 +42,13 @@ def fits(q: jax.Array, k: jax.Array, v: jax.Array, rules: Rules) -> bool:
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, rules: Rules = ()
 ) -> jax.Array:
-    """Attends from every query to the keys that the mask shows; scores and sums are float32.
+    """Attends from every query to the keys that the mask shows, with float32 scores and sums.
 
     Args:
       q: queries, [B, T, N, H].
       k: keys, [B, S, K, H].
       v: values, [B, S, K, H].
-      mask: which keys each query sees, [B, T, S] bool; one that sees none has a finite result.
+      mask: True where a query sees a key, [B, T, S]. A query that sees no key gets a finite output.
       rules: mesh axes of the logical axes.
 
     Returns:
@@ -60,7 +60,7 @@ def attend(
 def _attend_rows(q, k, v, mask):
     k, v = fill(k, 8, 0), fill(v, 8, 0)
     mask = jnp.pad(mask, [(0, 0), (0, 0), (0, k.shape[1] - mask.shape[2])])
-    # What lies behind the last key that a row's queries see is not even read.
+    # The kernel does not read past the last key that any query of the row sees.
     seen, places = jnp.any(mask, axis=1), jnp.arange(1, k.shape[1] + 1, dtype=jnp.int32)[None]
     lengths = jnp.max(jnp.where(seen, places, 1), axis=1)
     return jax.nn.dot_product_attention(
@@ -70,7 +70,7 @@ def _attend_rows(q, k, v, mask):
 
 @functools.cache
 def runs() -> bool:
-    """Tries the kernel, once: cuDNN may be missing, or too old."""
+    """Tells whether the kernel runs here, by trying it once: cuDNN may be missing or too old."""
     try:
         with jax.ensure_compile_time_eval():
             few = jnp.zeros((1, 16, 1, 64), jnp.bfloat16)

@@ -1,8 +1,9 @@
-"""C++ kernels used on a CPU: products of few rows, wide matrices, a token's attention, table rows.
+"""C++ kernels used on a CPU, as functions of JAX arrays.
 
-`library` compiles them, and a `Backend` says whether they may be called. Each is one JAX primitive
-with a plain form: on a CPU XLA calls the kernel; for any other platform, and in an exported
-program, which must run where this process's library is not, XLA compiles the plain form.
+They multiply few rows by matrices, widen matrices to float32, attend from single tokens, and copy
+rows of tables. `library` compiles them, and a `Backend` says whether programs may call them. Each
+call is a JAX primitive that also has a plain form in XLA's operations. XLA compiles the plain form
+for any other platform, and in exported programs, which run in processes without the library.
 """
 
 import ctypes
@@ -19,25 +20,31 @@ from mistral_jax.ops import library
 from mistral_jax.ops.library import DTYPES, MOST_ROWS
 from mistral_jax.ops.quantized import einsum
 
-# Rows from which on it pays to write a matrix of bfloat16 out in float32.
+# With this many rows or more, it pays to write a bfloat16 matrix out in float32.
 _MANY = 64
 
 
 def suit(rows: jax.Array, matrices: Sequence[jax.Array]) -> bool:
-    """Whether `products` takes these, and is faster than XLA's."""
+    """Tells whether `products` takes these arrays and is faster than XLA.
+
+    Args:
+      rows: [..., X].
+      matrices: each [Y, X].
+    """
     count, kinds = math.prod(rows.shape[:-1]), {matrix.dtype.name for matrix in matrices}
     if len(kinds) > 1 or not kinds.issubset(DTYPES):
         return False
     if count <= MOST_ROWS:
         return True
-    # Many rows of 16 bits XLA multiplies faster than three parts of 8 bits are.
+    # With many rows in 16 bits, XLA is faster than this kernel, which multiplies three 8-bit parts
+    # of each row.
     return kinds == {"int8"} and rows.dtype == jnp.float32 and count <= _constant("most_rows_int8")
 
 
 def should_widen(rows: jax.Array, matrix: jax.Array) -> bool:
-    """Whether XLA multiplies `rows` faster in float32, by what `widen` makes of `matrix`.
+    """Tells whether XLA multiplies `rows` faster by `matrix` after `widen`.
 
-    So it is with many rows of bfloat16, where the processor does not multiply that.
+    It does with many bfloat16 rows, on a processor without instructions that multiply bfloat16.
     """
     many = math.prod(rows.shape[:-1]) >= _MANY and rows.dtype == jnp.bfloat16
     narrow = matrix.dtype.name in ("bfloat16", "int8")
@@ -49,11 +56,11 @@ def products(rows: jax.Array, matrices: Sequence[jax.Array]) -> list[jax.Array]:
     """Multiplies `rows` [..., X] by each of `matrices` [Y, X], in one call.
 
     Args:
-      rows: float32, or what else widens to it; with bfloat16 matrices, bfloat16.
-      matrices: all float32, all bfloat16, or all int8, whose values are used as they are.
+      rows: float32, or a dtype that widens to it; with bfloat16 matrices, bfloat16.
+      matrices: all float32, all bfloat16, or all int8. int8 values are not scaled.
 
     Returns:
-      [..., Y] float32 for each: sums in float32 of exact products.
+      [..., Y] float32 for each matrix: sums in float32 of exact products.
     """
     flat = rows.astype(jnp.float32).reshape(-1, rows.shape[-1])
     results = [jax.ShapeDtypeStruct((len(flat), len(matrix)), jnp.float32) for matrix in matrices]
@@ -64,7 +71,7 @@ def products(rows: jax.Array, matrices: Sequence[jax.Array]) -> list[jax.Array]:
 
 @products.defjvp
 def _differentiate(primals, tangents):
-    """Differentiates what XLA knows to be the same."""
+    """Differentiates the plain form, for the kernel has no gradient."""
     return products(*primals), jax.jvp(_plain, primals, tangents)[1]
 
 
@@ -78,9 +85,12 @@ def _plain_products(rows, *matrices):
 
 
 def widen(matrix: jax.Array, after: jax.Array) -> jax.Array:
-    """Returns `matrix` [Y, X], bfloat16 or int8, in float32, computed not before `after`.
+    """Converts `matrix` [Y, X], bfloat16 or int8, to float32; it has no gradient.
 
-    XLA would else widen all matrices first, and hold them. It is not differentiated.
+    Args:
+      matrix: the matrix.
+      after: an array that must be computed first. Without it XLA widens the matrices of all layers
+        at the start, and holds them all in memory.
     """
     result = jax.ShapeDtypeStruct(matrix.shape, jnp.float32)
     return _call(f"widen_{matrix.dtype.name}", _plain_widen, [result], matrix, after)[0]
@@ -92,11 +102,11 @@ def _plain_widen(matrix, after):
 
 @jax.custom_jvp
 def take(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Takes rows of `table` [V, D]; out of range, the first or the last.
+    """Takes rows of `table` [V, D].
 
     Args:
-      table: of any dtype.
-      tokens: numbers of rows, [B, T] integers.
+      table: an array of any dtype.
+      tokens: indices of rows, [B, T] integers, clipped to 0 and V - 1.
 
     Returns:
       [B, T, D].
@@ -108,7 +118,7 @@ def take(table: jax.Array, tokens: jax.Array) -> jax.Array:
 
 @take.defjvp
 def _differentiate_take(primals, tangents):
-    """Differentiates what XLA knows to be the same."""
+    """Differentiates the plain form, for the kernel has no gradient."""
     return take(*primals), jnp.take(tangents[0], primals[1], axis=0, mode="clip")
 
 
@@ -119,7 +129,8 @@ def _plain_take(table, tokens):
 def once(x: jax.Array) -> jax.Array:
     """Returns `x` [..., D], computed once, where XLA's CPU backend would compute it for each use.
 
-    It drops optimization barriers before it fuses, but does not look into a call.
+    That backend removes optimization barriers before it fuses operations, but it cannot fuse into
+    the call of a kernel. So this copies `x` with one.
     """
     rows = x.reshape(-1, x.shape[-1])
     return take(rows, jnp.arange(len(rows), dtype=jnp.int32)[None]).reshape(x.shape)
@@ -127,12 +138,13 @@ def once(x: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def put(table: jax.Array, rows: jax.Array, places: jax.Array) -> jax.Array:
-    """Writes one row into each part of `table`, in place where nothing else needs the old one.
+    """Writes one row into each of B tables, in place if nothing else uses the old tables.
 
     Args:
-      table: [B, S, ...], of any dtype.
-      rows: [B, 1, ...] of the same.
-      places: where in its part a row goes, [B, 1] integers; out of range, nowhere.
+      table: the tables, [B, S, ...], of any dtype.
+      rows: one row for each table, [B, 1, ...], of the same dtype.
+      places: index of the row to overwrite, [B, 1] integers; a row with an index out of range is
+        not written.
 
     Returns:
       The new table.
@@ -144,7 +156,7 @@ def put(table: jax.Array, rows: jax.Array, places: jax.Array) -> jax.Array:
 
 @put.defjvp
 def _differentiate_put(primals, tangents):
-    """Differentiates what XLA knows to be the same."""
+    """Differentiates the plain form, for the kernel has no gradient."""
     scatter = functools.partial(_plain_put, places=primals[2].reshape(-1))
     return put(*primals), jax.jvp(scatter, primals[:2], tangents[:2])[1][0]
 
@@ -159,17 +171,17 @@ def _plain_put(table, rows, places):
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *scales: jax.Array
 ) -> jax.Array:
-    """Attends from one query of each row to its keys. It is not differentiated.
+    """Attends from one query of each row to the keys of that row; it has no gradient.
 
     Args:
       q: queries, [B, N, H].
-      k: keys, [B, S, K, H], float32, bfloat16 or int8; each serves N / K query heads.
-      v: values, likewise.
-      mask: what each row sees, [B, S] bool.
-      scales: of keys and of values, where these are int8: two of [B, S, K] float32.
+      k: keys, [B, S, K, H] float32, bfloat16 or int8, each shared by N / K query heads.
+      v: values, in the same form.
+      mask: True where a row sees a key, [B, S].
+      scales: for int8, the scales of the keys and of the values, each [B, S, K] float32.
 
     Returns:
-      [B, N, H] float32; zeros for a row that sees nothing.
+      [B, N, H] float32; zeros for a row that sees no key.
     """
     result = jax.ShapeDtypeStruct(q.shape, jnp.float32)
     operands = q.astype(jnp.float32), k, v, mask, *scales
@@ -185,7 +197,7 @@ def _plain_attend(q, k, v, mask, *scales):
     seen = mask[:, None, None]
     scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
     weights = jnp.where(seen, jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)), 0)
-    # Values that are not seen may be infinite, which a weight of 0 would make NaN.
+    # A masked value may be infinite, and infinity times a weight of 0 is NaN.
     mixed = einsum("BKGS,BSKH->BKGH", weights, jnp.where(mask[..., None, None], v, 0))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     return [(mixed / jnp.where(total == 0, 1, total)).reshape(q.shape)]
@@ -193,7 +205,7 @@ def _plain_attend(q, k, v, mask, *scales):
 
 @functools.cache
 def _constant(name: str) -> int:
-    """Returns what is compiled for this processor under a name."""
+    """Returns an integer constant that the library exports, which depends on the processor."""
     return ctypes.c_int.in_dll(library.load(), name).value
 
 
@@ -204,14 +216,14 @@ def _call(
     *operands: jax.Array,
     in_place: bool = False,
 ) -> list[jax.Array]:
-    """Calls a kernel by the name that it is registered under.
+    """Calls a kernel by the name under which `library` registers it.
 
     Args:
-      name: the kernel's, without the prefix that all have.
-      plain: a function at a module's top that computes the same by XLA's operations.
-      results: shapes and dtypes of what it returns.
-      operands: what it is given.
-      in_place: whether the first result may take the place of the first operand.
+      name: the kernel's name, without the prefix "mistral_jax_".
+      plain: a function at module level that computes the same with XLA's operations.
+      results: shapes and dtypes of the results.
+      operands: the kernel's operands.
+      in_place: whether the first result may reuse the memory of the first operand.
     """
     results = tuple((one.shape, jnp.dtype(one.dtype)) for one in results)
     return _kernel.bind(*operands, name=name, plain=plain, results=results, in_place=in_place)
@@ -237,7 +249,7 @@ def _shape(*operands, results, **how):
 
 
 def _batch(operands, axes, *, results, **how):
-    """Calls a kernel once for each member of a batch."""
+    """Implements `jax.vmap`: calls the kernel once for each element of the mapped axis."""
     moved = [
         x if axis is None else jnp.moveaxis(x, axis, 0)
         for x, axis in zip(operands, axes, strict=True)

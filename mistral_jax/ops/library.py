@@ -1,8 +1,8 @@
-"""The library of C++ kernels: compiled once, kept among the user's caches, registered with XLA.
+"""The shared library of C++ kernels: compiled once, cached on disk, registered with XLA.
 
-A library is used only where its bytes are those that were written: a damaged one, once mapped into
-memory, would end the process. Whatever goes wrong is said in one line, and XLA's operations stand
-in.
+The name of a cached library holds a digest of its bytes, which is checked before the library is
+loaded, for a damaged one would crash the process. Any failure logs one line, and programs use XLA's
+operations instead.
 """
 
 import ctypes
@@ -25,10 +25,10 @@ import jaxlib
 from mistral_jax.base import machine
 
 SOURCES = sorted((Path(__file__).parent / "native").iterdir())
-# Of matrices, keys and values.
+# Dtypes of matrices, keys and values.
 DTYPES = ("float32", "bfloat16", "int8")
-# Rows up to which products are faster here than XLA's; of int8, where the processor multiplies
-# bytes, any number.
+# The most rows for which products are faster here than in XLA. int8 products have no such limit on
+# a processor with instructions that multiply bytes.
 MOST_ROWS = 8
 TARGETS = (
     *(f"{name}_{dtype}" for name in ("product", "attend") for dtype in DTYPES),
@@ -43,29 +43,32 @@ _COST = "XLA's own operations are used instead, and tokens take up to twice the 
 
 _logger = logging.getLogger(__name__)
 
-# Set while they are compiled, for who tells the user what takes long.
+# Set while the compiler runs, so that a command can tell the user what it is waiting for.
 compiling = threading.Event()
 
 
 @functools.cache
 def load() -> ctypes.CDLL | None:
-    """Compiles the kernels or finds them compiled, and registers them; None if that failed.
+    """Finds the compiled kernels or compiles them, and registers them with XLA.
 
-    It is done once a process, so a failure is told once.
+    The result is cached for the process, so that a failure is logged once.
+
+    Returns:
+      The library, or None after a failure.
     """
     try:
         library = _open()
         for name in TARGETS:
             handler = jax.ffi.pycapsule(getattr(library, name))
             jax.ffi.register_ffi_target(f"mistral_jax_{name}", handler, platform="cpu")
-    except Exception as error:  # An FFI that is not the library's raises what JAX happens to.
+    except Exception as error:  # With an FFI of another version JAX may raise any type.
         _logger.warning("no C++ kernels: %s; %s", _in_a_line(error), _COST)
         return None
     return library
 
 
 def find_compiler() -> list[str] | None:
-    """Returns the C++ compiler's command, from CXX or the system's; None where there is none."""
+    """Returns the command of the C++ compiler, from CXX or `c++`; None if it is not installed."""
     words = shlex.split(os.environ.get("CXX") or "c++")
     if not words or (path := shutil.which(words[0])) is None:
         return None
@@ -73,7 +76,10 @@ def find_compiler() -> list[str] | None:
 
 
 def _open() -> ctypes.CDLL:
-    """Opens the library that is kept, or compiles it, for this process alone if need be."""
+    """Opens the cached library, or compiles it.
+
+    Without a writable cache folder it is compiled into a temporary folder, for this process only.
+    """
     if (compiler := find_compiler()) is None:
         raise FileNotFoundError(f"there is no C++ compiler {os.environ.get('CXX') or 'c++'!r}")
     key = _key(compiler)
@@ -97,12 +103,12 @@ def _open() -> ctypes.CDLL:
             _run([*compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", *sources, "-o", str(made)])
         finally:
             compiling.clear()
-        # Whole or not at all, whoever else compiles it now.
+        # A rename is atomic, so a process that compiles at the same time never sees half a file.
         return ctypes.CDLL(str(made.replace(folder / f"{key}-{_digest(made.read_bytes())}.so")))
 
 
 def _find(folder: Path, key: str) -> Path | None:
-    """Returns a library that is kept under `key`, and removes those that are damaged."""
+    """Returns the cached library with this key, and deletes damaged ones."""
     for path in folder.glob(f"{key}-*.so"):
         if path.stem == f"{key}-{_digest(path.read_bytes())}":
             return path
@@ -111,7 +117,7 @@ def _find(folder: Path, key: str) -> Path | None:
 
 
 def _key(compiler: Sequence[str]) -> str:
-    """Returns a digest of what a library depends on: any other compiler or jaxlib gets another."""
+    """Returns a digest of everything that a library depends on, such as compiler and jaxlib."""
     interface = Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api"
     texts = [path.read_bytes() for path in (*SOURCES, *sorted(interface.glob("*.h")))]
     about = texts, _FLAGS, list(compiler), jaxlib.__version__, machine.processor()
@@ -123,7 +129,7 @@ def _digest(data: bytes) -> str:
 
 
 def _run(command: Sequence[str]) -> None:
-    """Runs a compiler; one that takes too long is ended together with what it started."""
+    """Runs a compiler; after a timeout, kills it and the processes that it started."""
     with (
         tempfile.TemporaryFile() as said,
         subprocess.Popen(

@@ -1,4 +1,7 @@
-"""What XLA cannot split, or not well: each device of a mesh does it for its own rows and heads."""
+"""Partitioning by hand, for operations that XLA cannot partition, or does not partition well.
+
+Each device of the mesh runs the operation on its own rows and heads.
+"""
 
 import math
 from collections.abc import Callable
@@ -10,20 +13,20 @@ Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
 
 def mesh_axes(rules: Rules, axis: str) -> tuple[str, ...]:
-    """Returns the mesh axes that a logical axis lies on; none if it is not split."""
+    """Returns the mesh axes that partition a logical axis; an empty tuple if none does."""
     to = dict(rules).get(axis) or ()
     return (to,) if isinstance(to, str) else tuple(to)
 
 
 def length_parts(rules: Rules) -> int:
-    """Returns in how many parts the devices of the mesh in use hold the length of a text."""
+    """Returns the number of parts into which the current mesh partitions the axis "length"."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = () if mesh.empty else mesh_axes(rules, "length")
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def fits(q: jax.Array, k: jax.Array, rules: Rules) -> bool:
-    """Whether the rules of the mesh in use give each device the keys of its queries.
+    """Tells whether the rules give each device of the current mesh the keys of its queries.
 
     Args:
       q: queries, [B, T, N, H].
@@ -44,19 +47,20 @@ def fits(q: jax.Array, k: jax.Array, rules: Rules) -> bool:
         all(kind == AxisType.Auto for kind in mesh.axis_types)
         and all(size % parts(axes) == 0 for size, axes in sizes)
         and shared == kv_heads
-        # Queries of one key-value head may lie on several devices, but not those of several.
+        # Several devices may hold query heads of one key-value head, but then each device may have
+        # only one key-value head.
         and (parts(rest) == 1 or k.shape[2] == parts(kv_heads))
     )
 
 
 def by_device(attend: Callable[..., jax.Array], rules: Rules, of_rows: int) -> Callable:
-    """Lets each device of the mesh in use attend by itself; without a mesh, changes nothing.
+    """Makes each device of the current mesh attend by itself; without a mesh, changes nothing.
 
     Args:
-      attend: a function of queries, keys and values, which `fits` takes, and of `of_rows` arrays
-        [B, ...] more; it returns what has the shape of the queries.
+      attend: a function of queries, keys and values for which `fits` is True, and of `of_rows` more
+        arrays [B, ...]. It returns an array of the shape of the queries.
       rules: mesh axes of the logical axes.
-      of_rows: how many arrays follow the values.
+      of_rows: number of arguments after the values.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return attend
@@ -69,10 +73,11 @@ def by_device(attend: Callable[..., jax.Array], rules: Rules, of_rows: int) -> C
 
 
 def by_rows(function: Callable, rules: Rules) -> Callable:
-    """Lets each device of the mesh in use do its own rows; without a mesh, changes nothing.
+    """Makes each device of the current mesh compute its own rows; without a mesh, changes nothing.
 
     Args:
-      function: takes and returns trees of arrays [B, ...], B divisible by the parts of a batch.
+      function: takes and returns trees of arrays [B, ...]. B must be divisible by the number of
+        parts of the axis "batch".
       rules: mesh axes of the logical axes.
     """
     if jax.sharding.get_abstract_mesh().empty:

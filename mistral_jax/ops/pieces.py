@@ -1,6 +1,7 @@
-"""How queries weigh keys and values, at once or in pieces whose softmax is joined as they come.
+"""Attention in XLA's operations: all keys at once, or piece by piece with an online softmax.
 
-It makes no mask.
+The online softmax (arXiv 1805.02867) keeps for each query the largest score so far, the sum of its
+weights and the weighted values, and rescales them when a piece has a larger score.
 """
 
 from collections.abc import Callable
@@ -11,35 +12,39 @@ import jax.numpy as jnp
 
 from mistral_jax.ops.quantized import MaybeQuantized, QuantizedMatrix, einsum
 
-# Queries, and keys, of a piece: its scores stay in a CPU's caches, and are enough to share.
+# Queries of a block, and keys of a piece. Their scores fit in a CPU's caches, and are enough work
+# for all of its threads.
 PIECE = 256
 
 Weighed = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def weigh(q: jax.Array, k: MaybeQuantized, v: MaybeQuantized, mask: jax.Array) -> Weighed:
-    """Weighs values by e to the power of a score less the largest.
+    """Computes attention before its division by the sum of the weights.
 
-    Scores are q k / sqrt(H) (arXiv 1706.03762, section 3.2.1), computed and summed in float32.
+    Scores are q k / sqrt(H) (arXiv 1706.03762, section 3.2.1), and the weight of a key is
+    exp(score - largest score of the query). Scores and sums are float32.
 
     Args:
       q: queries, [B, T, N, H].
-      k: keys, [B, S, K, H]. Scales of 8 bits multiply scores, and keys are not written out.
-      v: values, likewise; their scales multiply weights.
-      mask: which keys each query sees, [B, T, S] bool; of none it sees the weights are equal.
+      k: keys, [B, S, K, H]. The scales of int8 keys multiply the scores, so that the keys are never
+        written out in a wider dtype.
+      v: values, [B, S, K, H]. Their scales multiply the weights.
+      mask: True where a query sees a key, [B, T, S]. A query that sees no key gets equal weights.
 
     Returns:
-      The largest scores, [B, K, G, T], the weights' sums, likewise, and the weighted values,
-      [B, K, G, T, H]; all float32.
+      The largest scores, [B, K, G, T], the sums of the weights, [B, K, G, T], and the weighted sums
+      of the values, [B, K, G, T, H]; all float32.
     """
     batch, length, _, head_dim = q.shape
     (k, k_scale), (v, v_scale) = _apart(k, q.dtype), _apart(v, q.dtype)
     grouped = q.reshape(batch, length, k.shape[2], -1, head_dim)
     if length == 1:
         scores = einsum("BTKGH,BSKH->BKGTS", grouped, k)
-    else:  # Else XLA's CPU backend multiplies k by q, and reads scores across their rows.
+    else:  # With the equation above, XLA's CPU backend would read the scores with a stride.
         scores = einsum("BKGTH,BSKH->BKGTS", jnp.moveaxis(grouped, 1, 3), k)
-    # A large negative instead of -inf: a query that sees nothing gets equal weights, not NaN.
+    # The lowest finite number instead of -inf: a query that sees no key gets equal weights, not
+    # NaN.
     lowest = jnp.finfo(jnp.float32).min
     scores = jnp.where(mask[:, None, None], scores * (k_scale * head_dim**-0.5), lowest)
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1))
@@ -50,7 +55,7 @@ def weigh(q: jax.Array, k: MaybeQuantized, v: MaybeQuantized, mask: jax.Array) -
 
 
 def _apart(x: MaybeQuantized, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array | float]:
-    """Returns what to multiply, [B, S, K, H], and what to multiply the product by."""
+    """Returns the values [B, S, K, H] to multiply, and the scales of the product."""
     if not isinstance(x, QuantizedMatrix):
         return x, 1.0
     return x.values.astype(dtype), jnp.moveaxis(x.scale, 1, 3)[:, :, None]
@@ -66,22 +71,22 @@ def attend_present(
     before: int,
     origin: jax.Array,
 ) -> jax.Array:
-    """Attends to the keys that are there, and that the window can reach, and reads no others.
+    """Attends to the keys that are present and within reach of the window, and reads no others.
 
-    Each row by itself, a block of queries at a time, piece by piece of the keys (online softmax,
-    arXiv 1805.02867). How many pieces is found at run time, so there is no gradient.
+    It processes one row and one block of queries at a time, and the keys in pieces. The number of
+    pieces is known only at run time, so there is no gradient.
 
     Args:
-      weigh: returns of queries [1, T, N, H], keys, values, and the positions of both: the largest
-        score of each query [1, K, G, T], the sum of its weights, e to the power of a score less the
-        largest, and its values so weighted, [1, K, G, T, H]; all float32.
+      weigh: a function of queries [1, T, N, H], keys, values and the positions of both, which
+        returns what `weigh` of this module does.
       q: queries, [B, T, N, H].
       k: keys, [B, S, K, H].
       v: values, [B, S, K, H].
-      q_positions: place of each query, [B, T] int32; -1 = padding, whose output is finite.
-      kv_positions: place of each key, [B, S] int32; -1 = no key there.
-      before: how many places before its own a query sees at most.
-      origin: key i of a row has place origin + i, or is not there, [B] int32.
+      q_positions: position of each query in its text, [B, T] int32; -1 = padding, whose output is
+        finite and has no meaning.
+      kv_positions: position of each key in its text, [B, S] int32; -1 = no key.
+      before: the most positions that a query sees before its own.
+      origin: position of each row's key 0, [B] int32: key i has position origin + i, or is absent.
 
     Returns:
       [B, T, N, H] in the dtype of `q`.
@@ -96,7 +101,7 @@ def attend_present(
     def attend_from(block):
         row, start = block // blocks, block % blocks * size
         queries, places = _cut((q, q_positions), row, start, size)
-        # The indices of keys that somebody may see; for padding alone, any.
+        # The range of keys that some query of the block may see; any range if all are padding.
         own, padding = places - origin[row], places < 0
         stop = jnp.clip(jnp.max(jnp.where(padding, 0, own + 1)), 1, keys)
         reach = jnp.maximum(own - before, -origin[row])
@@ -106,7 +111,7 @@ def attend_present(
             start = first + i * count
             at = jnp.minimum(start, keys - count)
             near_k, near_v, near = _cut((k, v, kv_positions), row, at, count)
-            # What the piece before has seen does not count twice.
+            # The last piece may overlap the one before it; mask the keys that were already seen.
             near = jnp.where(at + jnp.arange(count, dtype=jnp.int32)[None] < start, -1, near)
             return _join(found, weigh(queries, near_k, near_v, places, near))
 
@@ -119,19 +124,20 @@ def attend_present(
 
 
 def weigh_pieces(weigh: Callable[..., Weighed], keys: Any, size: int) -> Weighed:
-    """Weighs all keys, there or not, `size` of them at a time (online softmax); it has a gradient.
+    """Computes `weigh` of all keys, at most `size` at a time; it has a gradient.
 
     Args:
-      weigh: returns of a piece of `keys` what `attend_present` says, for all rows.
-      keys: arguments of `weigh`, arrays [B, S, ...]; whole numbers are filled up with -1.
-      size: keys of a piece, at most.
+      weigh: a function of a piece of `keys`, which returns what `weigh` of this module does.
+      keys: the arguments of `weigh` for all keys, arrays [B, S, ...]. They are padded to whole
+        pieces, integer arrays with -1.
+      size: the most keys of a piece.
 
     Returns:
-      What `weigh` would return of all.
+      The result of `weigh` for all keys together.
     """
     length = jax.tree.leaves(keys)[0].shape[1]
     count = -(-length // size)
-    size = -(-length // count)  # Pieces as even as can be.
+    size = -(-length // count)  # Pieces of equal size need the least padding.
 
     def cut(x):
         filled = fill(x, size, -1 if jnp.issubdtype(x.dtype, jnp.integer) else 0)
@@ -147,7 +153,7 @@ def weigh_pieces(weigh: Callable[..., Weighed], keys: Any, size: int) -> Weighed
 
 
 def _nothing(*shape: int) -> Weighed:
-    """Returns what no key at all has for a result, where values weighted are of `shape`."""
+    """Returns the result of `weigh` for no keys, with weighted values of shape `shape`."""
     lowest = jnp.full(shape[:-1], jnp.finfo(jnp.float32).min)
     return lowest, jnp.zeros(shape[:-1], jnp.float32), jnp.zeros(shape, jnp.float32)
 
@@ -159,12 +165,12 @@ def _join(one: Weighed, other: Weighed) -> Weighed:
 
 
 def take(tree: Any, first: jax.Array, count: int) -> Any:
-    """Slices arrays along their second axis."""
+    """Slices `count` entries of each array along its second axis."""
     return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, count, axis=1), tree)
 
 
 def _cut(tree, row, first, count):
-    """Slices arrays along their second axis, of one row."""
+    """Slices one row of each array, and `count` entries along its second axis."""
 
     def cut(x):
         rest = x.shape[2:]

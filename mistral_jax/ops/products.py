@@ -1,6 +1,6 @@
-"""Products with a matrix, in the way that is fastest where it is computed. It holds no parameters.
+"""Products with a matrix, in the way that is fastest on the backend.
 
-Matrices in 8 bits multiply themselves (`quantized.py`).
+`quantized.py` has the products with int8 matrices.
 """
 
 import math
@@ -21,7 +21,18 @@ def multiply(
     dtype: jnp.dtype,
     backend: Backend = PLAIN,
 ) -> jax.Array:
-    """Sums over the axes of `matrix` but its first `outputs`, in `dtype`; the result is float32."""
+    """Multiplies `x` by a matrix with operands in `dtype`, and sums in float32.
+
+    Args:
+      x: [B, T, ...], whose last axes are the matrix's input axes.
+      matrix: output axes first.
+      outputs: number of output axes.
+      dtype: dtype of the operands.
+      backend: the backend that this is traced for.
+
+    Returns:
+      [B, T, ...] float32, whose last axes are the matrix's output axes.
+    """
     return multiply_each(x, [matrix], outputs, dtype, backend)[0]
 
 
@@ -32,9 +43,9 @@ def multiply_each(
     dtype: jnp.dtype,
     backend: Backend = PLAIN,
 ) -> list[jax.Array]:
-    """Is `multiply` by each matrix, all at once where that is faster."""
+    """Multiplies `x` by each matrix as `multiply` does, in one call where that is faster."""
     places = x.shape[:2]
-    # In a loop of single tokens XLA's CPU backend copies a matrix if the tokens keep their axis.
+    # Without the axis T = 1, XLA's CPU backend does not copy the matrix at each step of decoding.
     rows = x.astype(dtype).reshape(*(places[:1] if places[1] == 1 else places), -1)
     matrices = [_flat(matrix, outputs, dtype) for matrix in each]
     values = [_values(matrix) for matrix in matrices]
@@ -50,8 +61,8 @@ def multiply_each(
 
 
 def _flat(matrix: MaybeQuantized, outputs: int, dtype: jnp.dtype) -> MaybeQuantized:
-    """Returns `matrix` as [Y, X], in 8 bits if they have one scale for each output."""
-    # XLA's CPU backend makes transposed copies of a matrix with heads unfolded.
+    """Returns `matrix` as [Y, X]; it stays quantised if it is int8 with a scale for each output."""
+    # XLA's CPU backend would make transposed copies of a matrix with a separate axis of heads.
     shape = (math.prod(matrix.shape[:outputs]), -1)
     if isinstance(matrix, QuantizedMatrix):
         if matrix.scales_outputs(outputs):
@@ -65,20 +76,20 @@ def _values(matrix: MaybeQuantized) -> jax.Array:
 
 
 def _scale(sums: jax.Array, matrix: MaybeQuantized) -> jax.Array:
-    """Returns the product with `matrix`, of `sums`, that with its values."""
+    """Scales `sums`, the product with the values of `matrix`, to the product with `matrix`."""
     return matrix.scaled(sums) if isinstance(matrix, QuantizedMatrix) else sums
 
 
 def _multiply(rows: jax.Array, matrix: MaybeQuantized, backend: Backend) -> jax.Array:
-    """Multiplies `rows` [..., X] by `matrix` [Y, X]; XLA's way."""
+    """Multiplies `rows` [..., X] by `matrix` [Y, X] with XLA's operations."""
     if backend.has_native and kernels.should_widen(rows, _values(matrix)):
         return _scale(_multiply_wide(rows, _values(matrix)), matrix)
     if isinstance(matrix, QuantizedMatrix):
-        # Of more rows it pays to write the matrix out in float; later, if there are instructions
-        # for bytes. On a mesh, a row's largest number lies in many places.
+        # With more rows it pays to write the matrix out in float; a CPU with instructions for bytes
+        # reaches that point later. On a mesh, the largest number of a row would take an all-reduce.
         few = math.prod(rows.shape[:-1]) <= (64 if backend.chip == "vnni" else 8)
         return matrix.product(rows, in_integers=few and backend.is_one_cpu)
-    # XLA's CPU backend converts a whole 16-bit matrix to float32 for a single row, but not for two.
+    # XLA's CPU backend converts a whole 16-bit matrix to float32 for one row, but not for two.
     lonely = rows.shape[:-1] == (1,) and rows.dtype != jnp.float32
     if lonely and backend.platform == "cpu":
         return einsum("...X,YX->...Y", jnp.concatenate([rows, rows]), matrix)[:1]
@@ -93,7 +104,7 @@ def _multiply_wide(rows: jax.Array, matrix: jax.Array) -> jax.Array:
 
 @_multiply_wide.defjvp
 def _differentiate(primals, tangents):
-    """Differentiates what is the same, and keeps no widened matrix for the way back."""
+    """Differentiates the product without `widen`, so that no wide matrix is kept until then."""
 
     def narrow(rows, matrix):
         return einsum("...X,YX->...Y", rows, matrix.astype(rows.dtype))

@@ -1,6 +1,7 @@
-"""`einsum` with float32 sums, and `QuantizedMatrix`: a matrix in 8 or 4 bits, and products with it.
+"""`QuantizedMatrix`, a matrix in 8 or 4 bits, and products with it.
 
-`products.py` asks for products; everything else sees the shape of a matrix.
+It has the shape, ndim, dtype and sharding of an array, so most code treats it as a matrix;
+`products.py` multiplies by it.
 """
 
 import math
@@ -24,27 +25,30 @@ NF4_LEVELS = np.array(
 
 
 def einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Multiplies with float32 sums; float32 operands are not rounded, as GPU and TPU would."""
+    """Computes an einsum with float32 sums.
+
+    Float32 operands stay exact: by default a GPU or TPU rounds them to fewer bits.
+    """
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=jnp.float32)
 
 
 @flax.struct.dataclass
 class QuantizedMatrix:
-    """A matrix as small numbers and what to multiply them by.
+    """A matrix in small numbers with scales: `values * scale`, block by block.
 
     Attributes:
-      values: whole numbers (int8), or places in `NF4_LEVELS` (uint4), of the matrix's shape.
-      scale: float32, with as many axes; each of its entries is for as many values next to each
-        other along an axis as that is shorter.
+      values: int8 numbers, or uint4 indices into `NF4_LEVELS`, of the matrix's shape.
+      scale: float32, with as many axes as the matrix. Along each axis it has one entry for a block
+        of neighbouring values: an axis of n values and m scales has blocks of n / m.
     """
 
-    values: jax.Array  # First: Flax compares the first leaf with the parameter's shape.
+    values: jax.Array  # Must be first: Flax compares the first leaf with the parameter's shape.
     scale: jax.Array
 
     def dequantize(self, dtype: jnp.dtype) -> jax.Array:
         """Returns the matrix, computed in float32 and rounded to `dtype`."""
-        # Not by qwix, which flattens an array first: one that is split it gathers.
+        # qwix is not used here: it flattens an array first, which gathers a partitioned one.
         if self.values.dtype == jnp.uint4:
             wide = jnp.asarray(NF4_LEVELS)[self.values.astype(jnp.int32)]
         else:
@@ -53,36 +57,48 @@ class QuantizedMatrix:
         return wide.reshape(self.shape).astype(dtype)
 
     def scales_outputs(self, outputs: int) -> bool:
-        """Whether these are whole numbers with one scale for each of the first `outputs` axes'."""
+        """Tells whether the matrix is int8 with one scale for each output.
+
+        Args:
+          outputs: number of output axes, which come first.
+        """
         return self.values.dtype == jnp.int8 and self.scale.size == math.prod(self.shape[:outputs])
 
     def product(self, rows: jax.Array, in_integers: bool = False) -> jax.Array:
-        """Multiplies `rows` [..., X] by a matrix [Y, X] with scales [Y, 1]: [..., Y] float32."""
+        """Multiplies `rows` [..., X] by this matrix [Y, X] with scales [Y, 1].
+
+        Args:
+          rows: the rows.
+          in_integers: whether to multiply in int8, which is faster on a CPU with few rows.
+
+        Returns:
+          [..., Y] float32.
+        """
         by = _product if in_integers else _plain_product
         return by(rows, self.values, self.scale[:, 0])
 
     def scaled(self, sums: jax.Array) -> jax.Array:
-        """Returns what `product` would, of products [..., Y] with the values alone."""
+        """Scales `sums` [..., Y], the product with the values, to the product with the matrix."""
         return sums * jnp.expand_dims(self.scale[:, 0], range(sums.ndim - 1))
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The matrix's."""
+        """The shape of the matrix."""
         return self.values.shape
 
     @property
     def ndim(self) -> int:
-        """The number of the matrix's axes."""
+        """The number of axes of the matrix."""
         return self.values.ndim
 
     @property
     def dtype(self) -> jnp.dtype:
-        """What the matrix is computed in."""
+        """The dtype in which the matrix is computed from values and scales."""
         return self.scale.dtype
 
     @property
     def sharding(self) -> jax.sharding.Sharding:
-        """Where the matrix lies."""
+        """The sharding of the matrix's values."""
         return self.values.sharding
 
 
@@ -90,46 +106,48 @@ MaybeQuantized = jax.Array | QuantizedMatrix
 
 
 def to_int8(matrix: Any, outputs: int, numpy: Any = np) -> tuple[Any, Any]:
-    """Rounds to multiples of a 127.5th of the largest number of each output, as qwix does.
+    """Quantises a matrix to int8 with one scale for each output.
+
+    The scale is the largest magnitude of the output's numbers, divided by 127.5, as in qwix.
 
     Args:
-      matrix: float32.
-      outputs: how many of its axes are the output's.
-      numpy: what to compute with, NumPy or `jax.numpy`: to the same bits.
+      matrix: float32, output axes first.
+      outputs: number of output axes.
+      numpy: the module to compute with, NumPy or `jax.numpy`; the bits are the same.
 
     Returns:
-      The values, int8, and the scales, float32, with as many axes.
+      The values, int8, and the scales, float32, with as many axes as the matrix.
     """
     axes = tuple(range(outputs, matrix.ndim))
     largest = numpy.max(numpy.abs(matrix), axis=axes, keepdims=True)
-    # By the reciprocal, as XLA divides by a constant.
+    # XLA multiplies by the reciprocal of a constant, so NumPy must too.
     scale = numpy.where(largest > 0, largest * np.float32(1 / 127.5), np.float32(1))
     return numpy.clip(numpy.round(matrix / scale), -127, 127).astype("int8"), scale
 
 
 def _plain_product(rows, values, scale):
-    """Multiplies `rows` [..., X] by `values` [Y, X] int8, and the sums by `scale` [Y]."""
+    """Multiplies `rows` [..., X] by `values` [Y, X] int8, then the sums by `scale` [Y]."""
     sums = einsum("...X,YX->...Y", rows, values.astype(rows.dtype))
     return sums * jnp.expand_dims(scale, range(rows.ndim - 1))
 
 
 @jax.custom_jvp
 def _product(rows, values, scale):
-    """Is `_plain_product`, to the rounding of float32, in integers.
+    """Computes `_plain_product` in integers, to the rounding of float32.
 
     XLA's CPU backend writes a whole int8 matrix out in float32 before it multiplies by it, but has
-    a fast product of int8 with int8. So a row is rounded to 24 bits below its largest number, and
-    becomes three rows of 8 bits each, whose sums are exact.
+    a fast product of int8 with int8. So each row is rounded to 24 bits below its largest number and
+    split into three int8 rows, whose products and sums are exact.
     """
     wide = rows.astype(jnp.float32).reshape(-1, rows.shape[-1])
-    # By 127 and not 128: no part of the largest number is then above 127.
+    # 127 rather than 128 keeps each part of the largest number at 127 or below.
     step = jnp.max(jnp.abs(wide), axis=-1, keepdims=True) / (127 << 16)
     rest, parts = jnp.round(wide / jnp.where(step > 0, step, 1)).astype(jnp.int32), []
     for _ in range(3):
         part = ((rest + 128) & 255) - 128  # the lowest 8 bits, from -128 to 127
         parts.append(part.astype(jnp.int8))
         rest = (rest - part) >> 8
-    if len(wide) == 1:  # XLA takes half as long again for three rows as for four.
+    if len(wide) == 1:  # XLA multiplies four rows in two thirds of the time of three.
         parts.append(jnp.zeros_like(parts[0]))
     sums = jnp.einsum("RX,YX->RY", jnp.concatenate(parts), values, preferred_element_type=jnp.int32)
     low, middle, high = jnp.split(sums[: 3 * len(wide)].astype(jnp.float32), 3)
@@ -139,5 +157,5 @@ def _product(rows, values, scale):
 
 @_product.defjvp
 def _differentiate(primals, tangents):
-    """Differentiates what the integers stand for: by themselves they would have no gradient."""
+    """Differentiates `_plain_product`, for operations on integers have no gradient."""
     return _product(*primals), jax.jvp(_plain_product, primals, tangents)[1]

@@ -1,4 +1,4 @@
-"""Rows of tables: looked up, written, picked, and kept from being computed twice."""
+"""Rows of tables: look them up, write them and pick them, in the way that suits the backend."""
 
 import functools
 
@@ -11,7 +11,7 @@ from mistral_jax.ops.quantized import MaybeQuantized, QuantizedMatrix
 
 
 def look_up(table: MaybeQuantized, tokens: jax.Array, backend: Backend = PLAIN) -> jax.Array:
-    """Takes the rows of `table` [V, D] that `tokens` [B, T] name: [B, T, D]."""
+    """Returns row `tokens[b, t]` of `table` [V, D] for each of `tokens` [B, T]: [B, T, D]."""
     if isinstance(table, QuantizedMatrix):
         values, scale = (look_up(x, tokens, backend) for x in (table.values, table.scale))
         return values.astype(table.dtype) * scale
@@ -21,36 +21,37 @@ def look_up(table: MaybeQuantized, tokens: jax.Array, backend: Backend = PLAIN) 
 
 
 def put(table: jax.Array, rows: jax.Array, slots: jax.Array, backend: Backend = PLAIN) -> jax.Array:
-    """Writes rows into each part of a table.
+    """Writes T rows into each of B tables.
 
     Args:
-      table: [B, S, ...].
-      rows: [B, T, ...] of the same dtype.
-      slots: where in its part a row goes, [B, T] int32, no two at one; S = nowhere.
-      backend: what this is traced for.
+      table: the tables, [B, S, ...].
+      rows: the rows of each table, [B, T, ...], of the same dtype.
+      slots: the index at which to write each row, [B, T] int32, without repetition in a table; a
+        row with index S is not written.
+      backend: the backend that this is traced for.
 
     Returns:
-      The new table.
+      The new tables.
     """
     if slots.shape[1] == 1 and backend.has_native:
         return kernels.put(table, rows, slots)
     return _as_bits(_scatter, table, rows, slots)
 
 
-# Row by row: with the rows' numbers among its indices, a scatter could write into any row, and
-# would gather the rows of all devices.
+# vmap keeps B out of the scatter's indices. With B among them XLA must assume that a row may go to
+# any table, and gathers the tables of all devices.
 @jax.vmap
 def _scatter(table, rows, slots):
     return table.at[slots].set(rows, mode="drop")
 
 
 def pick(table: jax.Array, rows: jax.Array, index: jax.Array) -> jax.Array:
-    """Picks, for each part of a table, from [table | rows] by an index [B, n].
+    """Picks entries from the concatenation of each of B tables with its rows.
 
     Args:
-      table: [B, S, ...].
-      rows: [B, T, ...] of the same dtype.
-      index: 0 to S + T - 1, [B, n] int32.
+      table: the tables, [B, S, ...].
+      rows: the rows of each table, [B, T, ...], of the same dtype.
+      index: indices into [table | rows], from 0 to S + T - 1, [B, n] int32.
 
     Returns:
       [B, n, ...].
@@ -65,9 +66,10 @@ def _gather(table, rows, index):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _as_bits(move, old, new, index):
-    """Moves numbers of 16 bits as bits: XLA's CPU backend else makes float32 of a whole table.
+    """Calls `move` on the bits of 16-bit numbers.
 
-    To write a lone row it does neither, and would copy the table for its bits.
+    Otherwise XLA's CPU backend converts the whole table to float32 and back. It does not when it
+    writes a single row, and then would copy the table to see it as bits.
     """
     if old.dtype.itemsize != 2 or index.size == 1:
         return move(old, new, index)
@@ -77,7 +79,7 @@ def _as_bits(move, old, new, index):
 
 @_as_bits.defjvp
 def _differentiate(move, given, tangents):
-    """Differentiates what the bits stand for: by themselves they would have no gradient."""
+    """Differentiates `move` on the numbers themselves, for bits have no gradient."""
     return jax.jvp(move, given, tangents)
 
 

@@ -1,7 +1,8 @@
-"""Attention on a TPU by the splash kernel of `jax.experimental.pallas`, behind `attention.attend`.
+"""Attention on a TPU with the splash kernel of `jax.experimental.pallas`.
 
-It applies where keys stand in the order of their queries; `fits` says what else it takes. Its speed
-has not been measured: tests interpret the kernel on a CPU, and lower it for a TPU that is not here.
+`attention.attend` calls it if keys are in the order of their queries and `fits` is True. Its speed
+has not been measured: tests interpret the kernel on a CPU, and lower it for a TPU without running
+it.
 """
 
 import functools
@@ -14,27 +15,27 @@ from mistral_jax.ops import partition
 from mistral_jax.ops.partition import Rules
 from mistral_jax.ops.pieces import fill
 
-# Queries, and keys, that the kernel reads at a time: at most so many, and a multiple of a TPU's
-# lanes, for it compares the texts of a block lane by lane.
+# The most queries, and keys, that the kernel reads at a time. Blocks are multiples of a TPU's
+# lanes, because the kernel compares the texts of a block lane by lane.
 BLOCK = 512
 LANES = 128
-# The text of what is no token: a number that no text has.
+# The text number of padding, which no text has.
 NO_TEXT = jnp.iinfo(jnp.int32).min
 
 
 def fits(q: jax.Array, k: jax.Array, v: jax.Array, rules: Rules, alone: bool) -> bool:
-    """Whether `attend` can take these arrays; else attention by blocks has to.
+    """Tells whether `attend` can take these arrays.
 
-    They are all float32 or all bfloat16, with as many queries as the smallest block. XLA cannot
-    split a kernel: where there are several devices, a mesh must be in use (`jax.set_mesh`), and its
-    rules must give each device the keys of its queries.
+    The arrays must be all float32 or all bfloat16, with at least `LANES` queries. XLA cannot
+    partition a kernel: with several devices, a mesh must be in use (`jax.set_mesh`), and the rules
+    must give each device the keys of its queries.
 
     Args:
       q: queries, [B, T, N, H].
       k: keys, [B, S, K, H].
       v: values, [B, S, K, H].
       rules: mesh axes of the logical axes.
-      alone: whether there is one device, where no mesh is in use.
+      alone: whether the program runs on one device, without a mesh.
     """
     dtypes = {x.dtype.name for x in (q, k, v)}
     if len(dtypes) > 1 or not dtypes <= {"float32", "bfloat16"} or q.shape[1] < LANES:
@@ -55,17 +56,17 @@ def attend(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """Attends from every query to the keys that it may see; key (S - T) + i is that of query i.
+    """Attends from every query to the keys that it sees; key S - T + i is the key of query i.
 
-    Scores and sums are float32, as in `attention.attend`, and float32 operands are not rounded;
-    bfloat16 queries are, once more, when they are scaled by H ** -0.5. It holds no T x S numbers,
-    and has a gradient.
+    Scores and sums are float32, and float32 operands are not rounded. bfloat16 queries are rounded
+    once more than in `attention.attend`, after they are scaled by H ** -0.5. The kernel needs no
+    memory for T x S scores, and has a gradient.
 
-    Arguments are those of `attention.attend` with `aligned` keys, and `interpret`: whether to run
-    the kernel step by step, on any device.
+    The arguments are those of `attention.attend`. With `interpret`, Pallas interprets the kernel,
+    which works on any device.
     """
-    # The kernel's window is one of places in the array, and it compares texts: a text is known by
-    # where its position 0 stands, or would stand.
+    # The kernel's window counts indices of the array, and it keeps texts apart by number. All
+    # tokens of a text have the same (index - position), which serves as the number.
     kv_texts = _texts(kv_positions, 0)
     q_texts = _texts(q_positions, k.shape[1] - q.shape[1])
     run = functools.partial(_attend_rows, window=window, interpret=interpret)
@@ -78,15 +79,14 @@ def _texts(positions: jax.Array, offset: int) -> jax.Array:
 
 
 def _attend_rows(q, k, v, q_texts, kv_texts, window, interpret):
-    """Attends on one device, with lengths filled up to whole blocks."""
+    """Attends on one device, with T and S padded to whole blocks."""
     length, keys = q.shape[1], k.shape[1]
     blocks = _block(length), _block(keys)
     run = functools.partial(
         _run_kernel, window=window, offset=keys - length, blocks=blocks, interpret=interpret
     )
     scaled = (q.astype(jnp.float32) * q.shape[3] ** -0.5).astype(q.dtype)
-    # A TPU multiplies in bfloat16 unless it is told not to. The kernel takes "highest" for float32
-    # alone.
+    # By default a TPU multiplies float32 in bfloat16. The kernel takes "highest" for float32 only.
     mixed = _at_precision(run, "highest" if q.dtype == jnp.float32 else "default")(
         _head_major(scaled, blocks[0]),
         _head_major(k, blocks[1]),
@@ -98,13 +98,13 @@ def _attend_rows(q, k, v, q_texts, kv_texts, window, interpret):
 
 
 def _block(length: int) -> int:
-    """Returns the size of the fewest blocks of at most `BLOCK` that cover a length."""
+    """Returns the size of a block: the length in as few blocks of at most `BLOCK` as possible."""
     size = -(-length // -(-length // BLOCK))
     return size + -size % LANES
 
 
 def _at_precision(run: Callable, precision: str) -> Callable:
-    """Sets the precision of products in `run` and in its gradient, which is traced later."""
+    """Sets the precision of products in `run` and in its gradient, which JAX traces later."""
 
     @jax.custom_vjp
     def precise(*arrays):
@@ -124,8 +124,8 @@ def _at_precision(run: Callable, precision: str) -> Callable:
 
 
 def _run_kernel(q, k, v, q_texts, kv_texts, *, window, offset, blocks, interpret):
-    """Attends from q [B, N, T, H] to k and v [B, K, S, H], all of whole blocks."""
-    # Imported where it is used: it takes a tenth of a second, which only a TPU needs to spend.
+    """Attends from q [B, N, T, H] to k and v [B, K, S, H], where T and S are whole blocks."""
+    # The import takes a tenth of a second, so other backends skip it.
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     before = None if window is None else window - 1
@@ -148,5 +148,5 @@ def _run_kernel(q, k, v, q_texts, kv_texts, *, window, offset, blocks, interpret
 
 
 def _head_major(x: jax.Array, block: int) -> jax.Array:
-    """Fills [B, T, N, H] up to whole blocks, as [B, N, T, H]."""
+    """Pads [B, T, N, H] to whole blocks along T, and transposes it to [B, N, T, H]."""
     return jnp.swapaxes(fill(x, block, 0), 1, 2)

@@ -1,1 +1,1 @@
-"""Planning: what a model costs on a layout, asked of the compiler and of arithmetic."""
+"""Planning: the memory, time and communication of a model on a layout, without running it."""

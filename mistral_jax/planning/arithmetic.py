@@ -1,8 +1,9 @@
-"""What a program costs by arithmetic: multiplications, bytes, and what devices must exchange.
+"""The cost of a program by arithmetic: FLOPs, bytes of memory traffic, and collectives.
 
-It asks no compiler: `tests/planning/test_planning.py` holds it to what XLA makes of it.
-Letters are those of `model/transformer.py`; t, m, f, b and s are the devices over which heads, the
-MLP's width, the residual width of weights, rows, and the length of a text are split.
+`tests/planning/test_planning.py` compares these numbers with the programs that XLA compiles.
+Letters are those of `model/transformer.py`. In addition t, m, f, b and s are the numbers of devices
+that partition the heads, the width of the MLP, the residual width of weights, the rows, and the
+length of a text.
 """
 
 import itertools
@@ -23,18 +24,21 @@ from mistral_jax.training.flops import keys_seen, mean_seen, of_attention, of_we
 
 
 def tokens(program: str, of: Shapes) -> int:
-    """Returns the tokens that a program works on in all rows: a chunk, one a row, or a batch."""
+    """Returns the number of tokens that one run of a program processes, in all rows together.
+
+    They are a chunk of each row (prefill), one token of each row (decode), or a batch (train).
+    """
     return of.batch * {"prefill": of.chunk, "decode": 1, "train": of.length}[program]
 
 
 def flops(program: str, config: ModelConfig, of: Shapes) -> float:
-    """Counts the model's own multiplications and additions, on all devices together.
+    """Counts the model's multiplications and additions, on all devices together.
 
-    Training takes three times those of the way forward. A chunk counts as the average of its
-    prompt's. See `planning.flops` for what counts.
+    Training takes three times the FLOPs of the forward pass. A chunk gets the average over the
+    chunks of its prompt. `training/flops.py` says which operations count.
     """
     count = tokens(program, of)
-    scored = of.batch if program == "prefill" else count  # positions whose logits are wanted
+    scored = of.batch if program == "prefill" else count  # Positions whose logits are computed.
     last = of.length - 1
     keys = keys_seen(config, last) if program == "decode" else mean_seen(config, of.length)
     forward = of_weights(config, count, scored) + of_attention(config, count, keys)
@@ -42,16 +46,16 @@ def flops(program: str, config: ModelConfig, of: Shapes) -> float:
 
 
 def moved(program: str, held: Any, config: ModelConfig) -> float:
-    """Counts the bytes that a device must at least read and write in its memory.
+    """Counts the least bytes that a device reads and writes in its memory.
 
-    Weights and cache are read once by a chunk or a step. Training reads weights forward and back,
-    writes gradients, and reads and writes parameters and both of AdamW's moments; activations come
-    on top.
+    A chunk or a step of decoding reads the weights and the cache once. Training reads the weights
+    in the forward and the backward pass, writes gradients, and reads and writes the parameters and
+    both moments of AdamW. Activations are not counted.
 
     Args:
       program: one of `programs.PROGRAMS`.
-      held: its arguments, as `programs.arguments` gives them.
-      config: the model.
+      held: the program's arguments, from `programs.arguments`.
+      config: the model's architecture.
     """
     if program == "train":
         return 10 * size(held.trainable)
@@ -61,22 +65,24 @@ def moved(program: str, held: Any, config: ModelConfig) -> float:
 
 
 def size(tree: Any) -> int:
-    """Counts the bytes of arrays, or descriptions of arrays, on one device."""
+    """Counts the bytes on one device of arrays, or of descriptions of arrays."""
     return sum(_local(x) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def exchanges(program: str, model: Transformer, layout: Layout, of: Shapes) -> list[Collective]:
-    """Lists what the devices of a layout have to exchange.
+    """Lists the collectives that a layout needs.
 
-    Tensor parallel: the sums of two projections a layer (Megatron-LM, arXiv 1909.08053), and back,
-    of what goes into all five; the lookup; the logits' gathering, or their three reductions in
-    training. Fully sharded (arXiv 2304.11277): each weight gathered, each gradient summed. Data
-    parallel: each gradient summed. A length that is split: keys and values gathered, and summed on
-    the way back, a block of queries at a time; of generation that is not all (XLA then splits the
-    products of single tokens as it likes).
+    Tensor parallel (Megatron-LM, arXiv 1909.08053): all-reduces of the outputs of two projections
+    in each layer, and in the backward pass of the inputs of all five; an all-reduce of the lookup;
+    and an all-gather of the logits, or in training three all-reduces of the loss.
+    Fully sharded (arXiv 2304.11277): an all-gather of each weight, a sum of each gradient.
+    Data parallel: a sum of each gradient.
+    Partitioned length: an all-gather of keys and values, and their sums in the backward pass for
+    each block of queries. Generation has more collectives than these, because XLA partitions the
+    products of single tokens as it chooses.
 
     Returns:
-      One entry an array, of what arrives on one device.
+      One entry for each array, with its size on one device.
     """
     config, train = model.config, program == "train"
     t, kv, m = layout.parts("heads"), layout.parts("kv_heads"), layout.parts("mlp")
@@ -98,8 +104,8 @@ def exchanges(program: str, model: Transformer, layout: Layout, of: Shapes) -> l
     add("all-reduce", m, *residual, times=config.num_layers, source="down_proj")
     add("all-reduce", t, *residual, times=again, source="o_proj, again")
     params = weights(program, model, layout, of)
-    for x in jax.tree.leaves(params["embed"]):  # The values and scales of int8, where it is tied.
-        parts = _split(x, layout)
+    for x in jax.tree.leaves(params["embed"]):  # A tied embedding in int8 has values and scales.
+        parts = _width_parts(x, layout)
         shape = of.batch if parts > 1 else rows, length, x.shape[1] // parts
         add("all-reduce", vocab, *shape, itemsize=x.dtype.itemsize, source="embed")
     add("all-to-all", f, *residual, times=2 if train else 1, source="embed")
@@ -118,10 +124,10 @@ def exchanges(program: str, model: Transformer, layout: Layout, of: Shapes) -> l
         add("all-reduce", t // kv, *seen, times=2 * config.num_layers, source="k, v, shared")
     for path, x in jax.tree.leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        parts = _split(x, layout)
+        parts = _width_parts(x, layout)
         gathered = _local(x) * parts
         if not name.startswith("embed/"):
-            # A norm's scale is so small that XLA does not keep it for the way back.
+            # XLA gathers a norm's scale, which is small, again in the backward pass.
             times = 1 + (train and x.ndim == 1) + bool(again and name.startswith("layers_"))
             add("all-gather", parts, gathered, itemsize=x.dtype.itemsize, times=times, source=name)
         if train and not (f > 1 and name.startswith("embed/")):
@@ -135,14 +141,14 @@ def sent(collectives: Iterable[Collective]) -> float:
 
 
 def state_sizes(program: str, held: Any) -> dict[str, int]:
-    """Counts the bytes that stay on one device, by what they are."""
+    """Counts the bytes that stay in one device's memory between runs, by kind."""
     if program == "train":
         return {"weights": size(held.trainable), "optimizer": size(held.opt_state)}
     return {"weights": size(held[0]), "cache": size(held[1])}
 
 
-def _split(x: jax.ShapeDtypeStruct, layout: Layout) -> int:
-    """Returns in how many parts the residual width of a weight lies; a scale may have none."""
+def _width_parts(x: jax.ShapeDtypeStruct, layout: Layout) -> int:
+    """Returns the number of parts of a weight's residual width; 1 if it is not partitioned."""
     if layout.mesh.size == 1:
         return 1
     entries = (axes if isinstance(axes, tuple) else (axes,) for axes in x.sharding.spec)

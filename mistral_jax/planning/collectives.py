@@ -1,6 +1,6 @@
-"""The collectives of a compiled program, read from its text. It compiles nothing.
+"""The collectives of a compiled program, read from its HLO text.
 
-The text is XLA's (HLO) after partitioning: what it says happens on one device.
+XLA has partitioned the program by then, so the text describes what one device does.
 """
 
 import collections
@@ -19,7 +19,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CONDITION = re.compile(r"condition=%?([\w.-]+)")
 _CONSTANT = re.compile(r"= [su]\d+\[\]\S* constant\((\d+)\)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-# Three ways to write groups: {{0,1},{2,3}}, [2,2]<=[4], mesh['a'=2,'b'=2] {'b'}.
+# HLO writes groups in three ways: {{0,1},{2,3}}, [2,2]<=[4], mesh['a'=2,'b'=2] {'b'}.
 _GROUPS = re.compile(
     r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]"
     r"|mesh\[([^\]]*)\](?:, device_ids=\(\S+\))?(?: \{([^}]*)\})?)"
@@ -35,13 +35,14 @@ class Collective:
 
     Attributes:
       kind: one of `KINDS`.
-      dtype: XLA's name of its numbers: "f32", "bf16", "s32", "pred".
-      shape: of the result on one device.
-      bytes: of the result on one device.
-      group: devices that exchange with each other.
-      times: how often it happens each time the program runs; a loop of unknown length counts once.
-      loops: loops that it lies in.
-      source: what it comes from: the path of names in the program.
+      dtype: XLA's name of the dtype: "f32", "bf16", "s32", "pred".
+      shape: shape of the result on one device.
+      bytes: size of the result on one device.
+      group: number of devices that exchange with each other.
+      times: number of times it runs in each run of the program; a loop of unknown length counts
+        once.
+      loops: number of loops around it.
+      source: the path of names in the program that it comes from.
     """
 
     kind: str
@@ -55,7 +56,7 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends, along a ring of its group (the least for large arrays)."""
+        """Bytes that a device sends in a ring of its group, which is optimal for large arrays."""
         share = (self.group - 1) / self.group
         match self.kind:
             case "all-reduce":
@@ -68,14 +69,17 @@ class Collective:
 
 
 def read(text: str, devices: int) -> list[Collective]:
-    """Reads the collectives of a program; those that were combined into one are told apart.
+    """Reads the collectives of a program, one entry for each array.
+
+    XLA may combine several arrays in one instruction.
 
     Args:
       text: `compiled.as_text()`.
-      devices: all that the program runs on.
+      devices: number of devices that the program runs on.
     """
     computations, entry = _computations(text)
-    # One that runs beside other work stands, under one channel, in each piece of that work.
+    # XLA may split a collective to overlap it with other work. It then appears in each piece of
+    # that work, with the same channel.
     found: dict[str, list[Collective]] = {}
     for line, times, loops in _walk(computations, entry, 1, 0):
         channel = _CHANNEL.search(line)
@@ -96,14 +100,14 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _walk(computations, name: str, times: int, loops: int) -> Iterator[tuple[str, int, int]]:
-    """Yields each exchanging instruction, how often it runs, and the loops that it lies in."""
+    """Yields each collective instruction, how often it runs, and the number of loops around it."""
     for line in computations[name]:
         instruction = _INSTRUCTION.match(line)
         if instruction is None:
             continue
         if instruction[2].removesuffix("-start") in KINDS:
             yield line, times, loops
-            continue  # What it calls adds two numbers.
+            continue  # It calls only a computation that adds two numbers.
         inner = times, loops
         if instruction[2] == "while":
             inner = times * _trips(line, computations), loops + 1
@@ -115,7 +119,7 @@ def _walk(computations, name: str, times: int, loops: int) -> Iterator[tuple[str
 
 
 def _trips(line: str, computations) -> int:
-    """Returns how often a loop runs: as XLA notes, or to where it counts; 1 if neither is said."""
+    """Returns the trip count of a loop, from XLA's note or the loop's limit; 1 if it is unknown."""
     if known := _TRIPS.search(line):
         return int(known[1])
     condition = "\n".join(computations[_CONDITION.search(line)[1]])
@@ -124,13 +128,13 @@ def _trips(line: str, computations) -> int:
 
 
 def _parse(line: str, times: int, loops: int, devices: int) -> list[Collective]:
-    """Reads an instruction; there is more than one array where several were combined."""
+    """Reads the arrays of an instruction, which may combine several."""
     shapes, operation = _INSTRUCTION.match(line).groups()
     kind, arrays = operation.removesuffix("-start"), _arrays(shapes)
     if operation.endswith("-start") and kind != "all-reduce" and len(arrays) > 1:
-        # Its type names the operands too, and before the results.
+        # The type of an asynchronous start lists the operands, then the results.
         arrays = arrays[1:2] if kind == "collective-permute" else arrays[len(arrays) // 2 :]
-    if kind == "all-to-all" and len(arrays) > 1:  # One part for each device.
+    if kind == "all-to-all" and len(arrays) > 1:  # The tuple has one part for each device.
         dtype, shape, size = arrays[0]
         arrays = [(dtype, (len(arrays), *shape), size * len(arrays))]
     source = re.search(r'op_name="([^"]*)"', line)
@@ -139,7 +143,7 @@ def _parse(line: str, times: int, loops: int, devices: int) -> list[Collective]:
 
 
 def _arrays(shapes: str) -> list[tuple[str, tuple[int, ...], int]]:
-    """Returns the dtype, the shape and the bytes of each array of a type."""
+    """Returns the dtype, the shape and the size in bytes of each array of an HLO type."""
     arrays = []
     for dtype, sizes in _ARRAY.findall(shapes):
         shape = tuple(int(size.lstrip("<=")) for size in sizes.split(",") if size)
@@ -150,7 +154,7 @@ def _arrays(shapes: str) -> list[tuple[str, tuple[int, ...], int]]:
 
 
 def _group(line: str, devices: int) -> int:
-    """Returns how many devices take part in one exchange."""
+    """Returns the number of devices that take part in one collective."""
     if _PAIRS.search(line):
         return 2
     listed, size, mesh, axes = (_GROUPS.search(line) or re.match("()()()()", "")).groups()
@@ -160,7 +164,7 @@ def _group(line: str, devices: int) -> int:
         return int(size)
     if mesh and axes:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh))
-        # 'a':(2)4 is a part of axis a, of size 4.
+        # 'a':(2)4 stands for a part of axis a, of size 4.
         parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", axes)
         return math.prod(int(part or sizes[axis]) for axis, part in parts)
     return devices

@@ -1,4 +1,4 @@
-"""The least time that a program takes on given hardware: the roofline. It measures nothing."""
+"""The roofline: the least time that a program takes on given hardware, by arithmetic."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -13,12 +13,12 @@ HOP_SECONDS = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """The least seconds that a program takes, by what could bind it.
+    """The least time of a program, in seconds, for each limit of the hardware.
 
     Attributes:
-      compute: of its matrix products.
-      memory: of reading and writing device memory.
-      exchange: of sending between devices, one collective after the other.
+      compute: time of the matrix products.
+      memory: time to read and write device memory.
+      exchange: time of the collectives, one after another.
     """
 
     compute: float
@@ -27,17 +27,17 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """The least time of all, where what can overlap does: the roofline."""
+        """The least time of the program, with perfect overlap: the roofline."""
         return max(self.compute, self.memory, self.exchange)
 
     @property
     def serial_seconds(self) -> float:
-        """The time if exchanges overlap with nothing."""
+        """The least time if collectives overlap with nothing else."""
         return max(self.compute, self.memory) + self.exchange
 
     @property
     def binds(self) -> str:
-        """What takes longest."""
+        """The limit that takes longest: "compute", "memory" or "exchange"."""
         times = dataclasses.asdict(self)
         return max(times, key=times.get)
 
@@ -47,14 +47,14 @@ def estimate(
 ) -> Estimate:
     """Estimates the time of a program.
 
-    A collective takes the longer of what its bytes and its hops do, half way round a ring each way
-    (the scaling book, part 3).
+    The time of a collective is that of its bytes or that of its hops, whichever is longer. A ring
+    works in both directions, so there are hops around half of it (the scaling book, part 3).
 
     Args:
       hardware: the chip.
-      flops: of one device.
-      moved: bytes that one device reads and writes.
-      collectives: what the devices exchange.
+      flops: FLOPs of one device.
+      moved: bytes that one device reads and writes in its memory.
+      collectives: the program's collectives.
     """
     exchange = 0.0
     for collective in collectives:

@@ -1,6 +1,6 @@
-"""What a model costs on a layout and will do on given hardware: each program compiled, and priced.
+"""The forecast of a program: compile it for a layout, and estimate its cost on given hardware.
 
-It prints nothing, and needs neither weights nor the hardware.
+This needs neither weights nor the hardware. `report.py` prints forecasts.
 """
 
 import dataclasses
@@ -20,23 +20,24 @@ from mistral_jax.planning.programs import Shapes
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-    """What one program costs, on one device unless said otherwise.
+    """The cost of one program, on one device unless stated otherwise.
 
     Attributes:
-      program: one of `programs.PROGRAMS`; a chunk of prompts, a step of decoding or of training.
-      tokens: that it works on, on all devices together.
-      held: bytes that stay: weights, and the cache or the optimizer's state.
-      temporaries: bytes that the compiler needs on top, activations and gradients among them; None
-        where it refuses the program.
-      model_flops: of the model's arithmetic.
-      flops: that the compiler counts; a loop's body counts once.
-      model_moved: bytes that must at least be read and written.
-      moved: bytes that the compiler counts, before it knows what stays in a cache.
-      collectives: what the compiled program exchanges.
-      model_sent: bytes to be sent by arithmetic.
-      estimate: the least time on the hardware asked for; None without one.
-      refusal: why the compiler refuses the program, which then does not fit; its counts are those
-        of arithmetic. None if it does not.
+      program: one of `programs.PROGRAMS`: a chunk of prompts, a step of decoding, or a step of
+        training.
+      tokens: number of tokens that it processes, on all devices together.
+      held: bytes that stay in memory, by kind: weights, and the cache or the optimizer's state.
+      temporaries: bytes that the compiled program needs in addition, for activations and gradients;
+        None if the compiler refuses the program.
+      model_flops: FLOPs by arithmetic.
+      flops: FLOPs that the compiler counts, with the body of a loop counted once.
+      model_moved: the least bytes of memory traffic, by arithmetic.
+      moved: bytes of memory traffic that the compiler counts, without regard to caches.
+      collectives: the collectives of the compiled program.
+      model_sent: bytes sent, by arithmetic.
+      estimate: the least time on the given hardware; None without hardware.
+      refusal: the reason why the compiler refuses the program, which then does not fit; the counts
+        are then those of arithmetic. None if it compiles.
     """
 
     program: str
@@ -54,13 +55,16 @@ class Forecast:
 
     @property
     def bytes(self) -> int:
-        """All memory of a device that the program needs."""
+        """Bytes of device memory that the program needs in all."""
         return sum(self.held.values()) + (self.temporaries or 0)
 
     def fits(self, memory: float, own_compiler: bool) -> bool | None:
-        """Tells whether a device of so many bytes can run the program; None = it is not certain.
+        """Tells whether the program fits on a device; None = it is not certain.
 
-        Its own compiler refuses what does not fit; another's temporaries are others.
+        Args:
+          memory: bytes of the device's memory.
+          own_compiler: whether the device's own compiler made the program. That compiler refuses a
+            program that does not fit; another compiler needs other temporaries.
         """
         if self.refusal or own_compiler:
             return self.refusal is None
@@ -70,7 +74,7 @@ class Forecast:
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends, as compiled."""
+        """Bytes that a device sends in the compiled program."""
         return arithmetic.sent(self.collectives)
 
 
@@ -82,15 +86,15 @@ def forecast(
     hardware: Hardware | None = None,
     remat: bool = True,
 ) -> Forecast:
-    """Compiles a program for the devices of a layout, and reads what it costs.
+    """Compiles a program for the devices of a layout, and reads its cost.
 
     Args:
       program: one of `programs.PROGRAMS`.
-      config: the model.
+      config: the model's architecture.
       layout: mesh and rules.
-      of: sizes of the request or the batch.
-      hardware: the chip that times are estimated for.
-      remat: whether training computes blocks again on the way back.
+      of: sizes of the request or of the batch.
+      hardware: the chip to estimate times for; None = estimate none.
+      remat: whether training computes the blocks again in the backward pass.
     """
     again = "nothing_saveable" if remat else None
     model = programs.model(config, layout, of).clone(remat=again)
@@ -109,7 +113,7 @@ def forecast(
     else:
         temporaries = compiled.memory_analysis().temp_size_in_bytes
         found = collectives.read(compiled.as_text(), layout.mesh.size)
-        if program == "decode":  # What follows the loop happens once for many steps.
+        if program == "decode":  # Collectives after the loop run once for many steps.
             found = [collective for collective in found if collective.loops]
         costs = compiled.cost_analysis()
     compiled_flops = costs.get("flops", flops)
@@ -130,15 +134,15 @@ def forecast(
 
 
 def fake_devices(count: int) -> list[jax.Device]:
-    """Makes CPU devices for programs that are compiled and not run.
+    """Returns CPU devices for programs that are compiled and not run.
 
     Raises:
-      ValueError: this process uses fewer already.
+      ValueError: JAX has already started in this process with fewer devices.
     """
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:  # JAX has begun with what it has.
+    except RuntimeError:  # JAX has started already, with the devices that it has.
         pass
     devices = jax.devices("cpu")
     if len(devices) < count:
@@ -150,18 +154,19 @@ def fake_devices(count: int) -> list[jax.Device]:
 
 
 def tpu_devices(name: str, topology: str) -> Sequence[jax.Device]:
-    """Describes a slice of TPUs to their own compiler, which needs libtpu and no TPU.
+    """Returns the devices of a TPU slice to compile for, which needs libtpu but no TPU.
 
     Args:
       name: kind of chip, such as "v5e".
-      topology: such as "2x4".
+      topology: shape of the slice, such as "2x4".
 
     Raises:
       ValueError: libtpu is not installed, or does not know the slice.
     """
     from jax.experimental import topologies
 
-    # It would ask a machine that is none for its place in a pod, and lock a chip that it has not.
+    # Without these variables libtpu queries the pod's metadata server for this machine's place in
+    # the pod, and locks a chip, neither of which exists here.
     defaults = {
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_SKIP_MDS_QUERY": "1",
@@ -171,7 +176,7 @@ def tpu_devices(name: str, topology: str) -> Sequence[jax.Device]:
     }
     for variable, value in defaults.items():
         os.environ.setdefault(variable, value)
-    # By default a host has four chips.
+    # libtpu's default is four chips for each host, more than such a slice has.
     alone = {"chips_per_host_bounds": (1, 1, 1)} if topology == "1x1" else {}
     try:
         described = topologies.get_topology_desc(

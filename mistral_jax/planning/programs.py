@@ -1,7 +1,8 @@
-"""The three programs of a model on a layout, compiled from shapes alone: no weights, no device.
+"""The three programs of a model on a layout, traced from shapes alone, without weights or devices.
 
-They are those that `generate` and `train` run, with the same arguments: on one device, without a
-mesh. CPU devices stand for others here, and are given no C++ kernels. It reads nothing off them.
+They are the programs that `generate` and `train` run, traced with the same arguments; with one
+device there is no mesh. CPU devices that stand in for others get no C++ kernels. `forecast.py`
+compiles the programs and reads their cost.
 """
 
 import contextlib
@@ -31,15 +32,15 @@ PROGRAMS = ("prefill", "decode", "train")
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """How large a request, or a batch, is.
+    """The sizes of a request, or of a training batch.
 
     Attributes:
-      batch: rows (B), filled up to what the layout shares evenly.
-      length: tokens of a row: prompt and answer together, or the context that is trained on.
-      dtype: of computation, and of parameters but those that are trained.
+      batch: number of rows (B), rounded up so that the layout divides it evenly.
+      length: tokens of a row: prompt and answer together, or the context in training.
+      dtype: dtype of computation, and of parameters that are not trained.
       chunk: tokens of a prompt that are read at a time (C).
-      quantized: matrices in int8, as `quantization.matrices` returns them; none are trained so.
-      kv_cache_dtype: of cached keys and values, "int8"; None = `dtype`.
+      quantized: matrices in int8, as `quantization.matrices` returns them; not used in training.
+      kv_cache_dtype: dtype of cached keys and values, "int8"; None = `dtype`.
     """
 
     batch: int
@@ -59,7 +60,17 @@ def shapes(
     kv_cache_dtype: str | None = None,
     train: bool = False,
 ) -> Shapes:
-    """Fills a batch and a length up, and fits the chunk, as `generate` or `train` does."""
+    """Rounds a batch and a length up, and chooses the chunk, as `generate` or `train` does.
+
+    Args:
+      layout: mesh and rules.
+      batch: number of rows.
+      length: tokens of a row.
+      dtype: name of the dtype of computation.
+      quantized: matrices in int8.
+      kv_cache_dtype: "int8" for a cache in 8 bits.
+      train: whether the sizes are those of a training batch.
+    """
     batch = batch if train else prefill.row_count(batch)
     rows, length = (
         size + -size % layout.parts(axis) for size, axis in ((batch, "batch"), (length, "length"))
@@ -69,7 +80,7 @@ def shapes(
 
 
 def model(config: ModelConfig, layout: Layout, of: Shapes) -> Transformer:
-    """Returns a model as it is traced for the devices of a layout."""
+    """Returns the model, set up to be traced for the devices of a layout."""
     return Transformer(
         config,
         of.dtype,
@@ -80,7 +91,7 @@ def model(config: ModelConfig, layout: Layout, of: Shapes) -> Transformer:
 
 
 def weights(program: str, model: Transformer, layout: Layout, of: Shapes) -> dict[str, Any]:
-    """Describes a model's parameters as a program has them: float32 where they are trained."""
+    """Describes the parameters that a program takes: float32 in training, else as `of` says."""
     described = _settle(layout, abstract_params(model, layout))
     if program == "train":
         return described
@@ -88,7 +99,7 @@ def weights(program: str, model: Transformer, layout: Layout, of: Shapes) -> dic
 
 
 def arguments(program: str, model: Transformer, layout: Layout, of: Shapes) -> Any:
-    """Describes what a program works on: (params, cache), or the state of training."""
+    """Describes the arguments of a program: (params, cache), or the training state."""
     params = weights(program, model, layout, of)
     if program == "train":
         return _settle(layout, abstract_state(_optimizer(), params, layout))
@@ -99,10 +110,10 @@ def trace(program: str, model: Transformer, layout: Layout, of: Shapes) -> jax.s
     """Traces a program for the devices of a layout.
 
     Args:
-      program: one of `PROGRAMS`: a chunk of prompts, a step of decoding (in a loop), a step of
+      program: one of `PROGRAMS`: a chunk of prompts, a step of decoding (in a loop), or a step of
         training.
-      model: the model, with the layout's rules and backend, and of the dtypes in `of`.
-      layout: the mesh; its devices need not exist.
+      model: the model, with the layout's rules and backend, and the dtypes of `of`.
+      layout: mesh and rules; the devices need not exist.
       of: the sizes.
     """
     held = arguments(program, model, layout, of)
@@ -111,7 +122,7 @@ def trace(program: str, model: Transformer, layout: Layout, of: Shapes) -> jax.s
 
 
 def lower(program: str, model: Transformer, layout: Layout, of: Shapes) -> jax.stages.Lowered:
-    """Lowers what `trace` traces, with the same arguments."""
+    """Traces and lowers a program; the arguments are those of `trace`."""
     return trace(program, model, layout, of).lower()
 
 
@@ -159,7 +170,7 @@ def _is_one(layout: Layout) -> bool:
 
 
 def _settle(layout: Layout, tree: Any) -> Any:
-    """Puts described arrays on the device itself where there is one: `load` makes no mesh of it."""
+    """Gives described arrays a single-device sharding if there is one device, as `load` does."""
     if not _is_one(layout):
         return tree
     one = SingleDeviceSharding(layout.mesh.devices.item())

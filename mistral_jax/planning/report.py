@@ -1,4 +1,4 @@
-"""A forecast as a table to read, and as fields for a program. It computes nothing new."""
+"""Forecasts as a table for people, and as JSON values for programs."""
 
 import collections
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ _WORK = {
 
 
 def fields(of: Forecast, chip: Hardware | None, own_compiler: bool) -> dict[str, Any]:
-    """Returns what is forecast as JSON values; bytes, FLOPs and times are of one device."""
+    """Returns a forecast as JSON values; bytes, FLOPs and times are those of one device."""
     found = {
         "program": of.program,
         "tokens": of.tokens,
@@ -49,7 +49,7 @@ def fields(of: Forecast, chip: Hardware | None, own_compiler: bool) -> dict[str,
 
 
 def lines(found: Sequence[Forecast], chip: Hardware | None, own_compiler: bool) -> Iterator[str]:
-    """Yields the lines of a table on programs that share a device."""
+    """Yields the lines of a table about programs that share a device."""
     yield from _memory(found, chip, own_compiler)
     for of in found:
         yield ""
@@ -69,7 +69,7 @@ def _memory(found, chip: Hardware | None, own_compiler: bool) -> Iterator[str]:
     yield "memory"
     for name, size in found[0].held.items():
         yield _row(name, decimal(size))
-    # Programs that share a device run in turns.
+    # Programs that share a device run one after another, so only the largest counts.
     for of in found:
         if of.refusal:
             yield _row("temporaries", f"the compiler refuses {of.program}: {of.refusal}")
@@ -109,7 +109,7 @@ def _times(of: Forecast, chip: Hardware) -> Iterator[str]:
 
 
 def _by_kind(of: Forecast) -> dict[str, tuple[int, int]]:
-    """Returns how many collectives there are of each kind, and the bytes of their results."""
+    """Returns the number of collectives of each kind, and the total size of their results."""
     counts: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
     for collective in of.collectives:
         counts[collective.kind][0] += collective.times

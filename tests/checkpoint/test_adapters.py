@@ -506,9 +506,9 @@ def test_what_cannot_be_saved_leaves_nothing(tmp_path):
         (
             made,
             {"format": "official"},
-            "adapters has lm_head, which this model has not in official",
+            "adapters has lm_head, which this model does not have in format 'official'",
         ),
-        (deep, {}, "adapters has layers_2/attn/k_proj, which this model has not"),
+        (deep, {}, "adapters has layers_2/attn/k_proj, which this model does not have"),
         (wide, {}, r"adapters has \(3, 40\) as .*; expected \(3, 32\)"),
         (broken, {}, "not finite"),
     ):

@@ -119,5 +119,5 @@ def test_refuses_adapters_of_another_model():
         init_adapters(Lora(targets=("lm_head",)), params, jax.random.key(0))
     deeper, _ = tiny.build(n_layers=3)
     adapters = init_adapters(Lora(), abstract_params(deeper), jax.random.key(0))
-    with pytest.raises(ValueError, match=r"layers_2/attn/.*which the model has not"):
+    with pytest.raises(ValueError, match=r"layers_2/attn/.*which the model does not have"):
         attach(PARAMS, adapters)

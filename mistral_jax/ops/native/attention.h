@@ -8,7 +8,7 @@
 
 #include "lanes.h"
 
-// Widens `size` numbers to whole vectors, times `scale`; what is left of the last one is zeros.
+// Converts `size` numbers to float32 vectors, times `scale`, and pads the last vector with zeros.
 template <class Number>
 inline void WidenRow(const Number* from, int size, Lanes* to, float scale = 1) {
   for (; size >= kLanes; size -= kLanes, from += kLanes) *to++ = Widen(from) * scale;
@@ -19,10 +19,10 @@ inline void WidenRow(const Number* from, int size, Lanes* to, float scale = 1) {
   }
 }
 
-// e to the power of x, for x up to 0, to two units of rounding (Cephes' expf).
+// Returns exp(x) for x <= 0, with an error of at most two units in the last place (Cephes' expf).
 inline Lanes Exp(Lanes x) {
   x = x < -87.0f ? Lanes{} - 87.0f : x;  // NaN stays NaN.
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded.
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer.
   const Lanes n = (x * 1.44269504088896341f + kRound) - kRound;
   const Lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   Lanes sum = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -34,13 +34,13 @@ inline Lanes Exp(Lanes x) {
   return (sum * r * r + r + 1.0f) * Load<float>(&power);
 }
 
-// What a row's one query of `group` heads finds in a cache of `slots` for each of `kv_heads`.
+// Sizes of a row's cache: `slots` (S), `kv_heads` (K), query heads of each (G), head width (H).
 struct Sizes {
   int slots, kv_heads, group, dim;
 };
 
-// Keys or values of one head, [S, dim] with dim x kv_heads numbers from one to the next; and what to
-// multiply each by, [S] with kv_heads, or null.
+// Keys or values of one head, [S, dim] with a stride of dim * kv_heads numbers, and their scales, [S]
+// with a stride of kv_heads, or null.
 template <class Number>
 struct Kept {
   const Number* numbers;
@@ -50,8 +50,8 @@ struct Kept {
     const size_t place = static_cast<size_t>(slot) * sizes.kv_heads;
     WidenRow(numbers + place * sizes.dim, sizes.dim, to, scales ? scales[place] : 1.0f);
   }
-  // The numbers of a head lie apart: the processor does not fetch the next ones by itself. Into its
-  // second cache more are on their way at a time than into its first.
+  // The numbers of a head are not contiguous, so the processor does not prefetch them by itself.
+  // Prefetching into L2 allows more requests at a time than into L1.
   void Prefetch(int slot, Sizes sizes) const {
     const Number* from = numbers + static_cast<size_t>(slot) * sizes.kv_heads * sizes.dim;
     for (size_t i = 0; i < sizes.dim * sizeof(Number); i += 64)
@@ -59,12 +59,12 @@ struct Kept {
   }
 };
 
-// Attends from queries [G, H] to the slots of `k` and `v` that `mask` [S] shows; `out` is [G, H], zeros
-// if it shows none. The softmax is joined as keys come (arXiv 1805.02867).
+// Attends from queries [G, H] to the cache slots that `mask` [S] shows, with an online softmax (arXiv
+// 1805.02867). `out` is [G, H]; zeros if the mask shows no slot.
 template <class Number>
 void AttendHead(const float* q, Kept<Number> k, Kept<Number> v, const bool* mask, float* out,
                 Sizes sizes) {
-  // Keys that are worked on at once, and vectors of a number of them: registers hold their sums.
+  // Keys of a block, and vectors whose sums stay in registers at a time.
   constexpr int kKeys = 32, kVectors = 4;
   const int vectors = (sizes.dim + kVectors * kLanes - 1) / (kVectors * kLanes) * kVectors;
   std::vector<Lanes> queries(sizes.group * vectors), mixed(sizes.group * vectors);
@@ -87,7 +87,8 @@ void AttendHead(const float* q, Kept<Number> k, Kept<Number> v, const bool* mask
     for (int g = 0; g < sizes.group; ++g) {
       float* scores = reinterpret_cast<float*>(&weights[g * kKeys / kLanes]);
       std::fill(scores, scores + kKeys, -std::numeric_limits<float>::infinity());
-      // Several keys at once, for a query to be loaded once; past the last, what is left there.
+      // kVectors keys at a time share one load of the query. Past the last key, `near` holds old
+      // numbers, whose sums are not used.
       for (int i = 0; i < count; i += kVectors) {
         Lanes sums[kVectors] = {};
         for (int x = 0; x < vectors; ++x)
@@ -99,7 +100,7 @@ void AttendHead(const float* q, Kept<Number> k, Kept<Number> v, const bool* mask
           if (i + j < count) scores[i + j] = Sum(sums[j]) * scale;
       }
       const float top = std::max(tops[g], *std::max_element(scores, scores + count));
-      const float shrink = std::exp(tops[g] - top);  // What came before had another top.
+      const float shrink = std::exp(tops[g] - top);  // Rescales earlier sums to the new maximum.
       Lanes total = {};
       for (int i = 0; i < kKeys / kLanes; ++i)
         total += weights[g * kKeys / kLanes + i] = Exp(weights[g * kKeys / kLanes + i] - top);

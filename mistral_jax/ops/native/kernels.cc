@@ -1,9 +1,9 @@
-// What XLA calls, on a CPU: products of few rows, matrices in float32, attention of single tokens, rows
-// of a table.
+// The kernels that XLA calls on a CPU: products of few rows, matrices widened to float32, attention of
+// single tokens, rows of tables.
 //
-// XLA's own products are fast for many rows; of one to eight they take up to twice the time of these.
-// To take rows of a 16-bit table, or to write some, XLA makes float32 of the whole table. A matrix is
-// made float32 here, too. `kernels.py` compiles this file.
+// XLA's own products are fast for many rows, but take up to twice as long as these for one to eight. To
+// read or write rows of a 16-bit table, XLA converts the whole table to float32. `library.py` compiles
+// this file.
 
 #include <utility>
 
@@ -18,17 +18,17 @@ namespace {
 
 using Floats = ffi::Buffer<ffi::F32, 3>;
 
-// Multiplications that pay for handing them to another thread.
+// The least number of multiplications that is worth handing to another thread.
 constexpr int64_t kLeast = 100000;
-// Outputs of a part of a product: a multiple, for all numbers of outputs that are worked on at once.
+// Parts of a product are multiples of this many outputs: a multiple of every kOutputs below.
 constexpr int kWhole = 12;
 
-// Rows up to which products are faster here than XLA's: of bytes, where the processor multiplies
-// them, any number.
+// The most rows for which products are faster here than in XLA. Products of bytes have no limit if the
+// processor multiplies bytes.
 template <class Weight>
 constexpr int kMostRows = Operands<Weight>::kSums > 1 ? INT32_MAX : MOST_ROWS;
 
-// A matrix, where its product goes, and the number of its first output among those of all.
+// A matrix, its result, and the index of its first output among the outputs of all matrices.
 template <class Weight>
 struct Factor {
   const Weight* matrix;
@@ -36,7 +36,7 @@ struct Factor {
   int outputs, first;
 };
 
-// Returns what multiplies so many rows, which the compiler has to know if they are few.
+// Returns the function that multiplies `count` rows. For few rows, the count is a template argument.
 template <class Weight, int... R>
 auto Choose(int count, std::integer_sequence<int, R...>) {
   decltype(&MultiplyMany<Weight>) found = nullptr;
@@ -46,7 +46,7 @@ auto Choose(int count, std::integer_sequence<int, R...>) {
   return found;
 }
 
-// Multiplies the same rows by several matrices: threads meet once for all of them.
+// Multiplies the same rows by several matrices, so that threads synchronise once for all of them.
 template <class Weight, ffi::DataType kType>
 ffi::Error Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32, 2> rows, ffi::RemainingArgs matrices,
                    ffi::RemainingRets results) {
@@ -89,7 +89,7 @@ auto ProductBinding() {
       .RemainingRets();
 }
 
-// Of int8 are keys and values with `scales`, two [B, S, K].
+// Attends from one query of each row. int8 keys and values have `scales`, each [B, S, K].
 template <class Number, ffi::DataType kType, class... Scales>
 ffi::Error Attend(ffi::ThreadPool pool, Floats q, ffi::Buffer<kType, 4> k,
                   ffi::Buffer<kType, 4> v, ffi::Buffer<ffi::PRED, 2> mask, Scales... scales,
@@ -130,7 +130,7 @@ auto AttendBinding() {
       .template Arg<ffi::Buffer<ffi::PRED, 2>>();
 }
 
-// Widens a matrix. It needs nothing of `after`, but is not computed before.
+// Widens a matrix to float32. It does not read `after`: the operand only makes XLA compute it first.
 template <class Number, ffi::DataType kType>
 ffi::Error ToFloats(ffi::ThreadPool pool, ffi::Buffer<kType, 2> matrix, ffi::AnyBuffer after,
                     ffi::ResultBuffer<ffi::F32, 2> result) {

@@ -1,4 +1,4 @@
-// Vectors of numbers, whatever the processor's are called; and the threads to work on them.
+// SIMD vectors of numbers on any processor, and a parallel loop over the threads of a pool.
 
 #pragma once
 
@@ -17,8 +17,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// As many numbers as a register holds: of larger vectors GCC works on one part after another, in
-// memory.
+// The float32 numbers of a register. GCC keeps vectors larger than a register in memory.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
 #elif defined(__AVX2__)
@@ -35,7 +34,7 @@ template <class T>
 using LanesOf __attribute__((vector_size(kLanes * sizeof(T)))) = T;
 using Lanes = LanesOf<float>;
 
-// Returns what lies at `from`, aligned or not.
+// Loads a value from an address that need not be aligned.
 template <class T>
 inline T Bits(const void* from) {
   T value;
@@ -50,7 +49,7 @@ inline LanesOf<T> Load(const void* from) {
 
 inline Lanes Widen(const float* weights) { return Load<float>(weights); }
 inline Lanes Widen(const int8_t* weights) {
-// GCC 12 finds no instruction for all lanes.
+// With __builtin_convertvector GCC 12 does not convert all lanes with one instruction.
 #if defined(__AVX512F__)
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(Bits<__m128i>(weights)));
 #elif defined(__AVX2__)
@@ -74,10 +73,10 @@ inline float Sum(Lanes lanes) {
   return (parts[0][0] + parts[0][2]) + (parts[0][1] + parts[0][3]);
 }
 
-// Calls `work(first, last)` for parts of 0 to `size`, on this thread and on those of the pool that
-// are free. Parts are smaller and smaller, down to `step`, so that all end together though one began
-// late. This thread waits only for parts that another has begun: a pool whose threads all wait here
-// goes on.
+// Calls `work(first, last)` for parts of the range from 0 to `size`, on this thread and on the pool's
+// free threads. Parts shrink towards the end, down to `step`, so that all threads finish at about the
+// same time. This thread waits only for parts that another thread has begun, so there is no deadlock
+// when all threads of the pool are in this function.
 template <class Pool, class Work>
 void Parallel(Pool& pool, int size, int step, Work work) {
   struct Shared {
