@@ -1,7 +1,6 @@
 """Decoding on the device: its `State`, one step, and the loop of steps. It reads nothing back.
 
-The loop makes up to `limit` tokens a row before the host looks, and stops when too few rows are
-left to go on with.
+The loop makes up to `limit` tokens a row before the host looks, and fewer where rows end.
 """
 
 import functools
@@ -240,27 +239,32 @@ def decode(
     params: Params,
     state: State,
     limit: np.int32,
-    least: np.int32,
+    watched: np.ndarray,
     rows: int | None = None,
 ) -> tuple[State, Made]:
-    """Takes up to `limit` steps, while at least `least` rows go on.
+    """Takes up to `limit` steps, fewer if all rows end, or one that is watched.
 
     Args:
       model: the model.
       params: its parameters.
       state: where to begin; its buffers are consumed.
       limit: at most `MOST_STEPS`.
-      least: 1 to go on until all rows have ended; the number of rows that have not, to stop when
-        one of them ends, whose place another is to take.
+      watched: rows [B] bool whose places others are to take: the first of them that ends, or has
+        ended, ends the loop. None of them = all rows go on until they end.
       rows: run only so many, the first; None = all.
 
     Returns:
       The new state, and what these steps made of the rows that they ran.
     """
 
+    watched = watched[: rows or len(watched)]
+    is_watched = jnp.any(watched)
+
     def goes_on(carry):
         state, _, step = carry
-        return (step < limit) & (jnp.sum(state.left > 0, dtype=jnp.int32) >= jnp.maximum(least, 1))
+        # One question of each device to the others, whichever it is.
+        found = jnp.where(is_watched, watched & (state.left <= 0), state.left > 0)
+        return (step < limit) & (jnp.any(found) != is_watched)
 
     def take_step(carry):
         state, made, step = carry

@@ -245,14 +245,17 @@ class Scheduler:
 
     def _decode(self, rows: list[tuple[int, Row]]) -> None:
         # Where another waits for a slot, it comes in as soon as one is free.
-        least = len(rows) if len(self._queue) or self._group else 1
+        watched = np.zeros(len(self._slots), bool)
+        if len(self._queue) or self._group:
+            watched[[slot for slot, _ in rows]] = True
         with on_mesh(self._params):
             if self._ended.any():
                 self._state = erase(self._model, self._state, self._ended)
                 self._ended = np.zeros_like(self._ended)
-            bounds = np.int32(self._limit), np.int32(least)
-            count = self._count(rows)
-            self._state, made = decode(self._model, self._params, self._state, *bounds, count)
+            self._state, made = decode(
+                *(self._model, self._params, self._state),
+                *(np.int32(self._limit), watched, self._count(rows)),
+            )
         self._calls.append(_Call(made, rows, self._limit, True, time.perf_counter()))
 
     def _count(self, rows: list[tuple[int, Row]]) -> int | None:

@@ -145,8 +145,8 @@ def _trace(program, model, held, layout, of):
     ones, stops = [1] * of.batch, [model.config.eos_ids] * of.batch
     state = decode.start((), ones, ones, sampling, stops, [False] * of.batch, vocab_size)
     state = jax.tree.map(lambda x: _array(layout, x.shape, x.dtype, ()), state)
-    limit, least = np.int32(decode.MOST_STEPS), np.int32(1)
-    return decode.decode.trace(model, params, state.replace(cache=cache), limit, least)
+    limit, watched = np.int32(decode.MOST_STEPS), np.zeros(of.batch, bool)
+    return decode.decode.trace(model, params, state.replace(cache=cache), limit, watched)
 
 
 def _cache(program: str, model: Transformer, layout: Layout, of: Shapes) -> Cache:

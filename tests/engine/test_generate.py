@@ -395,7 +395,7 @@ def test_decoding_reads_its_weights_and_copies_none(dtype, rows):
     cache = init_cache(config, rows, 8, dtype)
     ones, size = [1] * rows, config.vocab_size
     state = decode.start(cache, ones, ones, sampling, [()] * rows, [False] * rows, size)
-    lowered = decode.decode.lower(model, params, state, np.int32(9), np.int32(1))
+    lowered = decode.decode.lower(model, params, state, np.int32(9), np.zeros(rows, bool))
     temporary = lowered.compile().memory_analysis().temp_size_in_bytes
     smallest = params["layers_0"]["attn"]["q_proj"]["kernel"]
     assert temporary < smallest.size * smallest.dtype.itemsize

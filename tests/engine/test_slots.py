@@ -36,7 +36,7 @@ def put(model, state, slot, row, read, **options):
 
 
 def run(model, params, state, steps):
-    return decode.decode(model, params, state, np.int32(steps), np.int32(1))
+    return decode.decode(model, params, state, np.int32(steps), np.zeros(len(state.left), bool))
 
 
 def of_row(state, slot):
@@ -99,7 +99,7 @@ def test_the_first_rows_may_go_on_alone(mistral, dtype):
         state = slots.empty_state(model, params, 3, LENGTH)
         state, _ = put(model, state, 1, 1, both)
         before = of_row(state, 2)
-        state, made = decode.decode(model, params, state, size, np.int32(1), count)
+        state, made = decode.decode(model, params, state, size, np.zeros(3, bool), count)
         assert made.tokens.shape[0] == (count or 3)
         if count:
             assert_equal(of_row(state, 2), before)
@@ -127,12 +127,15 @@ def test_a_slot_that_was_used_needs_no_clearing(mistral):
         assert_equal(of_row(first, 0), of_row(second, 0))
 
 
-def test_the_loop_stops_where_fewer_rows_go_on_than_are_wanted(mistral, running):
+def test_the_loop_stops_where_a_row_ends_that_is_watched(mistral, running):
     model, params = mistral
     state, _ = put(model, copied(running), 0, 0, read(model, params), left=3)
-    state, made = decode.decode(model, params, state, np.int32(9), np.int32(2))
-    assert np.asarray(made.tokens >= 0).sum(axis=1).tolist() == [2, 2, 0]
-    assert np.asarray(made.left).tolist()[0] == 0
+    for watched, steps in (([False, True, False], 4), ([True, True, False], 2)):
+        _, made = decode.decode(model, params, copied(state), np.int32(4), np.array(watched))
+        assert np.asarray(made.tokens >= 0).sum(axis=1).tolist() == [2, steps, 0]
+    # One that has ended before stops it at once.
+    _, made = decode.decode(model, params, state, np.int32(4), np.array([True, True, True]))
+    assert (np.asarray(made.tokens) == -1).all()
 
 
 def test_any_number_of_tokens_may_end_a_row(mistral):
