@@ -151,15 +151,20 @@ def _take_row(cache, row, axes):
 
 
 def _put_row(state, cache, slot, row, axes):
-    """Copies one row of a cache over one of a state's; slots that it lacks become empty."""
+    """Copies one row of a cache over one of a state's, and empties the slots that it lacks.
+
+    Their values become 0: a key that no query sees has the weight 0, but 0 times NaN is NaN, and
+    the row before may have failed.
+    """
     part = _part(axes)
 
     def put(old, new):
         at = slot - part * old.shape[0]
         mine = (at >= 0) & (at < old.shape[0])
         at = jnp.clip(at, 0, old.shape[0] - 1)
-        if new.ndim == 2:  # Positions.
-            new = jnp.pad(new, ((0, 0), (0, old.shape[1] - new.shape[1])), constant_values=-1)
+        lacking = [(0, size - given) for size, given in zip(old.shape, new.shape, strict=True)][1:]
+        empty = -1 if new.ndim == 2 else 0  # Positions have two axes.
+        new = jnp.pad(new, [(0, 0), *lacking], constant_values=jnp.array(empty, new.dtype))
         if axes:
             starts = (at, *[jnp.int32(0)] * (old.ndim - 1))
             new = jnp.where(mine, new, jax.lax.dynamic_slice(old, starts, new.shape))

@@ -9,6 +9,7 @@ from mistral_jax.engine import generate as generation
 from mistral_jax.engine import prefill
 from mistral_jax.engine.generate import generate
 from mistral_jax.engine.sampling import Sampling
+from mistral_jax.ops.backend import PLAIN
 
 WARM = Sampling(temperature=1, top_p=0.98, seed=5)
 # Logits near 1 through two layers, in float32.
@@ -117,3 +118,18 @@ def test_a_prompt_of_many_samples_is_read_once(mistral, places):
     assert places == [(1, 16), (1, 16)]
     alone = generate(*mistral, [prompt], 8, sampling=WARM, stop_ids=())
     assert rows[0].tokens == alone[0].tokens
+
+
+@pytest.mark.parametrize("kept", [None, "int8"])
+def test_a_row_that_failed_leaves_nothing_to_the_next_in_its_slot(few_slots, monkeypatch, kept):
+    """A key that nobody sees has the weight 0, but 0 times NaN is NaN."""
+    monkeypatch.setattr(generation, "MOST_SLOTS", 1)
+    monkeypatch.setattr(generation, "FEWEST_SLOTS", 1)
+    model, params = tiny.build(sliding_window=None)
+    model = model.clone(kv_cache_dtype=kept, backend=PLAIN)
+    table = params["embed"]["embedding"].at[7].set(np.nan)
+    params = params | {"embed": {"embedding": table}}
+    sound, options = [1, 5, 9], {"sampling": [WARM] * 2, "stop_ids": ()}
+    (alone, _) = generate(model, params, [sound, [2]], 8, **options)
+    first, second = generate(model, params, [[7] * 300, sound], 8, **options)
+    assert (first.finish_reason, second) == ("error", alone)
