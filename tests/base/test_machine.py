@@ -91,7 +91,7 @@ def test_rates_of_rows_that_took_turns_are_those_of_all():
             return 2.0
 
     rows = [
-        Completion([0] * 5, [0] * 5, "length", [], None, 1.0 + 2 * turn, 3.0 + 2 * turn)
+        Completion([0] * 5, [0] * 5, "length", [], None, 1.0 + 2.1 * turn, 3.0 + 2 * turn)
         for turn in (0, 1)
         for _ in range(8)
     ]

@@ -238,7 +238,13 @@ def test_two_processes_use_and_save_them_as_one_does(tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "x" / name).read_bytes()
 
 
-@pytest.mark.parametrize("options", [{}, {"sharding": "data_tensor", "mesh": {"tensor": 2}}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"sharding": "data_tensor", "mesh": {"tensor": 2}}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_model_is_loaded_with_its_adapters_beside_or_merged(tmp_path, options):
     model, params = tiny.build(vocab_size=56, n_layers=1)
     checkpoint.save(tmp_path / "base", model.config, params)

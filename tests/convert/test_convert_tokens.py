@@ -241,6 +241,7 @@ def test_a_token_without_a_piece_is_sampled_as_no_text(write, tmp_path):
     assert "".join(mistral_jax.stream(*loaded, HI[:1], 3, sampling=prefer)) == ""
 
 
+@pytest.mark.slow
 def test_a_model_trained_further_has_the_same_tokens(write, tmp_path):
     """With the ends of a checkpoint that an earlier version converted, and rows without a piece."""
     config, _ = convert(write(700, size=701), tmp_path / "x")

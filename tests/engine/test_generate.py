@@ -211,7 +211,7 @@ def test_on_a_gpu_few_rows_are_read_in_longer_chunks():
     np.testing.assert_array_equal(places[0], np.arange(2048))
 
 
-@pytest.mark.parametrize("kept", [None, "int8"])
+@pytest.mark.parametrize("kept", [None, pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_cache_that_lies_by_heads_makes_the_same_text(mistral, monkeypatch, kept):
     """As on a GPU, where no array of the cache is turned by a loop of steps."""
     model = mistral[0].clone(kv_cache_dtype=kept)
@@ -272,6 +272,7 @@ def test_requests_reuse_the_compiled_programs(mistral, monkeypatch):
         list(stream_tokens(*mistral, [1] * length, new, sampling=sampling))
 
 
+@pytest.mark.slow
 def test_few_programs_serve_requests_of_all_kinds(monkeypatch):
     """One for each width of a chunk, and four more, for each count of rows."""
     monkeypatch.setattr(prefill, "CHUNK", 32)

@@ -177,6 +177,7 @@ def test_gradients_are_finite_and_blind_to_padding():
     chex.assert_trees_all_close(grads, gradient(params, other, positions), atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_gradient_computes_again_what_it_does_not_keep():
     """Blocks where asked, and scores always: no T x T numbers wait for the way back."""
     model, params = tiny.build(n_layers=3, sliding_window=None, hidden_dim=256)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROGRAM = """
 import jax, jax.numpy as jnp, numpy as np, optax, tiny
 from mistral_jax import Sampling, generate
@@ -63,6 +65,7 @@ def printed(wide):
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_numbers_of_64_bits_change_nothing():
     plain, wide = printed(0), printed(1)
     assert len(plain) == len(wide) > 50

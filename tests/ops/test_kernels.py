@@ -103,6 +103,7 @@ def test_many_rows_are_multiplied_by_bytes_where_the_processor_does(rows):
         (("-march=cooperlake",), ("avx512_bf16", "avx512_vnni")),
     ],
 )
+@pytest.mark.slow
 def test_another_processor_computes_the_same_by_other_instructions(flags, needed, monkeypatch):
     """In a process of its own: a library is loaded once. What does not run here is compiled."""
     if needed and platform.machine() != "x86_64":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import statistics
 import sys
 
@@ -110,10 +111,11 @@ def test_int8_is_that_of_qwix_to_the_bit(outputs):
 @pytest.mark.parametrize(
     ("layout", "tied"),
     [
-        *((None, False), ("fsdp", True)),
+        (None, False),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in ((None, True), ("tensor", False), ("tensor", True), ("fsdp", False))
+            for case in itertools.product((None, "tensor", "fsdp"), (True, False))
+            if case != (None, False)
         ),
     ],
 )

@@ -99,6 +99,7 @@ def test_what_is_computed_again_is_exchanged_again(name):
 
 
 @pytest.mark.parametrize("program", programs.PROGRAMS)
+@pytest.mark.slow
 def test_an_mlp_may_be_split_without_the_heads(program, tmp_path):
     path = tmp_path / "wide.toml"
     path.write_text('[mesh]\ntensor = 8\n[rules]\nmlp = "tensor"\nvocab = "tensor"\n')
@@ -111,7 +112,17 @@ def test_an_mlp_may_be_split_without_the_heads(program, tmp_path):
 
 @pytest.mark.parametrize("cache", [None, "int8"])
 @pytest.mark.parametrize("program", ["prefill", "decode"])
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "long"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tensor",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in NAMES
+            if name not in ("long", "tensor")
+        ),
+    ],
+)
 def test_of_int8_devices_exchange_the_same_and_some_scales(name, program, cache):
     """Where kernels are gathered, XLA's CPU backend does so once they are float32."""
     layout, model, of, compiled = compile_for(name, program, int8=True, cache=cache)
@@ -319,6 +330,7 @@ def command(capsys, *arguments):
     return status, out, err
 
 
+@pytest.mark.slow
 def test_the_command_prints_what_a_reader_asks(capsys):
     layout = "--sharding", "data_tensor", "--devices", "8"
     status, out, _ = command(capsys, *layout, "--hardware", "L4", "--batch", "6", "--length", "512")
@@ -334,6 +346,7 @@ def test_the_command_prints_what_a_reader_asks(capsys):
     assert "fits" not in fields
 
 
+@pytest.mark.slow
 def test_rows_and_lengths_are_filled_up_to_what_devices_share(capsys):
     layout = "--sharding", "long", "--devices", "4", "--train", "--json"
     status, out, _ = command(capsys, *layout, "--length", "61")
@@ -349,6 +362,7 @@ def test_one_device_needs_no_layout(capsys):
     assert decode["binds"] == "memory"
 
 
+@pytest.mark.slow
 def test_int8_is_planned_where_it_is_asked_for_or_stored(capsys, tmp_path):
     model, params, _ = checkpoint.load(quantize="int8", dtype="bfloat16")
     checkpoint.save(tmp_path / "x", model.config, params)
