@@ -1,9 +1,9 @@
-"""Measures an engine: a conversation with and without prefix reuse, and many requests at once.
+"""Measures `Engine`: a conversation with and without prefix reuse, and many requests at once.
 
-Two engines take turns. One JSON line for each turn of a conversation: tokens of the prompt, and the
-seconds to the first token of its answer with and without prefix reuse (medians of rounds). Then one
-line for each number of requests that are submitted at once: tokens a second, and the seconds to the
-first token of the slowest.
+Two engines take turns, one with and one without prefix reuse. For each turn of the conversation, a
+JSON line has the tokens of the prompt and the seconds to the first token of the answer by both
+engines. Then, for each number of requests submitted at once, a line has the tokens/s and the
+longest time to first token in seconds. All values are medians over the rounds.
 
     python benchmarks/serving.py [--model nano] [--turns 10] [--question 60] [--answer 60]
         [--requests 1 4 16 64] [--rounds 3]
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def conversations(model, params, arguments, about: dict) -> None:
-    """Prints the seconds to the first token of each turn."""
+    """Prints the time to first token of each turn of a conversation, in seconds."""
     length = arguments.turns * (arguments.question + arguments.answer) + 1
     kinds = {"with": 2**30, "without": 0}
     engines = {
@@ -69,7 +69,7 @@ def conversations(model, params, arguments, about: dict) -> None:
 
 
 def conversation(engine, vocab_size: int, arguments, seed: int) -> list[float]:
-    """Returns the seconds to the first token of each turn of one conversation."""
+    """Holds one conversation; returns the time to first token of each turn, in seconds."""
     rng, ids, seconds = np.random.default_rng(seed), [], []
     for _ in range(arguments.turns):
         ids += rng.integers(3, vocab_size, arguments.question).tolist()
@@ -80,7 +80,7 @@ def conversation(engine, vocab_size: int, arguments, seed: int) -> list[float]:
 
 
 def load(model, params, arguments, about: dict) -> None:
-    """Prints the rate at which requests are answered that come at once."""
+    """Prints the throughput and the longest time to first token of requests submitted at once."""
     length = arguments.question + arguments.answer
     with mj.Engine(model, params, slots=8, length=length, prefix_bytes=0) as engine:
         engine.warm_up()

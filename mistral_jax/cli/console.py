@@ -1,4 +1,4 @@
-"""The console script `mistral-jax`: runs one of the commands by its name."""
+"""The console script `mistral-jax`, which runs a command by its name."""
 
 import argparse
 import difflib
@@ -8,7 +8,7 @@ import sys
 from mistral_jax.base import VERSION
 from mistral_jax.cli import command
 
-# The module that has each command's `main`, and what the command does.
+# The module of each command's `main`, and a summary of the command.
 COMMANDS = {
     "sample": ("cli.sample", "continue prompts, or chat"),
     "train": ("cli.train", "train or fine-tune a model by a recipe"),
@@ -21,8 +21,8 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Runs the command that the first argument names; returns its exit status.
 
-    The process is prepared here, before the command's slow imports, as `python -m` has the package
-    do it.
+    It prepares the process before the command's slow imports; with `python -m`, the package does
+    this.
     """
     command.begin()
     argv = sys.argv[1:] if argv is None else argv

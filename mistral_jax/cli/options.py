@@ -1,4 +1,4 @@
-"""The options of `python -m mistral_jax.sample`: names, defaults and help. It runs nothing."""
+"""The options of `python -m mistral_jax.sample`: names, defaults and help texts."""
 
 import argparse
 import functools
@@ -8,9 +8,9 @@ from mistral_jax.base import VERSION
 from mistral_jax.cli.command import Parser, add_cache, add_layout, add_model, called
 
 DESCRIPTION = """\
-Continues prompts with a Mistral model, or answers them (--chat). Standard output carries the text
-and nothing else; on a terminal, a prompt stands in front of its continuation. The completions of
-several prompts are separated by an empty line. Values in brackets are defaults.
+Continues prompts with a Mistral model, or answers them (--chat). Standard output carries only the
+generated text; on a terminal, each prompt is printed before its continuation. The completions of
+several prompts are separated by an empty line. Defaults are in brackets.
 """
 EPILOG = """\
 Examples:
@@ -23,7 +23,7 @@ Examples:
 
 
 def parser() -> Parser:
-    """Returns the command's parser."""
+    """Builds the parser of the command."""
     made = Parser(
         prog=called("sample"),
         usage="%(prog)s [PROMPT ...] [options]",
@@ -43,14 +43,14 @@ def parser() -> Parser:
         "--prompts-file",
         type=Path,
         metavar="FILE",
-        help="more prompts, one a line; any number, computed together",
+        help="file of more prompts, one on each line, in any number",
     )
     add(
         "--chat",
         action="store_true",
-        help="prompts are messages to answer; without any, hold a conversation",
+        help="answer prompts as messages; without prompts, hold a conversation",
     )
-    add("--system", metavar="TEXT", help="what --chat is told beforehand")
+    add("--system", metavar="TEXT", help="system message of --chat")
 
     group = made.add_argument_group("the model")
     add = group.add_argument
@@ -58,34 +58,33 @@ def parser() -> Parser:
     add(
         "--merge",
         action="store_true",
-        help="add them to its weights: loads longer, and is as fast as without them",
+        help="add the adapters to the weights: slower to load, as fast to run as no adapters",
     )
     add_layout(group)
     add(
         "--max-positions",
         type=int,
         metavar="N",
-        help="tokens that prompt and answer may have together [the model's own limit]",
+        help="maximum number of tokens of prompt and answer together [the model's own limit]",
     )
     add(
         "--kv-cache-dtype",
         choices=("int8",),
         metavar="int8",
-        help="round the keys and values of earlier tokens to 8 bits, for a half of their memory or "
-        "less [as computed in]",
+        help="store keys and values in 8 bits, in half of the memory or less [the compute dtype]",
     )
     add_cache(group)
 
-    add = made.add_argument_group("the choice of tokens").add_argument
+    add = made.add_argument_group("sampling").add_argument
     number = functools.partial(_number, add)
-    number("--max-tokens", int, 256, "most tokens to make")
-    number("--temperature", float, 0.7, "evens out the odds; 0 always takes the likeliest token")
-    number("--top-k", int, 0, "choose from the N likeliest; 0 is all")
-    number("--top-p", float, 0.95, "choose from the likeliest that have this share of the odds")
-    number("--min-p", float, 0, "choose from those with this share of the likeliest one's odds")
-    number("--repetition-penalty", float, 1, "divides the logits of tokens seen; 1 is none")
+    number("--max-tokens", int, 256, "maximum number of tokens to generate")
+    number("--temperature", float, 0.7, "divides the logits; 0 always takes the likeliest token")
+    number("--top-k", int, 0, "choose from the N likeliest tokens; 0 is all")
+    number("--top-p", float, 0.95, "choose from the likeliest tokens with this total probability")
+    number("--min-p", float, 0, "choose from tokens at least X times as likely as the likeliest")
+    number("--repetition-penalty", float, 1, "penalizes tokens in prompt or answer; 1 is none")
     number("--presence-penalty", float, 0, "subtracted from the logits of tokens in the answer")
-    number("--frequency-penalty", float, 0, "the same, once for each time that they stand there")
+    number("--frequency-penalty", float, 0, "the same, once for each occurrence")
     add(
         "--logit-bias",
         type=_bias,
@@ -94,20 +93,20 @@ def parser() -> Parser:
         metavar="ID=X",
         help="add X to the logit of token ID; -inf bans it; may be repeated",
     )
-    number("--seed", int, 0, "the same seed gives the same text")
+    number("--seed", int, 0, "seed of the random draws; the same seed gives the same text")
     add(
         "--stop",
         action="append",
         default=[],
         metavar="TEXT",
-        help="end before this text; may be repeated",
+        help="end the answer before this text; may be repeated",
     )
 
     add = made.add_argument_group("the output").add_argument
-    add("--json", action="store_true", help="one JSON object a completion, each on a line")
+    add("--json", action="store_true", help="print each completion as a JSON object on one line")
     number = functools.partial(_number, add)
-    number("--top-logprobs", int, 0, "likeliest tokens to list at each place in --json, up to 20")
-    add("--stats", action="store_true", help="times and rates, on standard error")
+    number("--top-logprobs", int, 0, "likeliest tokens to list at each position, up to 20")
+    add("--stats", action="store_true", help="print times and rates to standard error")
     return made
 
 

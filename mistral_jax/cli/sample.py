@@ -1,4 +1,4 @@
-"""The command line of generation, `python -m mistral_jax.sample`: it parses, calls and prints."""
+"""The command `python -m mistral_jax.sample`: generates texts and prints them."""
 
 import argparse
 import dataclasses
@@ -15,7 +15,7 @@ _SAMPLING = (
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
 )
 
-# Most memory of the earlier turns of a conversation, which are not read again.
+# Maximum number of bytes of keys and values stored of the earlier turns of a conversation.
 _PREFIX_BYTES = 2**29
 
 
@@ -32,9 +32,9 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.system is not None and not arguments.chat:
         raise ValueError("--system is for --chat; a plain completion has no system message")
     if arguments.top_logprobs > 0 and not arguments.json:
-        raise ValueError("--top-logprobs is for --json, which alone shows them; add --json")
+        raise ValueError("--top-logprobs needs --json, the only output that shows them; add --json")
     if prompts is None and arguments.json:
-        raise ValueError("--json is for prompts, not for a conversation; give one or more")
+        raise ValueError("--json is for prompts, not for a conversation; give one or more prompts")
     if arguments.merge and arguments.lora is None:
         raise ValueError("--merge is for --lora DIR; name the adapters to merge")
 
@@ -53,14 +53,14 @@ def _run(arguments: argparse.Namespace) -> None:
         return
     from mistral_jax.cli.terminal import converse
 
-    # Several processes cannot be interrupted at the same token.
+    # Several processes would be interrupted at different tokens.
     alone = distributed.count() == 1
     with command.interruptible():
         converse(model.answer, arguments.system, call=distributed.from_first, resumes=alone)
 
 
 class _Model:
-    """A loaded model, and what is asked of it."""
+    """A loaded model with the options of the command."""
 
     def __init__(self, arguments: argparse.Namespace, sampling):
         from mistral_jax.base.output import Screen
@@ -83,7 +83,7 @@ class _Model:
             )
         if self._tokenizer is None:
             raise ValueError(
-                f"{arguments.checkpoint} has no tokenizer.model; put the model's there"
+                f"{arguments.checkpoint} has no tokenizer.model; copy the model's to this folder"
             )
         if arguments.max_positions is not None:
             config = dataclasses.replace(model.config, max_positions=arguments.max_positions)
@@ -101,15 +101,15 @@ class _Model:
             print(f"load         {seconds:.2f} s, in {model.dtype.name}", file=sys.stderr)
 
     def answer(self, messages, show) -> None:
-        """Answers a conversation; `show` is called with each piece of the answer."""
+        """Generates the answer to a conversation, and calls `show` with each piece of it."""
         from mistral_jax.engine.prefixes import Prefixes
 
-        if "prefixes" not in self._options:  # A turn repeats those before it.
+        if "prefixes" not in self._options:  # Each turn repeats those before it.
             self._options["prefixes"] = Prefixes(self._model, self._params, _PREFIX_BYTES)
         _check(self._run([self._tokenizer.encode_chat(messages)], lambda _, piece: show(piece)))
 
     def complete(self, texts: list[str]) -> None:
-        """Continues or answers texts, and prints what comes of it."""
+        """Continues or answers texts, and prints the results."""
         encode = self._encode_message if self._arguments.chat else self._encode_text
         prompts = [encode(text) for text in texts]
         shown = texts if sys.stdout.isatty() and not self._arguments.chat else [""] * len(texts)
@@ -156,7 +156,7 @@ class _Model:
             )
         if self._arguments.stats:
             sys.stdout.flush()
-            if on_text is not None and sys.stdout.isatty():  # The text's own line has not ended.
+            if on_text is not None and sys.stdout.isatty():  # End the line of the text.
                 print(file=sys.stderr)
             print(report(self._params, prompts, rows, began, self._clock), file=sys.stderr)
         return rows
@@ -181,7 +181,7 @@ class _Model:
 
 
 def _check(completions) -> None:
-    """Raises a ValueError if one of them ended as "error"."""
+    """Raises a ValueError if a completion ended with an error."""
     for row, completion in enumerate(completions):
         if completion.error is not None:
             where = f"prompt {row}: " if len(completions) > 1 else ""
@@ -189,7 +189,7 @@ def _check(completions) -> None:
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str] | None:
-    """Reads all prompts; None stands for a conversation."""
+    """Reads all prompts; returns None for a conversation at the terminal."""
     prompts = [_standard_input() if text == "-" else text for text in arguments.prompts]
     if arguments.prompts_file is not None:
         text = files.read_text(arguments.prompts_file, files.MOST_LINE, pipe=True)

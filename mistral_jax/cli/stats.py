@@ -1,4 +1,4 @@
-"""What a run cost: a clock of compilation, and the report of times and rates. It runs no model."""
+"""The report of `--stats`: times, rates, and the time spent on compilation."""
 
 import time
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from mistral_jax.engine.prefill import Params
 
 
 class CompileClock:
-    """The time that JAX spends on tracing and compiling, from now on."""
+    """Records the time that JAX spends on tracing and compiling, from its construction on."""
 
     def __init__(self):
         self._spans: list[tuple[float, float]] = []
@@ -25,7 +25,7 @@ class CompileClock:
         if not event.startswith("/jax/core/compile/"):
             return
         began = time.perf_counter() - seconds
-        # What a function calls is reported before it, and is part of its time.
+        # JAX reports nested functions first; their time is part of the caller's.
         while self._spans and self._spans[-1][0] >= began:
             self._spans.pop()
         self._spans.append((began, seconds))
@@ -38,14 +38,14 @@ def report(
     began: float,
     clock: CompileClock,
 ) -> str:
-    """Describes how fast a request was; compilation does not count in the rates.
+    """Returns a report of the times and rates of a request; rates exclude compilation.
 
     Args:
       params: the model's parameters.
       prompts: token ids of each row.
-      completions: what followed them.
-      began: when the request was made, by `time.perf_counter`.
-      clock: what has timed compilation since before then.
+      completions: the completion of each row.
+      began: time of the request, by `time.perf_counter`.
+      clock: a clock made before the request.
     """
     first = max(completion.first_seconds for completion in completions)
     total = max(completion.seconds for completion in completions)
@@ -63,7 +63,7 @@ def report(
     steps = max(len(completion.tokens) for completion in completions) - 1
     if steps > 0:
         seconds = total - first - compile_rest
-        # An embedding of its own is not read whole: only the rows of the tokens are.
+        # Of an embedding that is not shared with the output layer, a step reads only a few rows.
         skipped = params["embed"]["embedding"].nbytes if "lm_head" in params else 0
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - skipped
         devices = len(jax.tree.leaves(params)[0].sharding.device_set)
@@ -71,20 +71,20 @@ def report(
         lines += [
             f"decode       {_rate(made - len(completions), seconds)}",
             f"memory       weights are read at {speed / 1e9:.1f} GB/s, {speed / roof:.0%} of the "
-            f"{roof / 1e9:.1f} GB/s that it gives",
+            f"bandwidth of {roof / 1e9:.1f} GB/s",
         ]
     return "\n".join(lines)
 
 
 def _report_in_turns(prompts, completions, total: float, compilation: float) -> str:
-    """Describes rows that took turns: prompts were read while other rows went on."""
+    """Returns the report of rows that took turns, in which reading and decoding overlap."""
     first = min(completion.first_seconds for completion in completions)
     made = sum(len(completion.tokens) for completion in completions)
     lines = [
         f"compile      {compilation:.2f} s",
         f"first token  {first:.2f} s after the request",
         f"read         {sum(map(len, prompts))} tokens",
-        f"made         {_rate(made, total - compilation)}, with the time to read the prompts",
+        f"made         {_rate(made, total - compilation)}, including the time to read the prompts",
     ]
     return "\n".join(lines)
 

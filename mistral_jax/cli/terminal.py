@@ -1,19 +1,20 @@
-"""A conversation at a terminal: lines in, answers out, a few commands. It knows no model."""
+"""Conversations at a terminal: reads messages and commands, and prints answers."""
 
 import contextlib
 import select
 import sys
 from collections.abc import Callable
 
-with contextlib.suppress(ImportError):  # Windows has none; else it gives input() a history.
+with contextlib.suppress(ImportError):  # Not on Windows. It gives input() editing and a history.
     import readline
 
-    # Python turns it off. A terminal then says where a paste ends, so that its lines are one text.
+    # The terminal then marks the end of a paste, so that a paste of several lines is one message.
+    # Python turns this off.
     readline.parse_and_bind("set enable-bracketed-paste on")
 
 Messages = list[dict[str, str]]
 
-_TYPED = 0.02  # seconds within which nobody types another line
+_TYPED = 0.02  # Seconds; a line that comes sooner after another was pasted, not typed.
 
 _HELP = """\
 /reset  forget the conversation
@@ -29,15 +30,18 @@ def converse(
     call: Callable[[Callable[[], str | None]], str | None] = lambda read: read(),
     resumes: bool = True,
 ) -> None:
-    """Answers line after line, until /exit or the end of the input; a paste is one message.
+    """Reads and answers messages until /exit or the end of the input.
 
-    An answer that fails does not end the conversation.
+    A message is a line, or all lines of a paste. An answer that fails with a ValueError does not
+    end the conversation.
 
     Args:
-      answer: called with the messages so far and a function to which it gives pieces of its answer.
-      system: text of the system message that every conversation starts with, if any.
-      call: calls what reads a line; of several processes, one reads for all.
-      resumes: whether the conversation goes on after an answer that is interrupted.
+      answer: function that answers; its arguments are the messages so far, and a function that it
+        calls with each piece of the answer.
+      system: text of the system message with which every conversation starts, if any.
+      call: calls the function that reads a message and returns the result; with several processes,
+        the first one reads for all.
+      resumes: whether the conversation goes on after Ctrl-C has interrupted an answer.
     """
     beginning = [] if system is None else [{"role": "system", "content": system}]
     messages = list(beginning)
@@ -60,11 +64,11 @@ def converse(
 
 
 def _read() -> str | None:
-    """Reads a line, or all lines of a paste; None at the end of the input."""
+    """Reads a line, or all lines of a paste; returns None at the end of the input."""
     while True:
         try:
             text = input("> " if sys.stdin.isatty() and sys.stdout.isatty() else "")
-            # What is there already was not typed: a terminal that does not mark a paste sent it.
+            # Some terminals do not mark the end of a paste. Lines that follow at once belong to it.
             while sys.stdin.isatty() and select.select([sys.stdin], [], [], _TYPED)[0]:
                 text += "\n" + input()
             return text
@@ -75,7 +79,7 @@ def _read() -> str | None:
 
 
 def _turn(answer, messages: Messages, line: str, resumes: bool) -> Messages:
-    """Prints the answer to a line; returns the messages that this adds."""
+    """Prints the answer to a message; returns the messages to add to the conversation."""
     question = {"role": "user", "content": line}
     pieces = []
 
@@ -85,7 +89,7 @@ def _turn(answer, messages: Messages, line: str, resumes: bool) -> Messages:
 
     try:
         answer([*messages, question], show)
-    except KeyboardInterrupt:  # What was said stays said.
+    except KeyboardInterrupt:  # The part that was printed stays in the conversation.
         if not resumes:
             raise
     except ValueError as error:

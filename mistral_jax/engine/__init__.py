@@ -1,1 +1,1 @@
-"""Generation: prompts are read, tokens are chosen, texts are made and scored."""
+"""Generation and scoring: rows of a running batch, and the functions that are built on them."""

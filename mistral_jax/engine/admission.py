@@ -1,4 +1,4 @@
-"""Rows that wait: `Queue` says which prompts are read next, together, and in which shapes."""
+"""Admission: a `Queue` of waiting rows decides which prompts are read together, in which shapes."""
 
 import collections
 import dataclasses
@@ -11,10 +11,10 @@ from mistral_jax.engine.prefixes import Prefixes
 from mistral_jax.engine.sampling import Sampling
 from mistral_jax.model.transformer import Transformer
 
-# Prompts that are read together where their cache cannot become the state's, and cache slots that
-# all of them may have in any case.
+# Maximum number of prompts that are read together in a cache that does not become the state's, and
+# the number of cache slots that they may always have in all.
 _TOGETHER, _SMALL = 8, 2048
-# Of a closed set of shapes: tokens of prompts that are read together, at most.
+# With a closed set of shapes: maximum number of tokens of a prompt that is read with others.
 _SHORT = 256
 
 
@@ -24,14 +24,15 @@ class Row:
 
     Attributes:
       prompt: token ids.
-      new_tokens: most tokens to add.
-      sampling: how to choose them.
-      draw: number of the row among those that share its seed.
-      stop_ids: tokens that end it.
-      top: number of likeliest tokens whose log-probabilities are wanted.
-      tokens: ids that its reader has got.
-      chosen: tokens that were chosen, those too that end it or that no reader wants.
-      finish_reason: as of a `Completion`; None while it goes on.
+      new_tokens: maximum number of tokens to add.
+      sampling: how to choose the tokens.
+      draw: index of the row among the rows that share its seed.
+      stop_ids: tokens that end the row.
+      top: number of likeliest tokens to report at each position.
+      tokens: ids of the tokens that were passed to the row's reader.
+      chosen: number of tokens chosen on the device, including a stop token and tokens that came
+        after the row was ended.
+      finish_reason: see `Completion`; None while the row is not finished.
     """
 
     prompt: tuple[int, ...]
@@ -49,9 +50,9 @@ class Group:
     """Rows whose prompts are read together.
 
     Attributes:
-      reading: where their prompts are being read.
-      adopted: whether the cache in which they are read is to be the state's.
-      ready: the rows that do not run yet, each with the number of its prompt.
+      reading: the reading of their prompts.
+      adopted: whether the cache of the reading becomes the state's cache.
+      ready: rows that are not in a slot yet, each with the index of its prompt.
     """
 
     def __init__(self, prompts: list[list[Row]], reading: Reading, adopted: bool):
@@ -60,10 +61,10 @@ class Group:
 
 
 class Queue:
-    """Rows that wait to be read, first come, first served.
+    """A queue of rows whose prompts have not been read yet, first come, first served.
 
-    A long prompt is read alone, and short ones of similar length together: each pass over the
-    weights then serves many tokens, and at most as many places are padding.
+    A long prompt is read alone; short prompts of similar length are read together, so that one pass
+    over the weights serves many tokens. At most about half of a group's positions are padding.
     """
 
     def __init__(
@@ -75,30 +76,30 @@ class Queue:
         is_closed: bool,
         prefixes: Prefixes | None,
     ):
-        """Makes an empty one.
+        """Makes an empty queue.
 
         Args:
           model: the model.
           params: its parameters.
-          slots: rows that may run at a time (B).
-          length: tokens that the state's cache has room for.
-          is_closed: whether all that is read has one of the few `shapes`.
-          prefixes: texts whose keys and values need not be computed again.
+          slots: number of slots of the state (B).
+          length: cache slots of a row of the state (S).
+          is_closed: whether every group has one of the few `shapes`.
+          prefixes: store of keys and values of earlier texts; None = every prompt is read whole.
         """
         self._model, self._params, self._prefixes = model, params, prefixes
         self._slots, self._length, self._is_closed = slots, length, is_closed
         self._rows: collections.deque[Row] = collections.deque()
 
     def __len__(self) -> int:
-        """Returns how many rows wait."""
+        """Returns the number of waiting rows."""
         return len(self._rows)
 
     def add(self, row: Row) -> None:
-        """Has a row wait."""
+        """Appends a row to the queue."""
         self._rows.append(row)
 
     def shapes(self) -> Iterator[tuple[int, int]]:
-        """Yields rows and length of all caches that prompts are read in, if these are few."""
+        """Yields rows and cache slots of all caches in which prompts are read, for a closed set."""
         rooms = {self._room(tokens) for tokens in range(1, self._length + 1)}
         alone, together = self._filled(1), self._filled(_TOGETHER)
         for room in sorted(rooms):
@@ -107,10 +108,14 @@ class Queue:
             yield together, self._room(_SHORT)
 
     def next(self, can_adopt: bool) -> Group | None:
-        """Begins to read the prompt that has waited the longest, and others nearly as long.
+        """Begins to read the prompt that has waited longest, with others of similar length.
 
         Args:
-          can_adopt: whether the state has no cache yet: that of a whole batch becomes it.
+          can_adopt: whether the state has no cache yet, so that the cache of a group that fills all
+            slots can become the state's.
+
+        Returns:
+          The group, of which no chunk has been read; None if no row waits.
         """
         everything = self._slots, self._slots * self._length
         prompts = self._alike(*everything) if can_adopt and not self._is_closed else []
@@ -131,11 +136,13 @@ class Queue:
         return Group(prompts, reading, adopted)
 
     def _alike(self, most: int, places: int) -> list[list[Row]]:
-        """Returns the rows of the first prompt that waits, and of others nearly as long.
+        """Returns the rows of the first waiting prompt, and those of prompts of similar length.
+
+        Rows with equal prompts are together, because their prompt is read once.
 
         Args:
-          most: prompts, at most.
-          places: cache slots that they may have in all, if they are more than one.
+          most: maximum number of prompts.
+          places: maximum number of cache slots of all prompts, if there are several.
         """
         found: dict[Sequence[int], list[Row]] = {}
         least = largest = 0
@@ -154,20 +161,20 @@ class Queue:
                 found[row.prompt] = [row]
                 least, largest = low, high
         if self._is_closed and len(found) < _TOGETHER // 2:
-            return list(found.values())[:1]  # Most of the rows would be empty.
+            return list(found.values())[:1]  # Most rows of the padded batch would be empty.
         return list(found.values())
 
     def _together(self) -> int:
         return min(_TOGETHER, self._slots)
 
     def _room(self, tokens: int) -> int:
-        """Returns the room of a cache for prompts of so many tokens."""
+        """Returns the cache slots of a row for prompts of `tokens` tokens."""
         if not self._is_closed:
             return prefill.slots(self._model, tokens)
         return min(prefill.slots(self._model, 1 << (tokens - 1).bit_length()), self._length)
 
     def _filled(self, rows: int) -> int:
-        """Rounds a number of rows up to one of few, which devices share evenly."""
+        """Rounds a number of rows up to a bucket that divides evenly over the devices."""
         count = row_count(rows)
         if self._is_closed and rows > 1:
             count = row_count(self._together())

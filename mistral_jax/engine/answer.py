@@ -1,4 +1,4 @@
-"""`Answer`: what an `Engine` gives back at once, and fills as tokens are made."""
+"""`Answer`: the handle of a request, which an `Engine` fills as tokens are generated."""
 
 import dataclasses
 import threading
@@ -12,12 +12,12 @@ from mistral_jax.engine.text import RowText
 
 
 class Piece(NamedTuple):
-    """A token of an answer, and the text that is certain since it came.
+    """A token of an answer, with the text that became certain by it.
 
     Attributes:
-      text: what follows the pieces before; "" while a character or a stop string may be unfinished,
-        None without a tokenizer.
-      token: its id; None in a last piece, which brings what was held back.
+      text: text that continues the previous pieces; "" while a character or a stop string may be
+        incomplete; None without a tokenizer.
+      token: token id; None in a last piece that only holds the rest of the text.
       logprob: see `Token`.
       top_logprobs: see `Token`.
     """
@@ -31,16 +31,17 @@ class Piece(NamedTuple):
 class Answer:
     """The answer to a request that an `Engine` has accepted.
 
-    Iterating over it yields each `Piece` as it comes, from the first on, in any number of threads.
+    Iterating over it yields each `Piece` as soon as it is generated. Any number of threads may
+    iterate; each gets all pieces from the first on.
 
     Attributes:
-      row: what the scheduler knows of it.
-      is_cancelled: whether its reader does not want it any more.
+      row: the row that the scheduler runs.
+      is_cancelled: whether `cancel` was called.
     """
 
     def __init__(self, row: Row, text: RowText | None, engine: object):
         self.row, self.is_cancelled = row, False
-        # An engine that nobody else refers to still ends what it has accepted.
+        # This reference keeps an engine alive that nobody else refers to, until the answer ends.
         self._text, self._engine = text, engine
         self._began = time.perf_counter()
         self._changed = threading.Condition()
@@ -51,7 +52,7 @@ class Answer:
         self._failure: BaseException | None = None
 
     def __iter__(self) -> Iterator[Piece]:
-        """Yields pieces; raises as `result` does, and a ValueError for a row that failed."""
+        """Yields pieces; raises what `result` raises, or a ValueError if the row failed."""
         count = 0
         while True:
             with self._changed:
@@ -67,21 +68,21 @@ class Answer:
 
     @property
     def done(self) -> bool:
-        """Whether it has ended."""
+        """Whether the answer has ended."""
         return self._completion is not None or self._failure is not None
 
     def result(self, timeout: float | None = None) -> Completion:
-        """Waits for the end.
+        """Waits until the answer ends, and returns it.
 
         Args:
-          timeout: seconds to wait at most; None = as long as it takes.
+          timeout: maximum number of seconds to wait; None = no limit.
 
         Returns:
-          The completion. Its `finish_reason` is "cancelled" where `cancel` ended it.
+          The completion. Its `finish_reason` is "cancelled" if `cancel` ended it.
 
         Raises:
-          TimeoutError: it has not ended in time.
-          RuntimeError: the engine has failed, or was closed before the end.
+          TimeoutError: the answer has not ended in time.
+          RuntimeError: the engine failed, or was closed before the answer ended.
         """
         with self._changed:
             if not self._changed.wait_for(lambda: self.done, timeout):
@@ -91,11 +92,14 @@ class Answer:
         return self._completion
 
     def cancel(self) -> None:
-        """Ends it as soon as the engine's present step is done; what was made stays."""
+        """Ends the answer after the engine's current turn; the tokens generated so far stay."""
         self.is_cancelled = True
 
     def push(self, token: Token) -> bool:
-        """Takes a token, in the engine's thread; returns whether a stop string has come."""
+        """Appends a token; returns whether it completes a stop string.
+
+        Only the engine's thread calls this.
+        """
         text = None if self._text is None else self._text.push(token.id)
         with self._changed:
             self._tokens.append(token)
@@ -105,7 +109,10 @@ class Answer:
         return self._text is not None and self._text.ended
 
     def end(self, failure: BaseException | None = None) -> None:
-        """Ends it, in the engine's thread: as its row has, or by a failure of the engine."""
+        """Ends the answer with its row's finish reason, or with a failure of the engine.
+
+        Only the engine's thread calls this.
+        """
         with self._changed:
             self._failure = failure
             if failure is None:

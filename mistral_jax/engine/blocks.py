@@ -1,9 +1,9 @@
-"""Copies of blocks of tokens: from a row of a cache, and into one. It decides nothing.
+"""Copies of blocks of tokens, out of a row of a cache and into one.
 
-A block has the keys and values of some layers: a pair of arrays [block, K, H] for each layer, in 8
-bits with scales [block, K, 1]. All places are arguments, so every program is compiled once for each
-shape of cache. On a mesh a block is split by heads as the cache is, and every device that has some
-of the rows has a copy.
+A block holds the keys and values of some layers: a pair of arrays [block, K, H] for each layer, and
+with int8 their scales [block, K, 1]. Rows and positions are arguments of the programs, so each
+program is compiled once for each shape of cache. On a mesh, a block is partitioned by heads like
+the cache, and replicated over the devices that hold different rows.
 """
 
 import contextlib
@@ -24,18 +24,18 @@ Block = list[tuple[Any, Any]]
 
 
 class Copier:
-    """Copies blocks between arrays of their own and a cache.
+    """Copies blocks of tokens out of caches and into them.
 
-    In all methods, `layers` are numbers of layers with equally many slots, and `by_heads` says that
-    keys and values are [B, K, S, H] instead of [B, S, K, H].
+    In all methods, `layers` are indices of layers with equally many cache slots, and `by_heads`
+    says that keys and values are [B, K, S, H] instead of [B, S, K, H].
     """
 
     def __init__(self, block: int, rules: Rules, mesh: Mesh | None):
-        """Sets the tokens of a block, the mesh axes of logical axes, and the mesh, if any."""
+        """Makes a copier for blocks of `block` tokens, on a mesh, if any, by sharding rules."""
         self._block, self._rules, self._mesh = block, rules, mesh
 
     def nbytes(self, cache: Cache, layers: Sequence[int]) -> int:
-        """Returns the memory of a block on all devices together."""
+        """Returns the bytes that a block takes on all devices together."""
         first = cache[layers[0]]
         rows, slots = first.positions.shape
         own_rows = first.positions.sharding.shard_shape((rows, slots))[0]
@@ -49,16 +49,16 @@ class Copier:
     def take(
         self, cache: Cache, layers: Sequence[int], row: int, start: int, by_heads: bool
     ) -> Block:
-        """Copies the block of tokens from position `start` on out of a row.
+        """Copies a block of tokens out of a row, from position `start` on.
 
-        Tokens that the row does not hold get keys and values of others.
+        For a token that the row does not hold, the block gets the keys and values of another token.
         """
         chosen, place = [cache[i] for i in layers], np.array([row, start], np.int32)
         with self._on_mesh():
             return _take(chosen, place, self._block, self._rules, by_heads)
 
     def merge(self, old: Block, new: Block, first: int, stop: int) -> Block:
-        """Returns `new` with the tokens `first` to `stop` - 1 of `old`; `new` is consumed."""
+        """Returns `new` with the tokens `first` to `stop` - 1 of `old`; `new` is donated."""
         with self._on_mesh():
             return _merge(old, new, np.array([first, stop], np.int32))
 
@@ -71,21 +71,21 @@ class Copier:
         places: tuple[int, int, int],
         by_heads: bool,
     ) -> Cache:
-        """Copies tokens of a block into a row of a cache, which is consumed.
+        """Copies tokens of a block into a row of a cache.
 
         Args:
-          cache: the cache.
+          cache: the cache; its buffers are donated.
           layers: layers of the block.
           row: the row.
           block: the block.
-          places: positions of the block's first token, of the first token to copy, and after the
-            last token to copy; a layer has at least as many slots as tokens are copied.
+          places: position of the block's first token, of the first token to copy, and one past the
+            last token to copy. A layer has at least as many cache slots as tokens are copied.
           by_heads: see the class.
         """
         filled = [cache[i] for i in layers]
         slots = filled[0].positions.shape[1]
         size, first = min(self._block, slots), places[1] % slots
-        # The tokens lie from their first one's slot on, and go on in slot 0 after the last slot.
+        # Tokens that reach the last cache slot continue in cache slot 0.
         ranges = [min(first, slots - size), *[0] * (first + places[2] - places[1] > slots)]
         for begin in ranges:
             place = np.array([row, begin, *places], np.int32)
@@ -96,7 +96,7 @@ class Copier:
         return tuple(new.get(i, layer) for i, layer in enumerate(cache))
 
     def clear(self, cache: Cache, row: int) -> Cache:
-        """Marks all slots of a row of a cache, which is consumed, as empty."""
+        """Marks all cache slots of a row as empty; the cache is donated."""
         with self._on_mesh():
             cleared = _clear([layer.positions for layer in cache], np.int32(row))
         pairs = zip(cache, cleared, strict=True)
@@ -134,10 +134,10 @@ def _merge(old, new, bounds):
 
 @functools.partial(jax.jit, static_argnames=("rules", "by_heads"))
 def _blend(layers, block, place, rules, by_heads):
-    """Returns what a range of a row's slots shall hold, as many slots as the block has tokens.
+    """Returns the new contents of a range of a row's cache slots, at most one block long.
 
-    It is a program of its own: XLA's CPU backend copies a cache of 16 bits that a program reads and
-    writes.
+    This is a program of its own because XLA's CPU backend copies a whole 16-bit cache that one
+    program both reads and writes.
     """
 
     def blend(layers, block, place):
@@ -164,7 +164,7 @@ def _blend(layers, block, place, rules, by_heads):
 
 @functools.partial(jax.jit, static_argnames=("rules", "by_heads"), donate_argnames="layers")
 def _write(layers, window, place, rules, by_heads):
-    """Writes what `_blend` returned into a row."""
+    """Writes the result of `_blend` into a row."""
 
     def write(layers, window, place):
         row, begin = place[:2]
@@ -174,8 +174,8 @@ def _write(layers, window, place, rules, by_heads):
             index = _index(old, row, begin)
             if old.dtype.itemsize != 2:
                 return jax.lax.dynamic_update_slice(old, new, index)
-            # As whole numbers, which costs nothing: XLA's CPU backend would convert a whole cache
-            # of bfloat16 to float32 and back.
+            # XLA's CPU backend would convert the whole bfloat16 cache to float32 and back. As
+            # integers, it is updated in place.
             bits, new = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (old, new))
             bits = jax.lax.optimization_barrier(bits)
             bits = jax.lax.dynamic_update_slice(bits, new, index)
@@ -200,21 +200,21 @@ def _clear(positions, row):
 
 
 def _swap(layers, by_heads):
-    """Swaps slots and heads of keys and values that are kept by heads."""
+    """Swaps the axes of cache slots and heads if keys and values are stored by heads."""
     if not by_heads:
         return layers
     return jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2) if x.ndim == 4 else x, layers)
 
 
 def _by_device(function, rules, arguments, result):
-    """Lets each device of the mesh in use copy its own rows and heads.
+    """Calls a function on each device of the mesh in use, for its own rows and heads.
 
-    XLA does not know which device has the row whose number is an argument, and would gather all.
+    The number of the row is known only at run time, so XLA would gather the rows of all devices.
 
     Args:
-      function: what each device does; see `_local`.
+      function: the function; it uses `_local` to find the row.
       rules: mesh axes of the logical axes.
-      arguments: of the function: parts of caches, blocks, and arrays that all devices have.
+      arguments: its arguments: layers of caches, blocks, and arrays that are replicated.
       result: arrays with as many axes as those that the function returns.
     """
     if jax.sharding.get_abstract_mesh().empty:
@@ -223,7 +223,7 @@ def _by_device(function, rules, arguments, result):
     def spec(x):
         names = "batch", "kv_heads", "head_dim"
         batch, kv_heads, head_dim = (mesh_axes(rules, name) or None for name in names)
-        head_dim = head_dim if x.shape[-1:] != (1,) else None  # not of scales
+        head_dim = head_dim if x.shape[-1:] != (1,) else None  # Scales have no head_dim.
         by_axes = {
             4: PartitionSpec(batch, None, kv_heads, head_dim),
             3: PartitionSpec(None, kv_heads, head_dim),
@@ -236,7 +236,7 @@ def _by_device(function, rules, arguments, result):
 
 
 def _local(row, rows, rules):
-    """Returns a row's number among the `rows` of this device, and whether it is one of them."""
+    """Returns a row's index among the `rows` of this device, and whether the device holds it."""
     if not _batch_axes(rules):
         return row, True
     row -= jax.lax.axis_index(_batch_axes(rules)) * rows
@@ -244,16 +244,16 @@ def _local(row, rows, rules):
 
 
 def _from_owner(x, mine, rules):
-    """Copies `x` from the device that has the row to the others."""
+    """Copies `x` from the device that holds the row to all others."""
     if not _batch_axes(rules):
         return x
-    # As whole numbers: a sum of floats would lose the sign of a zero.
+    # A sum of floats would lose the sign of a negative zero; a sum of integers keeps all bits.
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
     bits = jax.lax.psum(jnp.where(mine, bits, jnp.zeros_like(bits)), _batch_axes(rules))
     return jax.lax.bitcast_convert_type(bits, x.dtype)
 
 
 def _batch_axes(rules):
-    """Returns the axes of the mesh in use that rows are split over."""
+    """Returns the mesh axes over which rows are partitioned."""
     no_mesh = jax.sharding.get_abstract_mesh().empty
     return () if no_mesh else mesh_axes(rules, "batch")

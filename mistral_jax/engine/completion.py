@@ -1,4 +1,4 @@
-"""What generation gives back: `Token` and `Completion`."""
+"""The results of generation: `Token` and `Completion`."""
 
 import dataclasses
 import math
@@ -10,13 +10,13 @@ from mistral_jax.engine.prefill import NOT_FINITE
 
 
 class Token(NamedTuple):
-    """A token that was chosen.
+    """A generated token.
 
     Attributes:
-      id: the token.
+      id: token id.
       logprob: natural log of its probability under the model's own distribution, before bias,
-        penalties, temperature and filters; None if that is 0.
-      top_logprobs: the same of the likeliest tokens, by id, likeliest first.
+        penalties, temperature and filters; None if the probability is 0.
+      top_logprobs: log-probabilities of the likeliest tokens by id, likeliest first.
     """
 
     id: int
@@ -25,7 +25,7 @@ class Token(NamedTuple):
 
     @classmethod
     def of(cls, made: Made, row: int, column: int, top: int) -> "Token":
-        """Takes a token out of what the device made, with the `top` likeliest."""
+        """Reads the token of a row and column of `made`, with the `top` likeliest."""
         place = row, column
         ids, odds = made.top_tokens[place][:top].tolist(), made.top_logprobs[place].tolist()
         likeliest = zip(ids, map(_finite, odds), strict=False)
@@ -38,17 +38,18 @@ def _finite(logprob: float) -> float | None:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What follows a prompt.
+    """The tokens that were generated after a prompt.
 
     Attributes:
-      tokens: ids, up to but without the stop token.
-      logprobs: of each token; see `Token`.
-      finish_reason: "stop" (a stop token or string, or `until` said so), "length", or "error".
-      top_logprobs: of each token; see `Token`.
-      text: the tokens as text, up to but without a stop string; None where only ids were asked for.
-      first_seconds: time from the request to the first token, compilation included.
-      seconds: time from the request to the last token.
-      error: why the row could not go on, in a sentence; None if it could.
+      tokens: token ids, without the stop token.
+      logprobs: log-probability of each token; see `Token`.
+      finish_reason: "stop" (by a stop token, a stop string, or `until`), "length" (the maximum
+        number of tokens), "error" (see `error`), or "cancelled" (`Answer.cancel`).
+      top_logprobs: log-probabilities of the likeliest tokens at each position; see `Token`.
+      text: the tokens as text, without the stop string; None if only ids were requested.
+      first_seconds: seconds from the request to the first token, compilation included.
+      seconds: seconds from the request to the last token.
+      error: a sentence that says why the row failed; None if it did not fail.
     """
 
     tokens: list[int]
@@ -64,7 +65,7 @@ class Completion:
     def of(
         cls, tokens: Sequence[Token], finish_reason: str, times: Sequence[float]
     ) -> "Completion":
-        """Gathers tokens and the times at which they came."""
+        """Builds a completion from tokens and their times, in seconds since the request."""
         return cls(
             tokens=[token.id for token in tokens],
             logprobs=[token.logprob for token in tokens],

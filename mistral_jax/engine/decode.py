@@ -1,6 +1,7 @@
-"""Decoding on the device: its `State`, one step, and the loop of steps. It reads nothing back.
+"""Decoding on the device: the `State` of the running rows, one step, and the loop of steps.
 
-The loop makes up to `limit` tokens a row before the host looks, and fewer where rows end.
+A call of the loop takes several steps before the host reads the tokens, and ends early when rows
+end.
 """
 
 import functools
@@ -18,21 +19,22 @@ from mistral_jax.model.cache import Cache
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.ops.partition import Rules, by_rows
 
-# Most tokens a row that the loop makes before the host looks.
+# Maximum number of steps of one call of the loop.
 MOST_STEPS = 64
 
 
 @flax.struct.dataclass
 class Made:
-    """What one call of the loop made, for the host to read.
+    """The output of one call of the loop, one column a step.
 
     Attributes:
-      tokens: ids, [B, T] int32; -1 = none.
-      logprobs: their log-probabilities, [B, T] float32.
-      top_tokens: the `MOST_TOP` likeliest tokens' ids, [B, T, n] int32; 0 if not wanted.
+      tokens: token ids, [B, T] int32; -1 = none.
+      logprobs: log-probabilities of the tokens, [B, T] float32.
+      top_tokens: ids of the n = min(`MOST_TOP`, V) likeliest tokens, [B, T, n] int32; 0 if no row
+        requests them.
       top_logprobs: their log-probabilities, [B, T, n] float32.
-      left: tokens that each row may still make, [B] int32; 0 = it has ended, -1 = it has ended
-        since its logits were not finite.
+      left: number of tokens that each row may still add, [B] int32; 0 = the row has ended, -1 = it
+        has ended because its logits were not finite.
     """
 
     tokens: jax.Array
@@ -44,16 +46,17 @@ class Made:
 
 @flax.struct.dataclass
 class State:
-    """All that decoding carries from one step to the next. Every field has one entry a row.
+    """The values that decoding carries from one step to the next, one entry a row in each field.
 
     Attributes:
-      cache: the keys and values of all tokens but the last; see `by_heads`.
+      cache: keys and values of all tokens except the last; see `by_heads`.
       tokens: the last token of each row, [B] int32.
-      positions: its place in the row's text, [B] int32.
-      left: tokens that the row may still make, [B] int32; 0 or less = it has ended, as in `Made`.
-      counts: how often each token stands in the answer, [B, V] int32.
-      sampling: how each row chooses.
-      wants_top: whether the likeliest tokens are wanted, too, [B] bool.
+      positions: position of that token in the row's text, [B] int32.
+      left: number of tokens that the row may still add, [B] int32; 0 or less = the row has ended,
+        as in `Made`.
+      counts: number of times that each token occurs in the answer, [B, V] int32.
+      sampling: how each row chooses its tokens.
+      wants_top: whether the row requests the likeliest tokens too, [B] bool.
       stops: whether a token ends the row, [B, V] bool.
     """
 
@@ -76,15 +79,17 @@ def start(
     wants_top: Sequence[bool],
     vocab_size: int,
 ) -> State:
-    """Builds the state after `prefill`, in which no token is chosen yet; all but the cache on host.
+    """Builds the state of rows whose prompts have been read and that have no new token yet.
+
+    Its arrays, except for the cache, are in host memory.
 
     Args:
-      cache: what the prompts left; by heads, if `by_heads`.
-      lengths: tokens of each prompt, one a row (B); 0 for a row that is to stay empty.
-      left: tokens that each row may make.
-      sampling: how each row chooses.
-      stop_ids: tokens that end each row, any number of them.
-      wants_top: whether each row's likeliest tokens are wanted, too.
+      cache: keys and values of the prompts, in the order of axes that `by_heads` says.
+      lengths: number of tokens of each prompt (B entries); 0 for an empty row.
+      left: maximum number of tokens to add to each row.
+      sampling: how each row chooses its tokens.
+      stop_ids: tokens that end each row.
+      wants_top: whether each row requests the likeliest tokens too.
       vocab_size: V.
     """
     lengths = np.array(lengths, np.int32)
@@ -104,21 +109,22 @@ def start(
 
 
 def by_heads(model: Transformer) -> bool:
-    """Whether decoding keeps keys and values by heads, [B, K, S, H]: as a GPU's products want them.
+    """Returns whether decoding stores keys and values by heads, [B, K, S, H], as on a GPU.
 
-    XLA would else turn them before each loop of steps and back behind it, and need room for both.
+    GPU matrix products need this order of axes. XLA would otherwise transpose the cache before each
+    loop of steps and transpose it back afterwards, and allocate memory for both copies.
     """
     return model.backend.platform == "gpu"
 
 
 def cache_axes(model: Transformer, ndim: int) -> tuple[str | None, ...]:
-    """Returns the logical axes of an array of a state's cache with so many axes."""
+    """Returns the logical axes of an array of a state's cache that has `ndim` axes."""
     heads = ("kv_heads", None) if by_heads(model) else (None, "kv_heads")
     return ("batch", *heads, "head_dim") if ndim == 4 else ("batch", None)
 
 
 def turn(model: Transformer, cache: Cache) -> Cache:
-    """Swaps slots and heads of keys and values, if they are kept by heads."""
+    """Swaps the axes of cache slots and heads, if decoding stores keys and values by heads."""
     return jax.tree.map(_swap, cache) if by_heads(model) else cache
 
 
@@ -127,7 +133,7 @@ def _swap(x):
 
 
 def hold(model: Transformer, cache: Cache) -> Cache:
-    """Turns what `prefill` returns as `turn` does, array by array, to make room for the next."""
+    """Does what `turn` does to the cache of `prefill`, but frees each array before the next."""
 
     def turned(x):
         new = _swap(x)
@@ -141,9 +147,9 @@ def hold(model: Transformer, cache: Cache) -> Cache:
 def decode_step(
     model: Transformer, params: Params, state: State, made: Made, step: jax.Array
 ) -> tuple[State, Made]:
-    """Runs the model on each row's last token and chooses the next; ended rows do not change."""
+    """Runs the model on each row's last token and chooses the next; skips rows that have ended."""
     if not jax.sharding.get_abstract_mesh().empty:
-        # Else weights that are split are gathered before the loop of steps, and held whole in it.
+        # Without a barrier, XLA gathers partitioned weights before the loop and keeps them whole.
         params, tokens = jax.lax.optimization_barrier((params, state.tokens))
         state = state.replace(tokens=tokens)
     positions = jnp.where(state.left > 0, state.positions, -1)
@@ -155,8 +161,8 @@ def decode_step(
 
 
 def first_step(model: Transformer, state: State, logits: jax.Array) -> tuple[State, Made]:
-    """Chooses each row's first token by the logits [B, V] of `prefill`."""
-    # The cache stays out of it: the program is then one for caches of all sizes.
+    """Chooses each row's first token from the logits [B, V] of `prefill`."""
+    # Without the cache as an argument, one program serves caches of all sizes.
     new, made = _first_step(model, state.replace(cache=()), logits)
     return new.replace(cache=state.cache), made
 
@@ -168,7 +174,7 @@ def _first_step(model, state, logits):
 
 
 def nothing(rows: int, vocab_size: int, steps: int) -> Made:
-    """Returns what no step of `steps` has made yet."""
+    """Returns an empty `Made` with `steps` columns."""
     shape, top = (rows, steps), (rows, steps, min(MOST_TOP, vocab_size))
     return Made(
         tokens=jnp.full(shape, -1, jnp.int32),
@@ -182,22 +188,25 @@ def nothing(rows: int, vocab_size: int, steps: int) -> Made:
 def advance(
     state: State, made: Made, step: jax.Array, logits: jax.Array, rules: Rules
 ) -> tuple[State, Made]:
-    """Appends a token, chosen by `logits` [B, V], to each row that has not ended.
+    """Chooses a token for each row that has not ended, and appends it.
 
     Args:
       state: the rows.
-      made: receives the tokens, in column `step`.
-      step: column of `made`, int32.
-      logits: the model's, [B, V] float32.
-      rules: mesh axes of the logical axes: devices choose for the rows that they hold.
+      made: the output, which receives the tokens in column `step`.
+      step: index of the column, int32.
+      logits: logits of the model, [B, V] float32.
+      rules: mesh axes of the logical axes; each device chooses for the rows that it holds.
+
+    Returns:
+      The new state, and the new output.
     """
     positions, alive = state.positions + 1, state.left > 0
-    # Else devices would wait for each other at every try to draw any row's token.
+    # Otherwise all devices would synchronize at every attempt to draw a token of any row.
     weigh = by_rows(_choose, rules)
     sampling, wants_top = state.sampling.only(alive), state.wants_top & alive
     tokens, *odds = weigh(logits, sampling, positions, state.counts, wants_top)
     stopped = jnp.take_along_axis(state.stops, tokens[:, None], axis=1)[:, 0]
-    # A NaN, an infinity, or nothing but its negative makes NaN of all log-probabilities.
+    # If any logit is NaN or +infinity, or all are -infinity, every log-probability is NaN.
     failed = alive & jnp.isnan(odds[0])
     going = alive & ~stopped & ~failed
     ended = jnp.where(failed, -1, jnp.minimum(state.left, 0))
@@ -216,7 +225,7 @@ def advance(
 
 
 def _choose(logits, sampling, positions, counts, wants_top):
-    """Chooses tokens; returns them, and the rest of `Made` for them and the likeliest."""
+    """Chooses tokens; returns their ids and log-probabilities, and those of the likeliest."""
     tokens = choose(logits, sampling, positions, counts)
     largest = jnp.max(logits, axis=-1, keepdims=True)
     total = jnp.log(jnp.sum(jnp.exp(logits - largest), axis=-1, keepdims=True))
@@ -242,19 +251,19 @@ def decode(
     watched: np.ndarray,
     rows: int | None = None,
 ) -> tuple[State, Made]:
-    """Takes up to `limit` steps, fewer if all rows end, or one that is watched.
+    """Takes up to `limit` steps; ends early if all rows end, or any watched row.
 
     Args:
       model: the model.
       params: its parameters.
-      state: where to begin; its buffers are consumed.
-      limit: at most `MOST_STEPS`.
-      watched: rows [B] bool whose places others are to take: the first of them that ends, or has
-        ended, ends the loop. None of them = all rows go on until they end.
-      rows: run only so many, the first; None = all.
+      state: the rows; its buffers are donated.
+      limit: maximum number of steps, at most `MOST_STEPS`.
+      watched: rows whose slots are needed for waiting rows, [B] bool: the loop ends as soon as one
+        of them has ended. If no row is watched, the loop ends when all rows have ended.
+      rows: number of slots to run, from the first on; None = all.
 
     Returns:
-      The new state, and what these steps made of the rows that they ran.
+      The new state, and the tokens of the rows that ran.
     """
 
     watched = watched[: rows or len(watched)]
@@ -262,7 +271,7 @@ def decode(
 
     def goes_on(carry):
         state, _, step = carry
-        # One question of each device to the others, whichever it is.
+        # Both conditions share one reduction over the devices.
         found = jnp.where(is_watched, watched & (state.left <= 0), state.left > 0)
         return (step < limit) & (jnp.any(found) != is_watched)
 
@@ -282,18 +291,18 @@ def decode(
 
 
 def shrinks(model: Transformer) -> bool:
-    """Whether steps of fewer rows take less time, with the time to copy their caches."""
+    """Returns whether steps of fewer rows save more time than copying the rows' caches takes."""
     return model.backend.is_one_cpu
 
 
 def put_rows(old: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
-    """Writes `new` [R, ...] over rows of `old` [B, ...], from the row `first` on."""
+    """Writes `new` [R, ...] over the rows of `old` [B, ...] from row `first` on."""
     starts = (first, *[jnp.int32(0)] * (old.ndim - 1))
     return from_bits(jax.lax.dynamic_update_slice(as_bits(old), as_bits(new), starts), old.dtype)
 
 
 def as_bits(x: jax.Array) -> jax.Array:
-    """Returns numbers of 16 bits as integers: XLA's CPU backend would move them as float32."""
+    """Reinterprets 16-bit floats as integers; XLA's CPU backend would copy them as float32."""
     if x.dtype.itemsize != 2:
         return x
     return jax.lax.optimization_barrier(jax.lax.bitcast_convert_type(x, jnp.uint16))
@@ -307,5 +316,8 @@ def from_bits(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def release(state: State) -> State:
-    """Keeps all but the cache whole on every device, for the host to read, and for one layout."""
+    """Replicates all fields except the cache over the mesh.
+
+    The host can then read them, and every program gets the state in the same layout.
+    """
     return replicate(state.replace(cache=())).replace(cache=state.cache)

@@ -1,6 +1,6 @@
-"""`Engine`: requests of many threads, served together by one that runs the model.
+"""`Engine`: continuous batching for requests of many threads.
 
-It is a `Scheduler` with a thread, a queue of requests, and their texts. It knows no HTTP.
+An engine is a `Scheduler` in a thread of its own, with a queue of requests and their texts.
 """
 
 import threading
@@ -24,21 +24,22 @@ from mistral_jax.model.transformer import Transformer
 from mistral_jax.parallel import distributed
 from mistral_jax.tokens.tokenizer import Tokenizer
 
-# Seconds that readers wait for the next tokens, and that rows wait while prompts are read.
+# `patience` and `stall` of the scheduler, in seconds.
 _PATIENCE, _STALL = 0.05, 0.1
-# Tokens of a row where a layer has no window, unless a caller says otherwise.
+# Default `length` for models in which a layer has no window.
 _LENGTH = 4096
 _TOTALS = ("finished", "cancelled", "failed", "prompt_tokens", "new_tokens")
 
 
 class Busy(RuntimeError):
-    """As many requests wait as the engine accepts."""
+    """Raised when the engine has as many requests as it accepts."""
 
 
 class Engine:
     """Serves requests of many threads with one model, by continuous batching.
 
-    Each request gets what it would get alone. After `warm_up` no request compiles anything.
+    The answer to a request does not depend on other requests. After `warm_up`, no request compiles
+    a program.
     """
 
     def __init__(
@@ -56,14 +57,14 @@ class Engine:
 
         Args:
           model: the model.
-          params: its parameters; the work is spread over the devices that they are spread over.
+          params: its parameters; the work runs on the devices that hold them.
           tokenizer: its tokenizer; without one, prompts are token ids, and answers have no text.
-          slots: requests that run at a time; their caches stay allocated.
-          length: most tokens of a request, prompt and answer together; None = the model's
-            `max_positions`, or 4096 if that is less and a layer has no window.
-          most_waiting: requests that may wait for a slot.
-          prefix_bytes: most memory of keys and values that are kept of earlier prompts and answers,
-            for prompts that begin with the same tokens; 0 = none are.
+          slots: number of requests that run at a time; their caches stay allocated.
+          length: maximum number of tokens of a request, prompt and answer together; None = the
+            model's `max_positions`, at most 4096 if a layer has no window.
+          most_waiting: number of requests that may wait for a slot.
+          prefix_bytes: maximum number of bytes of keys and values of earlier prompts and answers
+            that are stored, to be reused for prompts that begin with the same tokens; 0 = none.
 
         Raises:
           ValueError: an argument is out of range, or there are several processes.
@@ -94,7 +95,7 @@ class Engine:
         self._worker = _Worker(scheduler, slots + most_waiting)
         thread = threading.Thread(target=self._worker.run, name="engine", daemon=True)
         thread.start()
-        # An engine that is dropped, or not closed before the program ends, ends its thread.
+        # Ends the thread of an engine that is garbage-collected, or still open at exit.
         self._stop = weakref.finalize(self, _stop, self._worker, thread)
 
     def submit(
@@ -109,26 +110,28 @@ class Engine:
         n: int | None = None,
         **fields: Any,
     ) -> Answer | list[Answer]:
-        """Accepts a request; does not wait for its answer. Any thread may call it.
+        """Accepts a request and returns at once. Any thread may call it.
 
         Args:
           prompt: a text, as for `complete`; messages, as for `chat`; or token ids.
-          max_new_tokens: most tokens to add.
+          max_new_tokens: maximum number of tokens to add.
           sampling: how to choose tokens.
           stop: strings that end the text; they do not become part of it.
-          stop_ids: tokens that end it; None = the config's `eos_ids`, () = none.
-          top_logprobs: number of likeliest tokens whose log-probabilities are wanted at each place,
-            0 to 20.
-          n: answers wanted, as a list; the prompt is read once, and answer i draws from (seed, i).
-            None = one, which is not in a list.
+          stop_ids: tokens that end the answer; None = the config's `eos_ids`, () = none.
+          top_logprobs: number of likeliest tokens to report at each position, 0 to 20.
+          n: number of answers to the prompt, which is read once; answer i draws from (seed, i).
+            None = one answer, which is not in a list.
           **fields: fields of `Sampling` by name, such as temperature=0.2; they replace those of
             `sampling`.
 
+        Returns:
+          The answer, which fills as tokens are generated; a list of `n` answers if `n` is given.
+
         Raises:
-          ValueError: an argument is of the wrong type or out of range, or the request could outgrow
-            the engine's `length`.
-          Busy: too many requests wait.
-          RuntimeError: the engine has failed, or was closed.
+          ValueError: an argument is of the wrong type or out of range, or the prompt and its new
+            tokens exceed the engine's `length`.
+          Busy: the engine has as many requests as it accepts.
+          RuntimeError: the engine has failed, is being drained, or was closed.
         """
         if n is not None and (whole(n) is None or n < 1):
             raise ValueError(f"n is {show(n)}; expected an integer above 0")
@@ -155,32 +158,33 @@ class Engine:
         return answers[0] if n is None else answers
 
     def warm_up(self) -> None:
-        """Compiles all programs that requests may need, once the running ones have ended."""
+        """Waits until no request runs, and compiles all programs that requests may need."""
         self._worker.call(self._warm_up)
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Accepts no more requests, and waits until all have ended.
+        """Accepts no more requests, and waits until all accepted ones have ended.
 
         Args:
-          timeout: seconds to wait at most; None = as long as it takes.
+          timeout: maximum number of seconds to wait; None = no limit.
 
         Returns:
-          Whether all have ended.
+          Whether all requests have ended.
         """
         return self._worker.drain(timeout)
 
     def close(self) -> None:
-        """Ends the requests that have not ended, and the thread."""
+        """Ends the engine's thread; requests that have not ended fail with a RuntimeError."""
         self._stop()
 
     def stats(self) -> dict[str, int | float]:
-        """Returns counts since the start, and what there is now.
+        """Returns counts of requests and tokens.
 
         Returns:
-          "slots"; "running" and "waiting": requests now; "finished", "cancelled" and "failed":
-          requests that have ended, with "prompt_tokens" and "new_tokens" of all of them;
-          "reused_tokens" of prompts, which were not read again, and "prefix_bytes" of memory now;
-          "seconds_since_step": how long ago the last turn ended, or 0 if there is nothing to do.
+          "slots": number of slots; "running" and "waiting": requests now; "finished", "cancelled"
+          and "failed": requests that have ended; "prompt_tokens" and "new_tokens": tokens of all
+          requests that have ended; "reused_tokens": prompt tokens that were restored instead of
+          read; "prefix_bytes": bytes of stored keys and values now; "seconds_since_step": seconds
+          since the engine's last turn, or 0 if it has no requests.
         """
         kept = self._prefixes and self._prefixes.stats()
         tokens, size = (kept.tokens, kept.nbytes) if kept else (0, 0)
@@ -191,18 +195,18 @@ class Engine:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        """Waits for all requests, unless there was an error, and closes the engine."""
+        """Drains the engine, unless the block raised an exception, and closes it."""
         if kind is None:
             self.drain()
         self.close()
 
     def _encode(self, prompt) -> tuple[Sequence[int], Sequence[int]]:
-        """Returns token ids, and those that a text continues."""
+        """Returns the prompt's token ids, and the ids whose text the answer continues."""
         items = None if isinstance(prompt, str) else listed(prompt)
         if items is not None and all(whole(item) is not None for item in items):
             if self._tokenizer is None:
                 return items, ()
-            # A model may have a few more tokens than its tokenizer; they have no text.
+            # The model's vocabulary may be larger than the tokenizer's.
             return items, [item for item in items if item < self._tokenizer.vocab_size]
         if self._tokenizer is None:
             raise ValueError(
@@ -217,7 +221,10 @@ class Engine:
 
 
 class _Worker:
-    """What the engine's thread and its callers share. It does not know the engine."""
+    """The state that the engine's thread shares with callers.
+
+    It has no reference to the engine, so that the thread does not keep a dropped engine alive.
+    """
 
     def __init__(self, scheduler: Scheduler, most: int):
         self._scheduler, self._most = scheduler, most
@@ -232,7 +239,7 @@ class _Worker:
         self._last_turn = time.perf_counter()
 
     def accept(self, answers: list[Answer]) -> None:
-        """Has answers wait for their turn."""
+        """Appends answers to those that wait."""
         with self._changed:
             self._check()
             count = len(self._accepted) + len(self._live)
@@ -245,7 +252,7 @@ class _Worker:
             self._changed.notify_all()
 
     def call(self, task: Callable[[], None]) -> None:
-        """Runs a task in the engine's thread, when no request is left, and waits for it."""
+        """Runs a task in the engine's thread once no request is left, and waits for its end."""
         future = futures.Future()
         with self._changed:
             self._check()
@@ -254,20 +261,20 @@ class _Worker:
         future.result()
 
     def drain(self, timeout: float | None) -> bool:
-        """Accepts nothing more, and waits for the end of what there is."""
+        """Accepts no more answers, and waits for the end of all others; see `Engine.drain`."""
         with self._changed:
             self._closed = self._closed or "it is being drained"
             self._changed.wait_for(lambda: not (self._accepted or self._live), timeout)
             return not (self._accepted or self._live)
 
     def stop(self) -> None:
-        """Has the thread end after its turn."""
+        """Lets the thread end after its current turn."""
         with self._changed:
             self._closed, self._stopping = "it was closed", True
             self._changed.notify_all()
 
     def stats(self) -> dict[str, int | float]:
-        """Returns what `Engine.stats` does, but for the slots."""
+        """Returns the entries of `Engine.stats` that change with requests."""
         with self._changed:
             count = len(self._accepted) + len(self._live)
             running = min(self._scheduler.running, count)
@@ -276,7 +283,7 @@ class _Worker:
             return now | self._totals | {"seconds_since_step": since}
 
     def run(self) -> None:
-        """Takes turns until it is stopped."""
+        """Takes turns until `stop` is called or an error occurs; runs in the engine's thread."""
         try:
             while self._next():
                 self._turn()
@@ -298,14 +305,14 @@ class _Worker:
             future.set_exception(error)
 
     def _check(self) -> None:
-        """Raises a RuntimeError if nothing may be asked for any more."""
+        """Raises a RuntimeError if the engine accepts no more requests."""
         if self._failure is not None:
             raise RuntimeError(f"the engine ended: {self._failure}") from self._failure
         if self._closed:
             raise RuntimeError(f"the engine takes no requests: {self._closed}; make another")
 
     def _next(self) -> bool:
-        """Waits until there is something to do; returns whether the thread goes on."""
+        """Waits for work, and runs a task, if any; returns whether the thread goes on."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._stopping or self._accepted or self._tasks or self._live
@@ -326,7 +333,7 @@ class _Worker:
         return not stopping
 
     def _turn(self) -> None:
-        """Has the scheduler take a turn, and passes on what it made."""
+        """Takes a turn of the scheduler, and passes its tokens to the answers."""
         for row, answer in self._live.items():
             if answer.is_cancelled:
                 self._scheduler.end(row, "cancelled")

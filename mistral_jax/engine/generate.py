@@ -1,6 +1,6 @@
-"""Token ids in, token ids out: `generate` and `stream_tokens`. They know no text.
+"""Generation from token ids to token ids: `generate` and `stream_tokens`.
 
-Both are clients of a `Scheduler`; what differs is only who waits for its tokens.
+Both run their rows with a `Scheduler` of their own.
 """
 
 import time
@@ -16,15 +16,15 @@ from mistral_jax.engine.sampling import DEFAULT, Sampling, settle
 from mistral_jax.engine.scheduler import Scheduler
 from mistral_jax.model.transformer import Transformer
 
-# Seconds for which a reader of a stream waits without noticing, and those for which a program does
-# that waits for all. Each return from the device takes a millisecond.
+# `patience` of the scheduler, in seconds: for a reader who follows the tokens, and for a program
+# that waits for all of them. Each return from the device to the host costs about a millisecond.
 _PATIENCE, _LONG_PATIENCE = 0.05, 0.5
 
-# Most tokens to make, unless a caller says otherwise.
+# Default maximum number of new tokens.
 NEW_TOKENS = 256
 
-# Rows that run at a time: at most so many, fewer where their caches would hold more tokens in all
-# than this, but never less than the last.
+# Maximum number of rows that run at a time, maximum number of cache slots of all rows together, and
+# the number of rows that may run even if they exceed that.
 MOST_SLOTS, MOST_PLACES, FEWEST_SLOTS = 32, 32 * 4096, 8
 
 
@@ -41,32 +41,35 @@ def generate(
     prefixes: Prefixes | None = None,
     **fields: Any,
 ) -> list[Completion]:
-    """Continues token ids.
+    """Continues prompts of token ids.
 
-    Any number of prompts run in a bounded number of slots: a row that ends makes room for the next.
+    Any number of prompts run in a bounded number of slots. When a row ends, its slot is given to
+    the next prompt.
 
     Args:
       model: the model.
-      params: its parameters; the work is spread over the devices that they are spread over.
-      prompts: token ids, one sequence or array a row, of any lengths; the first is BOS as a rule.
-      max_new_tokens: most tokens to add to a row.
-      sampling: how to choose tokens. One for all rows: then row i draws from (seed, i), and equal
-        prompts get different answers. Or one a row: then each row draws as it would alone.
+      params: its parameters; the work runs on the devices that hold them.
+      prompts: token ids, one sequence or array a row, of any lengths; the first is usually BOS.
+      max_new_tokens: maximum number of tokens to add to a row.
+      sampling: how to choose tokens. With one `Sampling` for all rows, row i draws from (seed, i),
+        so equal prompts get different answers. With a list of one for each row, each row draws as
+        it would alone.
       stop_ids: tokens that end a row; None = the config's `eos_ids`, () = none.
-      top_logprobs: number of likeliest tokens whose log-probabilities are wanted at each place, 0
-        to 20.
-      until: called with the row and the token for each token in turn; True ends the row after it.
-      prefixes: what earlier calls have read, for prompts that begin with the same tokens; None =
-        each prompt is read.
+      top_logprobs: number of likeliest tokens to report at each position, 0 to 20.
+      until: called for each token with the row's index and the token; if it returns True, the row
+        ends after this token.
+      prefixes: store of keys and values of earlier calls, which are reused for prompts that begin
+        with the same tokens; None = every prompt is read whole.
       **fields: fields of `Sampling` by name, such as temperature=0.2; they replace those of
         `sampling`.
 
     Returns:
-      One completion a prompt, in order. A row whose logits are not finite ends with what it has, as
-      "error"; the others go on.
+      One completion a prompt, in order. A row whose logits are not finite ends with the
+      `finish_reason` "error" and the tokens chosen so far; the other rows go on.
 
     Raises:
-      ValueError: an argument is out of range, or a row could outgrow the model's `max_positions`.
+      ValueError: an argument is of the wrong type or out of range, or a prompt and its new tokens
+        exceed the model's `max_positions`.
     """
     began = time.perf_counter()
     sampling = settle(sampling, fields)
@@ -100,10 +103,10 @@ def stream_tokens(
     top_logprobs: int = 0,
     **fields: Any,
 ) -> Iterator[Token]:
-    """Continues one row of token ids, token by token: the same tokens as `generate` makes of it.
+    """Continues one prompt of token ids, and yields the tokens of `generate` one by one.
 
-    Arguments and errors are those of `generate`; they are checked, and the prompt is read, before
-    the first token is asked for. Where `generate` ends a row as "error", it raises ValueError.
+    The arguments and errors are those of `generate`. The call itself checks the arguments and reads
+    the prompt. A row that `generate` would end with "error" raises a ValueError.
     """
     request = check(
         model.config, [prompt], max_new_tokens, settle(sampling, fields), stop_ids, top_logprobs
@@ -129,7 +132,7 @@ def _begin(
     patience: float,
     prefixes: Prefixes | None = None,
 ) -> tuple[Scheduler, list[Row]]:
-    """Returns what will run a request, and its rows."""
+    """Makes a scheduler for a request, and adds its rows; returns both."""
     length = max(map(len, request.prompts)) + request.new_tokens
     most = max(FEWEST_SLOTS, min(MOST_SLOTS, MOST_PLACES // slots(model, length)))
     count = min(most, len(request.prompts))

@@ -1,7 +1,7 @@
-"""The choice of a token: `choose`, and `filter_logits`, which shows what it may choose from.
+"""Sampling: `choose` draws the next token of each row from its logits.
 
-It runs no model. The order is the usual one (Transformers' and vLLM's): logit bias, penalties,
-temperature, top-k, top-p, min-p. Tokens that tie for the last place all stay.
+The steps have the order of Transformers and vLLM: logit bias, penalties, temperature, top-k, top-p,
+min-p. Filters keep all tokens that tie with the last token kept.
 """
 
 import functools
@@ -20,14 +20,14 @@ def choose(
 ) -> jax.Array:
     """Chooses one token a row.
 
-    A row draws from its own key, folded with the position: what its neighbours do changes nothing.
+    Each row draws with its own key, folded with the position, so other rows do not affect it.
 
     Args:
-      logits: the model's, [B, V] float32.
-      sampling: how to choose, one entry a row.
-      positions: place in its text of the token to be chosen, [B] int32.
-      counts: how often each token stands in the row's answer, [B, V] int32; None = leave biases and
-        penalties out.
+      logits: logits of the model, [B, V] float32.
+      sampling: how each row chooses.
+      positions: position in the row's text of the token to be chosen, [B] int32.
+      counts: number of times that each token occurs in the row's answer, [B, V] int32; None = apply
+        no biases and penalties.
 
     Returns:
       Token ids, [B] int32.
@@ -39,7 +39,7 @@ def choose(
             lambda logits, *_: logits,
             *(logits, sampling.penalties, counts),
         )
-    # By argmax it would take a CPU five times as long.
+    # On a CPU, XLA's argmax takes five times as long.
     likeliest = _first(~(logits < jnp.max(logits, axis=-1, keepdims=True)))
 
     def drawn_or_likeliest():
@@ -65,14 +65,14 @@ def penalize(logits: jax.Array, penalties: Penalties, counts: jax.Array) -> jax.
 
 
 def filter_logits(logits: jax.Array, sampling: RowSampling) -> jax.Array:
-    """Divides by the temperature and sets to -inf what top-k, top-p and min-p exclude.
+    """Divides logits by the temperature and sets tokens that the filters exclude to -inf.
 
-    It asks of each token what `choose` asks of those alone that it draws, so its work grows with
-    the square of V: it is there to be looked at.
+    This shows the distribution that `choose` draws from. It tests every token, where `choose` only
+    tests the tokens that it draws, so its cost grows with V squared.
 
     Args:
-      logits: [B, V] float32.
-      sampling: how to choose; a row of temperature 0 is treated as of the smallest above 0.
+      logits: logits after bias and penalties, [B, V] float32.
+      sampling: how each row chooses; a temperature of 0 is treated as the smallest above 0.
 
     Returns:
       Logits of the distribution that tokens are drawn from, [B, V] float32; the largest is 0.
@@ -83,17 +83,16 @@ def filter_logits(logits: jax.Array, sampling: RowSampling) -> jax.Array:
 
 
 def _draw(logits: jax.Array, sampling: RowSampling, keys: jax.Array) -> jax.Array:
-    """Draws, from all tokens, until the filters keep what is drawn.
+    """Draws from all tokens, again and again until the filters keep the token drawn.
 
-    They keep whatever is likelier than what they keep. So it is enough to draw next from what is
-    likelier than what was refused: it leaves the odds of those that are kept among each other as
-    they are, and takes few tries, of some passes over the vocabulary each, where to find what is
-    kept takes a sort, or a pass for each bit of a number.
+    The filters always keep a prefix of the tokens sorted by probability. So after a rejection it
+    suffices to draw from the tokens likelier than the rejected one; the kept tokens' relative
+    probabilities stay the same. A few attempts cost less than a sort that finds the prefix.
 
     Args:
-      logits: [B, V] float32.
-      sampling: how to choose.
-      keys: one a row, [B] random keys.
+      logits: logits after bias and penalties, [B, V] float32.
+      sampling: how each row chooses.
+      keys: random keys, [B].
 
     Returns:
       Token ids, [B] int32.
@@ -121,38 +120,40 @@ def _draw(logits: jax.Array, sampling: RowSampling, keys: jax.Array) -> jax.Arra
 
 
 def _scale(logits, sampling):
-    """Divides by the temperature and keeps what top-k does; the largest becomes 0."""
-    # It becomes 0 beforehand: even the smallest temperature then gives no NaN.
+    """Shifts the largest logit to 0, divides by the temperature, and applies top-k."""
+    # The shift comes first, so that dividing by the smallest temperature gives no NaN.
     shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
     logits = shifted / jnp.maximum(sampling.temperature, _TINY)[:, None]
-    # Conditional, since over a large vocabulary it costs as much as the rest together.
+    # For a large vocabulary, top-k costs as much as all other steps together.
     return jax.lax.cond(
         jnp.any(sampling.top_k > 0), _keep_top_k, lambda x, _: x, logits, sampling.top_k
     )
 
 
 def _keeper(logits, weights, sampling):
-    """Returns what says whether top-p and min-p keep tokens of such scaled logits [B]."""
+    """Returns a function of scaled logits [B] that says whether top-p and min-p keep the tokens."""
     total = jnp.sum(weights, axis=-1)
-    # With a top_p of 0 the likeliest token stays.
+    # With a top_p of 0, only the likeliest token is kept.
     enough = jnp.where(sampling.top_p < 1, jnp.maximum(sampling.top_p * total, _TINY), jnp.inf)
 
     def keeps(level):
         likelier = jnp.sum(jnp.where(logits > level[:, None], weights, 0), axis=-1)
         refused = (likelier >= enough) | (level < jnp.log(sampling.min_p))
-        # What has no odds is drawn only if nothing has: then no try would end the row's.
+        # A token of probability 0 is drawn only if all have probability 0. It is kept, or the loop
+        # would never end.
         return ~(refused & (level > -jnp.inf))
 
     return keeps
 
 
 def _keep_top_k(logits, top_k):
-    """Keeps each row's `top_k` [B] likeliest tokens, with all that tie for the last; 0 = all.
+    """Keeps each row's `top_k` [B] likeliest tokens, and those that tie with the last; 0 = all.
 
-    Bisects the integers in 32 passes: for 32k tokens on a CPU some 30 times faster than a sort.
+    It bisects for the bits of the smallest logit to keep, in 32 passes. For 32k tokens on a CPU
+    this is about 30 times faster than a sort.
     """
     bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
-    # Unsigned integers in the order of the numbers: negatives reversed, below positives.
+    # Map floats to unsigned integers of the same order: negatives reversed, below positives.
     sign = jnp.uint32(1 << 31)
     ranks = jnp.where(bits >= sign, ~bits, bits | sign)
 
@@ -168,11 +169,15 @@ def _keep_top_k(logits, top_k):
 
 
 def _find(weights: jax.Array, numbers: jax.Array) -> jax.Array:
-    """Finds the first of `weights` [B, V] up to which they reach the share `numbers` [B] of all.
+    """Finds the first index at which the cumulative sum of `weights` reaches a share of the total.
 
-    It is none that is 0, whatever the rounding, unless all are.
+    The weight at this index is never 0, despite rounding, unless all weights are 0.
+
+    Args:
+      weights: [B, V] float32.
+      numbers: the share of each row, [B] float32 from 0 to 1.
     """
-    # In parts of about the root of their number: first which part, then which of its members.
+    # Search in two levels: first among about sqrt(V) parts, then within the part.
     count = weights.shape[-1]
     size = 1 << (count.bit_length() - 1) // 2
     parts = jnp.pad(weights, ((0, 0), (0, -count % size))).reshape(len(weights), -1, size)
@@ -184,10 +189,14 @@ def _find(weights: jax.Array, numbers: jax.Array) -> jax.Array:
 
 
 def _reach(weights, enough):
-    """Finds where `weights` [B, n] add up to `enough` [B], or to all; and what is before."""
+    """Finds the first index at which the cumulative sum of `weights` [B, n] reaches `enough` [B].
+
+    Returns:
+      The index, and the sum of the weights before it, both [B].
+    """
     places = jnp.arange(weights.shape[-1], dtype=jnp.int32)
-    # Not by cumsum: each sum is of the same order, so it grows where there is a weight, and only
-    # there.
+    # Not by cumsum, which may round partial sums differently: here all are added in the same order,
+    # so they grow exactly where a weight is not 0.
     sums = jnp.sum(jnp.where(places[None] <= places[:, None], weights[:, None], 0), axis=-1)
     enough = jnp.clip(enough, _TINY, sums[:, -1])
     found = _first(sums >= enough[:, None])
@@ -196,7 +205,7 @@ def _reach(weights, enough):
 
 
 def _first(found: jax.Array) -> jax.Array:
-    """Returns the first place of each row [B, n] that is true; the last if none is."""
+    """Returns the first index of each row [B, n] that is true; the last index if none is."""
     last = found.shape[-1] - 1
     places = jnp.arange(last + 1, dtype=jnp.int32)[None]
     return jnp.min(jnp.where(found, places, last), axis=-1)

@@ -1,6 +1,6 @@
-"""Reading prompts into a cache, in chunks of few fixed shapes. It chooses no tokens.
+"""Prefill: reading prompts into a cache, in chunks of a few fixed shapes.
 
-Shapes come in buckets, so prompts of many lengths share a few compiled programs.
+The shapes are buckets, so that prompts of all lengths share a few compiled programs.
 """
 
 import functools
@@ -24,51 +24,52 @@ Params = Mapping[str, Any]
 
 # Tokens of a chunk (C): enough to keep the processor busy, few enough to bound the activations.
 CHUNK = 512
-# Tokens of all rows that a GPU reads at a time, if chunks of one row have to be longer for it.
+# On a GPU, chunks of few rows are widened to about this many tokens of all rows together.
 GPU_TOKENS = 2048
-# Widths of the chunks that read what remains of a prompt, if they are less than C: few are few
-# programs to compile, where a cache and a number of rows have programs of their own.
+# Chunk widths for the rest of a prompt, if they are less than C. They are few because each width is
+# one more program to compile for every shape of cache.
 _WIDTHS = (16, 64, 512)
 _SMALLEST_ROOM, _COARSE_ROOM = 256, 4096
 _COARSE_ROWS = 8
 
-# Why a row ends, or a text has no score.
+# The error of a row or text whose logits are not finite.
 NOT_FINITE = (
-    "the model's logits are not finite (NaN or infinity), as overflow of float16 makes them: load "
-    "it with another type (--dtype bfloat16 or float32), or check its weights with "
+    "the model's logits are not finite (NaN or infinity), which float16 overflow can cause: load "
+    "the model with another type (--dtype bfloat16 or float32), or check its weights with "
     "`python -m mistral_jax.convert inspect DIR --verify`"
 )
 
 
 def room(tokens: int) -> int:
-    """Rounds a number of tokens up to a bucket: 256 to 4096 by powers of two, then in fourths.
+    """Rounds a number of tokens up to a bucket, so that few programs are compiled.
 
-    Few rooms are few programs to compile. A power of two costs a row of Mistral 7B at most 256 MiB
-    of bfloat16 more than it needs, and a fourth of a power at most a quarter.
+    Buckets are powers of two from 256 to 4096, and above that four between two powers of two. For a
+    row of Mistral 7B in bfloat16, rounding wastes at most 256 MiB up to 4096 tokens, and above that
+    less than a quarter.
     """
     return _round_up(max(tokens, _SMALLEST_ROOM), _COARSE_ROOM, 8)
 
 
 def row_count(rows: int) -> int:
-    """Rounds a number of rows up to a bucket: 1, 2, 4, 8, then two to each doubling."""
+    """Rounds a number of rows up to a bucket: 1, 2, 4, 8, 12, 16, 24, 32, and so on."""
     return _round_up(rows, _COARSE_ROWS, 4)
 
 
 def _round_up(count: int, coarse: int, parts: int) -> int:
-    """Rounds up to a power of two; beyond `coarse` to one of `parts` equal parts of one."""
+    """Rounds up to a power of two; above `coarse`, to a multiple of 1/`parts` of that power."""
     power = 1 << (count - 1).bit_length()
     step = power if count <= coarse else power // parts
     return -(-count // step) * step
 
 
 def slots(model: Transformer, tokens: int) -> int:
-    """Returns how many tokens a cache must hold: of few sizes, and one where all have windows."""
+    """Returns S for rows of `tokens` tokens: a bucket, at most the longest window."""
     spans = model.config.spans
     return room(tokens) if None in spans else min(room(tokens), max(spans))
 
 
 def chunk_size(rows: int, backend: Backend) -> int:
-    """Returns C for a number of rows."""
+    """Returns the width of a full chunk (C) of `rows` rows."""
     if backend.platform != "gpu":
         return CHUNK
     return max(CHUNK, GPU_TOKENS >> (rows - 1).bit_length())
@@ -77,15 +78,16 @@ def chunk_size(rows: int, backend: Backend) -> int:
 def chunks(
     rows: Sequence[Sequence[int]], widths: Sequence[int] = _WIDTHS, backend: Backend = PLAIN
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Cuts rows into chunks of C tokens, and what remains into chunks of few smaller widths.
+    """Cuts rows into chunks of C tokens, and the rest into chunks of smaller widths.
 
     Args:
       rows: token ids, B rows of any lengths.
-      widths: the smaller widths, rising.
-      backend: what reads them.
+      widths: the smaller widths, in rising order.
+      backend: the backend that reads the chunks.
 
     Yields:
-      Tokens and positions of a chunk, [B, T] int32 both; -1 = padding, after a row's end.
+      Tokens and positions of a chunk, both [B, T] int32; the positions after a row's end are -1
+      (padding).
     """
     longest, start = max(map(len, rows)), 0
     while start < longest:
@@ -97,7 +99,7 @@ def chunks(
 def cut(
     rows: Sequence[Sequence[int]], starts: Sequence[int], width: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns tokens and positions [B, T] int32 of a chunk that begins at a place of each row."""
+    """Returns tokens and positions, [B, T] int32, of the chunk that begins at `starts` [B]."""
     tokens = np.zeros((len(rows), width), np.int32)
     positions = np.full((len(rows), width), -1, np.int32)
     for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
@@ -118,10 +120,10 @@ def chunk_width(
 
     Args:
       rows: B.
-      rest: tokens of the longest row that are still to be read.
-      backend: what reads them.
-      smaller: the smaller widths, rising.
-      most: widest chunk that is wanted, if there is a narrower one; None = C.
+      rest: number of unread tokens of the row that has most of them.
+      backend: the backend that reads the chunk.
+      smaller: the widths below C, in rising order.
+      most: maximum width, unless even the narrowest chunk is wider; None = C.
     """
     size = chunk_size(rows, backend)
     known = [*(width for width in smaller if width < size), size]
@@ -131,13 +133,13 @@ def chunk_width(
 
 
 def widths(rows: int, backend: Backend) -> list[int]:
-    """Returns the widths of all chunks in which so many rows are read."""
+    """Returns the widths of all chunks of `rows` rows."""
     size = chunk_size(rows, backend)
     return [*(width for width in _WIDTHS if width < size), size]
 
 
 def padded(length: int, backend: Backend) -> int:
-    """Returns how many places the chunks of one prompt of `length` tokens have in all."""
+    """Returns the total width of the chunks of one prompt of `length` tokens, padding included."""
     total = 0
     while total < length:
         total += chunk_width(1, length - total, backend)
@@ -145,18 +147,18 @@ def padded(length: int, backend: Backend) -> int:
 
 
 def _width(rest: int, widths: Sequence[int]) -> int:
-    """Returns the width of the next chunk: at most half of it is padding, but of the narrowest."""
+    """Chooses a width of which at most half is padding; the narrowest may have more."""
     least = next((i for i, width in enumerate(widths) if width >= rest), len(widths) - 1)
     return widths[least - 1 if least and widths[least] > 2 * rest else least]
 
 
 class Reading:
-    """Prompts that are being read together, chunk by chunk.
+    """The reading of several prompts together, chunk by chunk.
 
     Attributes:
-      cache: what has been read so far of each row.
-      logits: of the token after each prompt that has been read, [B, V] float32.
-      rest: most tokens of a prompt that are still to be read.
+      cache: keys and values of the tokens that have been read.
+      logits: logits of the token after each prompt, [B, V] float32; valid once the prompt is read.
+      rest: number of unread tokens of the prompt that has most of them.
     """
 
     def __init__(
@@ -167,14 +169,14 @@ class Reading:
         length: int,
         prefixes: Prefixes | None = None,
     ):
-        """Begins.
+        """Allocates the cache, and restores prefixes that were read before.
 
         Args:
           model: the model.
           params: its parameters.
-          prompts: token ids, B rows; an empty one has logits that mean nothing.
-          length: tokens that the cache has room for where no window is shorter.
-          prefixes: texts whose keys and values need not be computed again.
+          prompts: token ids, B rows; the logits of an empty row are undefined.
+          length: cache slots of a row (S); a layer whose window is shorter has fewer.
+          prefixes: store of keys and values of earlier texts; None = every prompt is read whole.
         """
         self._model, self._params, self._prompts = model, params, prompts
         self._prefixes = prefixes
@@ -190,7 +192,11 @@ class Reading:
         self.rest = max(map(operator.sub, lengths, self._starts))
 
     def read(self, most: int | None = None) -> int:
-        """Reads the next chunk, of not much more than `most` tokens a row; returns its width."""
+        """Reads the next chunk; returns its width.
+
+        Args:
+          most: see `chunk_width`.
+        """
         width = chunk_width(len(self._prompts), self.rest, self._model.backend, most=most)
         tokens, positions = cut(self._prompts, self._starts, width)
         with on_mesh(self._params):
@@ -202,17 +208,18 @@ class Reading:
         self.rest -= width
         if self._prefixes is None:
             return width
-        # A ring has its latest tokens alone: what it holds now is of use to texts that part here.
+        # A windowed layer keeps only its latest tokens, so it is saved after each chunk: a later
+        # text may differ from this one after any chunk.
         rings = any(self._model.config.spans)
         if rings or self.rest <= 0:
             self._keep([start if rings else 0 for start in read])
         return width
 
     def _keep(self, known: Sequence[int]) -> None:
-        """Keeps what rows have read, for prompts that begin like theirs.
+        """Saves the keys and values of the tokens that rows have read.
 
         Args:
-          known: tokens of each row that need not be kept.
+          known: number of tokens of each row that were saved before.
         """
         with on_mesh(self._params):
             whole = jax.device_get(sound(self.cache))
@@ -223,7 +230,7 @@ class Reading:
 
 @jax.jit
 def sound(cache: Cache) -> jax.Array:
-    """Tells of each row [B] whether its keys and values are finite: NaN spoils a whole chunk."""
+    """Returns whether the last layer's keys and values of each row are finite, [B] bool."""
     leaves = [x for x in jax.tree.leaves(cache[-1]) if jnp.issubdtype(x.dtype, jnp.floating)]
     finite = (jnp.isfinite(x).all((1, 2, 3)) for x in leaves)
     return replicate(functools.reduce(jnp.logical_and, finite))
@@ -232,13 +239,13 @@ def sound(cache: Cache) -> jax.Array:
 def prefill(
     model: Transformer, params: Params, prompts: Sequence[Sequence[int]], length: int
 ) -> tuple[Cache, jax.Array]:
-    """Reads prompts.
+    """Reads whole prompts.
 
     Args:
       model: the model.
       params: its parameters.
-      prompts: token ids, B rows; an empty one has logits that mean nothing.
-      length: tokens that the cache must hold of each row, continuation included.
+      prompts: token ids, B rows; the logits of an empty row are undefined.
+      length: tokens of the longest row, prompt and continuation together.
 
     Returns:
       The cache, and the logits of the token after each prompt, [B, V] float32.
@@ -253,10 +260,10 @@ def prefill(
 def start_reading(
     model: Transformer, params: Params, rows: int, length: int
 ) -> tuple[Cache, jax.Array]:
-    """Makes what `read_chunk` takes over: an empty cache, and logits that mean nothing.
+    """Makes an empty cache and placeholder logits [B, V] for the first `read_chunk`.
 
-    It is a program of its own, so that a first chunk is read by the same one as later ones: JAX
-    commits both to the device of `params`, which are not used otherwise.
+    As outputs of a program they are committed to the devices of `params`, so the first chunk runs
+    the same compiled program as later chunks. `params` are not used otherwise.
     """
     logits = jnp.zeros((rows, model.config.vocab_size), jnp.float32)
     return empty_cache(model, rows, length), whole_rows(model, logits)
@@ -264,7 +271,7 @@ def start_reading(
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames=("cache", "logits"))
 def read_chunk(model, params, tokens, positions, lengths, cache, logits):
-    """Reads one chunk; takes over the logits of rows that end in it."""
+    """Reads one chunk; replaces the logits of the rows whose last token is in it."""
     last = positions == lengths[:, None] - 1
     new, cache = model.apply(
         {"params": params}, tokens, positions, cache, logits_at=jax.lax.argmax(last, 1, jnp.int32)
@@ -274,12 +281,15 @@ def read_chunk(model, params, tokens, positions, lengths, cache, logits):
 
 
 def whole_rows(model: Transformer, logits: jax.Array) -> jax.Array:
-    """Gathers the logits [B, V] of each row, once: a choice passes over them dozens of times."""
+    """Gathers the whole logits [B, V] of each row on the devices that hold the row.
+
+    Sampling passes over the logits dozens of times; without this, each pass would communicate.
+    """
     return nn.with_logical_constraint(logits, ("batch", None), rules=model.rules)
 
 
 def empty_cache(model: Transformer, rows: int, length: int) -> Cache:
-    """Makes a cache that is split over devices as the model's activations are."""
+    """Makes an empty cache that is partitioned over devices like the model's activations."""
 
     def split(x):
         axes = ("batch", None, "kv_heads", "head_dim")[: x.ndim]
@@ -290,14 +300,14 @@ def empty_cache(model: Transformer, rows: int, length: int) -> Cache:
 
 
 def replicate(tree: Any) -> Any:
-    """Keeps arrays whole on every device of the mesh, if there is one, for any host to read."""
+    """Replicates arrays over the mesh, if there is one, so that every host can read them."""
     if jax.sharding.get_abstract_mesh().empty:
         return tree
     return jax.lax.with_sharding_constraint(tree, PartitionSpec())
 
 
 def pad_rows(model: Transformer, params: Params, rows: Sequence[Any], row: Any) -> list[Any]:
-    """Appends copies of `row` until the rows split evenly over the devices that share a batch."""
+    """Appends copies of `row` until the rows divide evenly over the devices that share a batch."""
     mesh = mesh_of(params)
     parts = Layout(mesh, model.rules).parts("batch") if mesh else 1
     return [*rows, *[row] * (-len(rows) % parts)]

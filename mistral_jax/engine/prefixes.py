@@ -1,8 +1,8 @@
-"""Prefix reuse: keys and values of texts that were read, kept to be copied into a row of a cache.
+"""Prefix reuse: a store of keys and values of earlier texts, which are copied into new rows.
 
-It reads no tokens. The engine calls `find` before it reads a prompt, copies a hit with `restore`,
-reads the rest, and calls `save` after each chunk of a prompt and after an answer. Only the engine's
-thread may call it: it has no locks.
+The engine calls `find` before it reads a prompt, copies a hit with `restore`, reads the rest, and
+calls `save` after each chunk of a prompt and after an answer. There are no locks: only one thread
+may use a store.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ from mistral_jax.model.transformer import Transformer
 from mistral_jax.parallel.sharding import mesh_of
 
 # Tokens of a block: few enough that the last block of a text wastes little memory, enough that a
-# copy is worth a call. A block of Mistral 7B has 8 MiB of bfloat16.
+# copy is worth a call. A block of Mistral 7B in bfloat16 takes 8 MiB.
 BLOCK = 64
-# Fewest tokens of a hit: as many as the narrowest chunk reads.
+# Minimum number of tokens of a hit: the width of the narrowest chunk.
 LEAST = 16
 
 _ID_BYTES = 4
@@ -29,13 +29,13 @@ _ID_BYTES = 4
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Piece:
-    """What is kept of a block for all layers of one span.
+    """The stored keys and values of a block, for all layers of one span.
 
     Attributes:
       block: keys and values.
-      first: position of the first token that is kept.
-      stop: position after the last token that is kept.
-      nbytes: memory, on all devices together.
+      first: position of the first valid token.
+      stop: position after the last valid token.
+      nbytes: bytes on all devices together.
     """
 
     block: Block
@@ -48,16 +48,16 @@ class _Piece:
 class _Node:
     """A block of tokens in the tree of texts; its ancestors are the blocks before it.
 
-    A hit needs no pieces of blocks that a window has left behind. Their nodes stay as long as they
-    have descendants, because they identify the texts.
+    A hit needs no pieces of blocks that are outside all windows. Their nodes stay while they have
+    descendants, because they identify the texts.
 
     Attributes:
       parent: the node of the block before.
-      name: token ids as bytes; of a root of texts, the caller's key.
+      name: token ids as bytes; the caller's key for a root of texts.
       start: position of the first token.
       stop: position after the last token.
       children: nodes of the blocks that follow, by name; no name is a prefix of another.
-      pieces: what is kept, by span.
+      pieces: stored keys and values, by span.
     """
 
     parent: "_Node | None"
@@ -72,9 +72,9 @@ class Hit(NamedTuple):
     """A prefix that can be copied. It keeps its arrays alive, so restore it before the next save.
 
     Attributes:
-      tokens: number of tokens that need not be read.
-      parts: span, block, and positions of the block's first token, of the first token to copy and
-        after the last one; in the order of the text for each span.
+      tokens: number of tokens of the prefix.
+      parts: span, block, and three positions: of the block's first token, of the first token to
+        copy, and one past the last token to copy. For each span in the order of the text.
     """
 
     tokens: int
@@ -82,13 +82,13 @@ class Hit(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """What prefix reuse has done.
+    """Counts of prefix reuse.
 
     Attributes:
-      lookups, hits: calls of `find`, and of `restore`.
-      tokens: tokens that were restored.
-      nbytes, most_bytes: memory of all pieces on all devices together, and its bound.
-      pieces, evictions: pieces that are kept, and that were evicted; a block has one for each span.
+      lookups, hits: numbers of calls of `find` and of `restore`.
+      tokens: number of tokens that were restored.
+      nbytes, most_bytes: bytes of all pieces on all devices together, and their bound.
+      pieces, evictions: numbers of pieces stored and evicted; a block has one for each span.
     """
 
     lookups: int
@@ -101,15 +101,15 @@ class Stats(NamedTuple):
 
 
 class Prefixes:
-    """Keeps keys and values of texts, and copies those of the longest common prefix into a row.
+    """Stores keys and values of texts, and copies those of the longest common prefix into a row.
 
-    A restored row holds the bits that the saved row held, for the last span - 1 tokens of each
-    layer, or for all tokens if the layer has no window. Reading from the start gives the same bits
-    if it uses the same chunks, and otherwise equal values up to the rounding of other chunks.
+    A restored row is bit-identical to the saved row in the last span - 1 tokens of each layer, or
+    in all tokens if the layer has no window. Reading the prompt from its start gives the same bits
+    if the chunks are the same, and otherwise equal values up to rounding.
 
     Each piece has arrays of its own, allocated by `save` and freed by eviction. A single pool would
-    allocate the whole bound at the start, and as much for windowed layers as for others. Token ids
-    are kept on the host, 4 bytes each, and are not counted.
+    allocate all memory at the start, and as much for windowed layers as for others. Token ids are
+    stored on the host, 4 bytes each, and do not count.
     """
 
     def __init__(
@@ -120,21 +120,21 @@ class Prefixes:
         block: int = BLOCK,
         least: int = LEAST,
     ):
-        """Starts empty.
+        """Makes an empty store.
 
         Args:
           model: the model whose caches are saved.
-          params: its parameters, which tell the mesh. Other parameters give other keys and values:
-            they need another `Prefixes`, or other keys.
-          most_bytes: most memory of what is kept, on all devices together.
+          params: its parameters, from which the mesh is taken. Use another store, or another `key`,
+            for other parameters, because they give other keys and values.
+          most_bytes: maximum number of bytes to store, on all devices together.
           block: tokens of a block.
-          least: fewest tokens of a hit.
+          least: minimum number of tokens of a hit.
         """
         self._copier = Copier(block, model.rules, mesh_of(params))
         self._most_bytes, self._block, self._least = most_bytes, block, max(1, least)
         spans = model.config.spans
-        # A token with a span of 1 sees no other: such layers need nothing. Layers without a window
-        # come last, which `_touch` relies on.
+        # With a span of 1 a token sees only itself, so such layers are left out. Layers without a
+        # window come last, which `_touch` relies on.
         kinds = sorted({span for span in spans if span is not None and span > 1})
         kinds += [None] if None in spans else []
         self._layers = {kind: [i for i, span in enumerate(spans) if span == kind] for kind in kinds}
@@ -144,14 +144,14 @@ class Prefixes:
         self._nbytes = self._lookups = self._hits = self._tokens = self._evictions = 0
 
     def find(self, key: Hashable, ids: Sequence[int], multiple: int = 1) -> Hit | None:
-        """Finds the longest prefix that can be copied. It leaves the last token to be read.
+        """Finds the longest stored prefix of a prompt that leaves its last token to be read.
 
         Args:
-          key: everything else that keys and values depend on, such as an adapter, or a salt that
-            separates users. Keys and token ids match by equality, not by a hash.
-          ids: the prompt.
-          multiple: divisor of the length of a hit. Outputs are the same bits with and without hits
-            if a caller reads in chunks of one width, saves whole chunks only, and passes the width.
+          key: identifies everything else that keys and values depend on, such as an adapter, or a
+            salt that separates users. Keys and token ids match by equality, not by a hash.
+          ids: token ids of the prompt.
+          multiple: the length of a hit is a multiple of this. If a caller reads in chunks of this
+            width and saves whole chunks only, hits do not change a bit of the output.
 
         Returns:
           The hit; None if there is no prefix of at least `least` tokens.
@@ -176,16 +176,16 @@ class Prefixes:
         return Hit(tokens, parts)
 
     def restore(self, hit: Hit, cache: Cache, row: int, *, by_heads: bool = False) -> Cache:
-        """Copies a prefix into a row, which then holds nothing else; other rows do not change.
+        """Replaces the contents of a row by a prefix; other rows do not change.
 
         Args:
-          hit: what `find` returned.
-          cache: a cache of any number of rows and slots; its buffers are consumed.
-          row: the row to fill, empty or used before.
+          hit: the result of `find`.
+          cache: a cache of any number of rows and cache slots; its buffers are donated.
+          row: index of the row.
           by_heads: whether keys and values are [B, K, S, H] instead of [B, S, K, H].
 
         Raises:
-          ValueError: the cache has fewer slots than the prefix needs.
+          ValueError: the cache has fewer cache slots than the prefix needs.
         """
         for kind, layers in self._layers.items():
             slots = cache[layers[0]].positions.shape[1]
@@ -212,19 +212,19 @@ class Prefixes:
         written: int = 0,
         by_heads: bool = False,
     ) -> None:
-        """Keeps what a row holds of a text, and evicts pieces that were not used for longest.
+        """Stores the keys and values of a row, and evicts the least recently used pieces.
 
-        A ring forgets its oldest tokens, so a text that outgrows a window can be hit only near the
-        places where it was saved. Never save a row whose logits were not finite.
+        A windowed cache overwrites its oldest tokens, so a text longer than the window can be hit
+        only near the positions where it was saved. Do not save a row whose logits are not finite.
 
         Args:
           key: as for `find`.
           ids: the tokens whose keys and values the row holds. A token that was sampled but not yet
-            fed to the model is not one of them.
-          cache: the cache; it is not consumed.
-          row: the row.
-          written: number of tokens written to the row if it went on past `ids`, as surplus steps
-            and refused drafts do: they have overwritten a ring's oldest tokens.
+            fed to the model does not belong to them.
+          cache: the cache; it is not donated.
+          row: index of the row.
+          written: number of tokens written to the row, if surplus steps or rejected drafts went on
+            past `ids`; they have overwritten the oldest tokens of a windowed cache.
           by_heads: as for `restore`.
         """
         total = len(ids)
@@ -235,7 +235,7 @@ class Prefixes:
         kept = {(node, kind) for kind in self._layers for node in _needed(nodes, kind, total)}
         sources = []
         for kind, layers in self._layers.items():
-            # A restored row holds no more than the next token sees, and a ring may have lost some.
+            # A restored row holds only what its next token sees; a windowed cache may hold less.
             overwritten = max(total, written) - cache[layers[0]].positions.shape[1]
             first = max(_first_needed(kind, total), overwritten)
             take = functools.partial(self._copier.take, cache, layers, row, by_heads=by_heads)
@@ -247,11 +247,11 @@ class Prefixes:
         self._prune(nodes[-1], ())
 
     def shrink(self, most_bytes: int) -> None:
-        """Evicts pieces until at most `most_bytes` are left; 0 = all. The bound stays as it is."""
+        """Evicts pieces until at most `most_bytes` are stored; the bound does not change."""
         self._make_room(self._most_bytes - most_bytes, ())
 
     def warm(self, cache: Cache, *, by_heads: bool = False) -> Cache:
-        """Compiles every program for caches of this shape, and empties row 0 of this one."""
+        """Compiles all programs for caches of this shape; empties row 0, and donates `cache`."""
         for layers in self._layers.values():
             old, new = (self._copier.take(cache, layers, 0, 0, by_heads) for _ in range(2))
             block = self._copier.merge(old, new, 0, 0)
@@ -259,14 +259,14 @@ class Prefixes:
         return self._copier.clear(cache, 0)
 
     def stats(self) -> Stats:
-        """Returns what was done so far."""
+        """Returns the counts since the store was made."""
         done = self._lookups, self._hits, self._tokens
         return Stats(*done, self._nbytes, self._most_bytes, len(self._recent), self._evictions)
 
     def _match(self, key, text):
-        """Returns the nodes of a text's whole blocks, and (node, stop) of children that go on.
+        """Returns the nodes that match whole blocks of a text, and (child, stop) pairs.
 
-        Such a child of the last node shares the tokens up to position `stop` with the text.
+        Such a child of the last node matches the text up to position `stop`, within a block.
         """
         node, nodes, size = self._root.children.get(key), [], self._block * _ID_BYTES
         while node is not None:
@@ -280,7 +280,7 @@ class Prefixes:
         return [], []
 
     def _plant(self, key, text):
-        """Returns the nodes of a text, and makes those that are missing."""
+        """Returns the nodes of a text, and adds those that are missing."""
         node = self._root.children.setdefault(key, _Node(self._root, key, 0, 0))
         nodes, size = [], self._block * _ID_BYTES
         for start in range(0, len(text), size):
@@ -289,7 +289,7 @@ class Prefixes:
         return nodes
 
     def _child(self, node, part):
-        """Returns the child for the tokens of `part`: one that has them all, or that grows to."""
+        """Returns the child whose name begins with `part`; extends or adds one if there is none."""
         children = node.children
         alike = children.get(part)
         if alike is None:
@@ -303,7 +303,7 @@ class Prefixes:
         return alike
 
     def _prune(self, node, kept):
-        """Removes a node, then its ancestors, while they have no pieces, none to come, no child."""
+        """Removes a node, then its ancestors, if they have no child, piece or entry in `kept`."""
         while node is not self._root and not node.pieces and not node.children:
             if any((node, kind) in kept for kind in self._layers):
                 return
@@ -312,9 +312,9 @@ class Prefixes:
             node = node.parent
 
     def _usable(self, nodes, stop, multiple):
-        """Returns the most tokens, up to `stop`, of a hit that ends in the last node; 0 = none.
+        """Returns the length, at most `stop`, of the longest hit that ends in the last node, or 0.
 
-        A shorter one in that node would need the same tokens and older ones.
+        If it cannot be used, no shorter hit can: it would need the same tokens and older ones.
         """
         pieces = nodes[-1].pieces
         stop = min([stop, *(pieces[kind].stop if kind in pieces else 0 for kind in self._layers)])
@@ -331,10 +331,10 @@ class Prefixes:
         return stop if good else 0
 
     def _touch(self, nodes, tokens):
-        """Marks what a hit of so many tokens uses as recent: a block before those that rely on it.
+        """Marks the pieces of a hit as recently used, so that dependent pieces are evicted first.
 
-        Windowed layers rely on unwindowed ones, and those on all blocks before. As the oldest are
-        evicted first, eviction leaves no pieces that cannot be used.
+        A piece depends on earlier blocks, and one of a windowed layer on unwindowed layers.
+        In this order, eviction never leaves pieces that no hit can use.
         """
         for kind in self._layers:
             for node in reversed(_needed(nodes, kind, tokens)):
@@ -342,7 +342,7 @@ class Prefixes:
                     self._recent.move_to_end((node, kind))
 
     def _keep(self, node, kept, kind, first, stop, nbytes, take):
-        """Saves a block's tokens from `first` to `stop`; returns False if there is no room."""
+        """Stores a block's tokens from `first` to `stop`; returns False if memory is full."""
         first, stop = max(node.start, first), min(node.stop, stop)
         old = node.pieces.get(kind)
         if first >= stop or (old and old.first <= first and stop <= old.stop):
@@ -362,7 +362,7 @@ class Prefixes:
         return True
 
     def _make_room(self, nbytes, kept):
-        """Evicts pieces until `nbytes` fit; returns False if those that are left are in `kept`."""
+        """Evicts pieces until `nbytes` fit; returns False if the next one to evict is in `kept`."""
         while self._nbytes + nbytes > self._most_bytes:
             node, kind = next(iter(self._recent), (None, None))
             if node is None or (node, kind) in kept:
@@ -382,7 +382,7 @@ def _as_bytes(ids: Sequence[int]) -> bytes:
 
 
 def _common(one: bytes, other: bytes) -> int:
-    """Returns how many token ids two texts share at their start."""
+    """Returns the number of token ids that two texts have in common at their start."""
     length = min(len(one), len(other))
     a, b = (np.frombuffer(x[:length], np.int32) for x in (one, other))
     differ = np.flatnonzero(a != b)
@@ -395,6 +395,6 @@ def _first_needed(span: int | None, tokens: int) -> int:
 
 
 def _needed(nodes: Sequence[_Node], span: int | None, tokens: int) -> list[_Node]:
-    """Returns those of a text's nodes with positions that the token at `tokens` may see."""
+    """Returns the nodes of a text with positions that the token at position `tokens` may see."""
     first = _first_needed(span, tokens)
     return [node for node in nodes if first < node.stop and node.start < tokens]

@@ -1,4 +1,4 @@
-"""Checks what a caller asks for before any work: `check` gives a `Request` of known types."""
+"""Checks of the arguments of generation: `check` turns them into a `Request` of known types."""
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -10,15 +10,15 @@ from mistral_jax.engine.sampling import MOST_TOP, Sampling
 
 
 class Request(NamedTuple):
-    """What is to be generated.
+    """The checked arguments of a call of `generate`.
 
     Attributes:
       prompts: token ids of each row.
-      new_tokens: most tokens to add to a row.
-      samplings: how to choose, one a row.
-      draws: number of each row among those that share its seed.
+      new_tokens: maximum number of tokens to add to a row.
+      samplings: how to choose the tokens of each row.
+      draws: index of each row among the rows that share its seed.
       stop_ids: tokens that end a row.
-      top: number of likeliest tokens whose log-probabilities are wanted.
+      top: number of likeliest tokens to report at each position, with their log-probabilities.
     """
 
     prompts: list[list[int]]
@@ -37,10 +37,19 @@ def check(
     stop_ids: Any,
     top: Any,
 ) -> Request:
-    """Checks the arguments of `generate`; `sampling` is as `sampling.settle` returns it.
+    """Checks the arguments of `generate`.
+
+    Args:
+      config: the model's architecture.
+      prompts: token ids of each row, in sequences or arrays of any library.
+      new_tokens: maximum number of tokens to add to a row.
+      sampling: what `sampling.settle` returns: one for all rows, or one for each.
+      stop_ids: tokens that end a row; None = the config's `eos_ids`.
+      top: number of likeliest tokens to report at each position.
 
     Raises:
-      ValueError: one is of the wrong type or out of range, or a row could outgrow the model.
+      ValueError: an argument is of the wrong type or out of range, or a prompt and its new tokens
+        exceed the model's `max_positions`.
     """
     size = config.vocab_size
     rows = _rows(prompts, size)
@@ -72,7 +81,7 @@ def check(
 
 
 def whole(value: Any) -> int | None:
-    """Returns a whole number of any library as an int; None if it is none."""
+    """Converts an integer of any library to an int; returns None for any other value."""
     try:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -80,7 +89,7 @@ def whole(value: Any) -> int | None:
 
 
 def listed(value: Any) -> list | None:
-    """Returns the items of a sequence, or of an array of any library; None if it has none."""
+    """Converts a sequence, or an array of any library, to a list; returns None for other values."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, str | bytes | Mapping | Set) or not isinstance(value, Iterable):

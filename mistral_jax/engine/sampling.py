@@ -1,6 +1,6 @@
-"""What a request asks of the choice of tokens: `Sampling`, and the same as arrays for a batch.
+"""The parameters of sampling: `Sampling` for one request, `RowSampling` for all rows of a batch.
 
-It chooses nothing: see `logits.py`.
+`logits.py` applies them.
 """
 
 import dataclasses
@@ -17,11 +17,11 @@ import numpy as np
 
 from mistral_jax.base.fields import show
 
-# Most of the likeliest tokens whose log-probabilities are told, as with OpenAI's interface.
+# Maximum of `top_logprobs`, as in OpenAI's API.
 MOST_TOP = 20
 
 ALL_BANNED = "logit_bias bans every token; leave at least one that the model may choose"
-# Least and greatest value, and whether only integers make sense.
+# Minimum, maximum, and whether the value must be an integer.
 _RANGES = {
     "temperature": (0, 100, False),
     "top_k": (0, 2**31 - 1, True),
@@ -41,16 +41,20 @@ class Sampling:
     Attributes:
       temperature: divides the logits, 0 to 100; 0 = always the likeliest token.
       top_k: keep this many of the likeliest tokens; 0 = all.
-      top_p: then keep the fewest likeliest whose probabilities add up to this, 0 to 1; 1 = all.
-      min_p: then keep those at least this share as likely as the likeliest, 0 to 1; 0 = all.
+      top_p: of these, keep the fewest likeliest tokens whose probabilities add up to at least this,
+        0 to 1; 1 = all.
+      min_p: of these, keep the tokens whose probability is at least this fraction of the likeliest
+        token's, 0 to 1; 0 = all.
       repetition_penalty: divides the positive logits and multiplies the negative ones of tokens in
-        the prompt or the answer (arXiv 1909.05858; so do Transformers and vLLM); 1 = none.
-      presence_penalty: subtracted from the logits of tokens in the answer (as OpenAI's interface
-        and vLLM define it), -2 to 2; 0 = none.
-      frequency_penalty: subtracted once for each time that a token stands in the answer, -2 to 2.
-      logit_bias: added to a token's logit before all else, by token id: -100 to 100, or -inf to ban
-        the token.
-      seed: the same seed, prompt and row give the same text; 0 to 2**32 - 1.
+        the prompt or the answer (arXiv 1909.05858; as in Transformers and vLLM); 1 = none.
+      presence_penalty: subtracted from the logits of tokens in the answer (as in OpenAI's API and
+        vLLM), -2 to 2; 0 = none.
+      frequency_penalty: subtracted once for each occurrence of a token in the answer, -2 to 2; 0 =
+        none.
+      logit_bias: added to the logits of tokens before all other steps, by token id: -100 to 100, or
+        -inf to ban the token.
+      seed: seed of the random draws, 0 to 2**32 - 1; the same seed, prompt and row give the same
+        text.
 
     Raises:
       ValueError: a value is out of its range, of the wrong type, or NaN.
@@ -89,7 +93,7 @@ class Sampling:
 
     @property
     def penalizes(self) -> bool:
-        """Whether a penalty or a bias changes logits."""
+        """Whether a penalty or a bias changes the logits."""
         neutral = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
         return neutral != (1, 0, 0) or bool(self.logit_bias)
 
@@ -99,7 +103,7 @@ class Sampling:
         return len(banned) >= tokens and banned.issuperset(range(tokens))
 
     def check(self, vocab_size: int) -> None:
-        """Raises a ValueError if the bias names a token that a model lacks, or bans all it has."""
+        """Raises a ValueError if the bias names an unknown token, or bans all tokens."""
         for token in self.logit_bias:
             if not 0 <= token < vocab_size:
                 raise ValueError(f"logit_bias names token {token}; expected 0 to {vocab_size - 1}")
@@ -117,10 +121,10 @@ DEFAULT = Sampling()
 def settle(
     sampling: Sampling | Sequence[Sampling], fields: Mapping[str, Any]
 ) -> Sampling | list[Sampling]:
-    """Replaces fields of a `Sampling`, or of one a row, by those that a caller gave as keywords.
+    """Replaces fields of a `Sampling`, or of each `Sampling` of a list, by keyword arguments.
 
     Raises:
-      ValueError: there is no such field, its value is invalid, or `sampling` is something else.
+      ValueError: a name is not a field, a value is invalid, or `sampling` has another type.
     """
     known = [field.name for field in dataclasses.fields(Sampling)]
     for name in fields:
@@ -141,15 +145,15 @@ def settle(
 
 @flax.struct.dataclass
 class Penalties:
-    """What changes the logits of some tokens, one entry a row.
+    """Biases and penalties of all rows.
 
     Attributes:
       bias: added to the logits, [B, V] float32.
-      in_prompt: whether a token stands in the row's prompt, [B, V] bool.
+      in_prompt: whether a token occurs in the row's prompt, [B, V] bool.
       repetition: see `Sampling.repetition_penalty`, [B] float32.
       presence: see `Sampling.presence_penalty`, [B] float32.
       frequency: see `Sampling.frequency_penalty`, [B] float32.
-      apply: whether the row has any of them, [B] bool; where none has, their work is spared.
+      apply: whether the row has a bias or a penalty, [B] bool; if no row has, the step is skipped.
     """
 
     bias: jax.Array
@@ -162,16 +166,16 @@ class Penalties:
 
 @flax.struct.dataclass
 class RowSampling:
-    """The `Sampling` of every row as arrays, so that values may change without a new compilation.
+    """The `Sampling` of all rows as arrays, so that new values need no compilation.
 
     Attributes:
       temperature: [B] float32.
       top_k: [B] int32.
       top_p: [B] float32.
       min_p: [B] float32.
-      key: random key of each row: its number among the rows that share a seed, and the seed,
-        [B, 2] uint32.
-      penalties: what changes the logits of some tokens.
+      key: random key of each row, [B, 2] uint32: its index among the rows that share its seed, and
+        the seed.
+      penalties: biases and penalties.
     """
 
     temperature: jax.Array
@@ -189,16 +193,16 @@ class RowSampling:
         prompts: Sequence[Sequence[int]],
         vocab_size: int,
     ) -> "RowSampling":
-        """Builds the arrays, in host memory.
+        """Builds the arrays in host memory.
 
         Args:
-          samplings: one a row (B).
-          draws: number of each row among those that share its seed.
-          prompts: each row's prompt, for the repetition penalty.
+          samplings: the sampling of each row (B entries).
+          draws: index of each row among the rows that share its seed.
+          prompts: prompt of each row, for the repetition penalty.
           vocab_size: V.
 
         Raises:
-          ValueError: a logit bias names a token that the model does not have, or bans all.
+          ValueError: a logit bias names a token outside the vocabulary, or bans all tokens.
         """
 
         def column(name, dtype=np.float32):
@@ -223,7 +227,11 @@ class RowSampling:
         )
 
     def only(self, rows: jax.Array) -> "RowSampling":
-        """Leaves out work that only other rows than `rows` [B] bool would need."""
+        """Makes the other rows neutral, so that steps which only they need are skipped.
+
+        Args:
+          rows: the rows to keep, [B] bool.
+        """
         return self.replace(
             temperature=jnp.where(rows, self.temperature, 0),
             top_k=jnp.where(rows, self.top_k, 0),

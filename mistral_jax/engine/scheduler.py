@@ -1,8 +1,8 @@
-"""Continuous batching without threads: `Scheduler` admits rows to the slots of one running state.
+"""Continuous batching without threads: `Scheduler` runs rows in the slots of one state.
 
-Prompts that wait are read in groups of similar length, in a cache of their own, and inserted where
-a slot is free. So a long prompt costs short ones nothing, and memory does not grow with the number
-of rows that wait. Several processes must make the same calls.
+Waiting prompts are read in groups of similar length, in a cache of their own, and inserted into
+free slots. So short prompts are not padded to the length of a long one, and memory does not grow
+with the number of waiting rows. In a run of several processes, all must make the same calls.
 """
 
 import collections
@@ -36,13 +36,21 @@ from mistral_jax.model.transformer import Transformer
 from mistral_jax.parallel.distributed import from_first
 from mistral_jax.parallel.sharding import on_mesh
 
-# Calls that are sent before the tokens of the one before them are read: the device has work while
-# the host reads.
+# Number of calls that are dispatched before the host reads the tokens of an earlier call, so that
+# the device has work meanwhile.
 _AHEAD = 1
 
 
 class _Call(NamedTuple):
-    """What the device made, or will have: steps at most, and which row has which entry."""
+    """A call that was dispatched to the device, whose tokens the host has not read yet.
+
+    Attributes:
+      made: its output, perhaps still being computed.
+      rows: the rows that it runs, each with its index in `made`.
+      steps: maximum number of steps.
+      is_loop: whether it is a call of `decode`, not the choice of a first token.
+      began: time of dispatch, by `time.perf_counter`; 0 if it is not a loop.
+    """
 
     made: Made
     rows: list[tuple[int, Row]]
@@ -52,7 +60,7 @@ class _Call(NamedTuple):
 
 
 class Scheduler:
-    """Rows that wait, that are read, and that run in a bounded number of slots."""
+    """Reads the prompts of waiting rows, and runs the rows in a bounded number of slots."""
 
     def __init__(
         self,
@@ -64,18 +72,21 @@ class Scheduler:
         stall: float | None = None,
         prefixes: Prefixes | None = None,
     ):
-        """Makes one without rows; it allocates nothing.
+        """Makes a scheduler without rows; it allocates no device memory.
 
         Args:
           model: the model.
-          params: its parameters; the work is spread over the devices that they are spread over.
-          slots: most rows that run at a time; filled up to what devices share evenly.
-          length: most tokens of a row, prompt and answer together.
-          patience: seconds for which readers do not mind to wait for the next tokens.
-          stall: seconds for which rows that run may wait while prompts are read: then each turn
-            reads one chunk, and all programs are of a closed set, which `warm_up` compiles. None =
-            each turn reads as many prompts as there are slots, in the shapes that suit them best.
-          prefixes: where to look for what prompts begin with, and to keep what rows hold.
+          params: its parameters; the work runs on the devices that hold them.
+          slots: number of rows that run at a time, rounded up to a bucket that divides evenly over
+            the devices.
+          length: maximum number of tokens of a row, prompt and answer together.
+          patience: target for the seconds between two reads of tokens by the host.
+          stall: target for the seconds that running rows wait while a chunk of a prompt is read;
+            each turn then reads one chunk, and all programs belong to a closed set, which `warm_up`
+            compiles. None = each turn reads prompts until no slot is free, in the shapes that suit
+            them best.
+          prefixes: store of keys and values of earlier texts, to restore from and to save to; None
+            = every prompt is read whole.
         """
         self._model, self._params = model, params
         count = len(pad_rows(model, params, [None] * row_count(slots), None))
@@ -92,33 +103,34 @@ class Scheduler:
         self._clock = 0.0
 
     def add(self, row: Row) -> None:
-        """Has a row wait for its turn."""
+        """Appends a row to the waiting rows."""
         self._queue.add(row)
 
     def end(self, row: Row, reason: str) -> None:
-        """Ends a row before its time, wherever it is."""
+        """Ends a row early, whether it waits or runs."""
         row.finish_reason = reason
         if row in self._slots:
             self._ended[self._leave(row)] = True
 
     @property
     def busy(self) -> bool:
-        """Whether a row waits, is read or runs, or a call has not been looked at."""
+        """Whether any row waits, is being read or runs, or the tokens of a call are unread."""
         return bool(len(self._queue) or self._group or any(self._slots) or self._calls)
 
     @property
     def running(self) -> int:
-        """The number of rows in slots."""
+        """Number of rows in slots."""
         return sum(row is not None for row in self._slots)
 
     def step(self) -> Iterator[tuple[Row, Token | None]]:
-        """Takes a turn; yields rows and their tokens as they are made, call by call, by slots.
+        """Takes a turn; yields pairs of a row and its next token, call by call and slot by slot.
 
-        A row that ends, but by `end`, is yielded once more with None. The caller may `end` rows
-        between two tokens. It asks for all of them.
+        A row that ends by itself is yielded once more, with None; a row that `end` ended is not.
+        The caller may `end` rows between two tokens, and must exhaust the iterator.
         """
         if self._stall is not None and (self._group or len(self._queue)):
-            yield from self._take()  # A chunk shall not wait for it, nor its tokens for a chunk.
+            # Otherwise these tokens would wait for the chunk, whose time is measured.
+            yield from self._take()
         while self.read():
             yield from self._take()
             if self._stall is not None:
@@ -127,10 +139,10 @@ class Scheduler:
         yield from self._take(_AHEAD if sent else 0)
 
     def read(self) -> bool:
-        """Reads prompts that wait, or one chunk; has their rows run where slots are free.
+        """Reads the prompts of one group, or one chunk of them; fills free slots with their rows.
 
         Returns:
-          Whether any row began to run.
+          Whether any row was put into a slot.
         """
         if self._group is None:
             self._group = self._queue.next(self._state is None)
@@ -148,7 +160,7 @@ class Scheduler:
         return reading.rest <= 0 and self._place(self._group)
 
     def warm_up(self) -> None:
-        """Compiles all programs that a closed set has; no row may be in a slot."""
+        """Compiles all programs of the closed set; all slots must be empty."""
         for count, room in self._queue.shapes():
             for width in prefill.widths(count, self._model.backend):
                 prompt = (0,) * width
@@ -173,7 +185,7 @@ class Scheduler:
         self._calls.clear()
 
     def _read_chunk(self, reading: Reading) -> None:
-        """Reads a chunk, while nothing runs the widest, else one that takes little time."""
+        """Reads one chunk; while rows run, one narrow enough to keep to `stall` seconds."""
         if not self.running:
             reading.read()
             return
@@ -183,7 +195,7 @@ class Scheduler:
         self._chunk = int(self._stall * width / (time.perf_counter() - began))
 
     def _place(self, group: Group) -> bool:
-        """Has rows whose prompts have been read run, where slots are free."""
+        """Puts rows of a group that has been read into free slots; returns whether it put any."""
         placed = False
         with on_mesh(self._params):
             if group.adopted:
@@ -202,6 +214,7 @@ class Scheduler:
         return placed
 
     def _adopt(self, group: Group) -> None:
+        """Starts a state with the rows of a group and the cache in which they were read."""
         rows = [row for _, row in group.ready]
         group.ready.clear()
         self._slots[: len(rows)] = rows
@@ -211,6 +224,7 @@ class Scheduler:
         self._calls.append(_Call(made, list(enumerate(rows)), 1, False, 0.0))
 
     def _insert(self, row: Row, reading: Reading, number: int) -> None:
+        """Inserts a row, whose prompt has index `number` in a reading, into a free slot."""
         slot = self._slots.index(None)
         self._slots[slot], self._ended[slot] = row, False
         new = self._fields([row], 1, ())
@@ -221,7 +235,7 @@ class Scheduler:
         self._calls.append(_Call(made, [(0, row)], 1, False, 0.0))
 
     def _fields(self, rows: Sequence[Row], count: int, cache: Cache) -> State:
-        """Returns the state of rows none of whose tokens is chosen, filled up with empty ones."""
+        """Returns the state of `rows` before their first tokens, padded to `count` rows."""
         rows = [*rows, *[Row((), 0, DEFAULT, 0, (), 0)] * (count - len(rows))]
         prompts, size = [row.prompt for row in rows], self._model.config.vocab_size
         samplings, draws = [row.sampling for row in rows], [row.draw for row in rows]
@@ -236,7 +250,7 @@ class Scheduler:
         )
 
     def _go_on(self) -> bool:
-        """Has the rows that run go on, without waiting for their tokens; says whether any do."""
+        """Dispatches the next call if any row has tokens left to add; returns whether it did."""
         rows = [(slot, row) for slot, row in enumerate(self._slots) if row is not None]
         goes_on = any(self._left(row) > 0 for _, row in rows)
         if goes_on:
@@ -244,7 +258,8 @@ class Scheduler:
         return goes_on
 
     def _decode(self, rows: list[tuple[int, Row]]) -> None:
-        # Where another waits for a slot, it comes in as soon as one is free.
+        """Dispatches one call of the loop of steps for `rows`, pairs of a slot and its row."""
+        # If other rows wait, the loop ends as soon as a slot is free.
         watched = np.zeros(len(self._slots), bool)
         if len(self._queue) or self._group:
             watched[[slot for slot, _ in rows]] = True
@@ -259,20 +274,20 @@ class Scheduler:
         self._calls.append(_Call(made, rows, self._limit, True, time.perf_counter()))
 
     def _count(self, rows: list[tuple[int, Row]]) -> int | None:
-        """Returns how many of the first slots a call shall run; None = all."""
+        """Returns the number of slots that a call runs, from the first on; None = all."""
         if self._stall is None or not shrinks(self._model):
-            return None  # A program more would take longer than it saves.
+            return None  # Compiling one more program would take longer than it saves.
         used = 1 + max((slot for slot, _ in rows), default=0)
         count = 1 << (used - 1).bit_length()
         return count if count < len(self._slots) else None
 
     def _left(self, row: Row) -> int:
-        """Returns how many tokens a row will lack after all calls that are on their way."""
+        """Returns how many tokens a row may still add after all dispatched calls."""
         calls = (call for call in self._calls if any(own is row for _, own in call.rows))
         return row.new_tokens - len(row.tokens) - sum(call.steps for call in calls)
 
     def _take(self, ahead: int = 0) -> Iterator[tuple[Row, Token | None]]:
-        """Yields what the calls made, but for those that are `ahead`."""
+        """Reads and yields the tokens of all dispatched calls except the last `ahead`."""
         while len(self._calls) > ahead:
             call = self._calls.popleft()
             made = jax.device_get(call.made)
@@ -297,20 +312,20 @@ class Scheduler:
                 yield row, None
 
     def _leave(self, row: Row) -> int:
-        """Frees the slot of a row, and returns its number."""
+        """Saves a row's keys and values, and frees its slot; returns the slot."""
         self._keep(row)
         slot = self._slots.index(row)
         self._slots[slot] = None
         return slot
 
     def _keep(self, row: Row) -> None:
-        """Keeps what a row holds for prompts that begin with the same tokens."""
+        """Saves a row's keys and values for prompts that begin with the same tokens."""
         if self._prefixes is None or not row.chosen or row.finish_reason == "error":
             return
         coming = row.new_tokens - len(row.tokens) - self._left(row)
         self._prefixes.save(
             (),
-            # The token that was chosen last has no keys yet.
+            # The last token has not been fed to the model, so it has no keys yet.
             [*row.prompt, *row.tokens[: row.chosen - 1]],
             *(self._state.cache, self._slots.index(row)),
             written=len(row.prompt) + row.chosen + coming,
@@ -318,7 +333,7 @@ class Scheduler:
         )
 
     def _pace(self, call: _Call, made: Made, seconds: float) -> None:
-        """Has later calls take more steps, if readers do not mind to wait for so many."""
+        """Doubles the steps of later calls, if this call took less than `patience` seconds."""
         if (
             not call.is_loop
             or call.steps < self._limit
@@ -329,5 +344,6 @@ class Scheduler:
         def paced():
             return min(2 * self._limit, MOST_STEPS) if seconds < self._patience else self._limit
 
-        # By one clock: of two processes that take different numbers of steps, one waits forever.
+        # All processes use the first one's clock: if their numbers of steps differed, they would
+        # wait for each other forever.
         self._limit = from_first(paced)

@@ -1,7 +1,4 @@
-"""The likelihood of what is written: `likelihoods` of token ids, `score` of a text.
-
-Both take texts of any length. They choose no tokens.
-"""
+"""Scoring: the log-probabilities of given token ids (`likelihoods`) or of a text (`score`)."""
 
 import dataclasses
 import functools
@@ -26,16 +23,17 @@ from mistral_jax.model.transformer import Transformer
 from mistral_jax.parallel.sharding import on_mesh
 from mistral_jax.tokens.tokenizer import Tokenizer
 
-# Widths of chunks: all batches have one number of rows, and most rows are one chunk.
+# Chunk widths, where they are below C. They are finer than those of prefill, because most rows are
+# a single chunk, and a width costs few programs: all batches have one number of rows.
 _WIDTHS = (16, 32, 64, 128, 256, 512, 1024)
 
 
 class Likelihoods(NamedTuple):
-    """How likely a model finds each token of a row, given those before it.
+    """The probability of each token of a row, given the tokens before it.
 
     Attributes:
-      logprobs: natural logs of the probabilities of all tokens but the first, [T - 1] float32.
-      greedy: whether each of them is the model's own first choice, [T - 1] bool.
+      logprobs: natural logs of the probabilities of all tokens except the first, [T - 1] float32.
+      greedy: whether each of these tokens is the likeliest, [T - 1] bool.
     """
 
     logprobs: np.ndarray
@@ -44,13 +42,13 @@ class Likelihoods(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """How likely a model finds a text.
+    """The probability of a text under a model.
 
     Attributes:
       logprob: natural log of the text's probability, given BOS.
-      tokens: number of its tokens, without BOS.
-      bytes: its length in UTF-8.
-      bits_per_byte: length of its code under the model, -logprob / ln 2 / bytes; less is better.
+      tokens: number of tokens of the text, without BOS.
+      bytes: length of the text in UTF-8.
+      bits_per_byte: -logprob / ln 2 / bytes; lower is better.
     """
 
     logprob: float
@@ -60,15 +58,19 @@ class Score:
 
 
 def score(model: Transformer, params: Params, tokenizer: Tokenizer, text: str) -> Score:
-    """Scores a text of any length, in chunks through the cache.
+    """Scores a text of any length, in chunks that are read into a cache.
 
-    A text may be longer than the model's `max_positions`: with a window, its memory does not grow.
+    The text may be longer than the model's `max_positions`. With a window in every layer, memory
+    does not grow with its length.
 
     Args:
       model: the model.
       params: its parameters.
       tokenizer: its tokenizer.
-      text: what to score.
+      text: the text.
+
+    Returns:
+      Its log-probability, length, and bits per byte.
 
     Raises:
       ValueError: the text is empty, or the model's logits are not finite.
@@ -89,28 +91,29 @@ def likelihoods(
     batch: int,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Likelihoods]:
-    """Scores rows of token ids of any lengths, in batches of rows of like lengths.
+    """Scores rows of token ids of any lengths, in batches of rows of similar length.
 
-    Logits are never held of more than one chunk, and the cache of a windowed model does not grow.
+    Only one chunk's logits are in memory at a time. With a window in every layer, the cache does
+    not grow with the rows' length.
 
     Args:
       model: the model.
-      params: its parameters; the work is spread over the devices that they are spread over.
-      rows: token ids; the first of a row is given, BOS as a rule, and the others are scored.
-      batch: rows at a time. All batches have as many, or one: few shapes are few programs to
-        compile.
-      report: called again and again with the number of tokens scored so far, and of all.
+      params: its parameters; the work runs on the devices that hold them.
+      rows: token ids; the first token of a row, usually BOS, is given, and the others are scored.
+      batch: number of rows of a batch. A batch has this many rows, padded with empty ones, or one
+        row, so that few programs are compiled.
+      report: called after each chunk with the number of tokens scored so far, and the total.
 
     Returns:
       One entry a row, in order.
 
     Raises:
-      ValueError: `batch` is not above 0, a row is empty, or a log-probability is not finite.
+      ValueError: `batch` is less than 1, a row is empty, or a log-probability is not finite.
     """
     if batch < 1:
         raise ValueError(f"batch is {batch}; expected at least 1")
     if not all(map(len, rows)):
-        raise ValueError("a row of token ids is empty; expected at least the token that is given")
+        raise ValueError("a row of token ids is empty; expected at least one token")
     found: list[Likelihoods] = [None] * len(rows)
     done, total = 0, sum(len(row) - 1 for row in rows)
 
@@ -135,12 +138,11 @@ def likelihoods(
 
 
 def _batches(lengths: Sequence[int], batch: int) -> Iterator[tuple[list[int], int]]:
-    """Yields indices of rows that are scored together, and the number of rows of their arrays.
+    """Yields the indices of rows that are scored together, and the number of rows of their arrays.
 
-    All batches have one size, or are of one row: one that is so long that most places of its batch
-    would be padding pays for itself alone.
+    A row that is so long that more than half of its batch would be padding gets a batch of its own.
     """
-    # The longest first: what memory cannot hold fails at once.
+    # The longest rows come first, so that a lack of memory shows at once.
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     size, start = min(batch, len(lengths)), 0
     while start < len(order):
@@ -153,7 +155,7 @@ def _batches(lengths: Sequence[int], batch: int) -> Iterator[tuple[list[int], in
 
 
 def _batch(model, params, rows, count) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Scores rows together; returns arrays that are longer than shorter rows."""
+    """Scores rows together; the arrays of all rows have the length of the longest, or more."""
     inputs, targets = [row[:-1] for row in rows], [row[1:] for row in rows]
     longest = max(map(len, inputs))
     if not longest:
@@ -168,11 +170,11 @@ def _batch(model, params, rows, count) -> list[tuple[np.ndarray, np.ndarray]]:
         count(int(np.count_nonzero(positions >= 0)))
 
     with on_mesh(params):
-        if len(parts) > 1:  # What fits in one chunk is not remembered.
+        if len(parts) > 1:  # A single chunk needs no cache.
             cache, _ = start_reading(model, params, len(rows), slots(model, longest))
         for (tokens, positions), (following, _) in parts:
             cache, made = _score_chunk(model, params, tokens, positions, following, cache)
-            # The device works on a chunk while the host waits for the one before, never longer.
+            # The device computes this chunk while the host waits for the previous one.
             if waiting is not None:
                 take()
             waiting = positions, made
@@ -183,7 +185,7 @@ def _batch(model, params, rows, count) -> list[tuple[np.ndarray, np.ndarray]]:
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
 def _score_chunk(model, params, tokens, positions, targets, cache):
-    """Reads one chunk; returns each target's log-probability and whether it is the likeliest."""
+    """Reads a chunk; returns each target's log-probability and whether it is the likeliest."""
     logits, cache = model.apply({"params": params}, tokens, positions, cache)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     logprobs = chosen - jax.nn.logsumexp(logits, axis=-1)

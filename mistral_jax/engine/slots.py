@@ -1,7 +1,7 @@
-"""The rows of a running state, one by one: `insert`, `extract` and `erase`, and the empty state.
+"""The slots of a running state: `insert`, `extract` and `erase` move single rows.
 
-A slot holds one row. Each of these is one compiled program for a state, whatever the row asks for,
-and leaves the other slots as they are, to the bit.
+A slot holds one row. Each function is one compiled program for a state, whatever the row requests,
+and does not change a bit of the other slots.
 """
 
 import functools
@@ -32,13 +32,13 @@ from mistral_jax.ops.partition import mesh_axes
 
 @functools.partial(jax.jit, static_argnames=("model", "slots", "length"), keep_unused=True)
 def empty_state(model: Transformer, params: Params, slots: int, length: int) -> State:
-    """Makes a state without rows.
+    """Makes a state in which all slots are empty.
 
     Args:
       model: the model.
-      params: its parameters, next to which JAX lays the state; they are not used otherwise.
-      slots: B.
-      length: cache slots of a row (S) where no window is shorter.
+      params: its parameters; only their devices are used: JAX allocates the state on them.
+      slots: number of slots (B).
+      length: cache slots of a row (S); a layer whose window is shorter has fewer.
     """
     vocab_size = model.config.vocab_size
 
@@ -86,18 +86,19 @@ def insert(
 
     Args:
       model: the model.
-      state: the rows; its buffers are consumed.
-      slot: where to put the row.
-      new: the row's fields without a cache (`()`), as `decode.start` gives them for one row.
-      cache: what prompts of [R] rows left, with at most as many slots as the state's.
-      logits: of the token after each of them, [R, V] float32.
-      row: which of them it is.
+      state: the running rows; its buffers are donated.
+      slot: number of the slot.
+      new: the fields of the row, as `decode.start` returns them for one row and the cache `()`.
+      cache: keys and values of R prompts that were read together; it has at most as many cache
+        slots as the state's cache.
+      logits: logits of the token after each of these prompts, [R, V] float32.
+      row: index of the row's prompt among them.
 
     Returns:
       The new state, and the row's first token, [1, 1].
     """
     own = jax.lax.dynamic_slice_in_dim(logits, row, 1)
-    # One row is not shared out: every device that holds a part of the batch makes the same choice.
+    # A single row cannot be partitioned, so every device makes the same choice.
     new, made = replicate((new, nothing(1, logits.shape[1], 1)))
     new, made = advance(new, made, jnp.int32(0), replicate(own), ())
 
@@ -112,14 +113,17 @@ def insert(
 
 @functools.partial(jax.jit, static_argnames="model")
 def extract(model: Transformer, state: State, slot: np.int32) -> Cache:
-    """Copies the keys and values of one row, [1, S, K, H], whole to all that share a batch."""
+    """Copies the keys and values of one row, [1, S, K, H], to every device that holds rows."""
     copy = _by_device(_take_row, model, (state.cache,), None)
     return turn(model, copy(state.cache, slot))
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
 def erase(model: Transformer, state: State, rows: np.ndarray) -> State:
-    """Ends rows [B] bool and forgets their keys; what it leaves in memory no row sees."""
+    """Ends the rows that are True in `rows` [B], and marks their cache slots as empty.
+
+    Keys and values stay in memory, but no query sees an empty cache slot.
+    """
 
     def forget(layer):
         positions = jnp.where(rows[:, None], -1, layer.positions)
@@ -133,7 +137,7 @@ def erase(model: Transformer, state: State, rows: np.ndarray) -> State:
 
 
 def _take_row(cache, row, axes):
-    """Returns one row of a cache; of devices that hold different rows, to each of them."""
+    """Returns one row of a cache, on every device, whichever device holds it."""
     part = _part(axes)
 
     def take(x):
@@ -151,10 +155,10 @@ def _take_row(cache, row, axes):
 
 
 def _put_row(state, cache, slot, row, axes):
-    """Copies one row of a cache over one of a state's, and empties the slots that it lacks.
+    """Copies one row of a cache into a slot of a state, and empties the slot's other cache slots.
 
-    Their values become 0: a key that no query sees has the weight 0, but 0 times NaN is NaN, and
-    the row before may have failed.
+    Their keys and values become 0. The previous row may have left NaN there, and the product of an
+    invisible key's probability, which is 0, and NaN is NaN.
     """
     part = _part(axes)
 
@@ -174,23 +178,23 @@ def _put_row(state, cache, slot, row, axes):
 
 
 def _part(axes):
-    """Returns the number of this device's part of a batch."""
+    """Returns the index of this device's part of the batch."""
     return jax.lax.axis_index(axes) if axes else jnp.int32(0)
 
 
 def _by_device(
     move: Callable[..., Cache], model: Transformer, caches: tuple[Cache, ...], like
 ) -> Callable:
-    """Lets each device of the mesh in use move what it holds of rows.
+    """Returns a function by which each device of the mesh in use moves its own part of rows.
 
-    XLA would gather the rows of all devices, as it cannot know which row will be asked for.
+    The number of the row is known only at run time, so XLA would gather the rows of all devices.
 
     Args:
-      move: takes caches, numbers of rows, and the mesh axes of a batch.
-      model: the model that the caches are of.
-      caches: what it will be given.
-      like: the cache that its result is laid out as; None = as the first, but one row, on all parts
-        of a batch.
+      move: a function of caches, as many row numbers, and the mesh axes of the batch.
+      model: the model whose caches are moved.
+      caches: the caches that the function will be called with.
+      like: a cache that is partitioned as the result is; None = the result is one row, which is
+        replicated over the batch axes and otherwise partitioned as the first cache.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return functools.partial(move, axes=())

@@ -1,6 +1,6 @@
-"""Strings in, strings out: `complete`, `chat` and `stream`. It prints nothing.
+"""Generation from texts to texts: `complete`, `chat` and `stream`.
 
-`completions` is what they share, with everything that is known about an answer.
+`completions` returns whole `Completion`s, with log-probabilities and finish reasons.
 """
 
 import dataclasses
@@ -36,25 +36,25 @@ def complete(
     stop: str | Sequence[str] = (),
     **fields: Any,
 ) -> str | list[str]:
-    """Continues a text, or several as one batch.
+    """Continues a text, or each of several texts.
 
     Args:
       model: the model.
       params: its parameters.
       tokenizer: its tokenizer.
-      prompt: a text, or a sequence of texts; an empty one starts from BOS.
-      max_new_tokens: most tokens to add.
-      sampling: how to choose tokens, for all texts or for each; see `generate`.
-      stop: strings that end a text; they do not become part of it. So does the model's EOS.
+      prompt: a text, or a sequence of texts; an empty text starts from BOS alone.
+      max_new_tokens: maximum number of tokens to add to a text.
+      sampling: how to choose tokens, one for all texts or one for each; see `generate`.
+      stop: strings that end a text, as the model's EOS does; they do not become part of it.
       **fields: fields of `Sampling` by name, such as temperature=0.2; they replace those of
         `sampling`.
 
     Returns:
-      What follows the prompt, without the prompt; a list if `prompt` was one.
+      The new text, without the prompt; a list if `prompt` is a sequence of texts.
 
     Raises:
-      ValueError: an argument is of the wrong type or out of range, a text could outgrow the model's
-        `max_positions`, or the model's logits are not finite.
+      ValueError: an argument is of the wrong type or out of range, a prompt and its new tokens
+        exceed the model's `max_positions`, or the model's logits are not finite.
     """
     _check_tokenizer(tokenizer)
     alone = isinstance(prompt, str)
@@ -81,17 +81,18 @@ def chat(
     stop: str | Sequence[str] = (),
     **fields: Any,
 ) -> str | list[str]:
-    """Answers the last message of a conversation, or of several as one batch.
+    """Answers the last message of a conversation, or of each of several conversations.
 
     Args:
-      messages: dicts of "role" ("system", "user", "assistant") and "content", the last the user's;
-        or the assistant's with `"prefix": True`, to be continued. A text is one message of the
-        user's. Or a list of such conversations.
+      messages: a conversation, or a list of conversations. A conversation is a list of dicts with
+        "role" ("system", "user" or "assistant") and "content". The last message is the user's, or
+        the assistant's with `"prefix": True`, which is then continued. A text is a conversation of
+        one user message.
 
     The other arguments and errors are those of `complete`.
 
     Returns:
-      The answer, or what follows its prefix; a list for a list of conversations.
+      The answer, without the prefix, if any; a list for a list of conversations.
     """
     _check_tokenizer(tokenizer)
     conversations, alone = _conversations(messages)
@@ -115,8 +116,8 @@ def stream(
 ) -> Iterator[str]:
     """Continues a text, or answers a conversation, piece by piece.
 
-    Joined, the pieces are what `complete` or `chat` returns. No piece ends within a character, and
-    none is part of a stop string.
+    The joined pieces are equal to the result of `complete` or `chat`. No piece ends within a
+    character, and none contains a part of a stop string that ends the text.
 
     Args:
       prompt: a text as for `complete`, or messages as for `chat`.
@@ -152,21 +153,21 @@ def completions(
     prefixes: Prefixes | None = None,
     **fields: Any,
 ) -> list[Completion]:
-    """Continues prompts of token ids, with their texts.
+    """Continues prompts of token ids, and decodes the new tokens to texts.
 
     Args:
       prompts: token ids, one sequence a row.
-      top_logprobs: number of likeliest tokens whose log-probabilities are wanted at each place.
-      is_new: whether a text begins with the first new token (an answer does), rather than follows
-        its prompt's, for all rows or for each; a word that begins a text has no space in front.
-      on_text: called with the row and each piece of its text, as soon as it is certain.
+      top_logprobs: number of likeliest tokens to report at each position, 0 to 20.
+      is_new: whether the new tokens begin a text, as an answer does, or continue the prompt's text;
+        one for all rows, or one for each. The first word of a text has no space in front.
+      on_text: called with the row's index and each piece of its text, as soon as it is certain.
       prefixes: see `generate`.
 
     The other arguments and errors are those of `complete`.
 
     Returns:
-      One completion a prompt. Where a stop string ended it, `tokens` has all that were made, up to
-      the one that completed the string. Where the logits of one are not finite, it ends as "error".
+      One completion a prompt. If a stop string ended it, `tokens` includes the token that completed
+      the string. If its logits are not finite, its `finish_reason` is "error".
     """
     _check_tokenizer(tokenizer)
     sampling = settle_text(tokenizer, sampling, fields)
@@ -186,7 +187,7 @@ def completions(
         add(row, texts[row].push(token))
         return texts[row].ended
 
-    # Without `until` the device comes back less often: where nobody waits, text is made at the end.
+    # Without `until`, the device returns to the host less often, and texts are decoded at the end.
     urgent = on_text is not None or bool(stop)
     rows = generate(
         model,
@@ -222,7 +223,7 @@ def settle_text(
     sampling: Sampling | Sequence[Sampling],
     fields: Mapping[str, Any],
 ) -> Sampling | list[Sampling]:
-    """Settles the sampling; with a tokenizer, some token that has a text must be left to choose."""
+    """Calls `settle`; raises a ValueError if the bias bans all tokens that the tokenizer knows."""
     sampling = settle(sampling, fields)
     for one in [sampling] if isinstance(sampling, Sampling) else sampling:
         if tokenizer is not None and one.bans_all(tokenizer.vocab_size):
@@ -233,13 +234,13 @@ def settle_text(
 def _check_tokenizer(tokenizer):
     if not hasattr(tokenizer, "encode"):
         raise ValueError(
-            f"tokenizer is {show(tokenizer)}; expected a Tokenizer, after the model and its params:"
-            " `load` returns the three, but no tokenizer of a checkpoint without tokenizer.model"
+            f"tokenizer is {show(tokenizer)}; expected a Tokenizer, the third value that `load` "
+            "returns, which is None if the checkpoint has no tokenizer.model"
         )
 
 
 def _conversations(messages) -> tuple[list[Messages], bool]:
-    """Returns conversations; and whether it was one, rather than a list of them."""
+    """Returns a list of conversations, and whether `messages` is a single one."""
     items = None if isinstance(messages, str) else listed(messages)
     alone = items is None or all(isinstance(item, Mapping) for item in items)
     found = [messages] if alone else items
@@ -247,7 +248,15 @@ def _conversations(messages) -> tuple[list[Messages], bool]:
 
 
 def conversation(one: Any, messages: Any) -> Messages:
-    """Returns one conversation, of the `messages` that a caller gave, as a list of messages."""
+    """Converts a text or a sequence of messages to a list of messages.
+
+    Args:
+      one: the conversation.
+      messages: the caller's argument that contains it, for the error message.
+
+    Raises:
+      ValueError: it is neither a text nor a sequence of messages.
+    """
     if isinstance(one, str):
         return [{"role": "user", "content": one}]
     items = listed(one)
@@ -260,7 +269,7 @@ def conversation(one: Any, messages: Any) -> Messages:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str | Messages) -> tuple[list[int], bool]:
-    """Encodes a text or a conversation; also returns whether a new text begins after it."""
+    """Encodes a text or a conversation; returns the ids, and whether a new text follows them."""
     if isinstance(prompt, str):
         return tokenizer.encode(prompt, bos=True), False
     return tokenizer.encode_chat(prompt), not prompt[-1].get("prefix", False)
@@ -283,10 +292,10 @@ def _pieces(tokens: Iterator[Token], text: "RowText") -> Iterator[str]:
 
 
 class RowText:
-    """The text of one row as its tokens come, up to a stop string.
+    """Decodes the tokens of one row as they are generated, up to a stop string.
 
     Attributes:
-      ended: whether a stop string has come.
+      ended: whether the text has reached a stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int], stop: str | Sequence[str]):
@@ -303,13 +312,13 @@ class RowText:
 
     def push(self, token: int) -> str:
         """Takes a token; returns the text that is certain by now."""
-        # A model may have a few more tokens than its tokenizer; they have no text.
+        # The model's vocabulary may be larger than the tokenizer's; such tokens have no text.
         if token < self._vocab_size:
             self._held += self._decoder.push(token)
         return self._release(final=False)
 
     def flush(self) -> str:
-        """Returns what was held back, after the last token."""
+        """Returns the rest of the text, after the last token."""
         self._held += self._decoder.flush()
         return self._release(final=True)
 
@@ -324,7 +333,7 @@ class RowText:
         return text[:sure]
 
     def _doubtful(self) -> int:
-        """Returns the length of the longest end of the held text that begins a stop string."""
+        """Returns the length of the longest suffix of the held text that begins a stop string."""
         longest = max(map(len, self._stop), default=1) - 1
         for length in range(min(longest, len(self._held)), 0, -1):
             if any(string.startswith(self._held[-length:]) for string in self._stop):

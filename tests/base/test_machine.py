@@ -81,7 +81,7 @@ def test_rates_leave_compilation_out(monkeypatch):
         "prefill      10 tokens, 10.0 tokens/s",
         "decode       12 tokens, 2.0 tokens/s",
         # 10 steps in 6 seconds read 300 floats each; the embedding is not read whole.
-        "memory       weights are read at 0.0 GB/s, 100% of the 0.0 GB/s that it gives",
+        "memory       weights are read at 0.0 GB/s, 100% of the bandwidth of 0.0 GB/s",
     ]
 
 
@@ -99,7 +99,7 @@ def test_rates_of_rows_that_took_turns_are_those_of_all():
         "compile      2.00 s",
         "first token  1.00 s after the request",
         "read         64 tokens",
-        "made         80 tokens, 26.7 tokens/s, with the time to read the prompts",
+        "made         80 tokens, 26.7 tokens/s, including the time to read the prompts",
     ]
 
 

@@ -251,7 +251,7 @@ def test_the_cache_may_be_in_8_bits(command, monkeypatch):
             ["--chat", "--prompts-file", os.devnull],
             "/dev/null is a device; expected a regular file",
         ),
-        (["x", "--top-logprobs", "2"], "--top-logprobs is for --json, which alone shows them"),
+        (["x", "--top-logprobs", "2"], "--top-logprobs needs --json, the only output that"),
         (["x", "--sharding", "none"], "no sharding named 'none'; expected one of"),
         (["x", "--mesh", "tensor=2"], "mesh is {'tensor': 2} without a sharding; name one"),
         (["x", "--mesh", "tensor"], "'tensor' is not a list of mesh axes and their sizes"),
