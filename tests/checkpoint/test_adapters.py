@@ -287,6 +287,7 @@ def test_adapters_take_the_dtype_of_the_model(base, tmp_path):
     assert (error <= 2.0**-8 * np.abs(expected) + 1e-6).all()
 
 
+@pytest.mark.slow
 def test_text_is_made_with_adapters_in_every_way(tmp_path):
     file = tokenizer_samples.train_small_mistral(tmp_path / "tokenizer.model")
     model, params = tiny.build(n_layers=1, vocab_size=Tokenizer.from_file(file).vocab_size)

@@ -96,6 +96,7 @@ def test_an_interrupt_leaves_nothing(source, tmp_path):
     assert names(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_what_was_there_and_its_own_leftovers_go_with_the_next_run(source, tmp_path):
     assert run("to-orbax", source, tmp_path / "x").returncode == 0
     done = signalled(signal.SIGKILL, source, tmp_path, "--overwrite", "--rope-theta", "77")

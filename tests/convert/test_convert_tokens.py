@@ -92,6 +92,7 @@ def test_every_file_s_ends_are_ends(write, tmp_path, config, generation, tokeniz
         assert sentence.endswith(f"generation stops at each, training teaches {found.eos_id}")
 
 
+@pytest.mark.slow
 def test_training_and_generation_have_the_same_ends(write, tmp_path):
     source = write(401, generation_config={"eos_token_id": [9, 402]})
     _, said = convert(source, tmp_path / "x")

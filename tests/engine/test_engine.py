@@ -325,6 +325,7 @@ def test_requests_that_make_no_sense_are_refused(engine, prompt, options, messag
     assert str(refusal.value).startswith(message)
 
 
+@pytest.mark.slow
 def test_devices_of_a_mesh_serve_what_one_does(warm, compiled):
     """Rows lie on four devices, and heads on two; a second turn copies what the first one read."""
     fields = {"n_heads": 8, "n_kv_heads": 2, "hidden_dim": 48, "vocab_size": 56}

@@ -60,6 +60,7 @@ def test_turns_put_every_token_of_a_circle_into_every_bucket_once():
     assert turns(ids, 28, 4) == []
 
 
+@pytest.mark.slow
 def test_the_loss_is_flat_past_the_window():
     """Each token of a text is read at eight distances from the beginning, so buckets differ in
     these alone: rows begin at every eighth of a text that goes on from its end to its beginning.

@@ -45,7 +45,9 @@ def assert_near(found, expected):
     assert off.max() < 1e-2
 
 
-@pytest.mark.parametrize("fields", FIELDS)
+@pytest.mark.parametrize(
+    "fields", [FIELDS[0], *(pytest.param(x, marks=pytest.mark.slow) for x in FIELDS[1:])]
+)
 @pytest.mark.parametrize("kernel", [True, False])
 def test_logits_do_not_depend_on_how_the_text_is_cut(fields, kernel):
     model, params = build(**fields)

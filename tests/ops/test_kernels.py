@@ -78,7 +78,7 @@ def test_several_matrices_give_the_products_that_each_gives_alone(dtype, rows):
 
 
 @COMPILER
-@pytest.mark.parametrize("rows", [9, 10, 131])
+@pytest.mark.parametrize("rows", [pytest.param(9, marks=pytest.mark.slow), 10, 131])
 def test_many_rows_are_multiplied_by_bytes_where_the_processor_does(rows):
     """In groups, of which some stay near while they meet all outputs; the last may be smaller."""
     x, matrix = case("int8", rows, 6, 20)

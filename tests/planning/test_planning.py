@@ -38,6 +38,11 @@ CONFIG = ModelConfig(
 NAMES = sorted({path.stem for path in (CONFIG_DIR / "sharding").glob("*.toml")} - {"single"})
 
 
+def slow_but(*fast, names=NAMES):
+    """Returns parameters, of which all but the given ones are left to `make test-all`."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 @pytest.fixture(autouse=True, scope="module")
 def eight_devices():
     """Has JAX begin with those that all tests use, whichever test is the first."""
@@ -68,8 +73,13 @@ def counts(found):
 
 @pytest.mark.parametrize(
     ("name", "program"),
-    # To generate, `long` leaves the products of single tokens to XLA.
-    [(n, p) for n in NAMES for p in programs.PROGRAMS if n != "long" or p == "train"],
+    [
+        pytest.param(n, p, marks=() if n in ("tensor", "fsdp_tensor") else pytest.mark.slow)
+        for n in NAMES
+        for p in programs.PROGRAMS
+        # To generate, `long` leaves the products of single tokens to XLA.
+        if n != "long" or p == "train"
+    ],
 )
 def test_devices_exchange_what_the_layout_implies_and_nothing_else(name, program):
     """No weight that should stay put is gathered, no row leaves its device; see `exchanges`.
@@ -112,17 +122,7 @@ def test_an_mlp_may_be_split_without_the_heads(program, tmp_path):
 
 @pytest.mark.parametrize("cache", [None, "int8"])
 @pytest.mark.parametrize("program", ["prefill", "decode"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "tensor",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in NAMES
-            if name not in ("long", "tensor")
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", slow_but("tensor", names=[n for n in NAMES if n != "long"]))
 def test_of_int8_devices_exchange_the_same_and_some_scales(name, program, cache):
     """Where kernels are gathered, XLA's CPU backend does so once they are float32."""
     layout, model, of, compiled = compile_for(name, program, int8=True, cache=cache)
@@ -205,7 +205,7 @@ def test_each_device_chooses_the_tokens_of_its_rows_by_itself(name):
 @pytest.mark.parametrize(
     ("program", "int8"), [*((p, False) for p in programs.PROGRAMS), ("decode", True)]
 )
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but("data_tensor", "long"))
 def test_what_stays_on_a_device_is_what_its_program_is_given(name, program, int8):
     layout, model, of, compiled = compile_for(name, program, int8=int8)
     held = programs.arguments(program, model, layout, of)

@@ -84,6 +84,7 @@ def test_dpo_begins_at_log_two_and_moves_adapters():
     assert any(leaf.any() for leaf in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 def test_dpo_does_not_differentiate_its_reference():
     rewards = jax.grad(lambda model: preference(model, jnp.zeros((1, 2)), 0.1)[0].sum())
     np.testing.assert_allclose(rewards(jnp.zeros((1, 2))), [[-0.05, 0.05]], rtol=1e-6)
