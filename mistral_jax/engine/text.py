@@ -1,6 +1,6 @@
 """Generation from texts to texts: `complete`, `chat` and `stream`.
 
-`completions` returns whole `Completion`s, with log-probabilities and finish reasons.
+`completions` returns each `Completion` whole, with log-probabilities and its finish reason.
 """
 
 import dataclasses
