@@ -1,7 +1,7 @@
 """Validates external values against declared types and ranges before they are used.
 
-A table of rules (`Rule`) describes the values of a foreign file (`check_table`). A dataclass describes a
-file of this project's own format (`build`, `check`).
+A table of rules (`Rule`) describes the values of a foreign file (`check_table`). A dataclass
+describes a file of this project's own format (`build`, `check`).
 """
 
 import dataclasses
