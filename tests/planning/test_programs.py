@@ -1,5 +1,8 @@
 """What is planned for a TPU is what a TPU would trace, text for text; no TPU is needed here."""
 
+import collections
+import itertools
+import re
 from types import SimpleNamespace
 
 import jax
@@ -42,7 +45,23 @@ def layout_of(name):
 
 
 def tpu_text(traced):
-    return traced.lower(lowering_platforms=("tpu",)).as_text()
+    """Returns the text lowered for a TPU, with equal functions merged and numbered by their use.
+
+    What JAX has traced before decides how it numbers functions, and which equal ones it shares.
+    """
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    functions, merged = re.compile(r"  func\.func private @(\w+)(\(.*?\n  \}\n)", re.DOTALL), True
+    while merged:
+        first, merged = {}, False
+        for function in functions.finditer(text):
+            known = first.setdefault(function[2], function[1])
+            if known != function[1]:
+                text = text.replace(function[0], "")
+                text = re.sub(rf"@{function[1]}\b", f"@{known}", text)
+                merged = True
+                break
+    numbers = collections.defaultdict(itertools.count().__next__)
+    return re.sub(r"@\w+_\d+\b", lambda name: f"@f{numbers[name[0]]}", text)
 
 
 def generated(monkeypatch, name, backend, rows, kv_cache_dtype):
