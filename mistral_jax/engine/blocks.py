@@ -18,7 +18,8 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from mistral_jax.model.cache import Cache, LayerCache
-from mistral_jax.ops.partition import Rules, mesh_axes
+from mistral_jax.ops.partition import Rules, from_owner, local_row, mesh_axes
+from mistral_jax.ops.rows import as_bits, from_bits
 
 Block = list[tuple[Any, Any]]
 
@@ -110,11 +111,11 @@ class Copier:
 def _take(layers, place, block, rules, by_heads):
     def copy(layers, place):
         rows, slots = layers[0].positions.shape
-        row, mine = _local(place[0], rows, rules)
+        row, mine = local_row(place[0], rows, rules)
         slot = (place[1] + jnp.arange(block, dtype=jnp.int32)) % slots
 
         def pick(x):
-            return _from_owner(x.at[row, slot].get(mode="clip"), mine, rules)
+            return from_owner(x.at[row, slot].get(mode="clip"), mine, rules)
 
         return [jax.tree.map(pick, (layer.k, layer.v)) for layer in layers]
 
@@ -143,7 +144,7 @@ def _blend(layers, block, place, rules, by_heads):
     def blend(layers, block, place):
         row, begin, start, first, stop = place
         rows, slots = layers[0].positions.shape
-        row, mine = _local(row, rows, rules)
+        row, mine = local_row(row, rows, rules)
         size = min(len(jax.tree.leaves(block)[0]), slots)
         slot = begin + jnp.arange(size, dtype=jnp.int32)
         positions = first + (slot - first) % slots
@@ -168,18 +169,12 @@ def _write(layers, window, place, rules, by_heads):
 
     def write(layers, window, place):
         row, begin = place[:2]
-        row, _ = _local(row, layers[0].positions.shape[0], rules)
+        row, _ = local_row(row, layers[0].positions.shape[0], rules)
 
         def update(old, new):
             index = _index(old, row, begin)
-            if old.dtype.itemsize != 2:
-                return jax.lax.dynamic_update_slice(old, new, index)
-            # XLA's CPU backend would convert the whole bfloat16 cache to float32 and back. As
-            # integers, it is updated in place.
-            bits, new = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (old, new))
-            bits = jax.lax.optimization_barrier(bits)
-            bits = jax.lax.dynamic_update_slice(bits, new, index)
-            return jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(bits), old.dtype)
+            bits = jax.lax.dynamic_update_slice(as_bits(old), as_bits(new), index)
+            return from_bits(bits, old.dtype)
 
         return jax.tree.map(update, layers, window)
 
@@ -212,7 +207,7 @@ def _by_device(function, rules, arguments, result):
     The number of the row is known only at run time, so XLA would gather the rows of all devices.
 
     Args:
-      function: the function; it uses `_local` to find the row.
+      function: the function; it uses `local_row` to find the row.
       rules: mesh axes of the logical axes.
       arguments: its arguments: layers of caches, blocks, and arrays that are replicated.
       result: arrays with as many axes as those that the function returns.
@@ -233,27 +228,3 @@ def _by_device(function, rules, arguments, result):
 
     given, returned = jax.tree.map(spec, (arguments, result))
     return jax.shard_map(function, in_specs=given, out_specs=returned, check_vma=False)(*arguments)
-
-
-def _local(row, rows, rules):
-    """Returns a row's index among the `rows` of this device, and whether the device holds it."""
-    if not _batch_axes(rules):
-        return row, True
-    row -= jax.lax.axis_index(_batch_axes(rules)) * rows
-    return jnp.clip(row, 0, rows - 1), (row >= 0) & (row < rows)
-
-
-def _from_owner(x, mine, rules):
-    """Copies `x` from the device that holds the row to all others."""
-    if not _batch_axes(rules):
-        return x
-    # A sum of floats would lose the sign of a negative zero; a sum of integers keeps all bits.
-    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-    bits = jax.lax.psum(jnp.where(mine, bits, jnp.zeros_like(bits)), _batch_axes(rules))
-    return jax.lax.bitcast_convert_type(bits, x.dtype)
-
-
-def _batch_axes(rules):
-    """Returns the mesh axes over which rows are partitioned."""
-    no_mesh = jax.sharding.get_abstract_mesh().empty
-    return () if no_mesh else mesh_axes(rules, "batch")

@@ -18,6 +18,7 @@ from mistral_jax.engine.sampling import MOST_TOP, RowSampling
 from mistral_jax.model.cache import Cache
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.ops.partition import Rules, by_rows
+from mistral_jax.ops.rows import as_bits, from_bits
 
 # Maximum number of steps of one call of the loop.
 MOST_STEPS = 64
@@ -299,20 +300,6 @@ def put_rows(old: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
     """Writes `new` [R, ...] over the rows of `old` [B, ...] from row `first` on."""
     starts = (first, *[jnp.int32(0)] * (old.ndim - 1))
     return from_bits(jax.lax.dynamic_update_slice(as_bits(old), as_bits(new), starts), old.dtype)
-
-
-def as_bits(x: jax.Array) -> jax.Array:
-    """Reinterprets 16-bit floats as integers; XLA's CPU backend would copy them as float32."""
-    if x.dtype.itemsize != 2:
-        return x
-    return jax.lax.optimization_barrier(jax.lax.bitcast_convert_type(x, jnp.uint16))
-
-
-def from_bits(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Undoes `as_bits`."""
-    if x.dtype == dtype:
-        return x
-    return jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(x), dtype)
 
 
 def release(state: State) -> State:

@@ -27,7 +27,7 @@ from mistral_jax.engine.prefill import Params, empty_cache, replicate
 from mistral_jax.engine.sampling import Penalties, RowSampling
 from mistral_jax.model.cache import Cache
 from mistral_jax.model.transformer import Transformer
-from mistral_jax.ops.partition import mesh_axes
+from mistral_jax.ops.partition import from_owner, local_row
 
 
 @functools.partial(jax.jit, static_argnames=("model", "slots", "length"), keep_unused=True)
@@ -136,50 +136,34 @@ def erase(model: Transformer, state: State, rows: np.ndarray) -> State:
     return release(state.replace(left=left, cache=tuple(map(forget, state.cache))))
 
 
-def _take_row(cache, row, axes):
+def _take_row(cache, row, rules):
     """Returns one row of a cache, on every device, whichever device holds it."""
-    part = _part(axes)
 
     def take(x):
-        at = row - part * x.shape[0]
-        one = jax.lax.dynamic_slice_in_dim(x, jnp.clip(at, 0, x.shape[0] - 1), 1)
-        if not axes:
-            return one
-        mine = (at >= 0) & (at < x.shape[0])
-        small = jnp.issubdtype(one.dtype, jnp.integer)
-        one = jnp.where(mine, one, jnp.zeros_like(one))
-        wide = one.astype(jnp.int32) if small else one
-        return jax.lax.psum(wide, axes).astype(x.dtype)
+        at, mine = local_row(row, x.shape[0], rules)
+        return from_owner(jax.lax.dynamic_slice_in_dim(x, at, 1), mine, rules)
 
     return jax.tree.map(take, cache)
 
 
-def _put_row(state, cache, slot, row, axes):
+def _put_row(state, cache, slot, row, rules):
     """Copies one row of a cache into a slot of a state, and empties the slot's other cache slots.
 
     Their keys and values become 0. The previous row may have left NaN there, and the product of an
     invisible key's probability, which is 0, and NaN is NaN.
     """
-    part = _part(axes)
 
     def put(old, new):
-        at = slot - part * old.shape[0]
-        mine = (at >= 0) & (at < old.shape[0])
-        at = jnp.clip(at, 0, old.shape[0] - 1)
+        at, mine = local_row(slot, old.shape[0], rules)
         lacking = [(0, size - given) for size, given in zip(old.shape, new.shape, strict=True)][1:]
         empty = -1 if new.ndim == 2 else 0  # Positions have two axes.
         new = jnp.pad(new, [(0, 0), *lacking], constant_values=jnp.array(empty, new.dtype))
-        if axes:
+        if mine is not True:
             starts = (at, *[jnp.int32(0)] * (old.ndim - 1))
             new = jnp.where(mine, new, jax.lax.dynamic_slice(old, starts, new.shape))
         return put_rows(old, new, at)
 
-    return jax.tree.map(put, state, _take_row(cache, row, axes))
-
-
-def _part(axes):
-    """Returns the index of this device's part of the batch."""
-    return jax.lax.axis_index(axes) if axes else jnp.int32(0)
+    return jax.tree.map(put, state, _take_row(cache, row, rules))
 
 
 def _by_device(
@@ -190,14 +174,14 @@ def _by_device(
     The number of the row is known only at run time, so XLA would gather the rows of all devices.
 
     Args:
-      move: a function of caches, as many row numbers, and the mesh axes of the batch.
+      move: a function of caches, as many row numbers, and the model's rules.
       model: the model whose caches are moved.
       caches: the caches that the function will be called with.
       like: a cache that is partitioned as the result is; None = the result is one row, which is
         replicated over the batch axes and otherwise partitioned as the first cache.
     """
     if jax.sharding.get_abstract_mesh().empty:
-        return functools.partial(move, axes=())
+        return functools.partial(move, rules=())
 
     def specs(cache, batch="batch"):
         return jax.tree.map(
@@ -207,7 +191,7 @@ def _by_device(
 
     numbers = (PartitionSpec(),) * (len(caches))
     return jax.shard_map(
-        functools.partial(move, axes=mesh_axes(model.rules, "batch")),
+        functools.partial(move, rules=model.rules),
         in_specs=(*map(specs, caches), *numbers),
         out_specs=specs(caches[0], None) if like is None else specs(like),
         check_vma=False,

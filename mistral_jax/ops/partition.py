@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
@@ -84,3 +85,27 @@ def by_rows(function: Callable, rules: Rules) -> Callable:
         return function
     rows = PartitionSpec(mesh_axes(rules, "batch") or None)
     return jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)
+
+
+def local_row(row: jax.Array, rows: int, rules: Rules) -> tuple[jax.Array, jax.Array | bool]:
+    """Returns a row's index among the `rows` of this device, and whether the device holds it."""
+    if not _batch_axes(rules):
+        return row, True
+    row -= jax.lax.axis_index(_batch_axes(rules)) * rows
+    return jnp.clip(row, 0, rows - 1), (row >= 0) & (row < rows)
+
+
+def from_owner(x: jax.Array, mine: jax.Array | bool, rules: Rules) -> jax.Array:
+    """Copies `x` from the device that holds the row to all others."""
+    if not _batch_axes(rules):
+        return x
+    # A sum of floats would lose the sign of a negative zero; a sum of integers keeps all bits.
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    bits = jax.lax.psum(jnp.where(mine, bits, jnp.zeros_like(bits)), _batch_axes(rules))
+    return jax.lax.bitcast_convert_type(bits, x.dtype)
+
+
+def _batch_axes(rules):
+    """Returns the mesh axes over which rows are partitioned."""
+    no_mesh = jax.sharding.get_abstract_mesh().empty
+    return () if no_mesh else mesh_axes(rules, "batch")

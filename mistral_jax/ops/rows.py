@@ -86,3 +86,17 @@ def _differentiate(move, given, tangents):
 def once(x: jax.Array, backend: Backend = PLAIN) -> jax.Array:
     """Returns `x`, computed once where XLA's CPU backend would compute it for each use."""
     return kernels.once(x) if backend.has_native else x
+
+
+def as_bits(x: jax.Array) -> jax.Array:
+    """Reinterprets 16-bit floats as integers; XLA's CPU backend would copy them as float32."""
+    if x.dtype.itemsize != 2:
+        return x
+    return jax.lax.optimization_barrier(jax.lax.bitcast_convert_type(x, jnp.uint16))
+
+
+def from_bits(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Undoes `as_bits`."""
+    if x.dtype == dtype:
+        return x
+    return jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(x), dtype)
