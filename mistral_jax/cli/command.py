@@ -22,6 +22,7 @@ from mistral_jax.base.output import one_line, tell
 _GRACE = 2
 # Seconds after which a command says that it is compiling.
 _PATIENCE = 3
+_told = threading.Event()  # Set once the user knows that programs are being compiled.
 
 # Names of the standard streams that were closed when the program started.
 closed: set[str] = set()
@@ -274,6 +275,8 @@ def _plain_warnings() -> Iterator[None]:
 def announced() -> Iterator[Callable[[], None]]:
     """Tells the user that programs are being compiled, if that takes some seconds.
 
+    A process says it once, however many of its parts compile.
+
     Yields:
       A function to call when the first output appears; the message is not shown after that.
     """
@@ -291,7 +294,8 @@ def announced() -> Iterator[Callable[[], None]]:
 
     def say() -> None:
         kernels = library.compiling.is_set()
-        if jax.config.jax_compilation_cache_dir and (kernels or asked):
+        if jax.config.jax_compilation_cache_dir and (kernels or asked) and not _told.is_set():
+            _told.set()
             what = "C++ kernels and programs" if kernels else "programs"
             tell(f"compiling {what} for this model and machine, once: later runs find them")
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -203,6 +204,7 @@ def test_ctrl_c_ends_a_command_at_once_unless_it_has_something_to_clean(work, st
 @pytest.mark.parametrize("kept", [True, False])
 def test_who_waits_for_programs_is_told_once_they_are_kept(capsys, monkeypatch, tmp_path, kept):
     monkeypatch.setattr(command, "_PATIENCE", 0.1)
+    monkeypatch.setattr(command, "_told", threading.Event())
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path) if kept else None)
     try:
@@ -210,6 +212,11 @@ def test_who_waits_for_programs_is_told_once_they_are_kept(capsys, monkeypatch, 
             monitoring.record_event("/jax/compilation_cache/compile_requests_use_cache")
             time.sleep(0.5)
         assert capsys.readouterr().err.startswith("compiling programs ") is kept
+        with command.announced():  # Another part of the command waits, too.
+            monitoring.record_event("/jax/compilation_cache/compile_requests_use_cache")
+            time.sleep(0.5)
+        assert capsys.readouterr().err == ""
+        command._told.clear()
         with command.announced() as seen:
             monitoring.record_event("/jax/compilation_cache/compile_requests_use_cache")
             seen()

@@ -46,7 +46,7 @@ def assert_near(found, expected):
 
 
 @pytest.mark.parametrize(
-    "fields", [FIELDS[0], *(pytest.param(x, marks=pytest.mark.slow) for x in FIELDS[1:])]
+    "fields", [FIELDS[0], pytest.param(FIELDS[1], marks=pytest.mark.slow), FIELDS[2]]
 )
 @pytest.mark.parametrize("kernel", [True, False])
 def test_logits_do_not_depend_on_how_the_text_is_cut(fields, kernel):
