@@ -115,7 +115,11 @@ def write(
 
 
 def line_up(
-    cache: LayerCache, k: MaybeQuantized, v: MaybeQuantized, positions: jax.Array
+    cache: LayerCache,
+    k: MaybeQuantized,
+    v: MaybeQuantized,
+    positions: jax.Array,
+    backend: Backend = PLAIN,
 ) -> tuple[LayerCache, jax.Array]:
     """Joins the cached tokens and a chunk, in the order of their positions.
 
@@ -127,6 +131,7 @@ def line_up(
       k: rotated keys of the chunk, [B, T, K, H], as for `write`.
       v: values of the chunk, in the same form.
       positions: positions of the chunk's tokens, as for `write`.
+      backend: the backend that this is traced for.
 
     Returns:
       S + T entries, of which entry S + i is token i of the chunk; and the position of entry 0 of
@@ -141,7 +146,7 @@ def line_up(
     index = jnp.where(old, place % slots, entries)
 
     found = jax.tree.map(
-        lambda held, new: pick(held, new.astype(held.dtype), index),
+        lambda held, new: pick(held, new.astype(held.dtype), index, backend),
         cache,
         LayerCache(k, v, positions),
     )

@@ -35,7 +35,7 @@ def put(table: jax.Array, rows: jax.Array, slots: jax.Array, backend: Backend = 
     """
     if slots.shape[1] == 1 and backend.has_native:
         return kernels.put(table, rows, slots)
-    return _as_bits(_scatter, table, rows, slots)
+    return _move(_scatter, table, rows, slots, backend)
 
 
 # vmap keeps B out of the scatter's indices. With B among them XLA must assume that a row may go to
@@ -45,18 +45,21 @@ def _scatter(table, rows, slots):
     return table.at[slots].set(rows, mode="drop")
 
 
-def pick(table: jax.Array, rows: jax.Array, index: jax.Array) -> jax.Array:
+def pick(
+    table: jax.Array, rows: jax.Array, index: jax.Array, backend: Backend = PLAIN
+) -> jax.Array:
     """Picks entries from the concatenation of each of B tables with its rows.
 
     Args:
       table: the tables, [B, S, ...].
       rows: the rows of each table, [B, T, ...], of the same dtype.
       index: indices into [table | rows], from 0 to S + T - 1, [B, n] int32.
+      backend: the backend that this is traced for.
 
     Returns:
       [B, n, ...].
     """
-    return _as_bits(_gather, table, rows, index)
+    return _move(_gather, table, rows, index, backend)
 
 
 @jax.vmap
@@ -64,20 +67,29 @@ def _gather(table, rows, index):
     return jnp.concatenate([table, rows])[index]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _as_bits(move, old, new, index):
-    """Calls `move` on the bits of 16-bit numbers.
+def _move(move, old, new, index, backend):
+    """Calls `move`, on a CPU on the bits of 16-bit numbers.
 
     Otherwise XLA's CPU backend converts the whole table to float32 and back. It does not when it
     writes a single row, and then would copy the table to see it as bits.
     """
-    if old.dtype.itemsize != 2 or index.size == 1:
-        return move(old, new, index)
+    if _needs_bits(old, backend) and index.size > 1:
+        return _move_bits(move, old, new, index)
+    return move(old, new, index)
+
+
+def _needs_bits(x, backend):
+    """Tells whether 16-bit numbers are moved as integers: on a TPU a bitcast is a slow copy."""
+    return x.dtype.itemsize == 2 and backend.platform == "cpu"
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _move_bits(move, old, new, index):
     bits = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (old, new))
     return jax.lax.bitcast_convert_type(move(*bits, index), old.dtype)
 
 
-@_as_bits.defjvp
+@_move_bits.defjvp
 def _differentiate(move, given, tangents):
     """Differentiates `move` on the numbers themselves, for bits have no gradient."""
     return jax.jvp(move, given, tangents)
@@ -88,9 +100,9 @@ def once(x: jax.Array, backend: Backend = PLAIN) -> jax.Array:
     return kernels.once(x) if backend.has_native else x
 
 
-def as_bits(x: jax.Array) -> jax.Array:
-    """Reinterprets 16-bit floats as integers; XLA's CPU backend would copy them as float32."""
-    if x.dtype.itemsize != 2:
+def as_bits(x: jax.Array, backend: Backend) -> jax.Array:
+    """Reinterprets 16-bit floats as integers on a CPU, where XLA would copy them as float32."""
+    if not _needs_bits(x, backend):
         return x
     return jax.lax.optimization_barrier(jax.lax.bitcast_convert_type(x, jnp.uint16))
 
