@@ -16,8 +16,8 @@ NEW = -TABLE[:, :2]
 SLOTS = jnp.array([[3, 1], [4, 0]])  # slot 4 does not exist
 
 MOVES = {
-    "put": lambda backend: rows.put(TABLE, NEW, SLOTS, backend),
-    "pick": lambda backend: rows.pick(TABLE, NEW, SLOTS, backend),
+    "put": lambda backend: rows.put(TABLE, NEW, SLOTS, backend=backend),
+    "pick": lambda backend: rows.pick(TABLE, NEW, SLOTS, backend=backend),
     "put_rows": lambda backend: put_rows(TABLE, -TABLE[:1], jnp.int32(1), backend),
 }
 
