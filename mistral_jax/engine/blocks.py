@@ -115,12 +115,15 @@ def _take(layers, place, block, rules):
             if axis == 1:
                 return from_owner(x.at[row, slot].get(mode="clip"), mine, rules)
             found = x.at[row, :, slot].get(mode="clip")
-            return from_owner(found, mine, rules)
+            return from_owner(found.reshape(*found.shape[:2], -1), mine, rules)
 
         found = [layer.map(pick) for layer in layers]
         return [(layer.k, layer.v) for layer in found]
 
-    like = [jax.tree.map(lambda x: x[0], (layer.k, layer.v)) for layer in layers]
+    like = [
+        jax.tree.map(lambda x: x[0].reshape(*x.shape[1:3], -1), (layer.k, layer.v))
+        for layer in layers
+    ]
     return by_device(copy, rules, (layers, place), like)
 
 

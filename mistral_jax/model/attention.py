@@ -54,7 +54,8 @@ def visible(
     if window is not None:
         mask &= distance < window * dilation
     if dilation > 1:
-        mask &= distance % dilation == 0
+        # In a kernel, `%` could be lowered only on a machine that has the accelerator.
+        mask &= jax.lax.rem(distance, jnp.int32(dilation)) == 0
     return mask if q_texts is None else mask & (q_texts[:, :, None] == kv_texts[:, None, :])
 
 
@@ -127,7 +128,7 @@ class Attention(nn.Module):
             rules=self.rules,
             backend=self.backend,
         )
-        store = functools.partial(write, backend=self.backend)
+        store = functools.partial(write, backend=self.backend, rules=self.rules)
 
         def look_in(held, **order):
             keys = held.k, held.v, positions, held.positions

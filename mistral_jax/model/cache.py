@@ -17,8 +17,9 @@ import jax.numpy as jnp
 
 from mistral_jax.config import ModelConfig
 from mistral_jax.ops.backend import PLAIN, Backend
+from mistral_jax.ops.partition import Rules
 from mistral_jax.ops.quantized import MaybeQuantized, QuantizedMatrix, to_int8
-from mistral_jax.ops.rows import pick, put
+from mistral_jax.ops.rows import pick, put, swap_heads
 
 
 @flax.struct.dataclass
@@ -30,7 +31,7 @@ class LayerCache:
         [B, S, K, 1].
       v: values, in the same form.
       positions: position in its text of the token in each slot, [B, S] int32; -1 = empty slot.
-      by_heads: whether keys, values and scales are [B, K, S, H] instead.
+      by_heads: whether keys and values are [B, K, S, H] instead, and scales [B, K, S].
     """
 
     k: MaybeQuantized
@@ -41,7 +42,7 @@ class LayerCache:
     def ordered(self, k: MaybeQuantized, v: MaybeQuantized, positions: jax.Array) -> "LayerCache":
         """Returns keys and values [B, T, K, H] and their positions in the order of this cache."""
         if self.by_heads:
-            k, v = (jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), x) for x in (k, v))
+            k, v = swap_heads(k), swap_heads(v)
         return LayerCache(k, v, positions, self.by_heads)
 
     def map(self, function: Callable[..., jax.Array], *others: "LayerCache") -> "LayerCache":
@@ -53,7 +54,7 @@ class LayerCache:
           others: caches in the same order of axes.
         """
         return jax.tree.map(
-            lambda x, *rest: function(2 if self.by_heads and x.ndim == 4 else 1, x, *rest),
+            lambda x, *rest: function(2 if self.by_heads and x.ndim > 2 else 1, x, *rest),
             self,
             *others,
         )
@@ -65,7 +66,7 @@ class LayerCache:
         def axes(x):
             if x.ndim == 2:
                 return ("batch", None)
-            return ("batch", *heads, "head_dim" if x.shape[3] > 1 else None)
+            return ("batch", *heads, *["head_dim" if size > 1 else None for size in x.shape[3:]])
 
         return jax.tree.map(axes, self)
 
@@ -104,7 +105,8 @@ def init_cache(
         def nothing():
             values = jnp.zeros(shape, dtype)
             if dtype == jnp.int8:
-                return QuantizedMatrix(values, jnp.zeros((*shape[:-1], 1), jnp.float32))
+                scale = shape[:-1] if by_heads else (*shape[:-1], 1)
+                return QuantizedMatrix(values, jnp.zeros(scale, jnp.float32))
             return values
 
         # Called once for k and once for v: JAX cannot donate a buffer that they share.
@@ -131,6 +133,7 @@ def write(
     v: MaybeQuantized,
     positions: jax.Array,
     backend: Backend = PLAIN,
+    rules: Rules = (),
 ) -> LayerCache:
     """Stores the last S tokens of a chunk in each row, over the oldest tokens.
 
@@ -141,6 +144,7 @@ def write(
       positions: positions of the chunk's tokens, [B, T] int32, rising by 1 along a row; -1 =
         padding, which is not stored.
       backend: the backend that this is traced for.
+      rules: mesh axes of the logical axes.
 
     Returns:
       The new cache. It is the same however the text is cut into chunks.
@@ -154,7 +158,7 @@ def write(
     slot = jnp.where(stored, positions % slots, slots)
 
     def store(axis, old, new):
-        return put(old, new.astype(old.dtype), slot, axis, backend)
+        return put(old, new.astype(old.dtype), slot, axis, backend, rules)
 
     return cache.map(store, cache.ordered(k, v, positions))
 

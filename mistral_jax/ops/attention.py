@@ -1,7 +1,7 @@
 """Grouped-query attention, and the choice of its implementation.
 
-`attend` picks a kernel (C++, splash or cuDNN) that the backend has and that takes the arrays, or
-else computes attention with XLA's operations, in blocks of queries and of keys.
+`attend` picks a kernel (C++, splash, ragged or cuDNN) that the backend has and that takes the
+arrays, or else computes attention with XLA's operations, in blocks of queries and of keys.
 """
 
 import functools
@@ -11,11 +11,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mistral_jax.ops import cudnn, kernels, splash
+from mistral_jax.ops import cudnn, kernels, ragged, splash
 from mistral_jax.ops.backend import PLAIN, Backend
 from mistral_jax.ops.partition import Rules
 from mistral_jax.ops.pieces import attend_present, fill, take, weigh, weigh_pieces
 from mistral_jax.ops.quantized import MaybeQuantized, QuantizedMatrix
+from mistral_jax.ops.rows import swap_heads
 
 # Queries of a block. Larger blocks do not fit in a CPU's caches; smaller ones give it too little
 # work at a time.
@@ -83,7 +84,8 @@ def attend(
         text rise by 1, and queries see only keys of their own text.
       origin: position of each row's key 0, [B] int32: key i has position origin + i, or is absent.
         None = keys are in any order. Attention with an origin has no gradient.
-      by_heads: whether keys, values and scales are by heads, [B, K, S, H] and [B, K, S, 1].
+      by_heads: whether keys and values are by heads, [B, K, S, H], and scales [B, K, S], as a cache
+        holds them: a single query at position p then sees no key beyond the first min(p + 1, S).
       sections: number of equal parts of T that are computed side by side, each on the devices that
         hold it.
       rules: mesh axes of the logical axes, by which kernels are partitioned.
@@ -94,7 +96,10 @@ def attend(
     """
     pattern = _Pattern(visible, window, dilation)
     if by_heads:
-        k, v = (jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), x) for x in (k, v))
+        streams = "ragged" in backend.kernels and ragged.fits(q, k, v, rules, backend.alone)
+        if streams and sections == 1:
+            return ragged.attend(pattern.mask, q, k, v, q_positions, kv_positions, rules)
+        k, v = swap_heads(k), swap_heads(v)
     kept = k.values.dtype if isinstance(k, QuantizedMatrix) else k.dtype
     if q.shape[1] == 1 and kept.name in kernels.DTYPES and backend.has_native:
         return _attend_once(q, k, v, pattern.mask(q_positions, kv_positions))

@@ -25,7 +25,7 @@ class Backend:
         a GPU, "vnni" for a CPU with instructions that multiply bytes.
       alone: whether programs run on one device, without a mesh.
       kernels: names of the kernels that programs may call: "native" (C++, on a CPU; see
-        `kernels.py`), "splash" (Pallas, on a TPU), "cudnn" (on an NVIDIA GPU).
+        `kernels.py`), "splash" and "ragged" (Pallas, on a TPU), "cudnn" (on an NVIDIA GPU).
     """
 
     platform: str = "cpu"
@@ -45,7 +45,7 @@ class Backend:
         """
         platform, alone = devices[0].platform, len(devices) == 1
         if platform == "tpu":
-            return cls("tpu", alone=alone, kernels=("splash",))
+            return cls("tpu", alone=alone, kernels=("splash", "ragged"))
         if platform in ("gpu", "cuda", "rocm"):
             # AMD's GPUs have a name here, such as "gfx90a", and no cuDNN.
             chip = str(getattr(devices[0], "compute_capability", ""))

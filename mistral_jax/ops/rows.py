@@ -5,8 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mistral_jax.ops import kernels
+from mistral_jax.ops import kernels, partition
 from mistral_jax.ops.backend import PLAIN, Backend
+from mistral_jax.ops.partition import Rules
 from mistral_jax.ops.quantized import MaybeQuantized, QuantizedMatrix
 
 
@@ -26,34 +27,53 @@ def put(
     slots: jax.Array,
     axis: int = 1,
     backend: Backend = PLAIN,
+    rules: Rules = (),
 ) -> jax.Array:
     """Writes T rows into each of B tables.
 
     Args:
-      table: the tables, [B, S, ...]; S may be a later axis.
-      rows: the rows of each table, [B, T, ...], of the same dtype; T is the axis where S is.
+      table: the tables, [B, S, ...], or tables by heads, [B, K, S, ...].
+      rows: the rows of each table, [B, T, ...] or [B, K, T, ...], of the same dtype.
       slots: the index at which to write each row, [B, T] int32, without repetition in a table; a
         row with index S is not written.
-      axis: index of the axis S.
+      axis: index of the axis S, 1 or 2.
       backend: the backend that this is traced for.
+      rules: mesh axes of the logical axes, by which tables by heads are partitioned.
 
     Returns:
       The new tables.
     """
     if axis == 1 and slots.shape[1] == 1 and backend.has_native:
         return kernels.put(table, rows, slots)
-    return _move(functools.partial(_scatter, axis), table, rows, slots, backend)
+    scatter = _scatter if axis == 1 else partition.by_tables(_scatter_by_heads, table, rules)
+    return _move(scatter, table, rows, slots, backend)
 
 
-def _scatter(axis, table, rows, slots):
-    before = (slice(None),) * (axis - 1)
+# vmap keeps B out of the scatter's indices. With B among them XLA must assume that a row may go to
+# any table, and gathers the tables of all devices.
+@jax.vmap
+def _scatter(table, rows, slots):
+    return table.at[slots].set(rows, mode="drop")
 
-    def write(table, rows, slots):
-        return table.at[*before, slots].set(rows, mode="drop")
 
-    # vmap keeps B out of the scatter's indices. With B among them XLA must assume that a row may go
-    # to any table, and gathers the tables of all devices.
-    return jax.vmap(write)(table, rows, slots)
+def _scatter_by_heads(table, rows, slots):
+    # Each head is a table of its own. A TPU would copy the cache before and after a scatter that
+    # writes to all heads, into an order in which a slot's heads are neighbours.
+    flat = (x.reshape(-1, *x.shape[2:]) for x in (table, rows))
+    return _scatter(*flat, jnp.repeat(slots, table.shape[1], axis=0)).reshape(table.shape)
+
+
+def swap_heads(x: MaybeQuantized) -> MaybeQuantized:
+    """Converts keys or values between [B, S, K, H] and [B, K, S, H].
+
+    The scales of int8 numbers are [B, S, K, 1] and [B, K, S]. A TPU would store a last axis of one
+    entry in another order than its kernels read, and copy the scales at each step of decoding.
+    """
+    if not isinstance(x, QuantizedMatrix):
+        return jnp.swapaxes(x, 1, 2)
+    scale = jnp.swapaxes(x.scale, 1, 2)
+    scale = scale[..., 0] if scale.ndim == 4 else scale[..., None]
+    return QuantizedMatrix(jnp.swapaxes(x.values, 1, 2), scale)
 
 
 def pick(

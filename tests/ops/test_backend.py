@@ -66,12 +66,19 @@ def test_nothing_else_asks_what_devices_there_are():
         if folder == "model" or (folder == "ops" and path.name != "backend.py"):
             assert not re.search(r"devices\(|device_count", text), path
         if folder == "model":
-            assert not re.search(r"\b(cpu|gpu|tpu|cuda|splash|cudnn|native)\b", text.lower()), path
+            assert not re.search(
+                r"\b(cpu|gpu|tpu|cuda|splash|ragged|cudnn|native)\b", text.lower()
+            ), path
 
 
 @pytest.mark.parametrize(
     ("platform", "count", "kernels"),
-    [("tpu", 1, ("splash",)), ("tpu", 4, ("splash",)), ("METAL", 1, ()), ("cuda", 1, ())],
+    [
+        ("tpu", 1, ("splash", "ragged")),
+        ("tpu", 4, ("splash", "ragged")),
+        ("METAL", 1, ()),
+        ("cuda", 1, ()),
+    ],
 )
 def test_a_backend_is_that_of_its_devices(platform, count, kernels):
     found = Backend.of([SimpleNamespace(platform=platform)] * count)
