@@ -1,5 +1,6 @@
 """The TPU's decode kernel attends as the plain path does, and reads filled slots only."""
 
+import dataclasses
 import functools
 import re
 from types import SimpleNamespace
@@ -10,11 +11,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+from mistral_jax.config import ModelConfig
 from mistral_jax.model.attention import attend, visible
 from mistral_jax.ops import ragged
 from mistral_jax.ops.backend import Backend
 from mistral_jax.ops.quantized import QuantizedMatrix, to_int8
 from mistral_jax.ops.rows import swap_heads
+from mistral_jax.parallel.sharding import Layout
+from mistral_jax.planning import forecast, programs
 
 RULES = (("batch", "data"), ("heads", ("kv", "group")), ("kv_heads", ("kv",)))
 
@@ -175,7 +179,7 @@ def test_attention_picks_the_kernel_on_a_tpu_alone(monkeypatch):
     q, k, v = (jnp.zeros(x.shape, x.dtype) for x in layer(slots=128))
     positions = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 128), jnp.int32)
 
-    def look(backend=tpu, by_heads=True, k=k, v=v):
+    def look(backend=tpu, by_heads=True):
         given = (q, k, v) if by_heads else (q, swap_heads(k), swap_heads(v))
         jax.eval_shape(
             lambda *given: attend(*given, *positions, None, by_heads=by_heads, backend=backend),
@@ -185,7 +189,30 @@ def test_attention_picks_the_kernel_on_a_tpu_alone(monkeypatch):
     look(several)
     look(Backend("gpu"))
     look(by_heads=False)
-    look(k=k[:, :, :100], v=v[:, :, :100])
     assert not taken
     look()
     assert taken == [5]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [None, "int8"])
+def test_a_step_on_a_tpu_copies_no_cache(monkeypatch, kept):
+    """Compiled by the TPU's own compiler, for a TPU that need not exist."""
+    monkeypatch.setattr(ragged, "LANES", 128)
+    monkeypatch.setattr(ragged, "BLOCK", 512)
+    monkeypatch.setattr(ragged, "ROWS", 8)
+    try:
+        devices = forecast.tpu_devices("v5e", "1x1")
+    except ValueError as error:
+        pytest.skip(str(error))
+    config = dataclasses.replace(ModelConfig.from_name("mistral-7b-v0.1"), num_layers=2)
+    mesh = jax.make_mesh((1,), ("device",), (AxisType.Auto,), devices=list(devices))
+    layout = Layout(mesh, ())
+    of = programs.shapes(layout, 12, 2048, "bfloat16", kv_cache_dtype=kept)
+    model = programs.model(config, layout, of)
+    compiled = programs.lower("decode", model, layout, of).compile()
+    text = compiled.as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == config.num_layers
+    whole = re.compile(r"= \(?(?:\w+)\[12,8,2048\S* \S*(?:copy|transpose|reshape|convert)")
+    assert not whole.findall(text)
+    assert compiled.memory_analysis().temp_size_in_bytes < 20e6
