@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 
 from mistral_jax.base import machine
-from mistral_jax.ops import cudnn, library
+from mistral_jax.ops import cudnn, library, triton
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Backend:
         a GPU, "vnni" for a CPU with instructions that multiply bytes.
       alone: whether programs run on one device, without a mesh.
       kernels: names of the kernels that programs may call: "native" (C++, on a CPU; see
-        `kernels.py`), "splash" (Pallas, on a TPU), "cudnn" (on an NVIDIA GPU).
+        `kernels.py`), "splash" (Pallas, on a TPU), "cudnn" (prompts, on an NVIDIA GPU), "triton"
+        (decoding, on an NVIDIA GPU).
     """
 
     platform: str = "cpu"
@@ -50,8 +51,10 @@ class Backend:
             # AMD's GPUs have a name here, such as "gfx90a", and no cuDNN.
             chip = str(getattr(devices[0], "compute_capability", ""))
             major = chip.partition(".")[0]
-            runs = major.isdigit() and int(major) >= 8 and (planned or cudnn.runs())
-            return cls("gpu", chip, alone, ("cudnn",) if runs else ())
+            new = major.isdigit() and int(major) >= 8
+            known = {"cudnn": cudnn, "triton": triton} if new else {}
+            kernels = (name for name, kernel in known.items() if planned or kernel.runs())
+            return cls("gpu", chip, alone, tuple(kernels))
         if platform != "cpu" or planned or not alone:
             return cls(platform, alone=alone and platform != "cpu")
         chip = "vnni" if "vnni" in machine.processor() else ""

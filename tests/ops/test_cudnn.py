@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from test_splash import RULES, by_rules, on_mesh
 
 from mistral_jax.model.attention import attend
-from mistral_jax.ops import cudnn
+from mistral_jax.ops import cudnn, triton
 from mistral_jax.ops.backend import Backend
 from mistral_jax.ops.pieces import weigh
 from mistral_jax.ops.quantized import QuantizedMatrix, to_int8
@@ -88,16 +88,18 @@ def test_on_a_mesh_each_device_attends_for_its_rows_and_heads(sizes):
         ("tpu", "9.0", False),
     ],
 )
-def test_a_gpu_has_the_kernel_if_it_may_be_planned_for_or_runs(
-    monkeypatch, platform, capability, taken
+@pytest.mark.parametrize("kernel", [cudnn, triton])
+def test_a_gpu_has_a_kernel_if_it_may_be_planned_for_or_runs(
+    monkeypatch, platform, capability, taken, kernel
 ):
     fields = {"platform": platform} | ({"compute_capability": capability} if capability else {})
-    devices = [SimpleNamespace(**fields)]
-    monkeypatch.setattr(cudnn, "runs", lambda: True)
-    assert ("cudnn" in Backend.of(devices).kernels) == taken
-    monkeypatch.setattr(cudnn, "runs", lambda: False)
-    assert "cudnn" not in Backend.of(devices).kernels
-    assert ("cudnn" in Backend.of(devices, planned=True).kernels) == taken
+    devices, name = [SimpleNamespace(**fields)], kernel.__name__.rpartition(".")[2]
+    for other in (cudnn, triton):
+        monkeypatch.setattr(other, "runs", lambda: False)
+    assert name not in Backend.of(devices).kernels
+    assert (name in Backend.of(devices, planned=True).kernels) == taken
+    monkeypatch.setattr(kernel, "runs", lambda: True)
+    assert (name in Backend.of(devices).kernels) == taken
 
 
 @pytest.mark.parametrize(("implementation", "runs"), [("xla", True), ("cudnn", False)])
