@@ -124,13 +124,14 @@ def attend(
             return weigh(q, k, v, pattern.mask(q_positions, kv_positions))
 
         return attend_present(weigh_seen, q, k, v, q_positions, kv_positions, before, origin)
-    one, size = _attend_block, BLOCK
-    if origin is not None and length > 1 and "cudnn" in backend.kernels:
+    arguments = q_places, kv_places, pattern, before, offset
+    # Attention with an origin has no gradient; without one it may be training.
+    name = "cudnn" if origin is not None else "cudnn-training"
+    if length > 1 and name in backend.kernels:
         wide = _widen(k, q.dtype), _widen(v, q.dtype)
         if cudnn.fits(q, *wide, rules):
-            (k, v), size = wide, cudnn.BLOCK
-            one = functools.partial(_attend_by_cudnn, rules=rules)
-    return _attend_blocks(q, k, v, q_places, kv_places, pattern, before, offset, one, size)
+            return _attend_by_cudnn(q, *wide, *arguments, rules)
+    return _attend_blocks(q, k, v, *arguments, _attend_block, BLOCK)
 
 
 def _widen(x, dtype):
@@ -173,8 +174,16 @@ def _attend_plainly(mask, q, k, v):
     return (mixed / total[..., None]).reshape(q.shape).astype(q.dtype)
 
 
-def _attend_by_cudnn(q, k, v, q_places, kv_places, pattern, rules):
-    return cudnn.attend(q, k, v, pattern.mask(q_places[0], kv_places[0]), rules)
+@functools.partial(jax.checkpoint, static_argnums=(5, 6, 7, 8))
+def _attend_by_cudnn(q, k, v, q_places, kv_places, pattern, before, offset, rules):
+    """Attends block by block with cuDNN. The backward pass makes masks and outputs again."""
+
+    def one(q, k, v, q_places, kv_places, pattern):
+        (q_positions, q_texts), (kv_positions, kv_texts) = q_places, kv_places
+        mask = pattern.mask(q_positions, kv_positions, q_texts, kv_texts)
+        return cudnn.attend(q, k, v, mask, rules)
+
+    return _attend_blocks(q, k, v, q_places, kv_places, pattern, before, offset, one, cudnn.BLOCK)
 
 
 def _attend_blocks(q, k, v, q_places, kv_places, pattern, before, offset, one, size):

@@ -25,8 +25,8 @@ class Backend:
         a GPU, "vnni" for a CPU with instructions that multiply bytes.
       alone: whether programs run on one device, without a mesh.
       kernels: names of the kernels that programs may call: "native" (C++, on a CPU; see
-        `kernels.py`), "splash" (Pallas, on a TPU), "cudnn" (prompts, on an NVIDIA GPU), "triton"
-        (decoding, on an NVIDIA GPU).
+        `kernels.py`), "splash" (Pallas, on a TPU), "cudnn" (prompts, on an NVIDIA GPU),
+        "cudnn-training" (with its gradient), "triton" (decoding, on an NVIDIA GPU).
     """
 
     platform: str = "cpu"
@@ -52,8 +52,7 @@ class Backend:
             chip = str(getattr(devices[0], "compute_capability", ""))
             major = chip.partition(".")[0]
             new = major.isdigit() and int(major) >= 8
-            known = {"cudnn": cudnn, "triton": triton} if new else {}
-            kernels = (name for name, kernel in known.items() if planned or kernel.runs())
+            kernels = (name for name, runs in _OF_GPU.items() if new and (planned or runs()))
             return cls("gpu", chip, alone, tuple(kernels))
         if platform != "cpu" or planned or not alone:
             return cls(platform, alone=alone and platform != "cpu")
@@ -64,10 +63,11 @@ class Backend:
     def by_heads(self) -> bool:
         """Whether keys and values are cached by heads, [B, K, S, H].
 
-        Matrix units and kernels of accelerators read the keys of one head at a time. In another
-        order of axes they would need a transposed copy of the cache.
+        Matrix products of accelerators, and kernels of a TPU, read the keys of one head at a time.
+        In another order of axes they would need a transposed copy of the cache. cuDNN would need
+        one of a cache by heads, and the Triton kernel takes the keys of a head with a stride.
         """
-        return self.platform != "cpu"
+        return self.platform != "cpu" and "triton" not in self.kernels
 
     @property
     def is_one_cpu(self) -> bool:
@@ -81,6 +81,12 @@ class Backend:
 
 
 PLAIN = Backend()
+# Each kernel of an NVIDIA GPU, and the function that tries it.
+_OF_GPU = {
+    "cudnn": lambda: cudnn.runs(),
+    "cudnn-training": lambda: cudnn.trains(),
+    "triton": lambda: triton.runs(),
+}
 
 
 def default() -> Backend:

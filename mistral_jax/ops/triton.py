@@ -33,9 +33,9 @@ Mask = Callable[[jax.Array, jax.Array], jax.Array]
 def fits(q: jax.Array, k: MaybeQuantized, rules: Rules) -> bool:
     """Tells whether `attend` can take these arrays, on a backend with the kernel.
 
-    The queries must be bfloat16 or float16, and the keys of the same dtype or int8. The head width
-    must be a power of two from 16 to 256, and the number of slots a multiple of 16. On a mesh, the
-    rules must give each device the keys of its queries.
+    The keys must be of the queries' dtype or int8, the head width a power of two from 16 to 256,
+    and the number of slots a multiple of 16. On a mesh, the rules must give each device the keys of
+    its queries.
 
     Args:
       q: queries, [B, 1, N, H].
@@ -43,7 +43,8 @@ def fits(q: jax.Array, k: MaybeQuantized, rules: Rules) -> bool:
       rules: mesh axes of the logical axes.
     """
     kept = k.values.dtype if isinstance(k, QuantizedMatrix) else k.dtype
-    if q.dtype.name not in ("bfloat16", "float16") or kept not in (q.dtype, jnp.int8):
+    dtypes = ("bfloat16", "float16", "float32")
+    if q.dtype.name not in dtypes or kept not in (q.dtype, jnp.int8):
         return False
     if q.shape[1] != 1 or q.shape[3] not in (16, 32, 64, 128, 256) or k.shape[1] % LEAST:
         return False
@@ -68,8 +69,7 @@ def attend(
     Args:
       mask: returns the mask, [1, 1, s] bool, of positions [1, 1] and [1, s]. The kernel calls it.
       q: queries, [B, 1, N, H].
-      k: keys, [B, S, K, H]; int8 keys have scales [B, S, K, 1]. XLA copies them unless they are
-        stored by heads, [B, K, S, H].
+      k: keys, [B, S, K, H]; int8 keys have scales [B, S, K, 1].
       v: values, in the same form.
       q_positions: position of each query in its text, [B, 1] int32; -1 = padding, whose output is
         finite and has no meaning.
@@ -96,16 +96,22 @@ def _attend_rows(mask, interpret, q, k, v, q_positions, kv_positions):
     group = heads // kv_heads
     block = math.gcd(slots, BLOCK)
     parts = min(slots // block, -(-PROGRAMS // (batch * kv_heads)))
-    numbers, scales = zip(_by_heads(k), _by_heads(v), strict=True)
-    scaled = scales[0] is not None
-
-    def whole(*shape):  # All of a row, and of a head.
-        return pl.BlockSpec((None, None, *shape), lambda p, j, i: (i, j, *[0] * len(shape)))
+    scaled = isinstance(k, QuantizedMatrix)
+    numbers = [x.values if scaled else x for x in (k, v)]
+    scales = [x.scale[..., 0] for x in (k, v)] if scaled else []
 
     def of_row(size):
         return pl.BlockSpec((None, size), lambda p, j, i: (i, 0))
 
-    def of_part(*shape):
+    def of_head(*shape):  # of [B, K, ...]
+        return pl.BlockSpec((None, None, *shape), lambda p, j, i: (i, j, *[0] * len(shape)))
+
+    def of_slots(*shape):  # of [B, S, K, ...]
+        return pl.BlockSpec(
+            (None, slots, None, *shape), lambda p, j, i: (i, 0, j, *[0] * len(shape))
+        )
+
+    def of_part(*shape):  # of [B, K, parts, ...]
         return pl.BlockSpec(
             (None, None, None, *shape), lambda p, j, i: (i, j, p, *[0] * len(shape))
         )
@@ -116,9 +122,9 @@ def _attend_rows(mask, interpret, q, k, v, q_positions, kv_positions):
         functools.partial(_kernel, mask, group, block, parts),
         grid=(parts, kv_heads, batch),
         in_specs=[
-            *(of_row(1), of_row(slots), whole(rows, head_dim)),
-            *2 * [whole(slots, head_dim)],
-            *(2 * [whole(slots)] if scaled else []),
+            *(of_row(1), of_row(slots), of_head(rows, head_dim)),
+            *(of_slots(head_dim), of_slots(head_dim)),
+            *(of_slots() for _ in scales),
         ],
         out_specs=[of_part(rows, head_dim), of_part(rows), of_part(rows)],
         out_shape=[
@@ -130,24 +136,14 @@ def _attend_rows(mask, interpret, q, k, v, q_positions, kv_positions):
         interpret=interpret,
         name="attend_filled",
     )(
-        q_positions,
-        kv_positions,
-        q.reshape(batch, kv_heads, group, head_dim),
-        *numbers,
-        *(scales if scaled else ()),
+        *(q_positions, kv_positions, q.reshape(batch, kv_heads, group, head_dim)),
+        *(*numbers, *scales),
     )
     weight = jnp.exp(top - jnp.max(top, axis=2, keepdims=True))
     total = jnp.sum(weight * total, axis=2)
     mixed = jnp.sum(weight[..., None] * mixed, axis=2)
-    # A row without slots has no weights.
+    # A row without filled slots has no weights.
     return (mixed / jnp.maximum(total, 1e-30)[..., None]).astype(q.dtype).reshape(q.shape)
-
-
-def _by_heads(x: MaybeQuantized) -> tuple[jax.Array, jax.Array | None]:
-    """Returns the numbers, [B, K, S, H], and the scales, [B, K, S], if there are any."""
-    if not isinstance(x, QuantizedMatrix):
-        return jnp.swapaxes(x, 1, 2), None
-    return jnp.swapaxes(x.values, 1, 2), jnp.swapaxes(x.scale[..., 0], 1, 2)
 
 
 def _kernel(mask, group, block, parts, own_ref, places_ref, q_ref, k_ref, v_ref, *rest):
@@ -170,13 +166,17 @@ def _kernel(mask, group, block, parts, own_ref, places_ref, q_ref, k_ref, v_ref,
     blocks = (filled + block - 1) // block
     first = pl.program_id(0)
 
+    # By default a GPU rounds float32 operands to fewer bits.
+    exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    dot = functools.partial(triton.dot, precision=exact)
+
     def numbers(ref, at):
         return ref[at, :].astype(q.dtype)
 
     def add(i, found):
         top, total, mixed = found
         at = pl.ds((first + i * parts) * block, block)
-        scores = triton.dot(q, numbers(k_ref, at), trans_b=True) * head_dim**-0.5
+        scores = dot(q, numbers(k_ref, at), trans_b=True) * head_dim**-0.5
         if scale_refs:
             scores *= scale_refs[0][at][None]
         seen = mask(own[None, None], places_ref[at][None])[0]
@@ -186,7 +186,7 @@ def _kernel(mask, group, block, parts, own_ref, places_ref, q_ref, k_ref, v_ref,
         total = fade * total + jnp.sum(weights, axis=1)
         if scale_refs:
             weights *= scale_refs[1][at][None]
-        more = triton.dot(weights.astype(q.dtype), numbers(v_ref, at))
+        more = dot(weights.astype(q.dtype), numbers(v_ref, at))
         return higher, total, fade[:, None] * mixed + more
 
     nothing = (
