@@ -1,5 +1,6 @@
 """A backend is chosen once: nothing else asks for it, and each computes what the plain one does."""
 
+import functools
 import re
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import tiny
 
 from mistral_jax.config import CHECKOUT
 from mistral_jax.model.cache import init_cache
-from mistral_jax.ops import cudnn, library, splash
+from mistral_jax.ops import cudnn, library, splash, triton
 from mistral_jax.ops.backend import PLAIN, Backend, default
 from mistral_jax.parallel.sharding import read_layout
 
@@ -21,13 +22,14 @@ BACKENDS = {
     "a CPU without C++": Backend("cpu", "vnni", alone=True),
     "a GPU": Backend("gpu", "7.5", alone=True),
     "a GPU with cuDNN": Backend("gpu", "9.0", True, ("cudnn",)),
+    "a GPU with all kernels": Backend("gpu", "9.0", True, ("cudnn", "cudnn-training", "triton")),
     "a TPU": Backend("tpu", alone=True, kernels=("splash",)),
 }
 
 
 def logits(backend, dtype):
     """Reads a text at once, in a chunk through a cache, and by a token; returns all logits."""
-    model, params = tiny.build(n_layers=1, sliding_window=40)
+    model, params = tiny.build(n_layers=1, sliding_window=48, head_dim=16)
     model = model.clone(backend=backend, dtype=jnp.dtype(dtype))
     places = np.arange(len(TEXT), dtype=np.int32)
     whole, _ = tiny.forward(model, params, TEXT[None], places[None])
@@ -43,19 +45,24 @@ def logits(backend, dtype):
 @pytest.mark.parametrize("name", BACKENDS)
 def test_every_backend_computes_what_the_plain_one_does(monkeypatch, name, dtype):
     # Kernels of other devices are interpreted, or their place is taken by XLA's product.
-    kernel, taken = splash.attend, []
+    kernels, taken = {splash: splash.attend, triton: triton.attend}, []
+
+    def interpret(module, *arguments):
+        taken.append(name)
+        return kernels[module](*arguments, interpret=True)
+
     monkeypatch.setattr(cudnn, "IMPLEMENTATION", "xla")
     monkeypatch.setattr(splash, "BLOCK", 128)
-    monkeypatch.setattr(
-        splash, "attend", lambda *a: taken.append(name) or kernel(*a, interpret=True)
-    )
+    for module in kernels:
+        monkeypatch.setattr(module, "attend", functools.partial(interpret, module))
     expected = logits(PLAIN, dtype)
     with jax.numpy_dtype_promotion("standard"):
         found = logits(BACKENDS[name], dtype)
     # Activations of bfloat16 may be rounded the other way.
     bound = 1e-5 if dtype == "float32" else 2e-2
     assert np.abs(found - expected).max() < bound * np.abs(expected).max()
-    assert len(taken) == (2 if name == "a TPU" else 0)
+    calls = {"a TPU": 2, "a GPU with all kernels": 1}
+    assert len(taken) == calls.get(name, 0)
 
 
 def test_nothing_else_asks_what_devices_there_are():
@@ -67,7 +74,7 @@ def test_nothing_else_asks_what_devices_there_are():
             assert not re.search(r"devices\(|device_count", text), path
         if folder == "model":
             assert not re.search(
-                r"\b(cpu|gpu|tpu|cuda|splash|ragged|cudnn|native)\b", text.lower()
+                r"\b(cpu|gpu|tpu|cuda|splash|ragged|cudnn|triton|native)\b", text.lower()
             ), path
 
 
