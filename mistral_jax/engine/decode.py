@@ -50,7 +50,7 @@ class State:
     """The values that decoding carries from one step to the next, one entry a row in each field.
 
     Attributes:
-      cache: keys and values of all tokens except the last; see `by_heads`.
+      cache: keys and values of all tokens except the last.
       tokens: the last token of each row, [B] int32.
       positions: position of that token in the row's text, [B] int32.
       left: number of tokens that the row may still add, [B] int32; 0 or less = the row has ended,
@@ -85,7 +85,7 @@ def start(
     Its arrays, except for the cache, are in host memory.
 
     Args:
-      cache: keys and values of the prompts, in the order of axes that `by_heads` says.
+      cache: keys and values of the prompts.
       lengths: number of tokens of each prompt (B entries); 0 for an empty row.
       left: maximum number of tokens to add to each row.
       sampling: how each row chooses its tokens.
@@ -107,42 +107,6 @@ def start(
         wants_top=np.array(wants_top, bool),
         stops=stops,
     )
-
-
-def by_heads(model: Transformer) -> bool:
-    """Returns whether decoding stores keys and values by heads, [B, K, S, H], as on a GPU.
-
-    GPU matrix products need this order of axes. XLA would otherwise transpose the cache before each
-    loop of steps and transpose it back afterwards, and allocate memory for both copies.
-    """
-    return model.backend.platform == "gpu"
-
-
-def cache_axes(model: Transformer, ndim: int) -> tuple[str | None, ...]:
-    """Returns the logical axes of an array of a state's cache that has `ndim` axes."""
-    heads = ("kv_heads", None) if by_heads(model) else (None, "kv_heads")
-    return ("batch", *heads, "head_dim") if ndim == 4 else ("batch", None)
-
-
-def turn(model: Transformer, cache: Cache) -> Cache:
-    """Swaps the axes of cache slots and heads, if decoding stores keys and values by heads."""
-    return jax.tree.map(_swap, cache) if by_heads(model) else cache
-
-
-def _swap(x):
-    return jnp.swapaxes(x, 1, 2) if x.ndim == 4 else x
-
-
-def hold(model: Transformer, cache: Cache) -> Cache:
-    """Does what `turn` does to the cache of `prefill`, but frees each array before the next."""
-
-    def turned(x):
-        new = _swap(x)
-        if new is not x:
-            x.delete()
-        return new
-
-    return jax.tree.map(turned, cache) if by_heads(model) else cache
 
 
 def decode_step(
@@ -284,11 +248,10 @@ def decode(
     if rows is not None:
         state = jax.tree.map(lambda x: from_bits(as_bits(x)[:rows], x.dtype), state)
     made = nothing(*state.counts.shape, MOST_STEPS).replace(left=state.left)
-    state = state.replace(cache=turn(model, state.cache))
     state, made, _ = jax.lax.while_loop(goes_on, take_step, (state, made, jnp.int32(0)))
     if rows is not None:
         state = jax.tree.map(lambda old, new: put_rows(old, new, jnp.int32(0)), whole, state)
-    return release(state.replace(cache=turn(model, state.cache))), replicate(made)
+    return release(state), replicate(made)
 
 
 def shrinks(model: Transformer) -> bool:

@@ -20,48 +20,61 @@ def look_up(table: MaybeQuantized, tokens: jax.Array, backend: Backend = PLAIN) 
     return jnp.take(table, tokens, axis=0, mode="clip")
 
 
-def put(table: jax.Array, rows: jax.Array, slots: jax.Array, backend: Backend = PLAIN) -> jax.Array:
+def put(
+    table: jax.Array,
+    rows: jax.Array,
+    slots: jax.Array,
+    axis: int = 1,
+    backend: Backend = PLAIN,
+) -> jax.Array:
     """Writes T rows into each of B tables.
 
     Args:
-      table: the tables, [B, S, ...].
-      rows: the rows of each table, [B, T, ...], of the same dtype.
+      table: the tables, [B, S, ...]; S may be a later axis.
+      rows: the rows of each table, [B, T, ...], of the same dtype; T is the axis where S is.
       slots: the index at which to write each row, [B, T] int32, without repetition in a table; a
         row with index S is not written.
+      axis: index of the axis S.
       backend: the backend that this is traced for.
 
     Returns:
       The new tables.
     """
-    if slots.shape[1] == 1 and backend.has_native:
+    if axis == 1 and slots.shape[1] == 1 and backend.has_native:
         return kernels.put(table, rows, slots)
-    return _as_bits(_scatter, table, rows, slots)
+    return _as_bits(functools.partial(_scatter, axis), table, rows, slots)
 
 
-# vmap keeps B out of the scatter's indices. With B among them XLA must assume that a row may go to
-# any table, and gathers the tables of all devices.
-@jax.vmap
-def _scatter(table, rows, slots):
-    return table.at[slots].set(rows, mode="drop")
+def _scatter(axis, table, rows, slots):
+    before = (slice(None),) * (axis - 1)
+
+    def write(table, rows, slots):
+        return table.at[*before, slots].set(rows, mode="drop")
+
+    # vmap keeps B out of the scatter's indices. With B among them XLA must assume that a row may go
+    # to any table, and gathers the tables of all devices.
+    return jax.vmap(write)(table, rows, slots)
 
 
-def pick(table: jax.Array, rows: jax.Array, index: jax.Array) -> jax.Array:
+def pick(table: jax.Array, rows: jax.Array, index: jax.Array, axis: int = 1) -> jax.Array:
     """Picks entries from the concatenation of each of B tables with its rows.
 
     Args:
-      table: the tables, [B, S, ...].
-      rows: the rows of each table, [B, T, ...], of the same dtype.
+      table: the tables, [B, S, ...]; S may be a later axis.
+      rows: the rows of each table, [B, T, ...], of the same dtype; T is the axis where S is.
       index: indices into [table | rows], from 0 to S + T - 1, [B, n] int32.
+      axis: index of the axis S.
 
     Returns:
-      [B, n, ...].
+      [B, n, ...], where n is the axis where S is.
     """
-    return _as_bits(_gather, table, rows, index)
+    return _as_bits(functools.partial(_gather, axis), table, rows, index)
 
 
-@jax.vmap
-def _gather(table, rows, index):
-    return jnp.concatenate([table, rows])[index]
+def _gather(axis, table, rows, index):
+    before = (slice(None),) * (axis - 1)
+    whole = jnp.concatenate([table, rows], axis)
+    return jax.vmap(lambda whole, index: whole[*before, index])(whole, index)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
