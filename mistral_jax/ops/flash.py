@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from mistral_jax.ops import partition
+from mistral_jax.ops.backend import Backend
 from mistral_jax.ops.partition import Rules, mesh_axes
 from mistral_jax.ops.quantized import MaybeQuantized, QuantizedMatrix
 
@@ -31,7 +32,7 @@ MEMORY = 64 * 2**20
 
 
 class Keys(NamedTuple):
-    """Keys and values by heads.
+    """Keys and values by heads, as the attributes of a `LayerCache`.
 
     Attributes:
       k: keys, [B, K, S, H]; int8 keys have scales [B, K, S, 1].
@@ -44,27 +45,29 @@ class Keys(NamedTuple):
     positions: jax.Array
 
 
-def fits(q: jax.Array, keys: Keys, rules: Rules, alone: bool) -> bool:
+def fits(q: jax.Array, k: MaybeQuantized, rules: Rules, backend: Backend) -> bool:
     """Tells whether `attend` can take these arrays.
 
-    Queries must be float32 or bfloat16, keys of the same dtype or int8. XLA cannot partition a
-    kernel: with several devices, a mesh must be in use (`jax.set_mesh`), and the rules must give
+    Queries must be float32 or bfloat16, cached keys of the same dtype or int8. XLA cannot partition
+    a kernel: with several devices, a mesh must be in use (`jax.set_mesh`), and the rules must give
     each device the keys of its queries.
 
     Args:
       q: queries, [B, T, N, H].
-      keys: keys of the cache or of the chunk, which have the same dtype.
+      k: keys of the cache, [B, K, S, H].
       rules: mesh axes of the logical axes.
-      alone: whether the program runs on one device, without a mesh.
+      backend: the backend that this is traced for.
     """
+    if "splash" not in backend.kernels:
+        return False
     if q.dtype.name not in ("float32", "bfloat16") or q.shape[3] % LANES:
         return False
-    if _numbers(keys.k).dtype.name not in (q.dtype.name, "int8"):
+    if _numbers(k).dtype.name not in (q.dtype.name, "int8"):
         return False
     if jax.sharding.get_abstract_mesh().empty:
-        return alone
-    of_tokens = jax.eval_shape(lambda k: jnp.swapaxes(k, 1, 2), _numbers(keys.k))
-    return partition.fits(q, of_tokens, rules)
+        return backend.alone
+    rows, kv_heads, _, head_dim = k.shape
+    return partition.fits(q, jax.ShapeDtypeStruct((rows, 1, kv_heads, head_dim), q.dtype), rules)
 
 
 def attend(
@@ -84,8 +87,8 @@ def attend(
       q: queries, [B, T, N, H].
       chunk: keys of the same tokens. Their positions rise by 1 along a row, but for padding (-1)
         before and after them; the output of padding is finite and has no meaning.
-      cache: keys of earlier tokens, in any order. Keys that are not before the chunk's first token
-        are not seen.
+      cache: the cache before the chunk: the key at position p is in slot p mod S. Other keys, and
+        keys that are not before the chunk, are not seen.
       window: number of visible keys (W), the query's own included; None = no limit.
       rules: mesh axes of the logical axes.
       interpret: whether Pallas interprets the kernel, which works on any device.
@@ -93,6 +96,7 @@ def attend(
     Returns:
       [B, T, N, H] in the dtype of `q`.
     """
+    chunk, cache = (Keys(x.k, x.v, x.positions) for x in (chunk, cache))
     run = functools.partial(_attend_rows, window=window, interpret=interpret)
     if not jax.sharding.get_abstract_mesh().empty:
         axes = (mesh_axes(rules, axis) or None for axis in ("batch", "heads", "kv_heads"))

@@ -5,11 +5,14 @@ reads and writes only the blocks of slots that the chunk reaches, in place.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from mistral_jax.ops import partition
+from mistral_jax.ops.backend import Backend
 from mistral_jax.ops.partition import Rules, mesh_axes
 
 # The most slots that the kernel writes at a time: whole lanes, and whole tiles of any dtype.
@@ -17,29 +20,42 @@ SLOTS = 512
 LANES = 128
 
 
-def held(positions: jax.Array, slots: int) -> jax.Array:
-    """Returns the position of the token that each slot holds after a chunk, [B, S] int32.
+def fits(tables: Sequence[jax.Array], rules: Rules, backend: Backend) -> bool:
+    """Tells whether `write` can take these tables.
+
+    Slots and heads must be whole lanes. With several devices, a mesh must be in use, whose devices
+    the rules give equal parts of the rows and heads.
 
     Args:
-      positions: positions of the chunk's tokens, [B, T] int32, rising by 1 along a row; -1 =
-        padding.
-      slots: S. The token at position p is in slot p mod S.
-
-    Returns:
-      The positions of a row that began at 0; negative = empty.
+      tables: the arguments of `write`.
+      rules: mesh axes of the logical axes.
+      backend: the backend that this is traced for.
     """
+    rows, heads, slots, head_dim = tables[0].shape
+    if "splash" not in backend.kernels or slots % LANES or head_dim % LANES:
+        return False
+    if jax.sharding.get_abstract_mesh().empty:
+        return backend.alone
+    return partition.divides(rules, {"batch": rows, "kv_heads": heads})
+
+
+def held(positions: jax.Array, old: jax.Array) -> jax.Array:
+    """Returns the position of the token in each slot after a chunk, [B, S] int32.
+
+    Args:
+      positions: positions of the chunk's tokens, as for `write`.
+      old: positions before the chunk, [B, S] int32.
+    """
+    slots = old.shape[1]
     last = jnp.max(positions, axis=1, keepdims=True)
-    return last - (last - jnp.arange(slots, dtype=jnp.int32)) % slots
-
-
-def fits(tables: list[jax.Array]) -> bool:
-    """Tells whether `write` can take these tables."""
-    return tables[0].shape[2] % LANES == 0 and tables[0].shape[3] % LANES == 0
+    first = jnp.min(jnp.where(positions < 0, last + 1, positions), axis=1, keepdims=True)
+    new = last - (last - jnp.arange(slots, dtype=jnp.int32)) % slots
+    return jnp.where(new >= first, new, old)
 
 
 def write(
-    tables: list[jax.Array],
-    rows: list[jax.Array],
+    tables: Sequence[jax.Array],
+    rows: Sequence[jax.Array],
     positions: jax.Array,
     rules: Rules = (),
     *,
@@ -65,7 +81,7 @@ def write(
         run = jax.shard_map(
             run, in_specs=(of, of, PartitionSpec(batch)), out_specs=of, check_vma=False
         )
-    return run(tables, rows, positions)
+    return run(list(tables), list(rows), positions)
 
 
 def _write(tables, rows, positions, interpret):
