@@ -22,10 +22,11 @@ class Backend:
     Attributes:
       platform: "cpu", "gpu" or "tpu".
       chip: the feature of the chip that decides between implementations: the compute capability of
-        a GPU, "vnni" for a CPU with instructions that multiply bytes.
+        a GPU, JAX's name of a TPU ("TPU v6 lite"), "vnni" for a CPU with instructions that multiply
+        bytes.
       alone: whether programs run on one device, without a mesh.
       kernels: names of the kernels that programs may call: "native" (C++, on a CPU; see
-        `kernels.py`), "splash" (Pallas, on a TPU), "cudnn" (on an NVIDIA GPU).
+        `kernels.py`), "splash" (all Pallas kernels, on a TPU), "cudnn" (on an NVIDIA GPU).
     """
 
     platform: str = "cpu"
@@ -45,7 +46,8 @@ class Backend:
         """
         platform, alone = devices[0].platform, len(devices) == 1
         if platform == "tpu":
-            return cls("tpu", alone=alone, kernels=("splash",))
+            chip = str(getattr(devices[0], "device_kind", ""))
+            return cls("tpu", chip, alone, ("splash",))
         if platform in ("gpu", "cuda", "rocm"):
             # AMD's GPUs have a name here, such as "gfx90a", and no cuDNN.
             chip = str(getattr(devices[0], "compute_capability", ""))

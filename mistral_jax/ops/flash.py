@@ -8,6 +8,7 @@ than the window reaches.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -122,7 +123,7 @@ def _attend_rows(q, chunk, cache, window, interpret):
     queries = _fill(chunk.positions, 1, size, -1).reshape(rows, -1, size)
     # All that follows from the chunk's positions alone, XLA computes once for all layers.
     slots = cache.positions.shape[1]
-    places = start - 1 - (start - 1 - jnp.arange(slots, dtype=jnp.int32)) % slots
+    places = start - 1 - (start - 1 - jnp.arange(slots, dtype=jnp.int32)[None]) % slots
     expected = _by_block(jnp.where(places >= 0, places, HIDDEN))
     own = _by_block(jnp.where(chunk.positions >= 0, chunk.positions, HIDDEN))
     counts, steps = _schedule(queries, expected, own, window)
@@ -189,11 +190,15 @@ def _schedule(queries, held, own, window):
         needed &= seen > first - window
         whole &= low > last - window
     count = jnp.sum(needed, axis=2, dtype=jnp.int32)
-    step = jnp.arange(needed.shape[2], dtype=jnp.int32)
+    step = jnp.arange(needed.shape[2], dtype=jnp.int32)[None, None]
     place = jnp.cumsum(needed, axis=2, dtype=jnp.int32) - 1
     wanted = jnp.minimum(step, jnp.maximum(count - 1, 0)[:, :, None])
     found = needed[:, :, None] & (place[:, :, None] == wanted[..., None])
-    steps = jnp.sum(jnp.where(found, (2 * step + whole)[:, :, None], 0), axis=3, dtype=jnp.int32)
+    steps = jnp.sum(
+        jnp.where(found, (2 * step + whole.astype(jnp.int32))[:, :, None], 0),
+        axis=3,
+        dtype=jnp.int32,
+    )
     return count, steps
 
 
@@ -206,7 +211,7 @@ def _run_kernel(
 
     rows, heads, length, head_dim = q.shape
     kv_heads, group = held[0].shape[1], heads // held[0].shape[1]
-    count, scale, precision = held_places.shape[1], head_dim**-0.5, None
+    count, scale, precision = held_places.shape[1], head_dim**-0.5 / math.log(2), None
     if q.dtype == jnp.float32:
         precision = jax.lax.Precision.HIGHEST
     product = functools.partial(
@@ -237,19 +242,24 @@ def _run_kernel(
                 # Weights of 0 do not hide values that are NaN.
                 hidden = jnp.broadcast_to(places, (head_dim, places.shape[1])).T == HIDDEN
                 values = jnp.where(hidden, 0.0, values.astype(jnp.float32)).astype(q.dtype)
-            for head in range(group):
+            v_factors = None if v_scale is None else v_scale[...]
+            if masked and v_scale is not None:
+                v_factors = jnp.where(places == HIDDEN, 0.0, v_factors)
+
+            @functools.partial(jax.lax.fori_loop, 0, group, init_val=None)
+            def _(head, _):
                 scores = product(q[head], keys, (((1,), (1,)), ((), ())))
                 scores *= scale if k_scale is None else k_scale[...] * scale
                 if masked:
                     scores = jnp.where(mask, scores, LOWEST)
                 before = top[head]
                 highest = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
-                weights = jnp.exp(scores - highest[:, :1])
-                kept = jnp.exp(before - highest)
+                weights = jnp.exp2(scores - highest[:, :1])
+                kept = jnp.exp2(before - highest)
                 top[head] = highest
                 total[head] = kept * total[head] + jnp.sum(weights, axis=1, keepdims=True)
-                if v_scale is not None:
-                    weights *= v_scale[...]
+                if v_factors is not None:
+                    weights *= v_factors
                 new = product(weights.astype(q.dtype), values, (((1,), (0,)), ((), ())))
                 mixed[head] = kept[:, :1] * mixed[head] + new
 
@@ -290,6 +300,19 @@ def _run_kernel(
             pl.BlockSpec((None, None, 1, size), positions),
         ]
 
+    # What a full cache costs; at run time blocks are skipped. In a cache without a slot for each
+    # token of the window, the chunk's own tokens take slots too.
+    slots, own_length = held[0].shape[2], own[0].shape[2]
+    seen = max(slots - own_length // 2, own_length // 2)
+    if window is not None and window <= slots:
+        seen = min(slots + own_length // 2, window + size)
+    pairs = rows * heads * length * seen
+    key_bytes = sum(x.nbytes for x in held) / slots
+    cost = pl.CostEstimate(
+        flops=4 * pairs * head_dim,
+        transcendentals=pairs,
+        bytes_accessed=2 * q.nbytes + int(key_bytes * seen) * (length // size),
+    )
     lanes = pltpu.VMEM((group, size, LANES), jnp.float32)
     return pl.pallas_call(
         kernel,
@@ -305,6 +328,7 @@ def _run_kernel(
             scratch_shapes=[lanes, lanes, pltpu.VMEM((group, size, head_dim), jnp.float32)],
         ),
         out_shape=jax.ShapeDtypeStruct((rows, length, heads * head_dim), q.dtype),
+        cost_estimate=cost,
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=MEMORY),
         name="attend_chunk",
         interpret=interpret,

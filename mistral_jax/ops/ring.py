@@ -49,7 +49,7 @@ def held(positions: jax.Array, old: jax.Array) -> jax.Array:
     slots = old.shape[1]
     last = jnp.max(positions, axis=1, keepdims=True)
     first = jnp.min(jnp.where(positions < 0, last + 1, positions), axis=1, keepdims=True)
-    new = last - (last - jnp.arange(slots, dtype=jnp.int32)) % slots
+    new = last - (last - jnp.arange(slots, dtype=jnp.int32)[None]) % slots
     return jnp.where(new >= first, new, old)
 
 
