@@ -152,7 +152,7 @@ class Attention(nn.Module):
             # A chunk of a prompt, in a cache with a slot for each token of the window: the chunk's
             # last tokens overwrite keys that its first tokens still see. So attention reads the old
             # cache and the chunk side by side, and the cache is written afterwards.
-            seen, origin = line_up(cache, k, v, positions)
+            seen, origin = line_up(cache, k, v, positions, self.backend)
             # The barrier orders the two: otherwise XLA copies the cache, to have the old and the
             # new one at the same time.
             seen, cache = jax.lax.optimization_barrier((seen, cache))

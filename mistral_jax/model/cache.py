@@ -173,7 +173,11 @@ def write(
 
 
 def line_up(
-    cache: LayerCache, k: MaybeQuantized, v: MaybeQuantized, positions: jax.Array
+    cache: LayerCache,
+    k: MaybeQuantized,
+    v: MaybeQuantized,
+    positions: jax.Array,
+    backend: Backend = PLAIN,
 ) -> tuple[LayerCache, jax.Array]:
     """Joins the cached tokens and a chunk, in the order of their positions.
 
@@ -185,6 +189,7 @@ def line_up(
       k: rotated keys of the chunk, [B, T, K, H], as for `write`.
       v: values of the chunk, in the same form.
       positions: positions of the chunk's tokens, as for `write`.
+      backend: the backend that this is traced for.
 
     Returns:
       S + T entries in the cache's order of axes, of which entry S + i is token i of the chunk; and
@@ -199,7 +204,7 @@ def line_up(
     index = jnp.where(old, place % slots, entries)
 
     def choose(axis, held, new):
-        return pick(held, new.astype(held.dtype), index, axis)
+        return pick(held, new.astype(held.dtype), index, axis, backend)
 
     found = cache.map(choose, cache.ordered(k, v, positions))
     places = jnp.where(old & (found.positions != place), -1, found.positions)
