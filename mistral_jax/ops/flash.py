@@ -300,18 +300,14 @@ def _run_kernel(
             pl.BlockSpec((None, None, 1, size), positions),
         ]
 
-    # What a full cache costs; at run time blocks are skipped. In a cache without a slot for each
-    # token of the window, the chunk's own tokens take slots too.
-    slots, own_length = held[0].shape[2], own[0].shape[2]
-    seen = max(slots - own_length // 2, own_length // 2)
-    if window is not None and window <= slots:
-        seen = min(slots + own_length // 2, window + size)
-    pairs = rows * heads * length * seen
-    key_bytes = sum(x.nbytes for x in held) / slots
+    # The cost of all keys, of which most chunks see a part: a block of queries takes the share of
+    # this that the blocks of keys that it sees are of all blocks.
+    keys = held[0].shape[2] + own[0].shape[2]
+    pairs = rows * heads * length * keys
     cost = pl.CostEstimate(
         flops=4 * pairs * head_dim,
         transcendentals=pairs,
-        bytes_accessed=2 * q.nbytes + int(key_bytes * seen) * (length // size),
+        bytes_accessed=2 * q.nbytes + length // size * sum(x.nbytes for x in (*held, *own)),
     )
     lanes = pltpu.VMEM((group, size, LANES), jnp.float32)
     return pl.pallas_call(
