@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mistral_jax.ops import cudnn, kernels, ragged, splash, triton
+from mistral_jax.ops import cudnn, flash, kernels, ragged, splash, triton
 from mistral_jax.ops.backend import PLAIN, Backend
 from mistral_jax.ops.partition import Rules
 from mistral_jax.ops.pieces import attend_present, fill, take, weigh, weigh_pieces
@@ -137,6 +137,47 @@ def attend(
         if cudnn.fits(q, *wide, rules):
             return _attend_by_cudnn(q, *wide, *arguments, rules)
     return _attend_blocks(q, k, v, *arguments, _attend_block, BLOCK)
+
+
+def takes_chunks(
+    q: jax.Array,
+    cache: flash.Keys,
+    dilation: int,
+    sections: int,
+    rules: Rules,
+    backend: Backend,
+) -> bool:
+    """Tells whether the backend has `attend_chunk` for these arguments, which are as for `attend`.
+
+    Args:
+      q: queries, [B, T, N, H].
+      cache: a layer's cache.
+      dilation: distance between visible keys.
+      sections: number of parts of T that are computed side by side.
+      rules: mesh axes of the logical axes.
+      backend: the backend that this is traced for.
+    """
+    return (cache.by_heads and dilation == 1 and sections == 1) and flash.fits(
+        q, cache.k, rules, backend
+    )
+
+
+def attend_chunk(
+    q: jax.Array, chunk: flash.Keys, cache: flash.Keys, window: int | None, rules: Rules = ()
+) -> jax.Array:
+    """Attends from every query of a prompt's chunk to the keys before the chunk, and to its own.
+
+    Args:
+      q: queries, [B, T, N, H].
+      chunk: keys, values and positions of the chunk's tokens, by heads.
+      cache: the layer's cache before the chunk, by heads.
+      window: number of visible keys (W), the query's own included; None = no limit.
+      rules: mesh axes of the logical axes, by which the kernel is partitioned.
+
+    Returns:
+      [B, T, N, H] in the dtype of `q`.
+    """
+    return flash.attend(q, chunk, cache, window, rules)
 
 
 def _widen(x, dtype):

@@ -22,11 +22,13 @@ class Backend:
     Attributes:
       platform: "cpu", "gpu" or "tpu".
       chip: the feature of the chip that decides between implementations: the compute capability of
-        a GPU, "vnni" for a CPU with instructions that multiply bytes.
+        a GPU, JAX's name of a TPU ("TPU v6 lite"), "vnni" for a CPU with instructions that multiply
+        bytes.
       alone: whether programs run on one device, without a mesh.
       kernels: names of the kernels that programs may call: "native" (C++, on a CPU; see
-        `kernels.py`), "splash" and "ragged" (Pallas, on a TPU), "cudnn" (prompts, on an NVIDIA
-        GPU), "cudnn-training" (with its gradient), "triton" (decoding, on an NVIDIA GPU).
+        `kernels.py`), "splash" (training), "flash" (prompts) and "ragged" (decoding) on a TPU,
+        "cudnn" (prompts), "cudnn-training" (with its gradient) and "triton" (decoding) on an NVIDIA
+        GPU.
     """
 
     platform: str = "cpu"
@@ -46,7 +48,8 @@ class Backend:
         """
         platform, alone = devices[0].platform, len(devices) == 1
         if platform == "tpu":
-            return cls("tpu", alone=alone, kernels=("splash", "ragged"))
+            chip = str(getattr(devices[0], "device_kind", ""))
+            return cls("tpu", chip, alone, ("splash", "flash", "ragged"))
         if platform in ("gpu", "cuda", "rocm"):
             # AMD's GPUs have a name here, such as "gfx90a", and no cuDNN.
             chip = str(getattr(devices[0], "compute_capability", ""))
