@@ -179,10 +179,10 @@ def compiled(case, model, of, chip, arguments, filled) -> tuple[float, int]:
         arguments.save_hlo.mkdir(parents=True, exist_ok=True)
         name = f"{chip}-{case.name}-{of.chunk}-{model.config.num_layers}.txt"
         (arguments.save_hlo / name).write_text(text)
-    operations = cycles.read(text, hardware.known()[chip], case.program == "decode", share)
+    operations = cycles.read(text, hardware.known()[chip], 1, case.program == "decode", share)
     costly = sorted(operations, key=lambda each: -each.seconds)[: arguments.top]
     for each in costly:
-        kind = " (kernel)" if each.kernel else ""
+        kind = " (kernel)" if each.kind == "kernel" else ""
         line = f"{each.seconds * 1e6:10.1f} us  {each.name}{kind} {each.types[:60]}  {each.source}"
         print(line, file=sys.stderr)
     return cycles.total(operations), program.memory_analysis().temp_size_in_bytes
