@@ -116,16 +116,18 @@ def _times(of: Forecast, chip: Hardware) -> Iterator[str]:
     )
     best, serial = of.tokens / estimate.seconds, of.tokens / estimate.serial_seconds
     compiled = of.compiler_seconds
-    by = f"by the compiler {of.tokens / compiled:,.0f} tokens/s, " if compiled else ""
+    rate = f"{best:,.0f} tokens/s at best"
+    if compiled:
+        rate = f"by the compiler {of.tokens / compiled:,.0f} tokens/s, at best {best:,.0f}"
     yield _row(
         "rate",
-        f"{by}{best:,.0f} tokens/s at best ({serial:,.0f} if exchanges wait for the rest), "
+        f"{rate} ({serial:,.0f} if exchanges wait for the rest), "
         f"{of.model_flops / estimate.seconds / chip.flops:.0%} MFU; {estimate.binds} binds",
     )
     for i, each in enumerate(_costly(of) if compiled else ()):
-        share = f"{each['share']:.0%} of the compiler's {_seconds(compiled)}" if not i else ""
-        share = share or f"{each['share']:.0%}"
-        yield _row("" if i else "most costly", f"{each['place']}: {share}, {each['runs']} runs")
+        share = f"{each['share']:.0%}" if i else f"{each['share']:.0%} of {_seconds(compiled)}"
+        runs = _count(each["runs"], "run")
+        yield _row("" if i else "most costly", f"{each['place']}: {share}, {runs}")
     if warning := _warning(of):
         yield _row("warning", warning)
 
@@ -147,6 +149,10 @@ def _warning(of: Forecast) -> str | None:
         f"the compiler expects {ratio:.1f} times the least time; the operations above take most of "
         "it"
     )
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def _by_kind(of: Forecast) -> dict[str, tuple[int, int]]:
