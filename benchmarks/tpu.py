@@ -3,14 +3,21 @@ least time that the chip allows.
 
 Prints one JSON line for each case: the estimate, the least time, their ratio ("share"), the bound
 that the project sets for the ratio, and whether it holds. Nothing runs; `planning/cycles.py` says
-how times are counted. Two programs of few layers are compiled, and the cost of a layer and of the
-rest are extrapolated to all layers.
+how times are counted. Two programs of few layers are compiled, and extrapolated to all layers.
 
-    pip install libtpu
+    pip install 'mistral-jax-flax[tpu-compiler]'
     python benchmarks/tpu.py --list
-    python benchmarks/tpu.py [--chip v5e] [--layers 2 4] [--top 5] [--save-hlo DIR] [CASE ...]
+    python benchmarks/tpu.py [--chip v5e] [--layers 2 4] [--remat nothing_saveable] [--top 5]
+        [--save-hlo DIR] [CASE ...]
 
-A CASE is a part of a case's name, such as decode, decode-int8, or prompt-v0.3-512.
+A CASE is a part of a case's name, such as decode, decode-int8, or prompt-bf16-v0.3-512.
+
+- decode: a step with full caches. The least time is that of the bytes of weights and cache.
+- room: a step in rooms of 32,768 slots, of which 1,000 are filled. The least time is that of rooms
+  of 1,024 slots with as many filled, by the same estimate.
+- prompt: all chunks of prompts, each with the keys that it sees. The least time, as that of
+  training, is that of the model's FLOPs at the chip's peak; recomputation is not counted.
+- train: a step on 4,096 tokens a chip, with all parameters or with LoRA, on 1, 8 and 64 chips.
 """
 
 import argparse
@@ -21,21 +28,30 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 
 from mistral_jax.checkpoint import quantization
+from mistral_jax.checkpoint.lora import Lora
 from mistral_jax.config import ModelConfig
 from mistral_jax.engine import prefill
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.ops.backend import PLAIN
 from mistral_jax.parallel import hardware
-from mistral_jax.parallel.sharding import Layout, abstract_params
+from mistral_jax.parallel.sharding import Layout, abstract_params, read_layout
 from mistral_jax.planning import arithmetic, cycles, forecast, programs
-from mistral_jax.training.flops import mean_seen, of_attention, of_weights
+from mistral_jax.training.flops import mean_seen, of_attention, of_weights, per_token
 
 MODELS = {"v0.1": "mistral-7b-v0.1", "v0.3": "mistral-7b-v0.3"}
-TOPOLOGIES = {"v5e": "1x1", "v6e": "1x1", "v5p": "2x2x1"}
+TOPOLOGIES = {1: "1x1", 8: "2x4", 64: "8x8"}
+CHIPS = ("v5e", "v6e")
+# The most time of a step with rooms of 32,768 slots, as a multiple of that with rooms of 1,024; and
+# the most bytes of temporaries.
+ROOM, TEMPORARIES = 1.15, 20e6
+LORA = Lora(rank=16, alpha=32)
+# Slots that a kernel of decoding reads at a time.
+SLOTS = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +60,15 @@ class Case:
 
     Attributes:
       name: the case's name.
-      program: "prefill" or "decode".
-      model: "v0.1" or "v0.3".
-      rows: number of rows.
-      length: tokens of the prompt, or cache slots of a row.
+      program: one of `programs.PROGRAMS`.
+      model: a key of `MODELS`.
+      rows: number of rows; in training, a row for each chip.
+      length: tokens of the prompt or of a row in training, or cache slots of a row.
       bound: least ratio of the least time to the estimate.
       int8: whether weights and cache are int8.
       filled: filled slots of each row; None = all.
+      chips: number of chips, over which `fsdp` partitions the model.
+      lora: whether adapters are trained.
     """
 
     name: str
@@ -61,28 +79,35 @@ class Case:
     bound: float
     int8: bool = False
     filled: int | None = None
+    chips: int = 1
+    lora: bool = False
 
 
 def cases() -> Iterator[Case]:
-    for int8, bound in ((False, 0.85), (True, 0.75)):
-        kind = "int8" if int8 else "bf16"
+    for kind, bound in (("bf16", 0.85), ("int8", 0.75)):
+        int8 = kind == "int8"
         for rows in (1, 8, 32):
             yield Case(f"decode-{kind}-{rows}", "decode", "v0.1", rows, 4096, bound, int8)
-    for rows in (1, 8):
-        yield Case(f"room-1024-{rows}", "decode", "v0.3", rows, 1024, 0.0, filled=1000)
-        yield Case(f"room-32768-{rows}", "decode", "v0.3", rows, 32768, 0.0, filled=1000)
-    for model in MODELS:
-        for length in (512, 4096, 32768):
-            for rows in (1, 8):
-                name = f"prompt-{model}-{length}x{rows}"
-                yield Case(name, "prefill", model, rows, length, 0.65)
+        for rows in (1, 8):
+            name = f"room-{kind}-{rows}"
+            yield Case(name, "decode", "v0.3", rows, 32768, 1 / ROOM, int8, filled=1000)
+        for model in MODELS:
+            for length in (512, 4096, 32768):
+                for rows in (1, 8):
+                    name = f"prompt-{kind}-{model}-{length}x{rows}"
+                    yield Case(name, "prefill", model, rows, length, 0.65, int8)
+    for lora in (False, True):
+        for chips in TOPOLOGIES:
+            name = f"train-{'lora' if lora else 'full'}-{chips}"
+            yield Case(name, "train", "v0.1", chips, 4096, 0.65, chips=chips, lora=lora)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The TPU compiler's estimates of Mistral 7B.")
     parser.add_argument("cases", nargs="*", metavar="CASE", help="parts of names [all cases]")
-    parser.add_argument("--chip", action="append", choices=TOPOLOGIES, help="[v5e and v6e]")
+    parser.add_argument("--chip", action="append", choices=CHIPS, help="[v5e and v6e]")
     parser.add_argument("--layers", nargs=2, type=int, default=[2, 4], metavar="N")
+    parser.add_argument("--remat", default="nothing_saveable", help="as in a recipe, in training")
     parser.add_argument("--top", type=int, default=0, help="list the most costly operations, too")
     parser.add_argument("--save-hlo", type=Path, metavar="DIR", help="save the optimised programs")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
@@ -96,7 +121,7 @@ def main() -> None:
         print("\n".join(case.name for case in chosen))
         return
     forecast.fake_devices(1)
-    for chip in arguments.chip or ("v5e", "v6e"):
+    for chip in arguments.chip or CHIPS:
         for case in chosen:
             print(json.dumps(measure(case, chip, arguments)), flush=True)
 
@@ -104,39 +129,125 @@ def main() -> None:
 def measure(case: Case, chip: str, arguments: argparse.Namespace) -> dict:
     """Compiles a case; returns its line."""
     began = time.perf_counter()
-    figures = hardware.known()[chip]
     whole = ModelConfig.from_name(MODELS[case.model])
-    points = []
-    for layers in arguments.layers:
-        config = dataclasses.replace(whole, num_layers=layers)
-        points.append(estimate(case, config, chip, arguments))
-    (first, few), (second, temporaries) = points
-    a, b = arguments.layers
-    layer = (second - first) / (b - a)
-    seconds = first + (whole.num_layers - a) * layer
-    least, tokens = least_time(case, whole, figures, layout(chip))
-    share = float(least / seconds)
-    return {
+    few, more = arguments.layers
+    first, second = (Estimate.of(case, layers, chip, arguments) for layers in (few, more))
+    found = first.extended(second, (whole.num_layers - few) / (more - few))
+    least, tokens = least_time(case, whole, chip)
+    line = {
         "benchmark": "tpu",
         "case": case.name,
         "chip": chip,
-        "milliseconds": round(seconds * 1e3, 3),
-        "least_milliseconds": round(float(least) * 1e3, 3),
-        "tokens_per_second": round(tokens / seconds, 1),
-        "share": round(share, 3),
-        "bound": case.bound,
-        "holds": bool(share >= case.bound),
-        "layer_milliseconds": round(layer * 1e3, 4),
-        "rest_milliseconds": round((first - a * layer) * 1e3, 4),
-        "temporaries_mb": round(max(few, temporaries) / 1e6, 1),
-        "seconds_to_compile": round(time.perf_counter() - began, 1),
+        "milliseconds": round(found.seconds * 1e3, 3),
+        "least_milliseconds": round(least * 1e3, 3),
+        "tokens_per_second": round(tokens / found.seconds, 1),
+        "kernel_milliseconds": round(found.kernels * 1e3, 3),
+        "wait_milliseconds": round(found.waits * 1e3, 3),
+        "layer_milliseconds": round((second.seconds - first.seconds) / (more - few) * 1e3, 4),
+        "temporaries_mb": round(found.temporaries / 1e6, 1),
     }
+    if case.filled:  # The yardstick is a room that the filled slots almost fill.
+        small = dataclasses.replace(case, length=1024)
+        first, second = (Estimate.of(small, layers, chip, arguments) for layers in (few, more))
+        least = first.extended(second, (whole.num_layers - few) / (more - few)).seconds
+        line["small_room_milliseconds"] = round(least * 1e3, 3)
+    share = float(least / found.seconds)
+    line |= {"share": round(share, 3), "bound": round(case.bound, 3), "holds": share >= case.bound}
+    if case.program == "decode":
+        line["temporaries_hold"] = found.temporaries < TEMPORARIES
+    return line | {"seconds_to_compile": round(time.perf_counter() - began, 1)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What the compiler says of a step, or of a whole prompt.
+
+    Attributes:
+      seconds: its time.
+      kernels: part of the time that is Pallas kernels', by arithmetic.
+      waits: part of the time that waits for exchanges, by arithmetic.
+      temporaries: bytes.
+    """
+
+    seconds: float
+    kernels: float
+    waits: float
+    temporaries: float
+
+    def extended(self, other: "Estimate", factor: float) -> "Estimate":
+        """Extrapolates from this estimate over another one, which has more layers."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Estimate(*(a + factor * (b - a) for a, b in pairs))
+
+    @classmethod
+    def of(cls, case: Case, layers: int, chip: str, arguments) -> "Estimate":
+        """Compiles a case's programs with a number of layers."""
+        config = ModelConfig.from_name(MODELS[case.model])
+        config = dataclasses.replace(config, num_layers=layers)
+        on = layout(chip, case.chips)
+        of = sizes(case, config, on)
+        model = programs.model(config, on, of).clone(remat=arguments.remat or None)
+        if case.program == "decode":
+            room = prefill.slots(model, of.length)
+            filled = min(room, case.filled or room)
+            program = Compiled(case, model, of, chip, arguments)
+            return program.estimate(-(-filled // SLOTS) * SLOTS / room)
+        if case.program == "train":
+            program = Compiled(case, model, of, chip, arguments)
+            return program.estimate(arithmetic.attended("train", model, of))
+        start, parts = 0, []
+        while start < case.length:
+            width = prefill.chunk_width(of.batch, case.length - start, model.backend)
+            chunk = dataclasses.replace(of, chunk=width)
+            program = Compiled(case, model, chunk, chip, arguments)
+            parts.append(program.estimate(arithmetic.attended("prefill", model, chunk, start)))
+            start += width
+        *times, temporaries = zip(*map(dataclasses.astuple, parts), strict=True)
+        return cls(*map(sum, times), max(temporaries))
+
+
+class Compiled:
+    """One compiled program; `known` keeps those of the last case."""
+
+    known: ClassVar[dict] = {}
+
+    def __init__(self, case: Case, model: Transformer, of: programs.Shapes, chip: str, arguments):
+        self.case, self.chip, self.top = case, chip, arguments.top
+        key = case, chip, of.chunk, model.config.num_layers
+        if key not in self.known:
+            if case not in {known[0] for known in self.known}:
+                self.known.clear()
+            on = layout(chip, case.chips)
+            program = programs.lower(case.program, model, on, of).compile()
+            self.known[key] = program.as_text(), program.memory_analysis().temp_size_in_bytes, {}
+            if arguments.save_hlo:
+                arguments.save_hlo.mkdir(parents=True, exist_ok=True)
+                name = f"{chip}-{case.name}-{of.length}-{of.chunk}-{model.config.num_layers}.txt"
+                (arguments.save_hlo / name).write_text(self.known[key][0])
+        self.text, self.temporaries, self.shares = self.known[key]
+
+    def estimate(self, share: float) -> Estimate:
+        """Reads the estimate, with a share of the work of the attention kernels."""
+        if share not in self.shares:
+            steps = self.case.program == "decode"
+            chip = hardware.known()[self.chip]
+            found = cycles.read(self.text, chip, self.case.chips, steps, share)
+            for place, seconds, runs in cycles.costly(found, self.top if not self.shares else 0):
+                print(f"{seconds * 1e6:12.1f} us {runs:5} runs  {place}", file=sys.stderr)
+            kernels, waits = (
+                cycles.total(each for each in found if each.kind == kind)
+                for kind in ("kernel", "wait")
+            )
+            self.shares[share] = Estimate(cycles.total(found), kernels, waits, self.temporaries)
+        return self.shares[share]
 
 
 @functools.cache
-def layout(chip: str) -> Layout:
-    device = list(forecast.tpu_devices(chip, TOPOLOGIES[chip]))[:1]
-    mesh = jax.make_mesh((1,), ("device",), (jax.sharding.AxisType.Auto,), devices=device)
+def layout(chip: str, chips: int) -> Layout:
+    devices = list(forecast.tpu_devices(chip, TOPOLOGIES[chips]))
+    if chips > 1:
+        return read_layout("fsdp", ModelConfig.from_name(MODELS["v0.1"]), devices, None)
+    mesh = jax.make_mesh((1,), ("device",), (jax.sharding.AxisType.Auto,), devices=devices[:1])
     return Layout(mesh, ())
 
 
@@ -146,50 +257,14 @@ def sizes(case: Case, config: ModelConfig, on: Layout) -> programs.Shapes:
         shapes = abstract_params(Transformer(config, backend=PLAIN))
         small = quantization.matrices(shapes, output=True)
     cache = "int8" if case.int8 else None
-    return programs.shapes(on, case.rows, case.length, "bfloat16", small, cache)
+    train = case.program == "train"
+    of = programs.shapes(on, case.rows, case.length, "bfloat16", small, cache, train)
+    return dataclasses.replace(of, lora=LORA if case.lora else None)
 
 
-def estimate(case: Case, config: ModelConfig, chip: str, arguments) -> tuple[float, int]:
-    """Returns the estimated seconds of a step or of a whole prompt, and the temporaries."""
-    on = layout(chip)
-    of = sizes(case, config, on)
-    model = programs.model(config, on, of)
-    if case.program == "decode":
-        return compiled(case, model, of, chip, arguments, case.filled or case.length)
-    seconds, temporaries, rest = 0.0, 0, case.length
-    read: dict[int, tuple[float, int]] = {}
-    while rest > 0:
-        width = prefill.chunk_width(of.batch, rest, model.backend)
-        if width not in read:
-            chunk = dataclasses.replace(of, chunk=width)
-            read[width] = compiled(case, model, chunk, chip, arguments, case.length)
-        seconds += read[width][0]
-        temporaries = max(temporaries, read[width][1])
-        rest -= width
-    return seconds, temporaries
-
-
-def compiled(case, model, of, chip, arguments, filled) -> tuple[float, int]:
-    """Compiles one program; returns its estimated seconds, and its temporaries in bytes."""
-    program = programs.lower(case.program, model, layout(chip), of).compile()
-    text = program.as_text()
-    room = prefill.slots(model, of.length)
-    share = min(filled, room) / room
-    if arguments.save_hlo:
-        arguments.save_hlo.mkdir(parents=True, exist_ok=True)
-        name = f"{chip}-{case.name}-{of.chunk}-{model.config.num_layers}.txt"
-        (arguments.save_hlo / name).write_text(text)
-    operations = cycles.read(text, hardware.known()[chip], case.program == "decode", share)
-    costly = sorted(operations, key=lambda each: -each.seconds)[: arguments.top]
-    for each in costly:
-        kind = " (kernel)" if each.kernel else ""
-        line = f"{each.seconds * 1e6:10.1f} us  {each.name}{kind} {each.types[:60]}  {each.source}"
-        print(line, file=sys.stderr)
-    return cycles.total(operations), program.memory_analysis().temp_size_in_bytes
-
-
-def least_time(case: Case, config: ModelConfig, chip, on: Layout) -> tuple[float, int]:
-    """Returns the least seconds of the whole model, and the number of tokens."""
+def least_time(case: Case, config: ModelConfig, chip: str) -> tuple[float, int]:
+    """Returns the least seconds of the whole model on each chip, and the number of tokens."""
+    on, figures = layout(chip, case.chips), hardware.known()[chip]
     of = sizes(case, config, on)
     if case.program == "decode":
         model = programs.model(config, on, of)
@@ -198,11 +273,14 @@ def least_time(case: Case, config: ModelConfig, chip, on: Layout) -> tuple[float
         weights = arithmetic.moved("decode", (params, ()), config)
         held = arithmetic.size(cache) * min(case.filled or room, room) / room
         flops = arithmetic.flops("decode", config, of)
-        return max((weights + held) / chip.bandwidth, flops / chip.flops), of.batch
+        return max((weights + held) / figures.bandwidth, flops / figures.flops), of.batch
     count = of.batch * case.length
-    flops = of_weights(config, count, of.batch)
-    flops += of_attention(config, count, mean_seen(config, case.length))
-    return flops / chip.flops, count
+    if case.program == "train":
+        flops = count * per_token(config, case.length, adapters=case.lora)
+    else:
+        flops = of_weights(config, count, of.batch)
+        flops += of_attention(config, count, mean_seen(config, case.length))
+    return float(flops / figures.flops / case.chips), count
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The planning command, `python -m mistral_jax.plan`."""
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import math
@@ -21,8 +22,9 @@ Examples:
   %(prog)s mistral-7b-v0.3 --sharding fsdp --devices 64 --hardware v5p \\
       --batch 128 --length 4096 --train
 
-With a TPU as --hardware and libtpu installed (pip install libtpu), the TPU's own compiler is asked,
-and memory is what it will be. Else programs are compiled for CPU devices, whose temporaries are
+With a TPU as --hardware and libtpu installed (pip install 'mistral-jax-flax[tpu-compiler]'), the
+TPU's own compiler is asked. Memory is then what it will be, and the compiler's estimate of the time
+stands beside the least time. Else programs are compiled for CPU devices, whose temporaries are
 others and as a rule larger: they hold much of bfloat16 as float32.
 """
 
@@ -82,6 +84,19 @@ def _parser() -> command.Parser:
         choices=("cpu", "tpu"),
         help="whose [tpu for a TPU where libtpu is installed, else cpu]",
     )
+    add(
+        "--layers",
+        type=int,
+        metavar="N",
+        help="plan the first N layers only, for a quick look [all]",
+    )
+    add(
+        "--save-hlo",
+        type=Path,
+        metavar="DIR",
+        help="save the optimised text of each program as DIR/PROGRAM.txt, for instance "
+        "DIR/decode.txt",
+    )
     add("--json", action="store_true", help="one JSON object a program, each on a line")
     return parser
 
@@ -102,6 +117,9 @@ def _run(arguments: argparse.Namespace) -> None:
     from mistral_jax.planning import forecast, programs, report
 
     config = _config(arguments.model)
+    all_layers = config.num_layers
+    if arguments.layers is not None:
+        config = _first_layers(config, arguments.layers, arguments.model)
     chips = known()
     if arguments.hardware is not None and arguments.hardware not in chips:
         raise ValueError(f"no hardware {arguments.hardware!r}; expected one of {', '.join(chips)}")
@@ -117,11 +135,13 @@ def _run(arguments: argparse.Namespace) -> None:
     found = []
     for program in ("train",) if arguments.train else ("prefill", "decode"):
         print(f"compiling {program} for {compiler} ...", file=sys.stderr, flush=True)
-        found.append(forecast.forecast(program, config, layout, of, chip, arguments.remat))
+        options = arguments.remat, arguments.save_hlo
+        found.append(forecast.forecast(program, config, layout, of, chip, *options))
     mesh = dict(layout.mesh.shape)
     if arguments.json:
         about = {
             "model": arguments.model,
+            "layers": config.num_layers,
             "sharding": arguments.sharding,
             "mesh": mesh,
             "batch": of.batch,
@@ -140,6 +160,9 @@ def _run(arguments: argparse.Namespace) -> None:
     dtypes = [arguments.dtype]
     dtypes += ["matrices in int8"] if quantized else []
     dtypes += [f"cache in {arguments.kv_cache_dtype}"] if arguments.kv_cache_dtype else []
+    layers = config.num_layers
+    if layers < all_layers:
+        dtypes.append(f"only {layers} of {all_layers} layers")
     print(f"{arguments.model}, {rows} of {of.length} tokens, {', '.join(dtypes)}: {where}")
     print(f"compiled for {compiler}; all figures are those of one device\n")
     print("\n".join(report.lines(found, chip, own)))
@@ -155,6 +178,20 @@ def _config(model: str):
     if Path(model).exists() and not Path(model).is_dir():
         return ModelConfig.from_dict(read_toml(model), model)
     return ModelConfig.from_name(model)
+
+
+def _first_layers(config, count: int, model: str):
+    """Returns the config of a model with the first layers only."""
+    if not 1 <= count <= config.num_layers:
+        raise ValueError(
+            f"--layers is {count}; expected 1 to {config.num_layers}, the layers of {model}"
+        )
+    return dataclasses.replace(
+        config,
+        num_layers=count,
+        sliding_window=config.windows[:count],
+        dilation=config.dilations[:count],
+    )
 
 
 def _quantized(arguments: argparse.Namespace, config):
@@ -202,7 +239,7 @@ def _devices(arguments: argparse.Namespace, chip, count: int):
     if arguments.compiler is None and count in slices and not installed:
         command.tell(
             "note: the CPU's compiler is asked, whose temporaries are larger; for the TPU's own: "
-            "pip install libtpu"
+            "pip install 'mistral-jax-flax[tpu-compiler]'"
         )
     cpus = forecast.fake_devices(count if compiler == "cpu" else 1)
     if compiler == "cpu":

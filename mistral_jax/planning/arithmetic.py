@@ -12,8 +12,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import numpy as np
 
 from mistral_jax.config import ModelConfig
+from mistral_jax.engine.prefill import slots
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.ops.attention import BLOCK
 from mistral_jax.ops.partition import mesh_axes
@@ -21,6 +23,9 @@ from mistral_jax.parallel.sharding import Layout
 from mistral_jax.planning.collectives import Collective
 from mistral_jax.planning.programs import Shapes, weights
 from mistral_jax.training.flops import keys_seen, mean_seen, of_attention, of_weights
+
+# Queries and keys of a block of a TPU's kernels of attention.
+_KERNEL_BLOCK = 512
 
 
 def tokens(program: str, of: Shapes) -> int:
@@ -43,6 +48,43 @@ def flops(program: str, config: ModelConfig, of: Shapes) -> float:
     keys = keys_seen(config, last) if program == "decode" else mean_seen(config, of.length)
     forward = of_weights(config, count, scored) + of_attention(config, count, keys)
     return forward * (3 if program == "train" else 1)
+
+
+def attended(program: str, model: Transformer, of: Shapes, start: int | None = None) -> float:
+    """Returns the share of the pairs of queries and keys that a kernel of attention computes.
+
+    The keys are those of the cache's slots and of the chunk, or of the training batch. Kernels skip
+    blocks of keys that no query of a block of queries sees. Decoding counts a full cache.
+
+    Args:
+      program: one of `programs.PROGRAMS`.
+      model: the model.
+      of: the sizes.
+      start: for prefill, position of the chunk's first token; None = the mean over the chunks of a
+        prompt.
+    """
+    if program == "decode":
+        return 1.0
+    if program == "prefill" and start is None:
+        starts = range(0, of.length, of.chunk)
+        return float(np.mean([attended(program, model, of, start) for start in starts]))
+    width, room = (of.length, 0) if program == "train" else (of.chunk, slots(model, of.length))
+    shares = []
+    for span in model.config.spans:
+        held = min(room, span or room)
+        computed = sum(
+            min(held + width, _blocks(first + (start or 0), width - first, span))
+            for first in range(0, width, _KERNEL_BLOCK)
+        )
+        shares.append(computed * _KERNEL_BLOCK / (width * (held + width)))
+    return min(1.0, float(np.mean(shares)))
+
+
+def _blocks(first: int, left: int, span: int | None) -> int:
+    """Returns the keys, in whole blocks, that queries from position `first` on see together."""
+    last = first + min(left, _KERNEL_BLOCK) - 1
+    oldest = max(0, first - span + 1) if span else 0
+    return (last // _KERNEL_BLOCK - oldest // _KERNEL_BLOCK + 1) * _KERNEL_BLOCK
 
 
 def moved(program: str, held: Any, config: ModelConfig) -> float:

@@ -72,15 +72,33 @@ def read(text: str, devices: int) -> list[Collective]:
     # that work, with the same channel.
     found: dict[str, list[Collective]] = {}
     for instruction, times, loops in Program(text).walk():
-        if instruction.operation.removesuffix("-start") in KINDS:
-            channel = _CHANNEL.search(instruction.text)
-            key = channel[1] if channel else instruction.text
-            found.setdefault(key, _parse(instruction, times, loops, devices))
+        if is_one(instruction):
+            found.setdefault(channel(instruction), parse(instruction, devices, times, loops))
     return [collective for parts in found.values() for collective in parts]
 
 
-def _parse(instruction: Instruction, times: int, loops: int, devices: int) -> list[Collective]:
-    """Reads the arrays of an instruction, which may combine several."""
+def is_one(instruction: Instruction) -> bool:
+    """Tells whether an instruction is a collective, or begins one that runs in the background."""
+    return instruction.operation.removesuffix("-start") in KINDS
+
+
+def channel(instruction: Instruction) -> str:
+    """Returns what the pieces of one collective have in common."""
+    found = _CHANNEL.search(instruction.text)
+    return found[1] if found else instruction.text
+
+
+def parse(
+    instruction: Instruction, devices: int, times: int = 1, loops: int = 0
+) -> list[Collective]:
+    """Reads the arrays of a collective, which may combine several.
+
+    Args:
+      instruction: the collective.
+      devices: number of devices that the program runs on.
+      times: number of times that it runs.
+      loops: number of loops around it.
+    """
     operation, arrays = instruction.operation, instruction.results
     kind = operation.removesuffix("-start")
     if operation.endswith("-start") and kind != "all-reduce" and len(arrays) > 1:

@@ -5,12 +5,15 @@ The TPU compiler writes the cycles that it expects of an operation into the prog
 runs. Copies in the background (`copy-start`) have no cycles: they overlap with other operations.
 """
 
+import collections
 import dataclasses
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from mistral_jax.parallel.hardware import Hardware
-from mistral_jax.planning.hlo import Instruction, Program, arrays
+from mistral_jax.planning import collectives, estimate, hlo
+from mistral_jax.planning.hlo import Array, Instruction, Program, arrays
 
 # The share of the peak and of the bandwidth that a Pallas kernel without a stated cost reaches.
 KERNEL_SHARE = 0.6
@@ -19,8 +22,17 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _COST = re.compile(r'"cost_estimate":\{([^}]*)\}')
 _FIELD = re.compile(r'"(\w+)":"?(\d+)')
 _OPERANDS = re.compile(r"operand_layout_constraints=\{(.*?\})\}, ")
-# Matrix products of Pallas's splash attention, for each pair of a block of queries and one of keys.
-_SPLASH = {"fwd": 2, "dkv": 4, "dq": 3}
+# Names of kernels of attention.
+_ATTENTION = re.compile(r"attend|attention|splash")
+# Matrix products of splash attention for each block of queries and each of keys: in the forward
+# pass, and for the gradients of keys and values, and of queries.
+_SPLASH = re.compile(r"splash\w*?_(fwd|dkv|dq)")
+_PRODUCTS = {"fwd": 2, "dkv": 4, "dq": 3}
+# Names in the path of an operation that JAX adds to those of the model's modules.
+_ADDED = re.compile(
+    r"while|body|cond|closed_call|checkpoint|rematted_computation|branch_\d+_fun|shard_map|"
+    r"pallas_call|custom_[jv]{2}p_call"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +45,8 @@ class Operation:
       source: the path of names in the program that it comes from; "" if XLA added it.
       run: seconds of one run.
       times: number of runs in each run of the program, or in each step of decoding.
-      kernel: whether it is a Pallas kernel, whose time is an estimate by arithmetic.
+      kind: "compiled" if the compiler estimates it; "kernel" for a Pallas kernel and "wait" for the
+        wait for a collective, whose times are arithmetic.
     """
 
     name: str
@@ -41,15 +54,39 @@ class Operation:
     source: str
     run: float
     times: int
-    kernel: bool
+    kind: str = "compiled"
 
     @property
     def seconds(self) -> float:
         """Seconds of all runs."""
         return self.run * self.times
 
+    @property
+    def place(self) -> str:
+        """Its place in the model, without the number of the layer, and what it computes there."""
+        name = self.name.split(".")[0]
+        *path, last = self.source.split("/")
+        if not last:
+            return f"{name} of {hlo.first_array(self.types)}, added by XLA"
+        inside = [i for i, part in enumerate(path) if "Transformer" in part]
+        modules = path[inside[-1] + 1 :] if inside else []
+        names = [part for part in modules if part.isidentifier() and not _ADDED.fullmatch(part)]
+        if self.kind == "kernel":
+            names = [part for part in names if part not in name]
+        where = re.sub(r"\blayers_\d+", "layers", "/".join(names)) or "Transformer"
+        if not inside:
+            where = "outside the model"
+        if any("transpose(" in part for part in path):
+            where += ", backward"
+        elif "rematted_computation" in path:
+            where += ", again"
+        what = {"kernel": f"kernel {name}", "wait": "wait for an exchange"}.get(self.kind, last)
+        return f"{where} ({what})"
 
-def read(text: str, chip: Hardware, steps: bool = False, attended: float = 1.0) -> list[Operation]:
+
+def read(
+    text: str, chip: Hardware, devices: int = 1, steps: bool = False, attended: float = 1.0
+) -> list[Operation]:
     """Reads the operations of a program that take time.
 
     A conditional counts its most costly branch. In a loop of decoding steps, a conditional outside
@@ -59,11 +96,16 @@ def read(text: str, chip: Hardware, steps: bool = False, attended: float = 1.0) 
     A Pallas kernel has no cycles. If the call states a cost, the kernel takes the time of its FLOPs
     at the chip's peak, or that of its bytes at the chip's bandwidth, whichever is longer; if it
     states none, `KERNEL_SHARE` of both is assumed. The bytes are then those of operands and
-    results, and FLOPs are known for splash attention only.
+    results, and FLOPs are known for attention only.
+
+    Collectives have no cycles. They take the time of the roofline (`estimate.seconds`), one after
+    another, beginning with the first operation that carries them. An operation that needs the
+    result waits for it, and the wait counts.
 
     Args:
       text: `compiled.as_text()`.
       chip: the chip that the program is compiled for.
+      devices: number of devices that the program runs on.
       steps: whether to count one step of the outermost loop, as for decoding, in place of the whole
         program.
       attended: share of the cost of the attention kernels that a run takes, because they skip keys.
@@ -71,35 +113,125 @@ def read(text: str, chip: Hardware, steps: bool = False, attended: float = 1.0) 
     Returns:
       The operations, in the order of the program; empty if the compiler wrote no estimates.
     """
-    program = Program(text)
     if chip.clock is None or not _CYCLES.search(text):
         return []
+    reader = _Reader(Program(text), chip, devices, steps, attended)
+    reader.run(reader.program.entry, not steps)
+    return reader.found
 
-    def cost(name: str) -> float:
-        walked = program.walk(follow, name)
-        return sum(times * (_seconds(each, chip, attended) or 0) for each, times, _ in walked)
 
-    def follow(instruction: Instruction) -> Iterable[str]:
+class _Reader:
+    """Goes through a program in the order of its schedule; `found` receives the operations."""
+
+    def __init__(
+        self, program: Program, chip: Hardware, devices: int, steps: bool, attended: float
+    ):
+        self.program, self.chip, self.devices = program, chip, devices
+        self.steps, self.attended = steps, attended
+        self.found: list[Operation] = []
+
+    def run(self, name: str, counts: bool, times: int = 1) -> float:
+        """Adds the operations of a computation, and returns its seconds.
+
+        Args:
+          name: name of the computation.
+          counts: whether its operations count, or only those of the loops in it.
+          times: number of its runs.
+        """
+        clock, links = 0.0, 0.0
+        ready: dict[str, float] = {}
+        carriers = self._carriers(name)
+        last = {channel: names[-1] for channel, names in carriers.items()}
+        carried = {each: channel for channel, names in carriers.items() for each in names}
+        for instruction in self.program.computations[name]:
+            before, kind = clock, "kernel" if _is_kernel(instruction) else "compiled"
+            seconds = _seconds(instruction, self.chip, self.attended)
+            if seconds:
+                clock += self._add(instruction, seconds, times, counts, kind)
+            for other in self._entered(instruction):
+                loop = instruction.operation == "while"
+                trips = self.program.trips(instruction) if loop else 1
+                clock += trips * self.run(other, counts or loop, times * trips)
+            channel = carried.get(instruction.name)
+            if channel is None:
+                continue
+            if channel not in ready:
+                exchange = self._collective(instruction)
+                links = max(links, before) + sum(
+                    estimate.seconds(each, self.chip)
+                    for each in collectives.parse(exchange, self.devices)
+                )
+                ready[channel] = links
+            if last[channel] == instruction.name and ready[channel] > clock:
+                clock += self._add(instruction, ready[channel] - clock, times, counts, "wait")
+        return clock
+
+    def _add(self, instruction, seconds, times, counts, kind) -> float:
+        if counts:
+            names = instruction.name, instruction.types, instruction.source
+            self.found.append(Operation(*names, seconds, times, kind))
+        return seconds
+
+    def _entered(self, instruction: Instruction) -> Iterable[str]:
+        """Returns the computations whose operations run, and are not in `instruction`'s time."""
         if instruction.operation in ("while", "call", "async-start"):
             return instruction.called
         if instruction.operation != "conditional":
             return ()
-        if steps and "Transformer" not in instruction.source:
+        if self.steps and "Transformer" not in instruction.source:
             return instruction.branches[:1]
-        return [max(instruction.branches, key=cost)]
+        return [max(instruction.branches, key=self._cost)]
 
-    found = []
-    for instruction, times, loops in program.walk(follow):
-        seconds = _seconds(instruction, chip, attended)
-        if seconds and (loops or not steps):
-            names = instruction.name, instruction.types, instruction.source
-            found.append(Operation(*names, seconds, times, _is_kernel(instruction)))
-    return found
+    def _cost(self, name: str) -> float:
+        known = len(self.found)
+        seconds = self.run(name, True)
+        del self.found[known:]
+        return seconds
+
+    def _collective(self, instruction: Instruction) -> Instruction | None:
+        """Returns the collective that an instruction is, or that a fusion carries."""
+        if collectives.is_one(instruction):
+            return instruction
+        inside = [
+            other
+            for name in (instruction.called if instruction.operation == "fusion" else ())
+            for other in self.program.computations[name]
+        ]
+        return next(filter(collectives.is_one, inside), None)
+
+    def _carriers(self, name: str) -> dict[str, list[str]]:
+        """Returns the names of the instructions that carry each collective of a computation."""
+        found: dict[str, list[str]] = collections.defaultdict(list)
+        starts: dict[str, str] = {}
+        for instruction in self.program.computations[name]:
+            if collective := self._collective(instruction):
+                channel = collectives.channel(collective)
+                found[channel].append(instruction.name)
+                starts[instruction.name] = channel
+            elif instruction.operation.removesuffix("-done") in collectives.KINDS:
+                start = re.search(r"-done\([^%)]*%?([\w.-]+)", instruction.text)
+                if start and start[1] in starts:
+                    found[starts[start[1]]].append(instruction.name)
+        return found
 
 
 def total(operations: Iterable[Operation]) -> float:
     """Returns the seconds of operations that run one after another."""
     return sum(operation.seconds for operation in operations)
+
+
+def costly(operations: Iterable[Operation], count: int = 5) -> list[tuple[str, float, int]]:
+    """Returns the most costly places: names, seconds of all their operations, and their number.
+
+    The operations of all layers are joined.
+    """
+    seconds: dict[str, float] = collections.defaultdict(float)
+    runs: dict[str, int] = collections.defaultdict(int)
+    for operation in operations:
+        seconds[operation.place] += operation.seconds
+        runs[operation.place] += operation.times
+    largest = sorted(seconds, key=seconds.get, reverse=True)[:count]
+    return [(place, seconds[place], runs[place]) for place in largest]
 
 
 def _is_kernel(instruction: Instruction) -> bool:
@@ -111,7 +243,7 @@ def _seconds(instruction: Instruction, chip: Hardware, attended: float) -> float
     if not _is_kernel(instruction):
         cycles = _CYCLES.search(instruction.text)
         return int(cycles[1]) / chip.clock if cycles else None
-    share = attended if "/attn/" in instruction.source else 1.0
+    share = attended if _ATTENTION.search(instruction.name) else 1.0
     if stated := _COST.search(instruction.text):
         cost = {name: int(value) for name, value in _FIELD.findall(stated[1])}
         flops, moved = cost.get("flops", 0), cost.get("bytes_accessed", 0)
@@ -119,18 +251,17 @@ def _seconds(instruction: Instruction, chip: Hardware, attended: float) -> float
     given = _OPERANDS.search(instruction.text)
     operands = arrays(given[1]) if given else []
     moved = sum(x.bytes for x in [*operands, *instruction.results])
-    flops = share * _splash_flops(instruction, operands)
+    flops = share * _attention_flops(instruction, operands)
     return max(flops / chip.flops, moved / chip.bandwidth) / KERNEL_SHARE
 
 
-def _splash_flops(instruction: Instruction, operands) -> float:
-    """Counts the FLOPs of splash attention over all pairs of queries and keys; 0 = unknown."""
-    named = re.search(r"splash_\w*?(fwd|dkv|dq)", instruction.text)
-    wide = [x.shape for x in operands if len(x.shape) >= 3 and x.dtype in ("bf16", "f32")]
-    if not named or len(wide) < 2:
+def _attention_flops(instruction: Instruction, operands: Sequence[Array]) -> float:
+    """Counts the FLOPs of a kernel of attention over all pairs of queries and keys."""
+    queries = [x.shape for x in operands if len(x.shape) >= 3 and x.dtype in ("bf16", "f32")]
+    if not _ATTENTION.search(instruction.name) or not queries:
         return 0
-    *rows, heads, length, width = wide[0]
-    pairs = heads * length * wide[1][-2]
-    for size in rows:
-        pairs *= size
-    return 2 * _SPLASH[named[1]] * pairs * width
+    wide = [x.shape for x in operands if len(x.shape) >= 3 and x.shape[-1] == queries[0][-1]]
+    keys = max(shape[-2] for shape in wide[1:] or wide)
+    splash = _SPLASH.search(instruction.name)
+    products = _PRODUCTS[splash[1]] if splash else 2
+    return 2 * products * math.prod(queries[0]) * keys

@@ -47,18 +47,22 @@ def estimate(
 ) -> Estimate:
     """Estimates the time of a program.
 
-    The time of a collective is that of its bytes or that of its hops, whichever is longer. A ring
-    works in both directions, so there are hops around half of it (the scaling book, part 3).
-
     Args:
       hardware: the chip.
       flops: FLOPs of one device.
       moved: bytes that one device reads and writes in its memory.
       collectives: the program's collectives.
     """
-    exchange = 0.0
-    for collective in collectives:
-        rounds = 2 if collective.kind == "all-reduce" else 1
-        hops = rounds * (collective.group // 2) * HOP_SECONDS
-        exchange += collective.times * max(hops, collective.sent / hardware.link)
+    exchange = sum(each.times * seconds(each, hardware) for each in collectives)
     return Estimate(flops / hardware.flops, moved / hardware.bandwidth, exchange)
+
+
+def seconds(collective: Collective, hardware: Hardware) -> float:
+    """Returns the least time of one run of a collective.
+
+    It is that of its bytes or that of its hops, whichever is longer. A ring works in both
+    directions, so there are hops around half of it (the scaling book, part 3).
+    """
+    rounds = 2 if collective.kind == "all-reduce" else 1
+    hops = rounds * (collective.group // 2) * HOP_SECONDS
+    return max(hops, collective.sent / hardware.link)

@@ -6,13 +6,14 @@ This needs neither weights nor the hardware. `report.py` prints forecasts.
 import dataclasses
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 
 from mistral_jax.config import ModelConfig
 from mistral_jax.parallel.hardware import Hardware
 from mistral_jax.parallel.sharding import Layout
-from mistral_jax.planning import arithmetic, collectives, programs
+from mistral_jax.planning import arithmetic, collectives, cycles, programs
 from mistral_jax.planning.collectives import Collective
 from mistral_jax.planning.estimate import Estimate, estimate
 from mistral_jax.planning.programs import Shapes
@@ -38,6 +39,10 @@ class Forecast:
       estimate: the least time on the given hardware; None without hardware.
       refusal: the reason why the compiler refuses the program, which then does not fit; the counts
         are then those of arithmetic. None if it compiles.
+      operations: the operations that the compiler estimates; empty if it estimates none.
+      chunk: for prefill, tokens of a row (C) that a chunk holds.
+      cached: for prefill, tokens of a row that are cached before the chunk, on average over the
+        chunks of a prompt. FLOPs and times are averages over these chunks, too.
     """
 
     program: str
@@ -52,6 +57,20 @@ class Forecast:
     model_sent: float
     estimate: Estimate | None
     refusal: str | None = None
+    operations: list[cycles.Operation] = dataclasses.field(default_factory=list)
+    chunk: int | None = None
+    cached: float | None = None
+
+    @property
+    def compiler_seconds(self) -> float | None:
+        """Time by the compiler's estimate; None if there is none.
+
+        The compiler does not count copies in the background, so that its estimate may be below the
+        roofline, which then counts.
+        """
+        if not self.operations or self.estimate is None:
+            return None
+        return max(cycles.total(self.operations), self.estimate.seconds)
 
     @property
     def bytes(self) -> int:
@@ -85,6 +104,7 @@ def forecast(
     of: Shapes,
     hardware: Hardware | None = None,
     remat: bool = True,
+    save_hlo: Path | None = None,
 ) -> Forecast:
     """Compiles a program for the devices of a layout, and reads its cost.
 
@@ -95,6 +115,7 @@ def forecast(
       of: sizes of the request or of the batch.
       hardware: the chip to estimate times for; None = estimate none.
       remat: whether training computes the blocks again in the backward pass.
+      save_hlo: folder in which to save the program's optimised text, as `program`.txt.
     """
     again = "nothing_saveable" if remat else None
     model = programs.model(config, layout, of).clone(remat=again)
@@ -102,7 +123,7 @@ def forecast(
     expected = arithmetic.exchanges(program, model, layout, of)
     flops, moved = arithmetic.flops(program, config, of), arithmetic.moved(program, held, config)
     flops /= layout.mesh.size
-    temporaries, found, costs, refusal = None, expected, {}, None
+    temporaries, found, costs, refusal, operations = None, expected, {}, None, []
     lowered = programs.lower(program, model, layout, of)
     try:
         compiled = lowered.compile()
@@ -112,7 +133,15 @@ def forecast(
         refusal = str(error).partition("\n")[0].removeprefix("RESOURCE_EXHAUSTED: ")
     else:
         temporaries = compiled.memory_analysis().temp_size_in_bytes
-        found = collectives.read(compiled.as_text(), layout.mesh.size)
+        text = compiled.as_text()
+        if save_hlo is not None:
+            save_hlo.mkdir(parents=True, exist_ok=True)
+            (save_hlo / f"{program}.txt").write_text(text, encoding="utf-8")
+        found = collectives.read(text, layout.mesh.size)
+        if hardware is not None:
+            share = arithmetic.attended(program, model, of)
+            steps = program == "decode"
+            operations = cycles.read(text, hardware, layout.mesh.size, steps, share)
         if program == "decode":  # Collectives after the loop run once for many steps.
             found = [collective for collective in found if collective.loops]
         costs = compiled.cost_analysis()
@@ -130,6 +159,9 @@ def forecast(
         model_sent=arithmetic.sent(expected),
         estimate=estimate(hardware, max(flops, compiled_flops), moved, found) if hardware else None,
         refusal=refusal,
+        operations=operations,
+        chunk=of.chunk if program == "prefill" else None,
+        cached=(of.length - of.chunk) / 2 if program == "prefill" else None,
     )
 
 
@@ -187,5 +219,5 @@ def tpu_devices(name: str, topology: str) -> Sequence[jax.Device]:
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"there is no compiler for a {name} slice of {topology} ({reason}): "
-            "pip install libtpu, or plan with --compiler cpu"
+            "pip install 'mistral-jax-flax[tpu-compiler]', or plan with --compiler cpu"
         ) from None

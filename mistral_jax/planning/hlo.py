@@ -51,6 +51,12 @@ def arrays(types: str) -> list[Array]:
     ]
 
 
+def first_array(types: str) -> str:
+    """Returns the first array of an HLO type, without its layout."""
+    found = _ARRAY.search(types)
+    return found[0] if found else types
+
+
 @dataclasses.dataclass(frozen=True)
 class Instruction:
     """One instruction.

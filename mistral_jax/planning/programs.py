@@ -7,6 +7,7 @@ compiles the programs and reads their cost.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,13 +17,14 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from mistral_jax.checkpoint import precision, quantization
+from mistral_jax.checkpoint.lora import Lora, adapter_shardings, attach, init_adapters
 from mistral_jax.config import ModelConfig
 from mistral_jax.engine import decode, prefill
 from mistral_jax.engine.sampling import RowSampling, Sampling
 from mistral_jax.model.cache import Cache
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.parallel.sharding import Layout, abstract_params
-from mistral_jax.training.loss import make_loss_fn
+from mistral_jax.training.loss import everything, make_loss_fn
 from mistral_jax.training.optimizers import make_optimizer
 from mistral_jax.training.states import abstract_state
 from mistral_jax.training.step import Batch, make_train_step
@@ -41,6 +43,8 @@ class Shapes:
       chunk: tokens of a prompt that are read at a time (C).
       quantized: matrices in int8, as `quantization.matrices` returns them; not used in training.
       kv_cache_dtype: dtype of cached keys and values, "int8"; None = `dtype`.
+      lora: adapters that are trained beside frozen weights, which have `dtype`; None = train all
+        weights, in float32.
     """
 
     batch: int
@@ -49,6 +53,7 @@ class Shapes:
     chunk: int
     quantized: Mapping[quantization.Path, int] = dataclasses.field(default_factory=dict)
     kv_cache_dtype: str | None = None
+    lora: Lora | None = None
 
 
 def shapes(
@@ -91,9 +96,9 @@ def model(config: ModelConfig, layout: Layout, of: Shapes) -> Transformer:
 
 
 def weights(program: str, model: Transformer, layout: Layout, of: Shapes) -> dict[str, Any]:
-    """Describes the parameters that a program takes: float32 in training, else as `of` says."""
+    """Describes the model's parameters: float32 if they are trained, else as `of` says."""
     described = _settle(layout, abstract_params(model, layout))
-    if program == "train":
+    if program == "train" and of.lora is None:
         return described
     return precision.typed(quantization.abstract(described, of.quantized), of.dtype)
 
@@ -102,7 +107,9 @@ def arguments(program: str, model: Transformer, layout: Layout, of: Shapes) -> A
     """Describes the arguments of a program: (params, cache), or the training state."""
     params = weights(program, model, layout, of)
     if program == "train":
-        return _settle(layout, abstract_state(_optimizer(), params, layout))
+        trainable = params if of.lora is None else _adapters(params, layout, of.lora)
+        state = abstract_state(_optimizer(), trainable, layout)
+        return _settle(layout, state.replace(frozen={} if of.lora is None else params))
     return params, _cache(model, layout, of)
 
 
@@ -129,7 +136,13 @@ def lower(program: str, model: Transformer, layout: Layout, of: Shapes) -> jax.s
 def _trace(program, model, held, layout, of):
     if program == "train":
         places = jax.tree.map(lambda x: x.sharding, held)
-        step = make_train_step(make_loss_fn(model), _optimizer(), places=places)
+        assemble = everything
+        if of.lora is not None:
+
+            def assemble(trainable, frozen):
+                return attach(frozen, trainable, of.lora.scale)
+
+        step = make_train_step(make_loss_fn(model, assemble), _optimizer(), places=places)
         ids = _array(layout, (of.batch, of.length), jnp.int32, ("batch", "length"))
         return step.trace(held, Batch(ids, ids, ids))
     params, cache = held
@@ -147,6 +160,14 @@ def _trace(program, model, held, layout, of):
     state = jax.tree.map(lambda x: _array(layout, x.shape, x.dtype, ()), state)
     limit, watched = np.int32(decode.MOST_STEPS), np.zeros(of.batch, bool)
     return decode.decode.trace(model, params, state.replace(cache=cache), limit, watched)
+
+
+def _adapters(params, layout: Layout, lora: Lora) -> Any:
+    shapes = jax.eval_shape(functools.partial(init_adapters, lora, params), jax.random.key(0))
+    if _is_one(layout):
+        return _settle(layout, shapes)
+    places = adapter_shardings(params, shapes)
+    return jax.tree.map(lambda x, place: x.update(sharding=place), shapes, places)
 
 
 def _cache(model: Transformer, layout: Layout, of: Shapes) -> Cache:

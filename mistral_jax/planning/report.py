@@ -7,13 +7,18 @@ from typing import Any
 from rich.filesize import decimal
 
 from mistral_jax.parallel.hardware import Hardware
+from mistral_jax.planning import cycles
 from mistral_jax.planning.forecast import Forecast
 
 _WORK = {
-    "prefill": "a chunk of {} prompt tokens",
+    "prefill": "a chunk of {} prompt tokens, {} a row, after {:,.0f} that are cached (a mean)",
     "decode": "a step of {} tokens",
     "train": "a step on {} tokens",
 }
+
+
+# The compiler's estimate and the roofline are called far apart above this ratio.
+FAR = 1.5
 
 
 def fields(of: Forecast, chip: Hardware | None, own_compiler: bool) -> dict[str, Any]:
@@ -33,8 +38,17 @@ def fields(of: Forecast, chip: Hardware | None, own_compiler: bool) -> dict[str,
         "compiled_sent_bytes": of.sent,
         "collectives": _by_kind(of),
     }
+    if of.program == "prefill":
+        found |= {"chunk": of.chunk, "cached_tokens": of.cached}
     if chip is None:
         return found
+    seconds = of.compiler_seconds
+    found |= {
+        "compiler_seconds": seconds,
+        "compiler_tokens_per_second": seconds and of.tokens / seconds,
+        "costly": None if seconds is None else _costly(of),
+        "warning": _warning(of),
+    }
     return found | {
         "fits": of.fits(chip.memory, own_compiler),
         "seconds": of.estimate.seconds,
@@ -53,7 +67,7 @@ def lines(found: Sequence[Forecast], chip: Hardware | None, own_compiler: bool) 
     yield from _memory(found, chip, own_compiler)
     for of in found:
         yield ""
-        yield f"{of.program}: {_WORK[of.program].format(of.tokens)}"
+        yield f"{of.program}: {_WORK[of.program].format(of.tokens, of.chunk, of.cached)}"
         yield _row("FLOPs", f"{of.model_flops:.3g} of the model, {of.flops:.3g} compiled")
         moved = f"{decimal(round(of.model_moved))} at least, {decimal(round(of.moved))} compiled"
         yield _row("moved", moved)
@@ -101,11 +115,44 @@ def _times(of: Forecast, chip: Hardware) -> Iterator[str]:
         f", memory {_seconds(estimate.memory)}, exchange {_seconds(estimate.exchange)}",
     )
     best, serial = of.tokens / estimate.seconds, of.tokens / estimate.serial_seconds
+    compiled = of.compiler_seconds
+    rate = f"{best:,.0f} tokens/s at best"
+    if compiled:
+        rate = f"by the compiler {of.tokens / compiled:,.0f} tokens/s, at best {best:,.0f}"
     yield _row(
         "rate",
-        f"{best:,.0f} tokens/s at best ({serial:,.0f} if exchanges wait for the rest), "
+        f"{rate} ({serial:,.0f} if exchanges wait for the rest), "
         f"{of.model_flops / estimate.seconds / chip.flops:.0%} MFU; {estimate.binds} binds",
     )
+    for i, each in enumerate(_costly(of) if compiled else ()):
+        share = f"{each['share']:.0%}" if i else f"{each['share']:.0%} of {_seconds(compiled)}"
+        runs = _count(each["runs"], "run")
+        yield _row("" if i else "most costly", f"{each['place']}: {share}, {runs}")
+    if warning := _warning(of):
+        yield _row("warning", warning)
+
+
+def _costly(of: Forecast) -> list[dict[str, Any]]:
+    """Returns the most costly operations, those of all layers together."""
+    whole = cycles.total(of.operations)
+    return [
+        {"place": place, "seconds": seconds, "share": seconds / whole, "runs": runs}
+        for place, seconds, runs in cycles.costly(of.operations)
+    ]
+
+
+def _warning(of: Forecast) -> str | None:
+    if of.compiler_seconds is None or of.compiler_seconds <= FAR * of.estimate.seconds:
+        return None
+    ratio = of.compiler_seconds / of.estimate.seconds
+    return (
+        f"the compiler expects {ratio:.1f} times the least time; the operations above take most of "
+        "it"
+    )
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def _by_kind(of: Forecast) -> dict[str, tuple[int, int]]:
