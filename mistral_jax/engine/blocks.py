@@ -9,16 +9,18 @@ the cache, and replicated over the devices that hold different rows.
 import contextlib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from mistral_jax.model.cache import Cache, LayerCache
-from mistral_jax.ops.partition import Rules, from_owner, local_row, mesh_axes
+from mistral_jax.ops.backend import Backend
+from mistral_jax.ops.partition import Rules, from_owner, local_row
 from mistral_jax.ops.rows import as_bits, from_bits
 
 Block = list[tuple[Any, Any]]
@@ -27,13 +29,12 @@ Block = list[tuple[Any, Any]]
 class Copier:
     """Copies blocks of tokens out of caches and into them.
 
-    In all methods, `layers` are indices of layers with equally many cache slots, and `by_heads`
-    says that keys and values are [B, K, S, H] instead of [B, S, K, H].
+    In all methods, `layers` are indices of layers with equally many cache slots.
     """
 
-    def __init__(self, block: int, rules: Rules, mesh: Mesh | None):
+    def __init__(self, block: int, rules: Rules, mesh: Mesh | None, backend: Backend):
         """Makes a copier for blocks of `block` tokens, on a mesh, if any, by sharding rules."""
-        self._block, self._rules, self._mesh = block, rules, mesh
+        self._block, self._rules, self._mesh, self._backend = block, rules, mesh, backend
 
     def nbytes(self, cache: Cache, layers: Sequence[int]) -> int:
         """Returns the bytes that a block takes on all devices together."""
@@ -47,16 +48,14 @@ class Copier:
 
         return len(layers) * sum(map(size, jax.tree.leaves((first.k, first.v))))
 
-    def take(
-        self, cache: Cache, layers: Sequence[int], row: int, start: int, by_heads: bool
-    ) -> Block:
+    def take(self, cache: Cache, layers: Sequence[int], row: int, start: int) -> Block:
         """Copies a block of tokens out of a row, from position `start` on.
 
         For a token that the row does not hold, the block gets the keys and values of another token.
         """
         chosen, place = [cache[i] for i in layers], np.array([row, start], np.int32)
         with self._on_mesh():
-            return _take(chosen, place, self._block, self._rules, by_heads)
+            return _take(chosen, place, self._block, self._rules)
 
     def merge(self, old: Block, new: Block, first: int, stop: int) -> Block:
         """Returns `new` with the tokens `first` to `stop` - 1 of `old`; `new` is donated."""
@@ -70,7 +69,6 @@ class Copier:
         row: int,
         block: Block,
         places: tuple[int, int, int],
-        by_heads: bool,
     ) -> Cache:
         """Copies tokens of a block into a row of a cache.
 
@@ -81,7 +79,6 @@ class Copier:
           block: the block.
           places: position of the block's first token, of the first token to copy, and one past the
             last token to copy. A layer has at least as many cache slots as tokens are copied.
-          by_heads: see the class.
         """
         filled = [cache[i] for i in layers]
         slots = filled[0].positions.shape[1]
@@ -91,8 +88,8 @@ class Copier:
         for begin in ranges:
             place = np.array([row, begin, *places], np.int32)
             with self._on_mesh():
-                window = _blend(filled, block, place, self._rules, by_heads)
-                filled = _write(filled, window, place, self._rules, by_heads)
+                window = _blend(filled, block, place, self._rules)
+                filled = _write(filled, window, place, self._rules, self._backend)
         new = dict(zip(layers, filled, strict=True))
         return tuple(new.get(i, layer) for i, layer in enumerate(cache))
 
@@ -107,21 +104,24 @@ class Copier:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("block", "rules", "by_heads"))
-def _take(layers, place, block, rules, by_heads):
+@functools.partial(jax.jit, static_argnames=("block", "rules"))
+def _take(layers, place, block, rules):
     def copy(layers, place):
         rows, slots = layers[0].positions.shape
         row, mine = local_row(place[0], rows, rules)
         slot = (place[1] + jnp.arange(block, dtype=jnp.int32)) % slots
 
-        def pick(x):
-            return from_owner(x.at[row, slot].get(mode="clip"), mine, rules)
+        def pick(axis, x):
+            if axis == 1:
+                return from_owner(x.at[row, slot].get(mode="clip"), mine, rules)
+            found = x.at[row, :, slot].get(mode="clip")
+            return from_owner(found, mine, rules)
 
-        return [jax.tree.map(pick, (layer.k, layer.v)) for layer in layers]
+        found = [layer.map(pick) for layer in layers]
+        return [(layer.k, layer.v) for layer in found]
 
-    layers = _swap(layers, by_heads)
     like = [jax.tree.map(lambda x: x[0], (layer.k, layer.v)) for layer in layers]
-    return _by_device(copy, rules, (layers, place), like)
+    return by_device(copy, rules, (layers, place), like)
 
 
 @functools.partial(jax.jit, donate_argnames="new")
@@ -133,8 +133,8 @@ def _merge(old, new, bounds):
     return jax.tree.map(choose, old, new)
 
 
-@functools.partial(jax.jit, static_argnames=("rules", "by_heads"))
-def _blend(layers, block, place, rules, by_heads):
+@functools.partial(jax.jit, static_argnames="rules")
+def _blend(layers, block, place, rules):
     """Returns the new contents of a range of a row's cache slots, at most one block long.
 
     This is a program of its own because XLA's CPU backend copies a whole 16-bit cache that one
@@ -151,39 +151,42 @@ def _blend(layers, block, place, rules, by_heads):
         held = (positions < stop) & mine
         pick = functools.partial(jnp.take, indices=positions - start, axis=0, mode="clip")
 
-        def choose(old, new):
-            rest = old.shape[2:]
-            old = jax.lax.dynamic_slice(old, _index(old, row, begin), (1, size, *rest))
-            return jnp.where(held.reshape(1, size, *[1] * len(rest)), new[None], old)
+        def choose(axis, old, new):
+            sizes = [1, *old.shape[1:]]
+            sizes[axis] = size
+            old = jax.lax.dynamic_slice(old, _index(axis, old, row, begin), sizes)
+            own = held.reshape(size, *[1] * (old.ndim - 1 - axis))
+            return jnp.where(own, new, old)
 
-        chunk = [LayerCache(*pair, positions) for pair in jax.tree.map(pick, block)]
-        return jax.tree.map(choose, layers, chunk)
+        chunk = jax.tree.map(lambda x: pick(x)[None], block)
+        pairs = zip(layers, chunk, strict=True)
+        return [layer.map(choose, layer.ordered(*new, positions[None])) for layer, new in pairs]
 
-    layers = _swap(layers, by_heads)
-    return _by_device(blend, rules, (layers, block, place), layers)
+    return by_device(blend, rules, (layers, block, place), layers)
 
 
-@functools.partial(jax.jit, static_argnames=("rules", "by_heads"), donate_argnames="layers")
-def _write(layers, window, place, rules, by_heads):
+@functools.partial(jax.jit, static_argnames=("rules", "backend"), donate_argnames="layers")
+def _write(layers, window, place, rules, backend):
     """Writes the result of `_blend` into a row."""
 
     def write(layers, window, place):
         row, begin = place[:2]
         row, _ = local_row(row, layers[0].positions.shape[0], rules)
 
-        def update(old, new):
-            index = _index(old, row, begin)
-            bits = jax.lax.dynamic_update_slice(as_bits(old), as_bits(new), index)
-            return from_bits(bits, old.dtype)
+        def update(axis, old, new):
+            index = _index(axis, old, row, begin)
+            bits = (as_bits(x, backend) for x in (old, new))
+            return from_bits(jax.lax.dynamic_update_slice(*bits, index), old.dtype)
 
-        return jax.tree.map(update, layers, window)
+        return [old.map(update, new) for old, new in zip(layers, window, strict=True)]
 
-    layers = _swap(layers, by_heads)
-    return _swap(_by_device(write, rules, (layers, window, place), layers), by_heads)
+    return by_device(write, rules, (layers, window, place), layers)
 
 
-def _index(x, row, slot):
-    return (row, slot) + (jnp.int32(0),) * (x.ndim - 2)
+def _index(axis, x, row, slot):
+    index = [row, *[jnp.int32(0)] * (x.ndim - 1)]
+    index[axis] = slot
+    return index
 
 
 @functools.partial(jax.jit, donate_argnames="positions")
@@ -194,37 +197,32 @@ def _clear(positions, row):
     return [mark(x) for x in positions]
 
 
-def _swap(layers, by_heads):
-    """Swaps the axes of cache slots and heads if keys and values are stored by heads."""
-    if not by_heads:
-        return layers
-    return jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2) if x.ndim == 4 else x, layers)
-
-
-def _by_device(function, rules, arguments, result):
+def by_device(function: Callable, rules: Rules, arguments: Sequence[Any], result: Any) -> Any:
     """Calls a function on each device of the mesh in use, for its own rows and heads.
 
-    The number of the row is known only at run time, so XLA would gather the rows of all devices.
+    The number of a row is known only at run time, so XLA would gather the rows of all devices.
 
     Args:
-      function: the function; it uses `local_row` to find the row.
+      function: the function; it uses `local_row` to find a row.
       rules: mesh axes of the logical axes.
       arguments: its arguments: layers of caches, blocks, and arrays that are replicated.
-      result: arrays with as many axes as those that the function returns.
+      result: layers or blocks with as many axes as those that the function returns. Those with one
+        row are replicated over the devices that hold different rows.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return function(*arguments)
 
     def spec(x):
-        names = "batch", "kv_heads", "head_dim"
-        batch, kv_heads, head_dim = (mesh_axes(rules, name) or None for name in names)
-        head_dim = head_dim if x.shape[-1:] != (1,) else None  # Scales have no head_dim.
-        by_axes = {
-            4: PartitionSpec(batch, None, kv_heads, head_dim),
-            3: PartitionSpec(None, kv_heads, head_dim),
-            2: PartitionSpec(batch),
-        }
-        return by_axes.get(x.ndim, PartitionSpec())
+        if isinstance(x, LayerCache):
+            return jax.tree.map(to_mesh, x, x.logical_axes())
+        axes = (None, "kv_heads", "head_dim" if x.shape[2] > 1 else None) if x.ndim == 3 else ()
+        return to_mesh(x, axes)
 
-    given, returned = jax.tree.map(spec, (arguments, result))
+    def to_mesh(x, axes):
+        axes = [None if axis == "batch" and x.shape[0] == 1 else axis for axis in axes]
+        return nn.logical_to_mesh_axes(axes, rules)
+
+    given, returned = jax.tree.map(
+        spec, (tuple(arguments), result), is_leaf=lambda x: isinstance(x, LayerCache)
+    )
     return jax.shard_map(function, in_specs=given, out_specs=returned, check_vma=False)(*arguments)

@@ -17,6 +17,7 @@ from mistral_jax.engine.prefill import Params, replicate, whole_rows
 from mistral_jax.engine.sampling import MOST_TOP, RowSampling
 from mistral_jax.model.cache import Cache
 from mistral_jax.model.transformer import Transformer
+from mistral_jax.ops.backend import Backend
 from mistral_jax.ops.partition import Rules, by_rows
 from mistral_jax.ops.rows import as_bits, from_bits
 
@@ -50,7 +51,7 @@ class State:
     """The values that decoding carries from one step to the next, one entry a row in each field.
 
     Attributes:
-      cache: keys and values of all tokens except the last; see `by_heads`.
+      cache: keys and values of all tokens except the last.
       tokens: the last token of each row, [B] int32.
       positions: position of that token in the row's text, [B] int32.
       left: number of tokens that the row may still add, [B] int32; 0 or less = the row has ended,
@@ -85,7 +86,7 @@ def start(
     Its arrays, except for the cache, are in host memory.
 
     Args:
-      cache: keys and values of the prompts, in the order of axes that `by_heads` says.
+      cache: keys and values of the prompts.
       lengths: number of tokens of each prompt (B entries); 0 for an empty row.
       left: maximum number of tokens to add to each row.
       sampling: how each row chooses its tokens.
@@ -107,42 +108,6 @@ def start(
         wants_top=np.array(wants_top, bool),
         stops=stops,
     )
-
-
-def by_heads(model: Transformer) -> bool:
-    """Returns whether decoding stores keys and values by heads, [B, K, S, H], as on a GPU.
-
-    GPU matrix products need this order of axes. XLA would otherwise transpose the cache before each
-    loop of steps and transpose it back afterwards, and allocate memory for both copies.
-    """
-    return model.backend.platform == "gpu"
-
-
-def cache_axes(model: Transformer, ndim: int) -> tuple[str | None, ...]:
-    """Returns the logical axes of an array of a state's cache that has `ndim` axes."""
-    heads = ("kv_heads", None) if by_heads(model) else (None, "kv_heads")
-    return ("batch", *heads, "head_dim") if ndim == 4 else ("batch", None)
-
-
-def turn(model: Transformer, cache: Cache) -> Cache:
-    """Swaps the axes of cache slots and heads, if decoding stores keys and values by heads."""
-    return jax.tree.map(_swap, cache) if by_heads(model) else cache
-
-
-def _swap(x):
-    return jnp.swapaxes(x, 1, 2) if x.ndim == 4 else x
-
-
-def hold(model: Transformer, cache: Cache) -> Cache:
-    """Does what `turn` does to the cache of `prefill`, but frees each array before the next."""
-
-    def turned(x):
-        new = _swap(x)
-        if new is not x:
-            x.delete()
-        return new
-
-    return jax.tree.map(turned, cache) if by_heads(model) else cache
 
 
 def decode_step(
@@ -280,15 +245,15 @@ def decode(
         state, made, step = carry
         return *decode_step(model, params, state, made, step), step + 1
 
-    whole = state
+    whole, backend = state, model.backend
     if rows is not None:
-        state = jax.tree.map(lambda x: from_bits(as_bits(x)[:rows], x.dtype), state)
+        state = jax.tree.map(lambda x: from_bits(as_bits(x, backend)[:rows], x.dtype), state)
     made = nothing(*state.counts.shape, MOST_STEPS).replace(left=state.left)
-    state = state.replace(cache=turn(model, state.cache))
     state, made, _ = jax.lax.while_loop(goes_on, take_step, (state, made, jnp.int32(0)))
     if rows is not None:
-        state = jax.tree.map(lambda old, new: put_rows(old, new, jnp.int32(0)), whole, state)
-    return release(state.replace(cache=turn(model, state.cache))), replicate(made)
+        put = functools.partial(put_rows, first=jnp.int32(0), backend=backend)
+        state = jax.tree.map(put, whole, state)
+    return release(state), replicate(made)
 
 
 def shrinks(model: Transformer) -> bool:
@@ -296,10 +261,11 @@ def shrinks(model: Transformer) -> bool:
     return model.backend.is_one_cpu
 
 
-def put_rows(old: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
+def put_rows(old: jax.Array, new: jax.Array, first: jax.Array, backend: Backend) -> jax.Array:
     """Writes `new` [R, ...] over the rows of `old` [B, ...] from row `first` on."""
     starts = (first, *[jnp.int32(0)] * (old.ndim - 1))
-    return from_bits(jax.lax.dynamic_update_slice(as_bits(old), as_bits(new), starts), old.dtype)
+    bits = (as_bits(x, backend) for x in (old, new))
+    return from_bits(jax.lax.dynamic_update_slice(*bits, starts), old.dtype)
 
 
 def release(state: State) -> State:

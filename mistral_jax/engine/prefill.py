@@ -291,12 +291,13 @@ def whole_rows(model: Transformer, logits: jax.Array) -> jax.Array:
 def empty_cache(model: Transformer, rows: int, length: int) -> Cache:
     """Makes an empty cache that is partitioned over devices like the model's activations."""
 
-    def split(x):
-        axes = ("batch", None, "kv_heads", "head_dim")[: x.ndim]
+    dtype = jnp.dtype(model.kv_cache_dtype or model.dtype)
+    cache = init_cache(model.config, rows, length, dtype, model.backend.by_heads)
+
+    def split(x, axes):
         return nn.with_logical_constraint(x, axes, rules=model.rules)
 
-    dtype = jnp.dtype(model.kv_cache_dtype or model.dtype)
-    return jax.tree.map(split, init_cache(model.config, rows, length, dtype))
+    return tuple(jax.tree.map(split, layer, layer.logical_axes()) for layer in cache)
 
 
 def replicate(tree: Any) -> Any:

@@ -130,7 +130,7 @@ class Prefixes:
           block: tokens of a block.
           least: minimum number of tokens of a hit.
         """
-        self._copier = Copier(block, model.rules, mesh_of(params))
+        self._copier = Copier(block, model.rules, mesh_of(params), model.backend)
         self._most_bytes, self._block, self._least = most_bytes, block, max(1, least)
         spans = model.config.spans
         # With a span of 1 a token sees only itself, so such layers are left out. Layers without a
@@ -175,14 +175,13 @@ class Prefixes:
                 parts.append((kind, node.pieces[kind].block, places))
         return Hit(tokens, parts)
 
-    def restore(self, hit: Hit, cache: Cache, row: int, *, by_heads: bool = False) -> Cache:
+    def restore(self, hit: Hit, cache: Cache, row: int) -> Cache:
         """Replaces the contents of a row by a prefix; other rows do not change.
 
         Args:
           hit: the result of `find`.
           cache: a cache of any number of rows and cache slots; its buffers are donated.
           row: index of the row.
-          by_heads: whether keys and values are [B, K, S, H] instead of [B, S, K, H].
 
         Raises:
           ValueError: the cache has fewer cache slots than the prefix needs.
@@ -199,7 +198,7 @@ class Prefixes:
         self._tokens += hit.tokens
         cache = self._copier.clear(cache, row)
         for kind, block, places in hit.parts:
-            cache = self._copier.put(cache, self._layers[kind], row, block, places, by_heads)
+            cache = self._copier.put(cache, self._layers[kind], row, block, places)
         return cache
 
     def save(
@@ -210,7 +209,6 @@ class Prefixes:
         row: int,
         *,
         written: int = 0,
-        by_heads: bool = False,
     ) -> None:
         """Stores the keys and values of a row, and evicts the least recently used pieces.
 
@@ -225,7 +223,6 @@ class Prefixes:
           row: index of the row.
           written: number of tokens written to the row, if surplus steps or rejected drafts went on
             past `ids`; they have overwritten the oldest tokens of a windowed cache.
-          by_heads: as for `restore`.
         """
         total = len(ids)
         if not total:
@@ -238,7 +235,7 @@ class Prefixes:
             # A restored row holds only what its next token sees; a windowed cache may hold less.
             overwritten = max(total, written) - cache[layers[0]].positions.shape[1]
             first = max(_first_needed(kind, total), overwritten)
-            take = functools.partial(self._copier.take, cache, layers, row, by_heads=by_heads)
+            take = functools.partial(self._copier.take, cache, layers, row)
             sources.append((kind, first, total, self._copier.nbytes(cache, layers), take))
         for node in nodes:
             if not all(self._keep(node, kept, *source) for source in sources):
@@ -250,12 +247,12 @@ class Prefixes:
         """Evicts pieces until at most `most_bytes` are stored; the bound does not change."""
         self._make_room(self._most_bytes - most_bytes, ())
 
-    def warm(self, cache: Cache, *, by_heads: bool = False) -> Cache:
+    def warm(self, cache: Cache) -> Cache:
         """Compiles all programs for caches of this shape; empties row 0, and donates `cache`."""
         for layers in self._layers.values():
-            old, new = (self._copier.take(cache, layers, 0, 0, by_heads) for _ in range(2))
+            old, new = (self._copier.take(cache, layers, 0, 0) for _ in range(2))
             block = self._copier.merge(old, new, 0, 0)
-            cache = self._copier.put(cache, layers, 0, block, (0, 0, 0), by_heads)
+            cache = self._copier.put(cache, layers, 0, block, (0, 0, 0))
         return self._copier.clear(cache, 0)
 
     def stats(self) -> Stats:

@@ -20,10 +20,8 @@ from mistral_jax.engine.decode import (
     MOST_STEPS,
     Made,
     State,
-    by_heads,
     decode,
     first_step,
-    hold,
     shrinks,
     start,
 )
@@ -179,8 +177,7 @@ class Scheduler:
         for slot in range(len(self._slots)):
             self._decode([(slot, row)])
         if self._prefixes is not None:
-            cache = self._prefixes.warm(self._state.cache, by_heads=by_heads(self._model))
-            self._state = self._state.replace(cache=cache)
+            self._state = self._state.replace(cache=self._prefixes.warm(self._state.cache))
         jax.block_until_ready(self._state)
         self._calls.clear()
 
@@ -218,8 +215,7 @@ class Scheduler:
         rows = [row for _, row in group.ready]
         group.ready.clear()
         self._slots[: len(rows)] = rows
-        cache = hold(self._model, group.reading.cache)
-        state = self._fields(rows, len(self._slots), cache)
+        state = self._fields(rows, len(self._slots), group.reading.cache)
         self._state, made = first_step(self._model, state, group.reading.logits)
         self._calls.append(_Call(made, list(enumerate(rows)), 1, False, 0.0))
 
@@ -329,7 +325,6 @@ class Scheduler:
             [*row.prompt, *row.tokens[: row.chosen - 1]],
             *(self._state.cache, self._slots.index(row)),
             written=len(row.prompt) + row.chosen + coming,
-            by_heads=by_heads(self._model),
         )
 
     def _pace(self, call: _Call, made: Made, seconds: float) -> None:

@@ -5,23 +5,20 @@ and does not change a bit of the other slots.
 """
 
 import functools
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
+from mistral_jax.engine.blocks import by_device
 from mistral_jax.engine.decode import (
     Made,
     State,
     advance,
-    cache_axes,
     nothing,
     put_rows,
     release,
-    turn,
 )
 from mistral_jax.engine.prefill import Params, empty_cache, replicate
 from mistral_jax.engine.sampling import Penalties, RowSampling
@@ -60,7 +57,7 @@ def empty_state(model: Transformer, params: Params, slots: int, length: int) -> 
     )
     return release(
         State(
-            cache=turn(model, empty_cache(model, slots, length)),
+            cache=empty_cache(model, slots, length),
             tokens=zeros(whole),
             positions=zeros(whole),
             left=zeros(whole),
@@ -103,19 +100,20 @@ def insert(
     new, made = advance(new, made, jnp.int32(0), replicate(own), ())
 
     def put(old, one):
-        return put_rows(old, one.astype(old.dtype), slot)
+        return put_rows(old, one.astype(old.dtype), slot, model.backend)
 
     fields = jax.tree.map(put, state.replace(cache=()), new)
-    cache = turn(model, cache)
-    copy = _by_device(_put_row, model, (state.cache, cache), state.cache)
-    return release(fields.replace(cache=copy(state.cache, cache, slot, row))), replicate(made)
+    copy = functools.partial(_put_row, rules=model.rules, backend=model.backend)
+    cache = by_device(copy, model.rules, (state.cache, cache, slot, row), state.cache)
+    return release(fields.replace(cache=cache)), replicate(made)
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def extract(model: Transformer, state: State, slot: np.int32) -> Cache:
-    """Copies the keys and values of one row, [1, S, K, H], to every device that holds rows."""
-    copy = _by_device(_take_row, model, (state.cache,), None)
-    return turn(model, copy(state.cache, slot))
+    """Copies the keys and values of one row to every device that holds rows: a cache with B = 1."""
+    copy = functools.partial(_take_row, rules=model.rules)
+    one = jax.tree.map(lambda x: x[:1], state.cache)
+    return by_device(copy, model.rules, (state.cache, slot), one)
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
@@ -146,7 +144,7 @@ def _take_row(cache, row, rules):
     return jax.tree.map(take, cache)
 
 
-def _put_row(state, cache, slot, row, rules):
+def _put_row(state, cache, slot, row, rules, backend):
     """Copies one row of a cache into a slot of a state, and empties the slot's other cache slots.
 
     Their keys and values become 0. The previous row may have left NaN there, and the product of an
@@ -161,38 +159,6 @@ def _put_row(state, cache, slot, row, rules):
         if mine is not True:
             starts = (at, *[jnp.int32(0)] * (old.ndim - 1))
             new = jnp.where(mine, new, jax.lax.dynamic_slice(old, starts, new.shape))
-        return put_rows(old, new, at)
+        return put_rows(old, new, at, backend)
 
     return jax.tree.map(put, state, _take_row(cache, row, rules))
-
-
-def _by_device(
-    move: Callable[..., Cache], model: Transformer, caches: tuple[Cache, ...], like
-) -> Callable:
-    """Returns a function by which each device of the mesh in use moves its own part of rows.
-
-    The number of the row is known only at run time, so XLA would gather the rows of all devices.
-
-    Args:
-      move: a function of caches, as many row numbers, and the model's rules.
-      model: the model whose caches are moved.
-      caches: the caches that the function will be called with.
-      like: a cache that is partitioned as the result is; None = the result is one row, which is
-        replicated over the batch axes and otherwise partitioned as the first cache.
-    """
-    if jax.sharding.get_abstract_mesh().empty:
-        return functools.partial(move, rules=())
-
-    def specs(cache, batch="batch"):
-        return jax.tree.map(
-            lambda x: nn.logical_to_mesh_axes((batch, *cache_axes(model, x.ndim)[1:]), model.rules),
-            cache,
-        )
-
-    numbers = (PartitionSpec(),) * (len(caches))
-    return jax.shard_map(
-        functools.partial(move, rules=model.rules),
-        in_specs=(*map(specs, caches), *numbers),
-        out_specs=specs(caches[0], None) if like is None else specs(like),
-        check_vma=False,
-    )

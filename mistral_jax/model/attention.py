@@ -129,6 +129,10 @@ class Attention(nn.Module):
         )
         store = functools.partial(write, backend=self.backend)
 
+        def look_in(held, **order):
+            keys = held.k, held.v, positions, held.positions
+            return look(q, *keys, by_heads=held.by_heads, **order)
+
         if cache is not None:
             k, v = round_for(cache, k), round_for(cache, v)
         if cache is None:  # Training, or scoring a whole text.
@@ -137,21 +141,20 @@ class Attention(nn.Module):
             # Decoding. Any key that the token overwrites has just left its window. So the cache is
             # written first, and then holds every key that the token sees.
             cache = store(cache, k, v, positions)
-            mixed = look(q, cache.k, cache.v, positions, cache.positions)
+            mixed = look_in(cache)
         elif self.window and (self.window - 1) * self.dilation < cache.positions.shape[1]:
             # A chunk of a prompt, in a cache with a slot for each token of the window: the chunk's
             # last tokens overwrite keys that its first tokens still see. So attention reads the old
             # cache and the chunk side by side, and the cache is written afterwards.
-            seen, origin = line_up(cache, k, v, positions)
+            seen, origin = line_up(cache, k, v, positions, self.backend)
             # The barrier orders the two: otherwise XLA copies the cache, to have the old and the
             # new one at the same time.
             seen, cache = jax.lax.optimization_barrier((seen, cache))
-            mixed = look(q, seen.k, seen.v, positions, seen.positions, aligned=True, origin=origin)
+            mixed = look_in(seen, aligned=True, origin=origin)
             cache = store(cache, k, v, positions)
         else:
             # A chunk of a prompt, with a slot for every token of the text: nothing is overwritten.
             cache = store(cache, k, v, positions)
-            origin = jnp.zeros(len(x), jnp.int32)
-            mixed = look(q, cache.k, cache.v, positions, cache.positions, origin=origin)
+            mixed = look_in(cache, origin=jnp.zeros(len(x), jnp.int32))
 
         return projection(name="o_proj")(mixed), cache

@@ -4,7 +4,12 @@ The token at position p of a row is stored in cache slot p mod S, over the token
 older. A layer with a window of W tokens needs only W slots (a dilated window: as many as it spans),
 so the memory of a windowed model does not grow with the length of its text. The cache is a pytree
 of arrays; `write` and `line_up` are pure functions of it.
+
+Keys and values are [B, S, K, H], or by heads, [B, K, S, H], as the kernels of accelerators read
+them. A cache knows its order, and every function takes both.
 """
+
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -25,18 +30,55 @@ class LayerCache:
         [B, S, K, 1].
       v: values, in the same form.
       positions: position in its text of the token in each slot, [B, S] int32; -1 = empty slot.
+      by_heads: whether keys, values and scales are [B, K, S, H] instead.
     """
 
     k: MaybeQuantized
     v: MaybeQuantized
     positions: jax.Array
+    by_heads: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def ordered(self, k: MaybeQuantized, v: MaybeQuantized, positions: jax.Array) -> "LayerCache":
+        """Returns keys and values [B, T, K, H] and their positions in the order of this cache."""
+        if self.by_heads:
+            k, v = (jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), x) for x in (k, v))
+        return LayerCache(k, v, positions, self.by_heads)
+
+    def map(self, function: Callable[..., jax.Array], *others: "LayerCache") -> "LayerCache":
+        """Calls `function(axis, x, *rest)` for each array of this and other caches of a layer.
+
+        Args:
+          function: gets the axis of cache slots, which is 2 in arrays by heads and otherwise 1, and
+            the arrays; returns an array in the same order of axes.
+          others: caches in the same order of axes.
+        """
+        return jax.tree.map(
+            lambda x, *rest: function(2 if self.by_heads and x.ndim == 4 else 1, x, *rest),
+            self,
+            *others,
+        )
+
+    def logical_axes(self) -> "LayerCache":
+        """Returns the logical axes of each array, as tuples of names."""
+        heads = ("kv_heads", None) if self.by_heads else (None, "kv_heads")
+
+        def axes(x):
+            if x.ndim == 2:
+                return ("batch", None)
+            return ("batch", *heads, "head_dim" if x.shape[3] > 1 else None)
+
+        return jax.tree.map(axes, self)
 
 
 Cache = tuple[LayerCache, ...]
 
 
 def init_cache(
-    config: ModelConfig, batch_size: int, length: int, dtype: jnp.dtype = jnp.float32
+    config: ModelConfig,
+    batch_size: int,
+    length: int,
+    dtype: jnp.dtype = jnp.float32,
+    by_heads: bool = False,
 ) -> Cache:
     """Makes an empty cache.
 
@@ -46,6 +88,7 @@ def init_cache(
       length: number of tokens of the longest row, prompt and continuation together. Past it, a
         layer without a window forgets a row's first tokens.
       dtype: dtype of keys and values: the model's compute dtype, or int8 to quantise them.
+      by_heads: whether keys and values are [B, K, S, H], which suits accelerators.
 
     Returns:
       One `LayerCache` for each layer, with S = min(W, length) slots. With a dilated window,
@@ -54,7 +97,9 @@ def init_cache(
 
     def empty(span):
         slots = length if span is None else min(span, length)
-        shape = (batch_size, slots, config.num_kv_heads, config.head_dim)
+        heads = config.num_kv_heads
+        places = (heads, slots) if by_heads else (slots, heads)
+        shape = (batch_size, *places, config.head_dim)
 
         def nothing():
             values = jnp.zeros(shape, dtype)
@@ -63,7 +108,8 @@ def init_cache(
             return values
 
         # Called once for k and once for v: JAX cannot donate a buffer that they share.
-        return LayerCache(nothing(), nothing(), jnp.full((batch_size, slots), -1, jnp.int32))
+        positions = jnp.full((batch_size, slots), -1, jnp.int32)
+        return LayerCache(nothing(), nothing(), positions, by_heads)
 
     return tuple(empty(span) for span in config.spans)
 
@@ -107,15 +153,18 @@ def write(
     # Slot S does not exist, so the scatter drops the tokens that are sent there.
     slot = jnp.where(stored, positions % slots, slots)
 
-    return jax.tree.map(
-        lambda old, new: put(old, new.astype(old.dtype), slot, backend),
-        cache,
-        LayerCache(k, v, positions),
-    )
+    def store(axis, old, new):
+        return put(old, new.astype(old.dtype), slot, axis, backend)
+
+    return cache.map(store, cache.ordered(k, v, positions))
 
 
 def line_up(
-    cache: LayerCache, k: MaybeQuantized, v: MaybeQuantized, positions: jax.Array
+    cache: LayerCache,
+    k: MaybeQuantized,
+    v: MaybeQuantized,
+    positions: jax.Array,
+    backend: Backend = PLAIN,
 ) -> tuple[LayerCache, jax.Array]:
     """Joins the cached tokens and a chunk, in the order of their positions.
 
@@ -127,10 +176,11 @@ def line_up(
       k: rotated keys of the chunk, [B, T, K, H], as for `write`.
       v: values of the chunk, in the same form.
       positions: positions of the chunk's tokens, as for `write`.
+      backend: the backend that this is traced for.
 
     Returns:
-      S + T entries, of which entry S + i is token i of the chunk; and the position of entry 0 of
-      each row, [B] int32. Entry i has position origin + i, or is empty.
+      S + T entries in the cache's order of axes, of which entry S + i is token i of the chunk; and
+      the position of entry 0 of each row, [B] int32. Entry i has position origin + i, or is empty.
     """
     slots = cache.positions.shape[1]
     entries = jnp.arange(slots + k.shape[1], dtype=jnp.int32)[None]
@@ -140,10 +190,9 @@ def line_up(
     old, place = entries < slots + column, origin + entries
     index = jnp.where(old, place % slots, entries)
 
-    found = jax.tree.map(
-        lambda held, new: pick(held, new.astype(held.dtype), index),
-        cache,
-        LayerCache(k, v, positions),
-    )
+    def choose(axis, held, new):
+        return pick(held, new.astype(held.dtype), index, axis, backend)
+
+    found = cache.map(choose, cache.ordered(k, v, positions))
     places = jnp.where(old & (found.positions != place), -1, found.positions)
     return found.replace(positions=places), origin[:, 0]

@@ -54,6 +54,7 @@ def attend(
     *,
     aligned: bool = False,
     origin: jax.Array | None = None,
+    by_heads: bool = False,
     sections: int = 1,
     rules: Rules = (),
     backend: Backend = PLAIN,
@@ -82,6 +83,7 @@ def attend(
         text rise by 1, and queries see only keys of their own text.
       origin: position of each row's key 0, [B] int32: key i has position origin + i, or is absent.
         None = keys are in any order. Attention with an origin has no gradient.
+      by_heads: whether keys, values and scales are by heads, [B, K, S, H] and [B, K, S, 1].
       sections: number of equal parts of T that are computed side by side, each on the devices that
         hold it.
       rules: mesh axes of the logical axes, by which kernels are partitioned.
@@ -91,6 +93,8 @@ def attend(
       [B, T, N, H] in the dtype of `q`.
     """
     pattern = _Pattern(visible, window, dilation)
+    if by_heads:
+        k, v = (jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), x) for x in (k, v))
     kept = k.values.dtype if isinstance(k, QuantizedMatrix) else k.dtype
     if q.shape[1] == 1 and kept.name in kernels.DTYPES and backend.has_native:
         return _attend_once(q, k, v, pattern.mask(q_positions, kv_positions))

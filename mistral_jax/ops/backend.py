@@ -58,6 +58,15 @@ class Backend:
         return cls("cpu", chip, True, ("native",) if library.load() is not None else ())
 
     @property
+    def by_heads(self) -> bool:
+        """Whether keys and values are cached by heads, [B, K, S, H].
+
+        Matrix units and kernels of accelerators read the keys of one head at a time. In another
+        order of axes they would need a transposed copy of the cache.
+        """
+        return self.platform != "cpu"
+
+    @property
     def is_one_cpu(self) -> bool:
         """Whether the program being traced runs on one CPU, without a mesh."""
         return self.platform == "cpu" and self.alone and jax.sharding.get_abstract_mesh().empty

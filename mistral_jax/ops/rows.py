@@ -20,64 +20,93 @@ def look_up(table: MaybeQuantized, tokens: jax.Array, backend: Backend = PLAIN) 
     return jnp.take(table, tokens, axis=0, mode="clip")
 
 
-def put(table: jax.Array, rows: jax.Array, slots: jax.Array, backend: Backend = PLAIN) -> jax.Array:
+def put(
+    table: jax.Array,
+    rows: jax.Array,
+    slots: jax.Array,
+    axis: int = 1,
+    backend: Backend = PLAIN,
+) -> jax.Array:
     """Writes T rows into each of B tables.
 
     Args:
-      table: the tables, [B, S, ...].
-      rows: the rows of each table, [B, T, ...], of the same dtype.
+      table: the tables, [B, S, ...]; S may be a later axis.
+      rows: the rows of each table, [B, T, ...], of the same dtype; T is the axis where S is.
       slots: the index at which to write each row, [B, T] int32, without repetition in a table; a
         row with index S is not written.
+      axis: index of the axis S.
       backend: the backend that this is traced for.
 
     Returns:
       The new tables.
     """
-    if slots.shape[1] == 1 and backend.has_native:
+    if axis == 1 and slots.shape[1] == 1 and backend.has_native:
         return kernels.put(table, rows, slots)
-    return _as_bits(_scatter, table, rows, slots)
+    return _move(functools.partial(_scatter, axis), table, rows, slots, backend)
 
 
-# vmap keeps B out of the scatter's indices. With B among them XLA must assume that a row may go to
-# any table, and gathers the tables of all devices.
-@jax.vmap
-def _scatter(table, rows, slots):
-    return table.at[slots].set(rows, mode="drop")
+def _scatter(axis, table, rows, slots):
+    before = (slice(None),) * (axis - 1)
+
+    def write(table, rows, slots):
+        return table.at[*before, slots].set(rows, mode="drop")
+
+    # vmap keeps B out of the scatter's indices. With B among them XLA must assume that a row may go
+    # to any table, and gathers the tables of all devices.
+    return jax.vmap(write)(table, rows, slots)
 
 
-def pick(table: jax.Array, rows: jax.Array, index: jax.Array) -> jax.Array:
+def pick(
+    table: jax.Array,
+    rows: jax.Array,
+    index: jax.Array,
+    axis: int = 1,
+    backend: Backend = PLAIN,
+) -> jax.Array:
     """Picks entries from the concatenation of each of B tables with its rows.
 
     Args:
-      table: the tables, [B, S, ...].
-      rows: the rows of each table, [B, T, ...], of the same dtype.
+      table: the tables, [B, S, ...]; S may be a later axis.
+      rows: the rows of each table, [B, T, ...], of the same dtype; T is the axis where S is.
       index: indices into [table | rows], from 0 to S + T - 1, [B, n] int32.
+      axis: index of the axis S.
+      backend: the backend that this is traced for.
 
     Returns:
-      [B, n, ...].
+      [B, n, ...], where n is the axis where S is.
     """
-    return _as_bits(_gather, table, rows, index)
+    return _move(functools.partial(_gather, axis), table, rows, index, backend)
 
 
-@jax.vmap
-def _gather(table, rows, index):
-    return jnp.concatenate([table, rows])[index]
+def _gather(axis, table, rows, index):
+    before = (slice(None),) * (axis - 1)
+    whole = jnp.concatenate([table, rows], axis)
+    return jax.vmap(lambda whole, index: whole[*before, index])(whole, index)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _as_bits(move, old, new, index):
-    """Calls `move` on the bits of 16-bit numbers.
+def _move(move, old, new, index, backend):
+    """Calls `move`, on a CPU on the bits of 16-bit numbers.
 
     Otherwise XLA's CPU backend converts the whole table to float32 and back. It does not when it
     writes a single row, and then would copy the table to see it as bits.
     """
-    if old.dtype.itemsize != 2 or index.size == 1:
-        return move(old, new, index)
+    if _needs_bits(old, backend) and index.size > 1:
+        return _move_bits(move, old, new, index)
+    return move(old, new, index)
+
+
+def _needs_bits(x, backend):
+    """Tells whether 16-bit numbers are moved as integers: on a TPU a bitcast is a slow copy."""
+    return x.dtype.itemsize == 2 and backend.platform == "cpu"
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _move_bits(move, old, new, index):
     bits = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (old, new))
     return jax.lax.bitcast_convert_type(move(*bits, index), old.dtype)
 
 
-@_as_bits.defjvp
+@_move_bits.defjvp
 def _differentiate(move, given, tangents):
     """Differentiates `move` on the numbers themselves, for bits have no gradient."""
     return jax.jvp(move, given, tangents)
@@ -88,9 +117,9 @@ def once(x: jax.Array, backend: Backend = PLAIN) -> jax.Array:
     return kernels.once(x) if backend.has_native else x
 
 
-def as_bits(x: jax.Array) -> jax.Array:
-    """Reinterprets 16-bit floats as integers; XLA's CPU backend would copy them as float32."""
-    if x.dtype.itemsize != 2:
+def as_bits(x: jax.Array, backend: Backend) -> jax.Array:
+    """Reinterprets 16-bit floats as integers on a CPU, where XLA would copy them as float32."""
+    if not _needs_bits(x, backend):
         return x
     return jax.lax.optimization_barrier(jax.lax.bitcast_convert_type(x, jnp.uint16))
 

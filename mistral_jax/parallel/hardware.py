@@ -21,6 +21,8 @@ class Hardware:
       topologies: slices that its compiler knows; empty if programs cannot be compiled without a
         chip.
       kinds: `jax.Device.device_kind` of this chip, and of chips with the same FLOP/s.
+      clock: cycles/s of its matrix units, for estimates that its compiler counts in cycles; None if
+        its compiler writes none.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Hardware:
     source: str
     topologies: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
+    clock: float | None = None
 
 
 def known() -> dict[str, Hardware]:

@@ -3,22 +3,14 @@
 XLA has partitioned the program by then, so the text describes what one device does.
 """
 
-import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+
+from mistral_jax.planning.hlo import Array, Instruction, Program
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
-_BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) .*\{$")
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([a-z][a-z0-9-]*)\(")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|\w+_computation)=%?([\w.-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_CONDITION = re.compile(r"condition=%?([\w.-]+)")
-_CONSTANT = re.compile(r"= [su]\d+\[\]\S* constant\((\d+)\)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 # HLO writes groups in three ways: {{0,1},{2,3}}, [2,2]<=[4], mesh['a'=2,'b'=2] {'b'}.
 _GROUPS = re.compile(
     r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]"
@@ -26,7 +18,6 @@ _GROUPS = re.compile(
 )
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _PAIRS = re.compile(r"source_target_pairs=\{\{")
-_ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,80 +68,28 @@ def read(text: str, devices: int) -> list[Collective]:
       text: `compiled.as_text()`.
       devices: number of devices that the program runs on.
     """
-    computations, entry = _computations(text)
     # XLA may split a collective to overlap it with other work. It then appears in each piece of
     # that work, with the same channel.
     found: dict[str, list[Collective]] = {}
-    for line, times, loops in _walk(computations, entry, 1, 0):
-        channel = _CHANNEL.search(line)
-        found.setdefault(channel[1] if channel else line, _parse(line, times, loops, devices))
+    for instruction, times, loops in Program(text).walk():
+        if instruction.operation.removesuffix("-start") in KINDS:
+            channel = _CHANNEL.search(instruction.text)
+            key = channel[1] if channel else instruction.text
+            found.setdefault(key, _parse(instruction, times, loops, devices))
     return [collective for parts in found.values() for collective in parts]
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    computations: dict[str, list[str]] = collections.defaultdict(list)
-    current = entry = ""
-    for line in text.splitlines():
-        if (header := _COMPUTATION.match(line)) and not line.startswith(" "):
-            current = header[1]
-            entry = current if line.startswith("ENTRY") else entry
-        elif " = " in line:
-            computations[current].append(re.sub(r"/\*.*?\*/", "", line))
-    return computations, entry
-
-
-def _walk(computations, name: str, times: int, loops: int) -> Iterator[tuple[str, int, int]]:
-    """Yields each collective instruction, how often it runs, and the number of loops around it."""
-    for line in computations[name]:
-        instruction = _INSTRUCTION.match(line)
-        if instruction is None:
-            continue
-        if instruction[2].removesuffix("-start") in KINDS:
-            yield line, times, loops
-            continue  # It calls only a computation that adds two numbers.
-        inner = times, loops
-        if instruction[2] == "while":
-            inner = times * _trips(line, computations), loops + 1
-        called = _CALLED.findall(line)
-        if branches := _BRANCHES.search(line):
-            called += [branch.strip().lstrip("%") for branch in branches[1].split(",")]
-        for other in called:
-            yield from _walk(computations, other, *inner)
-
-
-def _trips(line: str, computations) -> int:
-    """Returns the trip count of a loop, from XLA's note or the loop's limit; 1 if it is unknown."""
-    if known := _TRIPS.search(line):
-        return int(known[1])
-    condition = "\n".join(computations[_CONDITION.search(line)[1]])
-    counts = _CONSTANT.findall(condition)
-    return int(counts[0]) if len(counts) == 1 and "direction=LT" in condition else 1
-
-
-def _parse(line: str, times: int, loops: int, devices: int) -> list[Collective]:
+def _parse(instruction: Instruction, times: int, loops: int, devices: int) -> list[Collective]:
     """Reads the arrays of an instruction, which may combine several."""
-    shapes, operation = _INSTRUCTION.match(line).groups()
-    kind, arrays = operation.removesuffix("-start"), _arrays(shapes)
+    operation, arrays = instruction.operation, instruction.results
+    kind = operation.removesuffix("-start")
     if operation.endswith("-start") and kind != "all-reduce" and len(arrays) > 1:
         # The type of an asynchronous start lists the operands, then the results.
         arrays = arrays[1:2] if kind == "collective-permute" else arrays[len(arrays) // 2 :]
     if kind == "all-to-all" and len(arrays) > 1:  # The tuple has one part for each device.
-        dtype, shape, size = arrays[0]
-        arrays = [(dtype, (len(arrays), *shape), size * len(arrays))]
-    source = re.search(r'op_name="([^"]*)"', line)
-    about = _group(line, devices), times, loops, source[1] if source else ""
-    return [Collective(kind, *array, *about) for array in arrays]
-
-
-def _arrays(shapes: str) -> list[tuple[str, tuple[int, ...], int]]:
-    """Returns the dtype, the shape and the size in bytes of each array of an HLO type."""
-    arrays = []
-    for dtype, sizes in _ARRAY.findall(shapes):
-        shape = tuple(int(size.lstrip("<=")) for size in sizes.split(",") if size)
-        digits = re.search(r"\d+", dtype)
-        bits = _BITS.get(dtype, int(digits[0]) if digits else 0)
-        arrays.append((dtype, shape, math.prod(shape) * bits // 8))
-    return arrays
+        arrays = [Array(arrays[0].dtype, (len(arrays), *arrays[0].shape))]
+    about = _group(instruction.text, devices), times, loops, instruction.source
+    return [Collective(kind, x.dtype, x.shape, x.bytes, *about) for x in arrays]
 
 
 def _group(line: str, devices: int) -> int:

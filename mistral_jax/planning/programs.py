@@ -103,7 +103,7 @@ def arguments(program: str, model: Transformer, layout: Layout, of: Shapes) -> A
     params = weights(program, model, layout, of)
     if program == "train":
         return _settle(layout, abstract_state(_optimizer(), params, layout))
-    return params, _cache(program, model, layout, of)
+    return params, _cache(model, layout, of)
 
 
 def trace(program: str, model: Transformer, layout: Layout, of: Shapes) -> jax.stages.Traced:
@@ -149,16 +149,14 @@ def _trace(program, model, held, layout, of):
     return decode.decode.trace(model, params, state.replace(cache=cache), limit, watched)
 
 
-def _cache(program: str, model: Transformer, layout: Layout, of: Shapes) -> Cache:
-    def made():
-        cache = prefill.empty_cache(model, of.batch, prefill.slots(model, of.length))
-        return decode.turn(model, cache) if program == "decode" else cache
+def _cache(model: Transformer, layout: Layout, of: Shapes) -> Cache:
+    length = prefill.slots(model, of.length)
+    cache = jax.eval_shape(lambda: prefill.empty_cache(model, of.batch, length))
 
-    axes = ("batch", None, "kv_heads", "head_dim")
-    if program == "decode" and decode.by_heads(model):
-        axes = ("batch", "kv_heads", None, "head_dim")
-    cache = jax.eval_shape(made)
-    return jax.tree.map(lambda x: _array(layout, x.shape, x.dtype, axes[: x.ndim]), cache)
+    def describe(x, axes):
+        return _array(layout, x.shape, x.dtype, axes)
+
+    return tuple(jax.tree.map(describe, layer, layer.logical_axes()) for layer in cache)
 
 
 def _array(layout, shape, dtype, axes) -> jax.ShapeDtypeStruct:

@@ -323,13 +323,17 @@ def test_keys_and_values_may_lie_by_heads():
     model, ids = Transformer(config(6), kv_cache_dtype=dtype), text(1, 21)
 
     def swap(cache):
-        return jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2) if x.ndim == 4 else x, cache)
+        def swapped(layer):
+            turned = layer.replace(by_heads=True).ordered(layer.k, layer.v, layer.positions)
+            return turned.replace(by_heads=not layer.by_heads)
+
+        return tuple(map(swapped, cache))
 
     prefixes, cache = reusing(model, {"x": 0}), holding(model, ids, row=1, rows=2)
-    prefixes.save("a", ids, swap(cache), 1, by_heads=True)
+    prefixes.save("a", ids, swap(cache), 1)
     hit = prefixes.find("a", [*ids, 1])
-    empty = init_cache(model.config, 2, 32, jnp.dtype(dtype))
-    copied = prefixes.restore(hit, swap(empty), 1, by_heads=True)
+    empty = init_cache(model.config, 2, 32, jnp.dtype(dtype), by_heads=True)
+    copied = prefixes.restore(hit, empty, 1)
     same(seen(model, swap(copied), 1, 21), seen(model, cache, 1, 21))
 
 
@@ -357,5 +361,5 @@ def test_each_device_copies_its_rows_and_heads(name, dtype):
     assert np.all(np.asarray(copied[0].positions)[[0, 2, 3]] == -1)
     assert jax.tree.map(lambda x: x.sharding, copied) == before
     with on_mesh(params):
-        lowered = blocks._take.lower(cache, np.zeros(2, np.int32), BLOCK, model.rules, False)
+        lowered = blocks._take.lower(cache, np.zeros(2, np.int32), BLOCK, model.rules)
         assert "all-gather" not in lowered.compile().as_text()

@@ -53,8 +53,9 @@ def test_no_two_arrays_share_a_buffer(dtype):
             assert (x == 1).all()
 
 
+@pytest.mark.parametrize("by_heads", [False, True])
 @pytest.mark.parametrize("slots", [1, 4])
-def test_write_keeps_the_last_tokens_of_each_row_however_the_text_is_cut(slots):
+def test_write_keeps_the_last_tokens_of_each_row_however_the_text_is_cut(slots, by_heads):
     rng = np.random.default_rng(slots)
     lengths = (0, 3, 23)
     texts = jnp.asarray(rng.standard_normal((2, len(lengths), 23, 2, 4)), jnp.float32)
@@ -64,19 +65,22 @@ def test_write_keeps_the_last_tokens_of_each_row_however_the_text_is_cut(slots):
             v=jnp.zeros((3, slots, 2, 4)),
             positions=jnp.full((3, slots), -1),
         )
+        if by_heads:
+            cache = cache.replace(by_heads=True).ordered(cache.k, cache.v, cache.positions)
         for start in range(0, 23, chunk):
             places = np.arange(start, min(start + chunk, 23))
             positions = np.where(places < np.array(lengths)[:, None], places, -1)
             cache = jax.jit(write)(
                 cache, *texts[:, :, start : start + chunk], jnp.asarray(positions)
             )
+        k, v = (jnp.swapaxes(x, 1, 2) if by_heads else x for x in (cache.k, cache.v))
         for row, length in enumerate(lengths):
             for slot in range(slots):
                 last = max((p for p in range(length) if p % slots == slot), default=-1)
                 last = last if last >= length - slots else -1
                 assert cache.positions[row, slot] == last
                 expected = texts[:, row, last] if last >= 0 else np.zeros((2, 2, 4))
-                np.testing.assert_array_equal([cache.k[row, slot], cache.v[row, slot]], expected)
+                np.testing.assert_array_equal([k[row, slot], v[row, slot]], expected)
 
 
 def test_the_later_of_two_tokens_for_a_slot_wins_wherever_it_stands():

@@ -64,8 +64,9 @@ def chunk_of(x, positions):
     "length",
     [2, 7, pytest.param(4, marks=pytest.mark.slow), pytest.param(11, marks=pytest.mark.slow)],
 )
+@pytest.mark.parametrize("by_heads", [False, True])
 def test_a_chunk_sees_through_ring_and_cache_what_it_sees_in_the_whole_text(
-    monkeypatch, length, way
+    monkeypatch, length, way, by_heads
 ):
     look = functools.partial(attend, backend=WAYS[way])
     # XLA's product takes the kernel's place, and float32.
@@ -83,9 +84,11 @@ def test_a_chunk_sees_through_ring_and_cache_what_it_sees_in_the_whole_text(
             in_place = whole.k, whole.v, positions, whole.positions
             found.append([look(q, *in_place, *pattern, origin=origin)])
             if ring is not None:
+                if by_heads:
+                    ring = ring.replace(by_heads=True).ordered(ring.k, ring.v, ring.positions)
                 seen, origin_of_ring = line_up(ring, new_k, new_v, positions)
                 lined = seen.k, seen.v, positions, seen.positions
-                given = {"aligned": True, "origin": origin_of_ring}
+                given = {"aligned": True, "origin": origin_of_ring, "by_heads": by_heads}
                 found[-1].append(look(q, *lined, *pattern, **given))
         return found
 

@@ -13,6 +13,7 @@ from mistral_jax.config import ModelConfig
 from mistral_jax.engine import decode as steps
 from mistral_jax.engine import prefill, scheduler
 from mistral_jax.engine.generate import generate
+from mistral_jax.model.cache import LayerCache
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.ops.backend import Backend
 from mistral_jax.parallel.sharding import Layout, abstract_params, read_layout
@@ -64,6 +65,17 @@ def tpu_text(traced):
     return re.sub(r"@\w+_\d+\b", lambda name: f"@f{numbers[name[0]]}", text)
 
 
+def in_order_of(backend, arguments):
+    """Returns arguments whose caches have the order of axes that a backend's caches have."""
+
+    def turn(x):
+        if not isinstance(x, LayerCache) or x.by_heads == backend.by_heads:
+            return x
+        return x.replace(by_heads=True).ordered(x.k, x.v, x.positions)
+
+    return jax.tree.map(turn, arguments, is_leaf=lambda x: isinstance(x, LayerCache))
+
+
 def generated(monkeypatch, name, backend, rows, kv_cache_dtype):
     """Returns the texts of what `generate` runs, traced for a backend instead of this machine."""
     layout, texts = layout_of(name), {}
@@ -71,7 +83,8 @@ def generated(monkeypatch, name, backend, rows, kv_cache_dtype):
 
     def traces(program, run):
         def traced(model, *arguments):
-            texts[program] = tpu_text(run.trace(model.clone(backend=backend), *arguments))
+            given = in_order_of(backend, arguments)
+            texts[program] = tpu_text(run.trace(model.clone(backend=backend), *given))
             return run(model, *arguments)
 
         return traced
