@@ -82,6 +82,8 @@ def _scale(sums: jax.Array, matrix: MaybeQuantized) -> jax.Array:
 
 def _multiply(rows: jax.Array, matrix: MaybeQuantized, backend: Backend) -> jax.Array:
     """Multiplies `rows` [..., X] by `matrix` [Y, X] with XLA's operations."""
+    if rows.shape[:-1] == (1,) and _avoids_one_row(rows, matrix, backend):
+        return _multiply(jnp.pad(rows, ((0, 1), (0, 0))), matrix, backend)[:1]
     if backend.has_native and kernels.should_widen(rows, _values(matrix)):
         return _scale(_multiply_wide(rows, _values(matrix)), matrix)
     if isinstance(matrix, QuantizedMatrix):
@@ -89,11 +91,18 @@ def _multiply(rows: jax.Array, matrix: MaybeQuantized, backend: Backend) -> jax.
         # reaches that point later. On a mesh, the largest number of a row would take an all-reduce.
         few = math.prod(rows.shape[:-1]) <= (64 if backend.chip == "vnni" else 8)
         return matrix.product(rows, in_integers=few and backend.is_one_cpu)
-    # XLA's CPU backend converts a whole 16-bit matrix to float32 for one row, but not for two.
-    lonely = rows.shape[:-1] == (1,) and rows.dtype != jnp.float32
-    if lonely and backend.platform == "cpu":
-        return einsum("...X,YX->...Y", jnp.concatenate([rows, rows]), matrix)[:1]
     return einsum("...X,YX->...Y", rows, matrix)
+
+
+def _avoids_one_row(rows: jax.Array, matrix: MaybeQuantized, backend: Backend) -> bool:
+    """Tells whether XLA multiplies two rows faster than one.
+
+    For one row, its CPU backend converts a whole 16-bit matrix to float32, and its TPU backend
+    multiplies on the vector unit. For two rows they do not.
+    """
+    if backend.platform == "cpu":
+        return rows.dtype != jnp.float32 and not isinstance(matrix, QuantizedMatrix)
+    return backend.platform == "tpu"
 
 
 @jax.custom_jvp
