@@ -16,7 +16,7 @@ from mistral_jax.config import ModelConfig
 from mistral_jax.ops.backend import Backend
 from mistral_jax.ops.partition import Rules, mesh_axes
 from mistral_jax.ops.products import multiply, multiply_each
-from mistral_jax.ops.rows import look_up
+from mistral_jax.ops.rows import apart, look_up
 
 
 class Axes(NamedTuple):
@@ -195,4 +195,5 @@ class MLP(nn.Module):
         # In float32 silu rounds once, as in PyTorch. In `dtype` each operation inside it would
         # round.
         gated = nn.silu(opened.astype(jnp.float32)).astype(self.dtype) * raised
+        gated = apart(gated, self.backend)
         return down(nn.with_logical_constraint(gated, ("batch", "length", "mlp"), rules=self.rules))

@@ -137,6 +137,17 @@ def once(x: jax.Array, backend: Backend = PLAIN) -> jax.Array:
     return kernels.once(x) if backend.has_native else x
 
 
+def apart(x: jax.Array, backend: Backend) -> jax.Array:
+    """Returns `x`, computed before the operation that reads it, if it is one token of each row.
+
+    XLA's TPU backend would compute a product inside the next one, which then waits for both
+    matrices where it could prefetch the second.
+    """
+    if backend.platform != "tpu" or x.shape[1] > 1:
+        return x
+    return jax.lax.optimization_barrier(x)
+
+
 def as_bits(x: jax.Array, backend: Backend) -> jax.Array:
     """Reinterprets 16-bit floats as integers on a CPU, where XLA would copy them as float32."""
     if not _needs_bits(x, backend):

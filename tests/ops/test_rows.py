@@ -1,5 +1,6 @@
 """Rows of tables are moved as bits on a CPU only, and the same rows on every backend."""
 
+import functools
 import re
 
 import jax
@@ -33,3 +34,12 @@ def test_only_a_cpu_moves_bits(move):
         found[platform] = np.asarray(run(Backend(platform)))
     np.testing.assert_array_equal(found["tpu"], found["cpu"])
     np.testing.assert_array_equal(found["gpu"], found["cpu"])
+
+
+@pytest.mark.parametrize(
+    ("platform", "tokens", "barriers"), [("tpu", 1, 1), ("tpu", 2, 0), ("gpu", 1, 0), ("cpu", 1, 0)]
+)
+def test_only_a_tpu_keeps_products_of_single_tokens_apart(platform, tokens, barriers):
+    run = functools.partial(rows.apart, backend=Backend(platform))
+    program = str(jax.make_jaxpr(run)(jnp.zeros((2, tokens, 3))))
+    assert program.count("optimization_barrier") == barriers
