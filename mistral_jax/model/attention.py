@@ -113,7 +113,8 @@ class Attention(nn.Module):
 
         q, k, v = project(x, [projection(name=name) for name in ("q_proj", "k_proj", "v_proj")])
         q, k, v = place(q, "heads"), place(k, "kv_heads"), place(v, "kv_heads")
-        q, k = rotate(q, angles), rotate(k, angles)
+        swap = cache is not None and x.shape[1] > 1 and self.backend.swaps_by_product
+        q, k = (rotate(y, angles, swap) for y in (q, k))
         sections = length_parts(self.rules)
         if sections > 1:
             # The sequence is partitioned over devices. Queries stay where they are; keys and

@@ -54,3 +54,15 @@ def test_it_keeps_the_dtype_and_turns_in_float32(x):
     assert rotated(narrow, positions).dtype == jnp.bfloat16
     exact = rotated(narrow.astype(jnp.float32), positions)
     np.testing.assert_array_equal(rotated(narrow, positions), exact.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_product_that_swaps_halves_is_exact(x, dtype):
+    angles = rotary_angles(jnp.array([[0, 1, 2, 3, 4, 5], [9, 100, 4000, 12, -1, -1]]), 10, THETA)
+    x = x.astype(jnp.dtype(dtype))
+    found, expected = (
+        rotate(x, angles, by_product).astype(jnp.float32) for by_product in (True, False)
+    )
+    # The two sums may be contracted to a multiplication and addition in different places.
+    bound = 2.0**-23 if dtype == "float32" else 2.0**-8
+    np.testing.assert_allclose(found, expected, rtol=bound, atol=2.0**-22)
