@@ -17,6 +17,8 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([a-z][a-z0-
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|\w+_computation)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CONDITION = re.compile(r"condition=%?([\w.-]+)")
+_BODY = re.compile(r"body=%?([\w.-]+)")
+_OPERAND = re.compile(r"%([\w.-]+)")
 _CONSTANT = re.compile(r"= [su]\d+\[\]\S* constant\((\d+)\)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 # HLO writes groups in three ways: {{0,1},{2,3}}, [2,2]<=[4], mesh['a'=2,'b'=2] {'b'}.
@@ -122,9 +124,29 @@ def _trips(line: str, computations) -> int:
     """Returns the trip count of a loop, from XLA's note or the loop's limit; 1 if it is unknown."""
     if known := _TRIPS.search(line):
         return int(known[1])
-    condition = "\n".join(computations[_CONDITION.search(line)[1]])
+    limit = computations[_CONDITION.search(line)[1]]
+    condition = "\n".join(limit)
     counts = _CONSTANT.findall(condition)
-    return int(counts[0]) if len(counts) == 1 and "direction=LT" in condition else 1
+    if len(counts) != 1 or "direction=LT" not in condition:
+        return 1
+    return math.ceil(int(counts[0]) / _step(limit, computations[_BODY.search(line)[1]]))
+
+
+def _step(condition: list[str], body: list[str]) -> int:
+    """Returns what a loop adds to its counter in each round: more than 1 if XLA has unrolled it."""
+    index = re.search(r" get-tuple-element\(.*index=(\d+)", "\n".join(condition))
+    root = re.search(r"ROOT .* tuple\((.*?)\)", "\n".join(body))
+    if not index or not root:
+        return 1
+    made = {line.split(" = ")[0].split()[-1].lstrip("%"): line for line in body}
+
+    def operands(line, operation):
+        found = re.search(rf" {operation}\((.*?)\)", line)
+        return [made.get(name, "") for name in _OPERAND.findall(found[1])] if found else []
+
+    following = operands(root[0], "tuple")[int(index[1])]
+    added = [_CONSTANT.search(line) for line in operands(following, "add")]
+    return next((int(constant[1]) for constant in added if constant), 1)
 
 
 def _parse(line: str, times: int, loops: int, devices: int) -> list[Collective]:
