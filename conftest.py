@@ -15,14 +15,19 @@ pytest_collect_file = Sybil(
 ).pytest()
 
 
-TESTS = Path(__file__).parent / "tests"
+ROOT = Path(__file__).parent
+TESTS = ROOT / "tests"
+# The folders with the longest files come first, so that no worker begins one of them at the end.
+_LONG = ("notebooks", *(f"tests/{name}" for name in ("training", "parallel", "planning", "ops")))
 
 
 def pytest_collection_modifyitems(items):
-    """Marks documents, notebooks and the tests about them as slow."""
+    """Marks documents, notebooks and the tests about them as slow, and has long files run first."""
     for item in items:
         if TESTS not in item.path.parents or TESTS / "documents" in item.path.parents:
             item.add_marker("slow")
+    folders = [ROOT / name for name in _LONG]
+    items.sort(key=lambda item: [folder not in item.path.parents for folder in folders])
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ jax.config.update("jax_disable_most_optimizations", False)
 os.environ.pop("XLA_FLAGS")
 
 SEED = int(os.environ.get("PARITY_SEED") or secrets.randbelow(2**31))
+os.environ["PARITY_SEED"] = str(SEED)  # for the workers of pytest-xdist
 
 
 def pytest_terminal_summary(terminalreporter):

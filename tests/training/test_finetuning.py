@@ -188,11 +188,10 @@ def interrupted(recipe, path, number, step):
     """Trains in a process of its own, which gets a signal after a step."""
     arguments = json.dumps(recipe.to_dict()), str(path), str(int(number)), str(step)
     return subprocess.run(
-        [sys.executable, "-c", KILLED, *arguments],
-        env=os.environ | processes.ALIKE | {"JAX_NUM_CPU_DEVICES": "8"},
+        [sys.executable, "-c", processes.BEGIN + KILLED, *arguments],
+        env=processes.environment(),
         capture_output=True,
         text=True,
-        timeout=120,
     )
 
 
