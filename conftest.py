@@ -2,7 +2,9 @@
 
 import os
 from pathlib import Path
+from unittest import mock
 
+import processes
 import pytest
 from snippets import blocks
 from sybil import Sybil
@@ -28,6 +30,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker("slow")
     folders = [ROOT / name for name in _LONG]
     items.sort(key=lambda item: [folder not in item.path.parents for folder in folders])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Gives notebooks the settings of the tests; those of documents are a user's."""
+    settings = processes.settings() if item.path.suffix == ".ipynb" else {}
+    with mock.patch.dict(os.environ, settings):
+        return (yield)
 
 
 @pytest.fixture(scope="session")

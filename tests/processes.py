@@ -16,12 +16,15 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import NamedTuple
 
+# By default XLA's CPU backend divides a program into pieces and compiles them at the same time. On
+# two cores, which other tests use too, this takes a third longer.
+UNDIVIDED = "--xla_cpu_parallel_codegen_split_count=1"
 # The settings of conftest.py: with them a process computes the same bits as the tests do.
 ALIKE = {
     "JAX_PLATFORMS": "cpu",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     # XLA's older emitters for fused operations on a CPU compile twice as fast.
-    "XLA_FLAGS": "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+    "XLA_FLAGS": f"{UNDIVIDED} --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
 }
 PROMPTS = [[1, 7, 9], [1, *range(10, 40)], [5]]
 TEXT = "a text that is longer than one chunk"
@@ -35,20 +38,25 @@ class Ended(NamedTuple):
     err: str
 
 
-# Makes a Python program find what the tests have compiled. JAX's cache keys include XLA_FLAGS, which
-# conftest.py removes once XLA has read them.
-BEGIN = "import os, jax; jax.devices(); del os.environ['XLA_FLAGS']\n"
+# Makes a Python program find what the tests have compiled. JAX's cache keys include XLA_FLAGS, and
+# conftest.py changes that variable once XLA has read it.
+BEGIN = f"import os, jax; jax.devices(); os.environ['XLA_FLAGS'] = '{UNDIVIDED}'\n"
 
 
-def environment(devices: int = 8) -> dict[str, str]:
-    """Returns the environment of a program that computes, and keeps programs, as the tests do."""
+def settings() -> dict[str, str]:
+    """Returns variables with which a program compiles, and keeps programs, as the tests do."""
     import jax
 
     kept = {}
     if folder := jax.config.jax_compilation_cache_dir:
         kept["JAX_COMPILATION_CACHE_DIR"] = folder
         kept["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    return os.environ | ALIKE | kept | {"JAX_NUM_CPU_DEVICES": str(devices)}
+    return ALIKE | kept
+
+
+def environment(devices: int = 8) -> dict[str, str]:
+    """Returns the environment of a program that computes as the tests do."""
+    return os.environ | settings() | {"JAX_NUM_CPU_DEVICES": str(devices)}
 
 
 def together(

@@ -1,7 +1,6 @@
 """Training a checkpoint on examples: what it learns, what it keeps, and how it goes on."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
