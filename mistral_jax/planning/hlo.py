@@ -160,13 +160,15 @@ def _step(condition: str, body: Sequence[Instruction]) -> int:
 
     def operands(instruction):
         inside = instruction.text.partition(f" {instruction.operation}(")[2].partition(")")[0]
-        return [made[name] for name in _OPERAND.findall(inside) if name in made]
+        return [made.get(name) for name in _OPERAND.findall(inside)]
 
     index = re.search(r" get-tuple-element\(.*index=(\d+)", condition)
     if not index or body[-1].operation != "tuple":
         return 1
     following = operands(body[-1])[int(index[1])]
-    added = [_CONSTANT.search(x.text) for x in operands(following) if following.operation == "add"]
+    if following is None or following.operation != "add":
+        return 1
+    added = [_CONSTANT.search(x.text) for x in operands(following) if x is not None]
     return next((int(constant[1]) for constant in added if constant), 1)
 
 
