@@ -143,6 +143,12 @@ class Attention(nn.Module):
             # written first, and then holds every key that the token sees.
             cache = store(cache, k, v, positions)
             mixed = look_in(cache)
+        elif attention.takes_chunks(q, cache, self.dilation, sections, self.rules, self.backend):
+            # A chunk of a prompt, with a kernel that reads the old cache beside the chunk.
+            chunk = cache.ordered(k, v, positions)
+            mixed = attention.attend_chunk(q, chunk, cache, self.window, self.rules)
+            mixed, cache = jax.lax.optimization_barrier((mixed, cache))
+            cache = store(cache, k, v, positions)
         elif self.window and (self.window - 1) * self.dilation < cache.positions.shape[1]:
             # A chunk of a prompt, in a cache with a slot for each token of the window: the chunk's
             # last tokens overwrite keys that its first tokens still see. So attention reads the old

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from mistral_jax.config import ModelConfig
+from mistral_jax.ops import ring
 from mistral_jax.ops.backend import PLAIN, Backend
 from mistral_jax.ops.partition import Rules
 from mistral_jax.ops.quantized import MaybeQuantized, QuantizedMatrix, to_int8
@@ -144,11 +145,20 @@ def write(
       positions: positions of the chunk's tokens, [B, T] int32, rising by 1 along a row; -1 =
         padding, which is not stored.
       backend: the backend that this is traced for.
-      rules: mesh axes of the logical axes.
+      rules: mesh axes of the logical axes, by which kernels are partitioned.
 
     Returns:
       The new cache. It is the same however the text is cut into chunks.
     """
+    chunk = jax.tree.map(
+        lambda old, new: new.astype(old.dtype), cache, cache.ordered(k, v, positions)
+    )
+    if cache.by_heads and positions.shape[1] > 1:
+        tables, tree = jax.tree.flatten((cache.k, cache.v))
+        if ring.fits(tables, rules, backend):
+            rows = jax.tree.leaves((chunk.k, chunk.v))
+            k, v = jax.tree.unflatten(tree, ring.write(tables, rows, positions, rules))
+            return cache.replace(k=k, v=v, positions=ring.held(positions, cache.positions))
     slots = cache.positions.shape[1]
     # A chunk longer than S has several tokens for one slot. Only the last one may be written, for
     # the order of writes in a scatter is undefined.
@@ -158,9 +168,9 @@ def write(
     slot = jnp.where(stored, positions % slots, slots)
 
     def store(axis, old, new):
-        return put(old, new.astype(old.dtype), slot, axis, backend, rules)
+        return put(old, new, slot, axis, backend, rules)
 
-    return cache.map(store, cache.ordered(k, v, positions))
+    return cache.map(store, chunk)
 
 
 def line_up(

@@ -4,7 +4,7 @@ Each device of the mesh runs the operation on its own rows and heads.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,8 @@ def mesh_axes(rules: Rules, axis: str) -> tuple[str, ...]:
 
 def length_parts(rules: Rules) -> int:
     """Returns the number of parts into which the current mesh partitions the axis "length"."""
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = () if mesh.empty else mesh_axes(rules, "length")
-    return math.prod(mesh.shape[axis] for axis in axes)
+    no_mesh = jax.sharding.get_abstract_mesh().empty
+    return 1 if no_mesh else _parts(mesh_axes(rules, "length"))
 
 
 def fits(q: jax.Array, k: jax.Array, rules: Rules, by_heads: bool = False) -> bool:
@@ -35,25 +34,37 @@ def fits(q: jax.Array, k: jax.Array, rules: Rules, by_heads: bool = False) -> bo
       rules: mesh axes of the logical axes.
       by_heads: whether keys are by heads.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    batch, heads, kv_heads = (mesh_axes(rules, axis) for axis in ("batch", "heads", "kv_heads"))
-    if not rules or not {*batch, *heads, *kv_heads} <= set(mesh.axis_names):
-        return False
-
-    def parts(axes):
-        return math.prod(mesh.shape[axis] for axis in axes)
-
-    shared, rest = heads[: len(kv_heads)], heads[len(kv_heads) :]
     count = k.shape[1 if by_heads else 2]
-    sizes = ((q.shape[0], batch), (q.shape[2], heads), (count, kv_heads))
+    sizes = {"batch": q.shape[0], "heads": q.shape[2], "kv_heads": count}
+    if not divides(rules, sizes):
+        return False
+    heads, kv_heads = (mesh_axes(rules, axis) for axis in ("heads", "kv_heads"))
+    shared, rest = heads[: len(kv_heads)], heads[len(kv_heads) :]
+    # Several devices may hold query heads of one key-value head, but then each device may have only
+    # one key-value head.
+    return shared == kv_heads and (_parts(rest) == 1 or count == _parts(kv_heads))
+
+
+def divides(rules: Rules, sizes: Mapping[str, int]) -> bool:
+    """Tells whether the rules divide axes evenly over devices of the current mesh.
+
+    Args:
+      rules: mesh axes of the logical axes.
+      sizes: sizes of the logical axes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = {axis: mesh_axes(rules, axis) for axis in sizes}
     return (
-        all(kind == AxisType.Auto for kind in mesh.axis_types)
-        and all(size % parts(axes) == 0 for size, axes in sizes)
-        and shared == kv_heads
-        # Several devices may hold query heads of one key-value head, but then each device may have
-        # only one key-value head.
-        and (parts(rest) == 1 or count == parts(kv_heads))
+        bool(rules)
+        and set().union(*axes.values()) <= set(mesh.axis_names)
+        and all(kind == AxisType.Auto for kind in mesh.axis_types)
+        and all(size % _parts(axes[axis]) == 0 for axis, size in sizes.items())
     )
+
+
+def _parts(axes):
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def by_device(
