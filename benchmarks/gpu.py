@@ -81,7 +81,7 @@ def main() -> None:
     sizes = arguments.batch, arguments.prompt, "bfloat16", small, arguments.kv_cache_dtype
     of = programs.shapes(layout, *sizes)
     model = programs.model(config, layout, of)
-    kernels = () if arguments.plain else ("cudnn",)
+    kernels = () if arguments.plain else ("cudnn", "triton")
     model = model.clone(backend=Backend("gpu", "9.0", alone=True, kernels=kernels))
     for program in ("prefill", "decode"):
         compiled = programs.lower(program, model, layout, of).compile()

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mistral_jax.model.cache import Cache, LayerCache
+from mistral_jax.ops.backend import Backend
 from mistral_jax.ops.partition import Rules, from_owner, local_row
 from mistral_jax.ops.rows import as_bits, from_bits
 
@@ -31,9 +32,9 @@ class Copier:
     In all methods, `layers` are indices of layers with equally many cache slots.
     """
 
-    def __init__(self, block: int, rules: Rules, mesh: Mesh | None):
+    def __init__(self, block: int, rules: Rules, mesh: Mesh | None, backend: Backend):
         """Makes a copier for blocks of `block` tokens, on a mesh, if any, by sharding rules."""
-        self._block, self._rules, self._mesh = block, rules, mesh
+        self._block, self._rules, self._mesh, self._backend = block, rules, mesh, backend
 
     def nbytes(self, cache: Cache, layers: Sequence[int]) -> int:
         """Returns the bytes that a block takes on all devices together."""
@@ -88,7 +89,7 @@ class Copier:
             place = np.array([row, begin, *places], np.int32)
             with self._on_mesh():
                 window = _blend(filled, block, place, self._rules)
-                filled = _write(filled, window, place, self._rules)
+                filled = _write(filled, window, place, self._rules, self._backend)
         new = dict(zip(layers, filled, strict=True))
         return tuple(new.get(i, layer) for i, layer in enumerate(cache))
 
@@ -114,12 +115,15 @@ def _take(layers, place, block, rules):
             if axis == 1:
                 return from_owner(x.at[row, slot].get(mode="clip"), mine, rules)
             found = x.at[row, :, slot].get(mode="clip")
-            return from_owner(found, mine, rules)
+            return from_owner(found.reshape(*found.shape[:2], -1), mine, rules)
 
         found = [layer.map(pick) for layer in layers]
         return [(layer.k, layer.v) for layer in found]
 
-    like = [jax.tree.map(lambda x: x[0], (layer.k, layer.v)) for layer in layers]
+    like = [
+        jax.tree.map(lambda x: x[0].reshape(*x.shape[1:3], -1), (layer.k, layer.v))
+        for layer in layers
+    ]
     return by_device(copy, rules, (layers, place), like)
 
 
@@ -164,8 +168,8 @@ def _blend(layers, block, place, rules):
     return by_device(blend, rules, (layers, block, place), layers)
 
 
-@functools.partial(jax.jit, static_argnames="rules", donate_argnames="layers")
-def _write(layers, window, place, rules):
+@functools.partial(jax.jit, static_argnames=("rules", "backend"), donate_argnames="layers")
+def _write(layers, window, place, rules, backend):
     """Writes the result of `_blend` into a row."""
 
     def write(layers, window, place):
@@ -174,8 +178,8 @@ def _write(layers, window, place, rules):
 
         def update(axis, old, new):
             index = _index(axis, old, row, begin)
-            bits = jax.lax.dynamic_update_slice(as_bits(old), as_bits(new), index)
-            return from_bits(bits, old.dtype)
+            bits = (as_bits(x, backend) for x in (old, new))
+            return from_bits(jax.lax.dynamic_update_slice(*bits, index), old.dtype)
 
         return [old.map(update, new) for old, new in zip(layers, window, strict=True)]
 

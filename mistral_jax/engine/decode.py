@@ -17,6 +17,7 @@ from mistral_jax.engine.prefill import Params, replicate, whole_rows
 from mistral_jax.engine.sampling import MOST_TOP, RowSampling
 from mistral_jax.model.cache import Cache
 from mistral_jax.model.transformer import Transformer
+from mistral_jax.ops.backend import Backend
 from mistral_jax.ops.partition import Rules, by_rows
 from mistral_jax.ops.rows import as_bits, from_bits
 
@@ -244,13 +245,14 @@ def decode(
         state, made, step = carry
         return *decode_step(model, params, state, made, step), step + 1
 
-    whole = state
+    whole, backend = state, model.backend
     if rows is not None:
-        state = jax.tree.map(lambda x: from_bits(as_bits(x)[:rows], x.dtype), state)
+        state = jax.tree.map(lambda x: from_bits(as_bits(x, backend)[:rows], x.dtype), state)
     made = nothing(*state.counts.shape, MOST_STEPS).replace(left=state.left)
     state, made, _ = jax.lax.while_loop(goes_on, take_step, (state, made, jnp.int32(0)))
     if rows is not None:
-        state = jax.tree.map(lambda old, new: put_rows(old, new, jnp.int32(0)), whole, state)
+        put = functools.partial(put_rows, first=jnp.int32(0), backend=backend)
+        state = jax.tree.map(put, whole, state)
     return release(state), replicate(made)
 
 
@@ -259,10 +261,11 @@ def shrinks(model: Transformer) -> bool:
     return model.backend.is_one_cpu
 
 
-def put_rows(old: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
+def put_rows(old: jax.Array, new: jax.Array, first: jax.Array, backend: Backend) -> jax.Array:
     """Writes `new` [R, ...] over the rows of `old` [B, ...] from row `first` on."""
     starts = (first, *[jnp.int32(0)] * (old.ndim - 1))
-    return from_bits(jax.lax.dynamic_update_slice(as_bits(old), as_bits(new), starts), old.dtype)
+    bits = (as_bits(x, backend) for x in (old, new))
+    return from_bits(jax.lax.dynamic_update_slice(*bits, starts), old.dtype)
 
 
 def release(state: State) -> State:

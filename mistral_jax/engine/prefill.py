@@ -24,11 +24,14 @@ Params = Mapping[str, Any]
 
 # Tokens of a chunk (C): enough to keep the processor busy, few enough to bound the activations.
 CHUNK = 512
-# On a GPU, chunks of few rows are widened to about this many tokens of all rows together.
-GPU_TOKENS = 2048
+# On an accelerator, chunks of few rows are widened to about this many tokens of all rows together,
+# so that reading the weights takes less time than the products.
+GPU_TOKENS, TPU_TOKENS = 2048, 1024
+# A TPU v6e computes 560 products of bfloat16 in the time in which it reads one weight.
+V6E_TOKENS = 2048
 # Chunk widths for the rest of a prompt, if they are less than C. They are few because each width is
 # one more program to compile for every shape of cache.
-_WIDTHS = (16, 64, 512)
+_WIDTHS = (16, 64, 512, 1024)
 _SMALLEST_ROOM, _COARSE_ROOM = 256, 4096
 _COARSE_ROWS = 8
 
@@ -70,9 +73,10 @@ def slots(model: Transformer, tokens: int) -> int:
 
 def chunk_size(rows: int, backend: Backend) -> int:
     """Returns the width of a full chunk (C) of `rows` rows."""
-    if backend.platform != "gpu":
-        return CHUNK
-    return max(CHUNK, GPU_TOKENS >> (rows - 1).bit_length())
+    tokens = {"gpu": GPU_TOKENS, "tpu": TPU_TOKENS}.get(backend.platform, CHUNK)
+    if backend.chip in ("TPU v6 lite", "TPU v6e"):
+        tokens = V6E_TOKENS
+    return max(CHUNK, tokens >> (rows - 1).bit_length())
 
 
 def chunks(

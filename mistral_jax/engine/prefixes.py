@@ -130,7 +130,7 @@ class Prefixes:
           block: tokens of a block.
           least: minimum number of tokens of a hit.
         """
-        self._copier = Copier(block, model.rules, mesh_of(params))
+        self._copier = Copier(block, model.rules, mesh_of(params), model.backend)
         self._most_bytes, self._block, self._least = most_bytes, block, max(1, least)
         spans = model.config.spans
         # With a span of 1 a token sees only itself, so such layers are left out. Layers without a

@@ -100,10 +100,10 @@ def insert(
     new, made = advance(new, made, jnp.int32(0), replicate(own), ())
 
     def put(old, one):
-        return put_rows(old, one.astype(old.dtype), slot)
+        return put_rows(old, one.astype(old.dtype), slot, model.backend)
 
     fields = jax.tree.map(put, state.replace(cache=()), new)
-    copy = functools.partial(_put_row, rules=model.rules)
+    copy = functools.partial(_put_row, rules=model.rules, backend=model.backend)
     cache = by_device(copy, model.rules, (state.cache, cache, slot, row), state.cache)
     return release(fields.replace(cache=cache)), replicate(made)
 
@@ -144,7 +144,7 @@ def _take_row(cache, row, rules):
     return jax.tree.map(take, cache)
 
 
-def _put_row(state, cache, slot, row, rules):
+def _put_row(state, cache, slot, row, rules, backend):
     """Copies one row of a cache into a slot of a state, and empties the slot's other cache slots.
 
     Their keys and values become 0. The previous row may have left NaN there, and the product of an
@@ -159,6 +159,6 @@ def _put_row(state, cache, slot, row, rules):
         if mine is not True:
             starts = (at, *[jnp.int32(0)] * (old.ndim - 1))
             new = jnp.where(mine, new, jax.lax.dynamic_slice(old, starts, new.shape))
-        return put_rows(old, new, at)
+        return put_rows(old, new, at, backend)
 
     return jax.tree.map(put, state, _take_row(cache, row, rules))

@@ -54,7 +54,8 @@ def visible(
     if window is not None:
         mask &= distance < window * dilation
     if dilation > 1:
-        mask &= distance % dilation == 0
+        # In a kernel, `%` could be lowered only on a machine that has the accelerator.
+        mask &= jax.lax.rem(distance, jnp.int32(dilation)) == 0
     return mask if q_texts is None else mask & (q_texts[:, :, None] == kv_texts[:, None, :])
 
 
@@ -127,7 +128,7 @@ class Attention(nn.Module):
             rules=self.rules,
             backend=self.backend,
         )
-        store = functools.partial(write, backend=self.backend)
+        store = functools.partial(write, backend=self.backend, rules=self.rules)
 
         def look_in(held, **order):
             keys = held.k, held.v, positions, held.positions
@@ -142,11 +143,17 @@ class Attention(nn.Module):
             # written first, and then holds every key that the token sees.
             cache = store(cache, k, v, positions)
             mixed = look_in(cache)
+        elif attention.takes_chunks(q, cache, self.dilation, sections, self.rules, self.backend):
+            # A chunk of a prompt, with a kernel that reads the old cache beside the chunk.
+            chunk = cache.ordered(k, v, positions)
+            mixed = attention.attend_chunk(q, chunk, cache, self.window, self.rules)
+            mixed, cache = jax.lax.optimization_barrier((mixed, cache))
+            cache = store(cache, k, v, positions)
         elif self.window and (self.window - 1) * self.dilation < cache.positions.shape[1]:
             # A chunk of a prompt, in a cache with a slot for each token of the window: the chunk's
             # last tokens overwrite keys that its first tokens still see. So attention reads the old
             # cache and the chunk side by side, and the cache is written afterwards.
-            seen, origin = line_up(cache, k, v, positions)
+            seen, origin = line_up(cache, k, v, positions, self.backend)
             # The barrier orders the two: otherwise XLA copies the cache, to have the old and the
             # new one at the same time.
             seen, cache = jax.lax.optimization_barrier((seen, cache))

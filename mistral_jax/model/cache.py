@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from mistral_jax.config import ModelConfig
+from mistral_jax.ops import ring
 from mistral_jax.ops.backend import PLAIN, Backend
+from mistral_jax.ops.partition import Rules
 from mistral_jax.ops.quantized import MaybeQuantized, QuantizedMatrix, to_int8
-from mistral_jax.ops.rows import pick, put
+from mistral_jax.ops.rows import pick, put, swap_heads
 
 
 @flax.struct.dataclass
@@ -30,7 +32,7 @@ class LayerCache:
         [B, S, K, 1].
       v: values, in the same form.
       positions: position in its text of the token in each slot, [B, S] int32; -1 = empty slot.
-      by_heads: whether keys, values and scales are [B, K, S, H] instead.
+      by_heads: whether keys and values are [B, K, S, H] instead, and scales [B, K, S].
     """
 
     k: MaybeQuantized
@@ -41,7 +43,7 @@ class LayerCache:
     def ordered(self, k: MaybeQuantized, v: MaybeQuantized, positions: jax.Array) -> "LayerCache":
         """Returns keys and values [B, T, K, H] and their positions in the order of this cache."""
         if self.by_heads:
-            k, v = (jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), x) for x in (k, v))
+            k, v = swap_heads(k), swap_heads(v)
         return LayerCache(k, v, positions, self.by_heads)
 
     def map(self, function: Callable[..., jax.Array], *others: "LayerCache") -> "LayerCache":
@@ -53,7 +55,7 @@ class LayerCache:
           others: caches in the same order of axes.
         """
         return jax.tree.map(
-            lambda x, *rest: function(2 if self.by_heads and x.ndim == 4 else 1, x, *rest),
+            lambda x, *rest: function(2 if self.by_heads and x.ndim > 2 else 1, x, *rest),
             self,
             *others,
         )
@@ -65,7 +67,7 @@ class LayerCache:
         def axes(x):
             if x.ndim == 2:
                 return ("batch", None)
-            return ("batch", *heads, "head_dim" if x.shape[3] > 1 else None)
+            return ("batch", *heads, *["head_dim" if size > 1 else None for size in x.shape[3:]])
 
         return jax.tree.map(axes, self)
 
@@ -104,7 +106,8 @@ def init_cache(
         def nothing():
             values = jnp.zeros(shape, dtype)
             if dtype == jnp.int8:
-                return QuantizedMatrix(values, jnp.zeros((*shape[:-1], 1), jnp.float32))
+                scale = shape[:-1] if by_heads else (*shape[:-1], 1)
+                return QuantizedMatrix(values, jnp.zeros(scale, jnp.float32))
             return values
 
         # Called once for k and once for v: JAX cannot donate a buffer that they share.
@@ -131,6 +134,7 @@ def write(
     v: MaybeQuantized,
     positions: jax.Array,
     backend: Backend = PLAIN,
+    rules: Rules = (),
 ) -> LayerCache:
     """Stores the last S tokens of a chunk in each row, over the oldest tokens.
 
@@ -141,10 +145,20 @@ def write(
       positions: positions of the chunk's tokens, [B, T] int32, rising by 1 along a row; -1 =
         padding, which is not stored.
       backend: the backend that this is traced for.
+      rules: mesh axes of the logical axes, by which kernels are partitioned.
 
     Returns:
       The new cache. It is the same however the text is cut into chunks.
     """
+    chunk = jax.tree.map(
+        lambda old, new: new.astype(old.dtype), cache, cache.ordered(k, v, positions)
+    )
+    if cache.by_heads and positions.shape[1] > 1:
+        tables, tree = jax.tree.flatten((cache.k, cache.v))
+        if ring.fits(tables, rules, backend):
+            rows = jax.tree.leaves((chunk.k, chunk.v))
+            k, v = jax.tree.unflatten(tree, ring.write(tables, rows, positions, rules))
+            return cache.replace(k=k, v=v, positions=ring.held(positions, cache.positions))
     slots = cache.positions.shape[1]
     # A chunk longer than S has several tokens for one slot. Only the last one may be written, for
     # the order of writes in a scatter is undefined.
@@ -154,13 +168,17 @@ def write(
     slot = jnp.where(stored, positions % slots, slots)
 
     def store(axis, old, new):
-        return put(old, new.astype(old.dtype), slot, axis, backend)
+        return put(old, new, slot, axis, backend, rules)
 
-    return cache.map(store, cache.ordered(k, v, positions))
+    return cache.map(store, chunk)
 
 
 def line_up(
-    cache: LayerCache, k: MaybeQuantized, v: MaybeQuantized, positions: jax.Array
+    cache: LayerCache,
+    k: MaybeQuantized,
+    v: MaybeQuantized,
+    positions: jax.Array,
+    backend: Backend = PLAIN,
 ) -> tuple[LayerCache, jax.Array]:
     """Joins the cached tokens and a chunk, in the order of their positions.
 
@@ -172,6 +190,7 @@ def line_up(
       k: rotated keys of the chunk, [B, T, K, H], as for `write`.
       v: values of the chunk, in the same form.
       positions: positions of the chunk's tokens, as for `write`.
+      backend: the backend that this is traced for.
 
     Returns:
       S + T entries in the cache's order of axes, of which entry S + i is token i of the chunk; and
@@ -186,7 +205,7 @@ def line_up(
     index = jnp.where(old, place % slots, entries)
 
     def choose(axis, held, new):
-        return pick(held, new.astype(held.dtype), index, axis)
+        return pick(held, new.astype(held.dtype), index, axis, backend)
 
     found = cache.map(choose, cache.ordered(k, v, positions))
     places = jnp.where(old & (found.positions != place), -1, found.positions)

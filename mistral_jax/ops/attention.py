@@ -1,7 +1,7 @@
 """Grouped-query attention, and the choice of its implementation.
 
-`attend` picks a kernel (C++, splash or cuDNN) that the backend has and that takes the arrays, or
-else computes attention with XLA's operations, in blocks of queries and of keys.
+`attend` picks a kernel (C++, splash, ragged, cuDNN or Triton) that the backend has and that takes
+the arrays, or else computes attention with XLA's operations, in blocks of queries and of keys.
 """
 
 import functools
@@ -11,11 +11,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mistral_jax.ops import cudnn, kernels, splash
+from mistral_jax.ops import cudnn, flash, kernels, ragged, splash, triton
 from mistral_jax.ops.backend import PLAIN, Backend
 from mistral_jax.ops.partition import Rules
 from mistral_jax.ops.pieces import attend_present, fill, take, weigh, weigh_pieces
 from mistral_jax.ops.quantized import MaybeQuantized, QuantizedMatrix
+from mistral_jax.ops.rows import swap_heads
 
 # Queries of a block. Larger blocks do not fit in a CPU's caches; smaller ones give it too little
 # work at a time.
@@ -83,7 +84,8 @@ def attend(
         text rise by 1, and queries see only keys of their own text.
       origin: position of each row's key 0, [B] int32: key i has position origin + i, or is absent.
         None = keys are in any order. Attention with an origin has no gradient.
-      by_heads: whether keys, values and scales are by heads, [B, K, S, H] and [B, K, S, 1].
+      by_heads: whether keys and values are by heads, [B, K, S, H], and scales [B, K, S], as a cache
+        holds them: a single query at position p then sees no key beyond the first min(p + 1, S).
       sections: number of equal parts of T that are computed side by side, each on the devices that
         hold it.
       rules: mesh axes of the logical axes, by which kernels are partitioned.
@@ -94,10 +96,15 @@ def attend(
     """
     pattern = _Pattern(visible, window, dilation)
     if by_heads:
-        k, v = (jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), x) for x in (k, v))
+        streams = "ragged" in backend.kernels and ragged.fits(q, k, v, rules, backend.alone)
+        if streams and sections == 1:
+            return ragged.attend(pattern.mask, q, k, v, q_positions, kv_positions, rules)
+        k, v = swap_heads(k), swap_heads(v)
     kept = k.values.dtype if isinstance(k, QuantizedMatrix) else k.dtype
     if q.shape[1] == 1 and kept.name in kernels.DTYPES and backend.has_native:
         return _attend_once(q, k, v, pattern.mask(q_positions, kv_positions))
+    if not aligned and "triton" in backend.kernels and triton.fits(q, k, rules):
+        return _attend_filled(pattern, rules, q, k, v, q_positions, kv_positions)
     alone = aligned and dilation == 1 and sections == 1
     if alone and "splash" in backend.kernels:
         wide = _widen(k, q.dtype), _widen(v, q.dtype)
@@ -122,13 +129,55 @@ def attend(
             return weigh(q, k, v, pattern.mask(q_positions, kv_positions))
 
         return attend_present(weigh_seen, q, k, v, q_positions, kv_positions, before, origin)
-    one, size = _attend_block, BLOCK
-    if origin is not None and length > 1 and "cudnn" in backend.kernels:
+    arguments = q_places, kv_places, pattern, before, offset
+    # Attention with an origin has no gradient; without one it may be training.
+    name = "cudnn" if origin is not None else "cudnn-training"
+    if length > 1 and name in backend.kernels:
         wide = _widen(k, q.dtype), _widen(v, q.dtype)
         if cudnn.fits(q, *wide, rules):
-            (k, v), size = wide, cudnn.BLOCK
-            one = functools.partial(_attend_by_cudnn, rules=rules)
-    return _attend_blocks(q, k, v, q_places, kv_places, pattern, before, offset, one, size)
+            return _attend_by_cudnn(q, *wide, *arguments, rules)
+    return _attend_blocks(q, k, v, *arguments, _attend_block, BLOCK)
+
+
+def takes_chunks(
+    q: jax.Array,
+    cache: flash.Keys,
+    dilation: int,
+    sections: int,
+    rules: Rules,
+    backend: Backend,
+) -> bool:
+    """Tells whether the backend has `attend_chunk` for these arguments, which are as for `attend`.
+
+    Args:
+      q: queries, [B, T, N, H].
+      cache: a layer's cache.
+      dilation: distance between visible keys.
+      sections: number of parts of T that are computed side by side.
+      rules: mesh axes of the logical axes.
+      backend: the backend that this is traced for.
+    """
+    return (cache.by_heads and dilation == 1 and sections == 1) and flash.fits(
+        q, cache.k, rules, backend
+    )
+
+
+def attend_chunk(
+    q: jax.Array, chunk: flash.Keys, cache: flash.Keys, window: int | None, rules: Rules = ()
+) -> jax.Array:
+    """Attends from every query of a prompt's chunk to the keys before the chunk, and to its own.
+
+    Args:
+      q: queries, [B, T, N, H].
+      chunk: keys, values and positions of the chunk's tokens, by heads.
+      cache: the layer's cache before the chunk, by heads.
+      window: number of visible keys (W), the query's own included; None = no limit.
+      rules: mesh axes of the logical axes, by which the kernel is partitioned.
+
+    Returns:
+      [B, T, N, H] in the dtype of `q`.
+    """
+    return flash.attend(q, chunk, cache, window, rules)
 
 
 def _widen(x, dtype):
@@ -147,17 +196,40 @@ def _attend_once(q, k, v, mask):
 @_attend_once.defjvp
 def _differentiate_once(primals, tangents):
     """Differentiates the same function in XLA's operations, for the kernel has no gradient."""
-    q, k, v, mask = primals
-
-    def plain(q, k, v):
-        _, total, mixed = weigh(q, k, v, mask)
-        return (mixed / total[..., None]).reshape(q.shape).astype(q.dtype)
-
-    return _attend_once(*primals), jax.jvp(plain, (q, k, v), tangents[:3])[1]
+    plain = functools.partial(_attend_plainly, primals[3])
+    return _attend_once(*primals), jax.jvp(plain, primals[:3], tangents[:3])[1]
 
 
-def _attend_by_cudnn(q, k, v, q_places, kv_places, pattern, rules):
-    return cudnn.attend(q, k, v, pattern.mask(q_places[0], kv_places[0]), rules)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _attend_filled(pattern, rules, q, k, v, q_positions, kv_positions):
+    """Attends from one token of each row to the filled slots of a cache, with the Triton kernel."""
+    return triton.attend(pattern.mask, q, k, v, q_positions, kv_positions, rules)
+
+
+@_attend_filled.defjvp
+def _differentiate_filled(pattern, rules, primals, tangents):
+    """Differentiates the same function in XLA's operations, for the kernel has no gradient."""
+    plain = functools.partial(_attend_plainly, pattern.mask(*primals[3:]))
+    found = _attend_filled(pattern, rules, *primals)
+    return found, jax.jvp(plain, primals[:3], tangents[:3])[1]
+
+
+def _attend_plainly(mask, q, k, v):
+    """Attends from one token of each row in XLA's operations."""
+    _, total, mixed = weigh(q, k, v, mask)
+    return (mixed / total[..., None]).reshape(q.shape).astype(q.dtype)
+
+
+@functools.partial(jax.checkpoint, static_argnums=(5, 6, 7, 8))
+def _attend_by_cudnn(q, k, v, q_places, kv_places, pattern, before, offset, rules):
+    """Attends block by block with cuDNN. The backward pass makes masks and outputs again."""
+
+    def one(q, k, v, q_places, kv_places, pattern):
+        (q_positions, q_texts), (kv_positions, kv_texts) = q_places, kv_places
+        mask = pattern.mask(q_positions, kv_positions, q_texts, kv_texts)
+        return cudnn.attend(q, k, v, mask, rules)
+
+    return _attend_blocks(q, k, v, q_places, kv_places, pattern, before, offset, one, cudnn.BLOCK)
 
 
 def _attend_blocks(q, k, v, q_places, kv_places, pattern, before, offset, one, size):

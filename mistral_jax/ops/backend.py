@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 
 from mistral_jax.base import machine
-from mistral_jax.ops import cudnn, library
+from mistral_jax.ops import cudnn, library, triton
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +22,13 @@ class Backend:
     Attributes:
       platform: "cpu", "gpu" or "tpu".
       chip: the feature of the chip that decides between implementations: the compute capability of
-        a GPU, "vnni" for a CPU with instructions that multiply bytes.
+        a GPU, JAX's name of a TPU ("TPU v6 lite"), "vnni" for a CPU with instructions that multiply
+        bytes.
       alone: whether programs run on one device, without a mesh.
       kernels: names of the kernels that programs may call: "native" (C++, on a CPU; see
-        `kernels.py`), "splash" (Pallas, on a TPU), "cudnn" (on an NVIDIA GPU).
+        `kernels.py`), "splash" (training), "flash" (prompts) and "ragged" (decoding) on a TPU,
+        "cudnn" (prompts), "cudnn-training" (with its gradient) and "triton" (decoding) on an NVIDIA
+        GPU.
     """
 
     platform: str = "cpu"
@@ -45,13 +48,15 @@ class Backend:
         """
         platform, alone = devices[0].platform, len(devices) == 1
         if platform == "tpu":
-            return cls("tpu", alone=alone, kernels=("splash",))
+            chip = str(getattr(devices[0], "device_kind", ""))
+            return cls("tpu", chip, alone, ("splash", "flash", "ragged"))
         if platform in ("gpu", "cuda", "rocm"):
             # AMD's GPUs have a name here, such as "gfx90a", and no cuDNN.
             chip = str(getattr(devices[0], "compute_capability", ""))
             major = chip.partition(".")[0]
-            runs = major.isdigit() and int(major) >= 8 and (planned or cudnn.runs())
-            return cls("gpu", chip, alone, ("cudnn",) if runs else ())
+            new = major.isdigit() and int(major) >= 8
+            kernels = (name for name, runs in _OF_GPU.items() if new and (planned or runs()))
+            return cls("gpu", chip, alone, tuple(kernels))
         if platform != "cpu" or planned or not alone:
             return cls(platform, alone=alone and platform != "cpu")
         chip = "vnni" if "vnni" in machine.processor() else ""
@@ -61,10 +66,11 @@ class Backend:
     def by_heads(self) -> bool:
         """Whether keys and values are cached by heads, [B, K, S, H].
 
-        Matrix units and kernels of accelerators read the keys of one head at a time. In another
-        order of axes they would need a transposed copy of the cache.
+        Matrix products of accelerators, and kernels of a TPU, read the keys of one head at a time.
+        In another order of axes they would need a transposed copy of the cache. cuDNN would need
+        one of a cache by heads, and the Triton kernel takes the keys of a head with a stride.
         """
-        return self.platform != "cpu"
+        return self.platform != "cpu" and "triton" not in self.kernels
 
     @property
     def is_one_cpu(self) -> bool:
@@ -78,6 +84,12 @@ class Backend:
 
 
 PLAIN = Backend()
+# Each kernel of an NVIDIA GPU, and the function that tries it.
+_OF_GPU = {
+    "cudnn": lambda: cudnn.runs(),
+    "cudnn-training": lambda: cudnn.trains(),
+    "triton": lambda: triton.runs(),
+}
 
 
 def default() -> Backend:

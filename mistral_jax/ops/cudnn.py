@@ -1,7 +1,7 @@
 """Attention on an NVIDIA GPU with cuDNN's flash attention kernel, called by `attention.attend`.
 
-It computes prompts, one block of queries at a time. It has not been run on a GPU yet: tests replace
-the kernel by XLA's operations, and `benchmarks/gpu.py` compiles it without a GPU.
+It computes prompts and training, one block of queries at a time. It has not been run on a GPU yet:
+tests replace the kernel by XLA's operations, and `benchmarks/gpu.py` compiles it without a GPU.
 """
 
 import functools
@@ -9,6 +9,7 @@ import logging
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mistral_jax.ops import partition
 from mistral_jax.ops.partition import Rules
@@ -71,11 +72,28 @@ def _attend_rows(q, k, v, mask):
 @functools.cache
 def runs() -> bool:
     """Tells whether the kernel runs here, by trying it once: cuDNN may be missing or too old."""
+    return _runs(_attend_rows)
+
+
+@functools.cache
+def trains() -> bool:
+    """Tells whether the kernel has a gradient here, by trying it once."""
+
+    def pull(*arrays):
+        out, back = jax.vjp(_attend_rows, *arrays)
+        return back(out)[2]  # Queries that see one another alike give each value one weight in all.
+
+    return _runs(pull)
+
+
+def _runs(attend):
+    """Tells whether `attend` gives ones for ones."""
+    few = np.ones((1, 16, 1, 64), jnp.bfloat16)
+    arrays = few, few, few, np.ones((1, 16, 16), bool)
     try:
-        with jax.ensure_compile_time_eval():
-            few = jnp.zeros((1, 16, 1, 64), jnp.bfloat16)
-            jax.block_until_ready(_attend_rows(few, few, few, jnp.ones((1, 16, 16), bool)))
+        # Compiled ahead of the call, it also runs while another program is traced.
+        found = jax.jit(lambda *x: attend(*x)).lower(*arrays).compile()(*arrays)
+        return bool(np.all(np.asarray(found) == 1))
     except (NotImplementedError, RuntimeError, ValueError) as error:
         logging.getLogger(__name__).debug("no cuDNN, XLA's operations instead: %s", error)
         return False
-    return True

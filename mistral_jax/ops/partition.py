@@ -4,7 +4,7 @@ Each device of the mesh runs the operation on its own rows and heads.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -21,40 +21,55 @@ def mesh_axes(rules: Rules, axis: str) -> tuple[str, ...]:
 
 def length_parts(rules: Rules) -> int:
     """Returns the number of parts into which the current mesh partitions the axis "length"."""
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = () if mesh.empty else mesh_axes(rules, "length")
-    return math.prod(mesh.shape[axis] for axis in axes)
+    no_mesh = jax.sharding.get_abstract_mesh().empty
+    return 1 if no_mesh else _parts(mesh_axes(rules, "length"))
 
 
-def fits(q: jax.Array, k: jax.Array, rules: Rules) -> bool:
+def fits(q: jax.Array, k: jax.Array, rules: Rules, by_heads: bool = False) -> bool:
     """Tells whether the rules give each device of the current mesh the keys of its queries.
 
     Args:
       q: queries, [B, T, N, H].
-      k: keys, [B, S, K, H].
+      k: keys, [B, S, K, H], or [B, K, S, H] by heads.
       rules: mesh axes of the logical axes.
+      by_heads: whether keys are by heads.
+    """
+    count = k.shape[1 if by_heads else 2]
+    sizes = {"batch": q.shape[0], "heads": q.shape[2], "kv_heads": count}
+    if not divides(rules, sizes):
+        return False
+    heads, kv_heads = (mesh_axes(rules, axis) for axis in ("heads", "kv_heads"))
+    shared, rest = heads[: len(kv_heads)], heads[len(kv_heads) :]
+    # Several devices may hold query heads of one key-value head, but then each device may have only
+    # one key-value head.
+    return shared == kv_heads and (_parts(rest) == 1 or count == _parts(kv_heads))
+
+
+def divides(rules: Rules, sizes: Mapping[str, int]) -> bool:
+    """Tells whether the rules divide axes evenly over devices of the current mesh.
+
+    Args:
+      rules: mesh axes of the logical axes.
+      sizes: sizes of the logical axes.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    batch, heads, kv_heads = (mesh_axes(rules, axis) for axis in ("batch", "heads", "kv_heads"))
-    if not rules or not {*batch, *heads, *kv_heads} <= set(mesh.axis_names):
-        return False
-
-    def parts(axes):
-        return math.prod(mesh.shape[axis] for axis in axes)
-
-    shared, rest = heads[: len(kv_heads)], heads[len(kv_heads) :]
-    sizes = ((q.shape[0], batch), (q.shape[2], heads), (k.shape[2], kv_heads))
+    axes = {axis: mesh_axes(rules, axis) for axis in sizes}
     return (
-        all(kind == AxisType.Auto for kind in mesh.axis_types)
-        and all(size % parts(axes) == 0 for size, axes in sizes)
-        and shared == kv_heads
-        # Several devices may hold query heads of one key-value head, but then each device may have
-        # only one key-value head.
-        and (parts(rest) == 1 or k.shape[2] == parts(kv_heads))
+        bool(rules)
+        and set().union(*axes.values()) <= set(mesh.axis_names)
+        and all(kind == AxisType.Auto for kind in mesh.axis_types)
+        and all(size % _parts(axes[axis]) == 0 for axis, size in sizes.items())
     )
 
 
-def by_device(attend: Callable[..., jax.Array], rules: Rules, of_rows: int) -> Callable:
+def _parts(axes):
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def by_device(
+    attend: Callable[..., jax.Array], rules: Rules, of_rows: int, by_heads: bool = False
+) -> Callable:
     """Makes each device of the current mesh attend by itself; without a mesh, changes nothing.
 
     Args:
@@ -62,14 +77,43 @@ def by_device(attend: Callable[..., jax.Array], rules: Rules, of_rows: int) -> C
         arrays [B, ...]. It returns an array of the shape of the queries.
       rules: mesh axes of the logical axes.
       of_rows: number of arguments after the values.
+      by_heads: whether keys and values are [B, K, S, H] instead of [B, S, K, H].
     """
     if jax.sharding.get_abstract_mesh().empty:
         return attend
     batch, *heads = (mesh_axes(rules, axis) or None for axis in ("batch", "heads", "kv_heads"))
     queries, keys = (PartitionSpec(batch, None, axes) for axes in heads)
+    keys = PartitionSpec(batch, heads[1]) if by_heads else keys
     rows = (PartitionSpec(batch),) * of_rows
     return jax.shard_map(
         attend, in_specs=(queries, keys, keys, *rows), out_specs=queries, check_vma=False
+    )
+
+
+def by_tables(function: Callable, table: jax.Array, rules: Rules) -> Callable:
+    """Makes each device of the current mesh change its own tables; without one, changes nothing.
+
+    It also changes nothing if the mesh does not divide the tables evenly.
+
+    Args:
+      function: takes tables [B, K, ...], another array [B, K, ...] and one [B, ...]; returns the
+        new tables.
+      table: the tables.
+      rules: mesh axes of the logical axes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not rules:
+        return function
+    axes = [mesh_axes(rules, axis) or None for axis in ("batch", "kv_heads")]
+    for size, names in zip(table.shape, axes, strict=False):
+        if size % math.prod(mesh.shape[name] for name in names or ()):
+            return function
+    tables = PartitionSpec(*axes)
+    return jax.shard_map(
+        function,
+        in_specs=(tables, tables, PartitionSpec(axes[0])),
+        out_specs=tables,
+        check_vma=False,
     )
 
 

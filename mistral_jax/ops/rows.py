@@ -5,8 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mistral_jax.ops import kernels
+from mistral_jax.ops import kernels, partition
 from mistral_jax.ops.backend import PLAIN, Backend
+from mistral_jax.ops.partition import Rules
 from mistral_jax.ops.quantized import MaybeQuantized, QuantizedMatrix
 
 
@@ -26,37 +27,62 @@ def put(
     slots: jax.Array,
     axis: int = 1,
     backend: Backend = PLAIN,
+    rules: Rules = (),
 ) -> jax.Array:
     """Writes T rows into each of B tables.
 
     Args:
-      table: the tables, [B, S, ...]; S may be a later axis.
-      rows: the rows of each table, [B, T, ...], of the same dtype; T is the axis where S is.
+      table: the tables, [B, S, ...], or tables by heads, [B, K, S, ...].
+      rows: the rows of each table, [B, T, ...] or [B, K, T, ...], of the same dtype.
       slots: the index at which to write each row, [B, T] int32, without repetition in a table; a
         row with index S is not written.
-      axis: index of the axis S.
+      axis: index of the axis S, 1 or 2.
       backend: the backend that this is traced for.
+      rules: mesh axes of the logical axes, by which tables by heads are partitioned.
 
     Returns:
       The new tables.
     """
     if axis == 1 and slots.shape[1] == 1 and backend.has_native:
         return kernels.put(table, rows, slots)
-    return _as_bits(functools.partial(_scatter, axis), table, rows, slots)
+    scatter = _scatter if axis == 1 else partition.by_tables(_scatter_by_heads, table, rules)
+    return _move(scatter, table, rows, slots, backend)
 
 
-def _scatter(axis, table, rows, slots):
-    before = (slice(None),) * (axis - 1)
-
-    def write(table, rows, slots):
-        return table.at[*before, slots].set(rows, mode="drop")
-
-    # vmap keeps B out of the scatter's indices. With B among them XLA must assume that a row may go
-    # to any table, and gathers the tables of all devices.
-    return jax.vmap(write)(table, rows, slots)
+# vmap keeps B out of the scatter's indices. With B among them XLA must assume that a row may go to
+# any table, and gathers the tables of all devices.
+@jax.vmap
+def _scatter(table, rows, slots):
+    return table.at[slots].set(rows, mode="drop")
 
 
-def pick(table: jax.Array, rows: jax.Array, index: jax.Array, axis: int = 1) -> jax.Array:
+def _scatter_by_heads(table, rows, slots):
+    # Each head is a table of its own. A TPU would copy the cache before and after a scatter that
+    # writes to all heads, into an order in which a slot's heads are neighbours.
+    flat = (x.reshape(-1, *x.shape[2:]) for x in (table, rows))
+    return _scatter(*flat, jnp.repeat(slots, table.shape[1], axis=0)).reshape(table.shape)
+
+
+def swap_heads(x: MaybeQuantized) -> MaybeQuantized:
+    """Converts keys or values between [B, S, K, H] and [B, K, S, H].
+
+    The scales of int8 numbers are [B, S, K, 1] and [B, K, S]. A TPU would store a last axis of one
+    entry in another order than its kernels read, and copy the scales at each step of decoding.
+    """
+    if not isinstance(x, QuantizedMatrix):
+        return jnp.swapaxes(x, 1, 2)
+    scale = jnp.swapaxes(x.scale, 1, 2)
+    scale = scale[..., 0] if scale.ndim == 4 else scale[..., None]
+    return QuantizedMatrix(jnp.swapaxes(x.values, 1, 2), scale)
+
+
+def pick(
+    table: jax.Array,
+    rows: jax.Array,
+    index: jax.Array,
+    axis: int = 1,
+    backend: Backend = PLAIN,
+) -> jax.Array:
     """Picks entries from the concatenation of each of B tables with its rows.
 
     Args:
@@ -64,11 +90,12 @@ def pick(table: jax.Array, rows: jax.Array, index: jax.Array, axis: int = 1) -> 
       rows: the rows of each table, [B, T, ...], of the same dtype; T is the axis where S is.
       index: indices into [table | rows], from 0 to S + T - 1, [B, n] int32.
       axis: index of the axis S.
+      backend: the backend that this is traced for.
 
     Returns:
       [B, n, ...], where n is the axis where S is.
     """
-    return _as_bits(functools.partial(_gather, axis), table, rows, index)
+    return _move(functools.partial(_gather, axis), table, rows, index, backend)
 
 
 def _gather(axis, table, rows, index):
@@ -77,20 +104,29 @@ def _gather(axis, table, rows, index):
     return jax.vmap(lambda whole, index: whole[*before, index])(whole, index)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _as_bits(move, old, new, index):
-    """Calls `move` on the bits of 16-bit numbers.
+def _move(move, old, new, index, backend):
+    """Calls `move`, on a CPU on the bits of 16-bit numbers.
 
     Otherwise XLA's CPU backend converts the whole table to float32 and back. It does not when it
     writes a single row, and then would copy the table to see it as bits.
     """
-    if old.dtype.itemsize != 2 or index.size == 1:
-        return move(old, new, index)
+    if _needs_bits(old, backend) and index.size > 1:
+        return _move_bits(move, old, new, index)
+    return move(old, new, index)
+
+
+def _needs_bits(x, backend):
+    """Tells whether 16-bit numbers are moved as integers: on a TPU a bitcast is a slow copy."""
+    return x.dtype.itemsize == 2 and backend.platform == "cpu"
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _move_bits(move, old, new, index):
     bits = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (old, new))
     return jax.lax.bitcast_convert_type(move(*bits, index), old.dtype)
 
 
-@_as_bits.defjvp
+@_move_bits.defjvp
 def _differentiate(move, given, tangents):
     """Differentiates `move` on the numbers themselves, for bits have no gradient."""
     return jax.jvp(move, given, tangents)
@@ -101,9 +137,9 @@ def once(x: jax.Array, backend: Backend = PLAIN) -> jax.Array:
     return kernels.once(x) if backend.has_native else x
 
 
-def as_bits(x: jax.Array) -> jax.Array:
-    """Reinterprets 16-bit floats as integers; XLA's CPU backend would copy them as float32."""
-    if x.dtype.itemsize != 2:
+def as_bits(x: jax.Array, backend: Backend) -> jax.Array:
+    """Reinterprets 16-bit floats as integers on a CPU, where XLA would copy them as float32."""
+    if not _needs_bits(x, backend):
         return x
     return jax.lax.optimization_barrier(jax.lax.bitcast_convert_type(x, jnp.uint16))
 

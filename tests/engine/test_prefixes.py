@@ -318,8 +318,8 @@ def test_a_cache_that_is_too_short_is_refused():
         prefixes.restore(prefixes.find("a", [*ids, 1]), init_cache(model.config, 1, 19), 0)
 
 
-def test_keys_and_values_may_lie_by_heads():
-    dtype = "bfloat16"
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_keys_and_values_may_lie_by_heads(dtype):
     model, ids = Transformer(config(6), kv_cache_dtype=dtype), text(1, 21)
 
     def swap(cache):

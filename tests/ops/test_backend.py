@@ -1,5 +1,6 @@
 """A backend is chosen once: nothing else asks for it, and each computes what the plain one does."""
 
+import functools
 import re
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import tiny
 
 from mistral_jax.config import CHECKOUT
 from mistral_jax.model.cache import init_cache
-from mistral_jax.ops import cudnn, library, splash
+from mistral_jax.ops import cudnn, flash, library, ring, splash, triton
 from mistral_jax.ops.backend import PLAIN, Backend, default
 from mistral_jax.parallel.sharding import read_layout
 
@@ -21,13 +22,14 @@ BACKENDS = {
     "a CPU without C++": Backend("cpu", "vnni", alone=True),
     "a GPU": Backend("gpu", "7.5", alone=True),
     "a GPU with cuDNN": Backend("gpu", "9.0", True, ("cudnn",)),
-    "a TPU": Backend("tpu", alone=True, kernels=("splash",)),
+    "a GPU with all kernels": Backend("gpu", "9.0", True, ("cudnn", "cudnn-training", "triton")),
+    "a TPU": Backend("tpu", alone=True, kernels=("splash", "flash")),
 }
 
 
 def logits(backend, dtype):
     """Reads a text at once, in a chunk through a cache, and by a token; returns all logits."""
-    model, params = tiny.build(n_layers=1, sliding_window=40)
+    model, params = tiny.build(n_layers=1, sliding_window=48, head_dim=16)
     model = model.clone(backend=backend, dtype=jnp.dtype(dtype))
     places = np.arange(len(TEXT), dtype=np.int32)
     whole, _ = tiny.forward(model, params, TEXT[None], places[None])
@@ -43,19 +45,79 @@ def logits(backend, dtype):
 @pytest.mark.parametrize("name", BACKENDS)
 def test_every_backend_computes_what_the_plain_one_does(monkeypatch, name, dtype):
     # Kernels of other devices are interpreted, or their place is taken by XLA's product.
-    kernel, taken = splash.attend, []
+    kernels, taken = {splash: splash.attend, triton: triton.attend}, []
+
+    def interpret(module, *arguments):
+        taken.append(name)
+        return kernels[module](*arguments, interpret=True)
+
     monkeypatch.setattr(cudnn, "IMPLEMENTATION", "xla")
     monkeypatch.setattr(splash, "BLOCK", 128)
-    monkeypatch.setattr(
-        splash, "attend", lambda *a: taken.append(name) or kernel(*a, interpret=True)
-    )
+    for module in kernels:
+        monkeypatch.setattr(module, "attend", functools.partial(interpret, module))
     expected = logits(PLAIN, dtype)
     with jax.numpy_dtype_promotion("standard"):
         found = logits(BACKENDS[name], dtype)
     # Activations of bfloat16 may be rounded the other way.
     bound = 1e-5 if dtype == "float32" else 2e-2
     assert np.abs(found - expected).max() < bound * np.abs(expected).max()
-    assert len(taken) == (2 if name == "a TPU" else 0)
+    calls = {"a TPU": 2, "a GPU with all kernels": 1}
+    assert len(taken) == calls.get(name, 0)
+
+
+@pytest.mark.parametrize(
+    ("window", "kept"),
+    [
+        (128, "float32"),
+        pytest.param(128, "int8", marks=pytest.mark.slow),
+        pytest.param(None, "float32", marks=pytest.mark.slow),
+        (None, "int8"),
+    ],
+)
+def test_on_a_tpu_every_chunk_size_gives_the_same_cache_and_logits(monkeypatch, window, kept):
+    taken = []
+    for module, name in ((flash, "attend"), (ring, "write")):
+        kernel = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *a, of=kernel: taken.append(of) or of(*a, interpret=True)
+        )
+    model, params = tiny.build(
+        n_layers=1, sliding_window=window, head_dim=128, n_heads=2, n_kv_heads=1
+    )
+    text = np.arange(300) * 7 % 53
+    places = np.arange(len(text), dtype=np.int32)
+
+    def read(model, size):
+        cache = init_cache(model.config, 1, 384, jnp.dtype(kept), by_heads=model.backend.by_heads)
+        found = []
+        for start in range(0, len(text), size):
+            part = np.zeros((1, size), np.int32)
+            positions = np.full((1, size), -1, np.int32)
+            count = min(size, len(text) - start)
+            part[0, :count] = text[start : start + count]
+            positions[0, :count] = places[start : start + count]
+            logits, cache = tiny.forward(model, params, part, positions, cache)
+            found.append(logits[0, :count])
+        return np.concatenate(found), cache[0]
+
+    expected, plain = read(model, 300)
+    model = model.clone(backend=BACKENDS["a TPU"])
+    for size in (100, 300):
+        logits, layer = read(model, size)
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
+        np.testing.assert_array_equal(layer.positions, plain.positions)
+        swapped = plain.replace(by_heads=True).ordered(plain.k, plain.v, plain.positions)
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(
+                x.astype(jnp.float32),
+                y.astype(jnp.float32),
+                rtol=0,
+                atol=1 if x.dtype == jnp.int8 else 1e-5,
+            ),
+            layer,
+            swapped,
+        )
+    assert len(taken) == 4
 
 
 def test_nothing_else_asks_what_devices_there_are():
@@ -66,12 +128,19 @@ def test_nothing_else_asks_what_devices_there_are():
         if folder == "model" or (folder == "ops" and path.name != "backend.py"):
             assert not re.search(r"devices\(|device_count", text), path
         if folder == "model":
-            assert not re.search(r"\b(cpu|gpu|tpu|cuda|splash|cudnn|native)\b", text.lower()), path
+            assert not re.search(
+                r"\b(cpu|gpu|tpu|cuda|splash|flash|ragged|cudnn|triton|native)\b", text.lower()
+            ), path
 
 
 @pytest.mark.parametrize(
     ("platform", "count", "kernels"),
-    [("tpu", 1, ("splash",)), ("tpu", 4, ("splash",)), ("METAL", 1, ()), ("cuda", 1, ())],
+    [
+        ("tpu", 1, ("splash", "flash", "ragged")),
+        ("tpu", 4, ("splash", "flash", "ragged")),
+        ("METAL", 1, ()),
+        ("cuda", 1, ()),
+    ],
 )
 def test_a_backend_is_that_of_its_devices(platform, count, kernels):
     found = Backend.of([SimpleNamespace(platform=platform)] * count)

@@ -11,13 +11,14 @@ from jax.sharding import PartitionSpec
 from test_splash import RULES, by_rules, on_mesh
 
 from mistral_jax.model.attention import attend
-from mistral_jax.ops import cudnn
+from mistral_jax.ops import cudnn, triton
 from mistral_jax.ops.backend import Backend
 from mistral_jax.ops.pieces import weigh
 from mistral_jax.ops.quantized import QuantizedMatrix, to_int8
 
 LENGTH, KEYS = 16, 45  # Keys are filled up to 48.
 H100 = Backend("gpu", "9.0", True, ("cudnn",))
+H100_TRAINING = Backend("gpu", "9.0", True, ("cudnn", "cudnn-training"))
 
 
 @pytest.fixture(autouse=True)
@@ -88,27 +89,31 @@ def test_on_a_mesh_each_device_attends_for_its_rows_and_heads(sizes):
         ("tpu", "9.0", False),
     ],
 )
-def test_a_gpu_has_the_kernel_if_it_may_be_planned_for_or_runs(
-    monkeypatch, platform, capability, taken
+@pytest.mark.parametrize("kernel", ["cudnn", "cudnn-training", "triton"])
+def test_a_gpu_has_a_kernel_if_it_may_be_planned_for_or_runs(
+    monkeypatch, platform, capability, taken, kernel
 ):
     fields = {"platform": platform} | ({"compute_capability": capability} if capability else {})
     devices = [SimpleNamespace(**fields)]
-    monkeypatch.setattr(cudnn, "runs", lambda: True)
-    assert ("cudnn" in Backend.of(devices).kernels) == taken
-    monkeypatch.setattr(cudnn, "runs", lambda: False)
-    assert "cudnn" not in Backend.of(devices).kernels
-    assert ("cudnn" in Backend.of(devices, planned=True).kernels) == taken
+    tried = {"cudnn": (cudnn, "runs"), "cudnn-training": (cudnn, "trains")}
+    tried["triton"] = triton, "runs"
+    for name, function in tried.items():
+        monkeypatch.setattr(*function, lambda name=name: name == kernel)
+    assert (kernel in Backend.of(devices).kernels) == taken
+    assert not {*tried} - {kernel} & {*Backend.of(devices).kernels}
+    assert (kernel in Backend.of(devices, planned=True).kernels) == taken
 
 
-@pytest.mark.parametrize(("implementation", "runs"), [("xla", True), ("cudnn", False)])
-def test_it_is_tried_before_it_is_taken(monkeypatch, implementation, runs):
+@pytest.mark.parametrize("name", ["runs", "trains"])
+@pytest.mark.parametrize(("implementation", "works"), [("xla", True), ("cudnn", False)])
+def test_it_is_tried_before_it_is_taken(monkeypatch, name, implementation, works):
     """While a program is traced, too; here cuDNN is missing."""
     monkeypatch.setattr(cudnn, "IMPLEMENTATION", implementation)
-    cudnn.runs.cache_clear()
-    found = []
-    jax.jit(lambda x: found.append(cudnn.runs()) or x)(1.0)
-    cudnn.runs.cache_clear()
-    assert found == [runs]
+    tries, found = getattr(cudnn, name), []
+    tries.cache_clear()
+    jax.jit(lambda x: found.append(tries()) or x)(1.0)
+    tries.cache_clear()
+    assert found == [works]
 
 
 @pytest.mark.parametrize(
@@ -128,23 +133,49 @@ def test_it_says_which_arrays_it_takes(dtype, fields, taken):
     assert not cudnn.fits(q.astype(jnp.float32), k, v, ())
 
 
-def test_prompts_alone_are_its_own(monkeypatch):
-    """Neither a single token, nor training, whose texts have no origin."""
+def test_prompts_and_training_are_its_own_if_it_has_a_gradient(monkeypatch):
     taken, kernel = [], cudnn.attend
-    look = functools.partial(attend, backend=H100)
     monkeypatch.setattr(cudnn, "attend", lambda *a: taken.append(a[0].shape) or kernel(*a))
     q, k, v = qkv(jnp.bfloat16)
     places = jnp.tile(jnp.arange(KEYS), (4, 1))
     origin = jnp.zeros(4, jnp.int32)
-    look(q[:, :1], k, v, places[:, -1:], places, None, origin=origin)
-    look(q, k[:, :LENGTH], v[:, :LENGTH], places[:, :LENGTH], places[:, :LENGTH], 5, aligned=True)
-    assert not taken
-    found = look(q, k, v, places[:, -LENGTH:], places, 5, aligned=True, origin=origin)
-    assert taken == [q.shape]
+    own = q, k[:, :LENGTH], v[:, :LENGTH], places[:, :LENGTH], places[:, :LENGTH]
+    for backend, count in ((H100, 0), (H100_TRAINING, 1)):
+        look, window = functools.partial(attend, backend=backend), 4 + count
+        look(q[:, :1], k, v, places[:, -1:], places, None)
+        assert not taken
+        look(*own, window, aligned=True)
+        assert len(taken) == count
+        found = look(q, k, v, places[:, -LENGTH:], places, window, aligned=True, origin=origin)
+        assert taken[count:] == [q.shape]
+        taken.clear()
     exact = attend(
         *(x.astype(jnp.float32) for x in (q, k, v)), places[:, -LENGTH:], places, 5, aligned=True
     )
     assert np.abs(found - exact).max() <= 2.0**-7 * np.abs(v).max()  # weights and result: 8 bits
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_packed_rows_are_trained_with_it(monkeypatch, window):
+    """Two texts with padding between them, in blocks; the gradient, too."""
+    monkeypatch.setattr(cudnn, "BLOCK", 8)
+    monkeypatch.setattr(cudnn, "fits", lambda *a: True)  # in float32, too, which XLA multiplies
+    q, k, v = (x[:, :LENGTH] for x in qkv())
+    texts = [*range(7), -1, -1, *range(5), -1, -1]
+    places = jnp.tile(jnp.array(texts), (4, 1))
+    real = (places >= 0)[..., None, None]
+
+    def total(backend, *arrays):
+        found = attend(*arrays, places, places, window, aligned=True, backend=backend)
+        return jnp.sum(jnp.where(real, found, 0) ** 2)
+
+    (expected, plain), (found, gradient) = (
+        jax.jit(jax.value_and_grad(functools.partial(total, backend), (0, 1, 2)))(q, k, v)
+        for backend in (Backend(), H100_TRAINING)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    for one, other in zip(plain, gradient, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
 
 
 def test_a_cache_in_8_bits_is_widened_for_it():
