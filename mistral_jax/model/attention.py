@@ -10,6 +10,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.cache import LayerCache, line_up, round_for, write
@@ -18,6 +19,7 @@ from mistral_jax.model.rope import rotate
 from mistral_jax.ops import attention
 from mistral_jax.ops.backend import Backend
 from mistral_jax.ops.partition import Rules, length_parts
+from mistral_jax.ops.rows import stored_gradient
 
 
 @functools.partial(jax.jit, static_argnames=("window", "dilation"))
@@ -112,7 +114,8 @@ class Attention(nn.Module):
 
         q, k, v = project(x, [projection(name=name) for name in ("q_proj", "k_proj", "v_proj")])
         q, k, v = place(q, "heads"), place(k, "kv_heads"), place(v, "kv_heads")
-        q, k = rotate(q, angles), rotate(k, angles)
+        q, k = (rotate(x, angles, self.backend) for x in (q, k))
+        q, k, v = checkpoint_name((q, k, v), "heads")
         sections = length_parts(self.rules)
         if sections > 1:
             # The sequence is partitioned over devices. Queries stay where they are; keys and
@@ -154,4 +157,4 @@ class Attention(nn.Module):
             origin = jnp.zeros(len(x), jnp.int32)
             mixed = look(q, cache.k, cache.v, positions, cache.positions, origin=origin)
 
-        return projection(name="o_proj")(mixed), cache
+        return projection(name="o_proj")(stored_gradient(mixed, self.backend)), cache

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mistral_jax.ops import cudnn, kernels, splash
 from mistral_jax.ops.backend import PLAIN, Backend
@@ -124,7 +125,8 @@ def attend(
         if cudnn.fits(q, *wide, rules):
             (k, v), size = wide, cudnn.BLOCK
             one = functools.partial(_attend_by_cudnn, rules=rules)
-    return _attend_blocks(q, k, v, q_places, kv_places, pattern, before, offset, one, size)
+    mixed = _attend_blocks(q, k, v, q_places, kv_places, pattern, before, offset, one, size)
+    return checkpoint_name(mixed, splash.SAVED)
 
 
 def _widen(x, dtype):
