@@ -1,6 +1,7 @@
 # make demo      set up, and run the main job on the bundled model
 # make test      set up, and run the fast tests in a few minutes (no torch, no network, no GPU)
-# make test-all  set up, and run all tests: also documents, notebooks, several processes, long runs
+# make test-all  set up with the TPU's compiler, and run all tests: also documents, notebooks, several
+#                processes, long runs
 # make parity    set up with PyTorch and Transformers, and compare with them live
 # make lint      check style and formatting
 # make docs      set up, run the notebooks, and build the documentation into build/site
@@ -34,7 +35,7 @@ demo: $(VENV)/installed
 test: $(VENV)/tested-with
 	$(VENV)/bin/python -m pytest $(SPREAD) -m "not slow" --ignore tests/documents tests
 
-test-all: test
+test-all: test $(VENV)/planned-with
 	$(VENV)/bin/python -m pytest $(SPREAD) -m slow
 
 parity: $(PARITY)/installed
@@ -70,6 +71,10 @@ $(VENV)/installed: pyproject.toml
 $(VENV)/tested-with: pyproject.toml
 	$(call install,$(VENV),[dev])
 	touch $(VENV)/installed
+
+$(VENV)/planned-with: pyproject.toml
+	$(call install,$(VENV),[dev,tpu-compiler])
+	touch $(VENV)/tested-with $(VENV)/installed
 
 $(VENV)/documented-with: pyproject.toml
 	$(call install,$(VENV),[docs])
