@@ -79,57 +79,64 @@ def read(text: str, devices: int) -> list[Collective]:
       text: `compiled.as_text()`.
       devices: number of devices that the program runs on.
     """
-    computations, entry = _computations(text)
+    named, entry = computations(text)
     # XLA may split a collective to overlap it with other work. It then appears in each piece of
     # that work, with the same channel.
     found: dict[str, list[Collective]] = {}
-    for line, times, loops in _walk(computations, entry, 1, 0):
+    for name, line, times, loops in _walk(named, entry, 1, 0):
         channel = _CHANNEL.search(line)
-        found.setdefault(channel[1] if channel else line, _parse(line, times, loops, devices))
+        arrays = parse(name, line, named, devices, times, loops)
+        found.setdefault(channel[1] if channel else line, arrays)
     return [collective for parts in found.values() for collective in parts]
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    computations: dict[str, list[str]] = collections.defaultdict(list)
+def computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """Returns the instructions of each computation in a program's text, and the entry's name."""
+    named: dict[str, list[str]] = collections.defaultdict(list)
     current = entry = ""
     for line in text.splitlines():
         if (header := _COMPUTATION.match(line)) and not line.startswith(" "):
             current = header[1]
             entry = current if line.startswith("ENTRY") else entry
         elif " = " in line:
-            computations[current].append(re.sub(r"/\*.*?\*/", "", line))
-    return computations, entry
+            named[current].append(re.sub(r"/\*.*?\*/", "", line))
+    return named, entry
 
 
-def _walk(computations, name: str, times: int, loops: int) -> Iterator[tuple[str, int, int]]:
-    """Yields each collective instruction, how often it runs, and the number of loops around it."""
-    for line in computations[name]:
+def _walk(named, name: str, times: int, loops: int) -> Iterator[tuple[str, str, int, int]]:
+    """Yields each collective: its computation and text, how often it runs, the loops around it."""
+    for line in named[name]:
         instruction = _INSTRUCTION.match(line)
         if instruction is None:
             continue
         if instruction[2].removesuffix("-start") in KINDS:
-            yield line, times, loops
+            yield name, line, times, loops
             continue  # It calls only a computation that adds two numbers.
         inner = times, loops
         if instruction[2] == "while":
-            inner = times * _trips(line, computations), loops + 1
+            inner = times * trips(line, named), loops + 1
         called = _CALLED.findall(line)
         if branches := _BRANCHES.search(line):
             called += [branch.strip().lstrip("%") for branch in branches[1].split(",")]
         for other in called:
-            yield from _walk(computations, other, *inner)
+            yield from _walk(named, other, *inner)
 
 
-def _trips(line: str, computations) -> int:
-    """Returns the trip count of a loop, from XLA's note or the loop's limit; 1 if it is unknown."""
+def trips(line: str, named: dict[str, list[str]]) -> int:
+    """Returns the trip count of a loop, from XLA's note or the loop's limit; 1 if it is unknown.
+
+    Args:
+      line: the instruction of the loop.
+      named: the instructions of each computation.
+    """
     if known := _TRIPS.search(line):
         return int(known[1])
-    limit = computations[_CONDITION.search(line)[1]]
+    limit = named[_CONDITION.search(line)[1]]
     condition = "\n".join(limit)
     counts = _CONSTANT.findall(condition)
     if len(counts) != 1 or "direction=LT" not in condition:
         return 1
-    return math.ceil(int(counts[0]) / _step(limit, computations[_BODY.search(line)[1]]))
+    return math.ceil(int(counts[0]) / _step(limit, named[_BODY.search(line)[1]]))
 
 
 def _step(condition: list[str], body: list[str]) -> int:
@@ -149,8 +156,31 @@ def _step(condition: list[str], body: list[str]) -> int:
     return next((int(constant[1]) for constant in added if constant), 1)
 
 
-def _parse(line: str, times: int, loops: int, devices: int) -> list[Collective]:
-    """Reads the arrays of an instruction, which may combine several."""
+def parse(
+    name: str,
+    line: str,
+    named: dict[str, list[str]],
+    devices: int,
+    times: int = 1,
+    loops: int = 0,
+) -> list[Collective]:
+    """Reads the arrays of a collective, which may combine several; none of other instructions.
+
+    Args:
+      name: name of the computation that holds the instruction.
+      line: the instruction.
+      named: the instructions of each computation.
+      devices: number of devices that the program runs on.
+      times: number of times that the instruction runs.
+      loops: number of loops around it.
+    """
+    instruction = _INSTRUCTION.match(line)
+    if not instruction or instruction[2].removesuffix("-start") not in KINDS:
+        return []
+    if name.startswith("all-reduce-scatter"):
+        # The TPU's fusion of an all-reduce and a slice sums only a part on each device.
+        result = _INSTRUCTION.match(named[name][-1])[1]
+        line = line.replace(instruction[1], result, 1).replace(" all-reduce(", " reduce-scatter(")
     shapes, operation = _INSTRUCTION.match(line).groups()
     kind, arrays = operation.removesuffix("-start"), _arrays(shapes)
     if operation.endswith("-start") and kind != "all-reduce" and len(arrays) > 1:
