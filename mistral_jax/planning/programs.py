@@ -129,7 +129,8 @@ def lower(program: str, model: Transformer, layout: Layout, of: Shapes) -> jax.s
 def _trace(program, model, held, layout, of):
     if program == "train":
         places = jax.tree.map(lambda x: x.sharding, held)
-        step = make_train_step(make_loss_fn(model), _optimizer(), places=places)
+        options = model.backend.training_options
+        step = make_train_step(make_loss_fn(model), _optimizer(), places=places, options=options)
         ids = _array(layout, (of.batch, of.length), jnp.int32, ("batch", "length"))
         return step.trace(held, Batch(ids, ids, ids))
     params, cache = held
