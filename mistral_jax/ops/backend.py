@@ -12,6 +12,11 @@ import jax
 from mistral_jax.base import machine
 from mistral_jax.ops import cudnn, library, triton
 
+# By default XLA splits a product with a partitioned matrix into a ring of small products, and reads
+# and writes their sum in float32 in each round. This threshold, 1 TB, leaves the product whole: XLA
+# then gathers the matrix while other products run.
+_TPU_TRAINING = (("xla_jf_spmd_threshold_for_windowed_einsum_mib", "1000000"),)
+
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
@@ -81,6 +86,11 @@ class Backend:
     def has_native(self) -> bool:
         """Whether the program being traced may call the C++ kernels."""
         return "native" in self.kernels and self.is_one_cpu
+
+    @property
+    def training_options(self) -> dict[str, str]:
+        """Options of the compiler for training on several devices; empty if there are none."""
+        return dict(_TPU_TRAINING) if self.platform == "tpu" and not self.alone else {}
 
 
 PLAIN = Backend()

@@ -117,6 +117,13 @@ class Program:
                 self.entry = current if line.startswith("ENTRY") else self.entry
             elif found := _INSTRUCTION.match(bare := re.sub(r"/\*.*?\*/", "", line)):
                 self.computations[current].append(Instruction(*found.groups(), bare))
+        # The TPU's fusion of an all-reduce and a slice sums only a part on each device.
+        for name in filter(lambda name: name.startswith("all-reduce-scatter"), self.computations):
+            inside = self.computations[name]
+            one = {"operation": "reduce-scatter", "types": inside[-1].types}
+            self.computations[name] = [
+                dataclasses.replace(x, **one) if x.operation == "all-reduce" else x for x in inside
+            ]
 
     def walk(
         self,

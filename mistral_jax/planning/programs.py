@@ -142,7 +142,12 @@ def _trace(program, model, held, layout, of):
             def assemble(trainable, frozen):
                 return attach(frozen, trainable, of.lora.scale)
 
-        step = make_train_step(make_loss_fn(model, assemble), _optimizer(), places=places)
+        step = make_train_step(
+            make_loss_fn(model, assemble),
+            _optimizer(),
+            places=places,
+            options=model.backend.training_options,
+        )
         ids = _array(layout, (of.batch, of.length), jnp.int32, ("batch", "length"))
         return step.trace(held, Batch(ids, ids, ids))
     params, cache = held

@@ -195,10 +195,16 @@ class _Run:
         self._state = restore_state(path, jax.device_put(job.state, places), tell=tell)
         if step := int(self._state.step):
             tell(f"going on at step {step:,} of {job.steps:,}")
+        options = job.model.backend.training_options
         self._train_step = make_train_step(
-            job.loss_fn, optimizer, recipe.microbatches, places if job.layout else None, recipe.seed
+            job.loss_fn,
+            optimizer,
+            recipe.microbatches,
+            places if job.layout else None,
+            recipe.seed,
+            options,
         )
-        self._evaluate = jax.jit(job.loss_fn)
+        self._evaluate = jax.jit(job.loss_fn, compiler_options=options)
         per_token = flops.per_token(
             job.model.config,
             recipe.context,

@@ -4,7 +4,7 @@ The trainable and the frozen parameters are two trees, so the same step trains a
 nothing frozen, or a few adapters beside frozen weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -60,6 +60,7 @@ def make_train_step(
     microbatches: int = 1,
     places: TrainState | None = None,
     seed: int = 0,
+    options: Mapping[str, str] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Builds the jitted training step, which donates the state that it is given.
 
@@ -74,6 +75,7 @@ def make_train_step(
       places: shardings of the new state, usually those of the old one; None = the compiler
         chooses.
       seed: seed of the keys.
+      options: options of XLA's compiler, such as `Backend.training_options`.
 
     Returns:
       `train_step(state, batch) -> (state, metrics)`. The metrics are scalars: `loss`, the mean in
@@ -127,4 +129,9 @@ def make_train_step(
         }
         return state.replace(trainable=trainable, opt_state=opt_state, step=state.step + 1), metrics
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(places, None))
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        out_shardings=(places, None),
+        compiler_options=dict(options or {}),
+    )

@@ -150,6 +150,15 @@ def test_a_backend_is_that_of_its_devices(platform, count, kernels):
     assert hash(found) == hash(Backend.of([SimpleNamespace(platform=platform)] * count))
 
 
+@pytest.mark.parametrize(("platform", "count"), [("tpu", 1), ("tpu", 4), ("cuda", 4), ("cpu", 4)])
+def test_training_over_several_tpus_alone_has_options(platform, count):
+    options = Backend.of(
+        [SimpleNamespace(platform=platform)] * count, planned=True
+    ).training_options
+    assert bool(options) == ((platform, count) == ("tpu", 4))
+    assert all(name.startswith("xla_") and type(value) is str for name, value in options.items())
+
+
 def test_a_cpu_has_its_kernels_alone_and_without_a_mesh():
     here, layout = (
         Backend.of(jax.devices()[:1]),

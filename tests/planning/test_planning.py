@@ -306,6 +306,21 @@ def test_collectives_are_read_from_hlo_in_all_its_spellings():
     assert found[0].sent == 2 * 24 * 3 / 4
 
 
+def test_a_fusion_may_sum_a_part_on_each_device():
+    fused = """
+%all-reduce-scatter.1 (input: f32[4,16]) -> f32[4,2] {
+  %all-reduce.9 = f32[4,16]{1,0:T(8,128)} all-reduce(%input), channel_id=9, replica_groups={}, to_apply=%add
+  ROOT %slice = f32[4,2]{1,0:T(8,128)S(1)} dynamic-slice(%all-reduce.9, %zero, %start), dynamic_slice_sizes={4,2}
+}
+
+ENTRY %main (p: f32[4,16]) -> f32[4,2] {
+  ROOT %f = f32[4,2]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""  # noqa: E501
+    (found,) = read(fused, 8)
+    assert found == Collective("reduce-scatter", "f32", (4, 2), 32, 8, 1, 0, "")
+
+
 def test_a_loop_that_xla_has_unrolled_runs_less_often():
     condition = HLO.replace(
         "  ROOT %less", "  %i = s32[] get-tuple-element(%s), index=0\n  ROOT %less"

@@ -18,6 +18,7 @@ from mistral_jax.model.transformer import Transformer
 from mistral_jax.ops.backend import Backend
 from mistral_jax.parallel.sharding import Layout, abstract_params, read_layout
 from mistral_jax.planning import programs
+from mistral_jax.training.step import make_train_step
 
 CONFIG = ModelConfig(
     vocab_size=96,
@@ -118,3 +119,18 @@ def test_what_is_planned_is_what_generate_traces(monkeypatch, name, rows, kv_cac
         # Both layers call one function.
         kernels = planned.count("stablehlo.custom_call @tpu_custom_call")
         assert kernels == (1 if program == "prefill" else 0)
+
+
+def test_training_is_planned_with_the_options_of_its_devices(monkeypatch):
+    made = []
+
+    def make(*arguments, **fields):
+        made.append(fields["options"])
+        return make_train_step(*arguments, **{**fields, "options": None})
+
+    monkeypatch.setattr(programs, "make_train_step", make)
+    layout, backend = layout_of("fsdp"), Backend.of(devices("tpu", 8))
+    of = programs.shapes(layout, 8, 128, "bfloat16", train=True)
+    programs.trace("train", programs.model(CONFIG, layout, of).clone(backend=backend), layout, of)
+    assert made == [backend.training_options]
+    assert made[0]

@@ -145,6 +145,14 @@ def test_consumes_its_state():
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.trainable))
 
 
+def test_the_compiler_gets_the_options():
+    optimizer = make_optimizer("adamw", 1e-3, **VALUES)
+    state = create_state(optimizer, {"w": jnp.ones((2, 2))})
+    step = make_train_step(quadratic, optimizer, options={"no_such_option": "true"})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+        step(state, some_batch())
+
+
 def test_without_a_target_only_matrices_decay():
     def nothing(trainable, frozen, batch, key):
         return 0.0 * jnp.sum(trainable["matrix"]), {"targets": jnp.float32(0)}
