@@ -2,6 +2,7 @@
 # make test      set up, and run the fast tests in a few minutes (no torch, no network, no GPU)
 # make test-all  set up, and run all tests: also documents, notebooks, several processes, long runs
 # make parity    set up with PyTorch and Transformers, and compare with them live
+# make device    test and measure on a GPU, in 10 minutes (DEVICE_PYTHON= has the packages)
 # make lint      check style and formatting
 # make docs      set up, run the notebooks, and build the documentation into build/site
 # make links     check the addresses that the documentation names (needs the network)
@@ -16,10 +17,11 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 VENV := .venv-$(VERSION)
 PARITY := .venv-$(VERSION)-parity
 DEMO := runs/demo
+DEVICE_PYTHON ?= $(PYTHON)
 SPREAD := --numprocesses 2 --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-all parity lint docs links clean
+.PHONY: demo test test-all parity device lint docs links clean
 
 demo: $(VENV)/installed
 	@echo "# The bundled model as a PyTorch user would have it: a Hugging Face folder"
@@ -38,6 +40,9 @@ test-all: test
 
 parity: $(PARITY)/installed
 	$(PARITY)/bin/python -m pytest tests/parity
+
+device:
+	PYTHON=$(DEVICE_PYTHON) sh benchmarks/device.sh
 
 lint: $(VENV)/tested-with
 	$(VENV)/bin/ruff check
