@@ -63,11 +63,11 @@ class Backend:
     def by_heads(self) -> bool:
         """Whether keys and values are cached by heads, [B, K, S, H].
 
-        The matrix units and kernels of a TPU read the keys of one head at a time, and would need a
-        transposed copy of the cache in another order of axes. On a GPU cuDNN and XLA's scatter
-        would need one of a cache by heads, and the Triton kernel reads a head with a stride.
+        Matrix products of accelerators, and kernels of a TPU, read the keys of one head at a time.
+        In another order of axes they would need a transposed copy of the cache. cuDNN would need
+        one of a cache by heads, and the Triton kernel reads a head with a stride.
         """
-        return self.platform not in ("cpu", "gpu")
+        return self.platform != "cpu" and "triton" not in self.kernels
 
     @property
     def is_one_cpu(self) -> bool:

@@ -42,7 +42,20 @@ def put(
     """
     if axis == 1 and slots.shape[1] == 1 and backend.has_native:
         return kernels.put(table, rows, slots)
-    return _as_bits(functools.partial(_scatter, axis), table, rows, slots)
+    by = _scatter_each if backend.platform == "gpu" else _scatter
+    return _as_bits(functools.partial(by, axis), table, rows, slots)
+
+
+def _scatter_each(axis, table, rows, slots):
+    """Scatters in each entry of the axes before S by itself: else a GPU transposes the tables."""
+
+    def write(table, rows, slots):
+        return table.at[slots].set(rows, mode="drop")
+
+    for size in table.shape[1:axis]:
+        write = jax.vmap(write)
+        slots = jnp.broadcast_to(slots[:, None], (len(slots), size, *slots.shape[1:]))
+    return jax.vmap(write)(table, rows, slots)
 
 
 def _scatter(axis, table, rows, slots):
