@@ -3,6 +3,7 @@
 # make test-all  set up with the TPU's compiler, and run all tests: also documents, notebooks, several
 #                processes, long runs
 # make parity    set up with PyTorch and Transformers, and compare with them live
+# make device    test and measure on a GPU, in 10 minutes (DEVICE_PYTHON= has the packages)
 # make lint      check style and formatting
 # make docs      set up, run the notebooks, and build the documentation into build/site
 # make links     check the addresses that the documentation names (needs the network)
@@ -18,10 +19,11 @@ VENV := .venv-$(VERSION)
 PARITY := .venv-$(VERSION)-parity
 SITE := lib/python$(VERSION)/site-packages
 DEMO := runs/demo
+DEVICE_PYTHON ?= $(PYTHON)
 SPREAD := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-all parity lint docs links clean
+.PHONY: demo test test-all parity device lint docs links clean
 
 demo: $(VENV)/installed
 	@echo "# The bundled model as a PyTorch user would have it: a Hugging Face folder"
@@ -40,6 +42,9 @@ test-all: test $(VENV)/planned-with
 
 parity: $(PARITY)/installed
 	$(PARITY)/bin/python -m pytest $(SPREAD) tests/parity
+
+device:
+	PYTHON=$(DEVICE_PYTHON) sh benchmarks/device.sh
 
 lint: $(VENV)/tested-with
 	$(VENV)/bin/ruff check

@@ -6,7 +6,7 @@ Compilation is not counted. It needs the `parity` extra.
 
     python benchmarks/train_step.py [--model nano 31M] [--train full lora] [--rounds 10]
     python benchmarks/train_step.py --memory    # peak memory, one process for each measurement
-    python benchmarks/train_step.py --device    # LoRA of 7B in bfloat16, without PyTorch
+    python benchmarks/train_step.py --device    # in bfloat16 on an accelerator, without PyTorch
 """
 
 import argparse
@@ -36,6 +36,17 @@ MODELS = shapes.MODELS | {
         rope_theta=1e4,
         sliding_window=None,
     ),
+    "1B": ModelConfig(
+        vocab_size=32000,
+        num_layers=22,
+        embed_dim=2048,
+        mlp_dim=5632,
+        num_heads=32,
+        num_kv_heads=4,
+        head_dim=64,
+        rope_theta=1e4,
+        sliding_window=None,
+    ),
 }
 RANK, ALPHA, RATE, CLIP = 16, 32.0, 1e-4, 1.0
 ADAMW = {"weight_decay": 0.1}
@@ -44,7 +55,7 @@ BETAS = (0.9, 0.95)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", nargs="+", help="nano, 31M or 229M; see --device")
+    parser.add_argument("--model", nargs="+", help="nano, 31M or 229M; with --device also 1B")
     parser.add_argument("--train", nargs="+", choices=("full", "lora"), default=["full", "lora"])
     parser.add_argument("--context", type=int, nargs="+", help="default: 512; 2048 and 4096")
     parser.add_argument("--rows", type=int, help="default: 4; 1 with --device")
@@ -56,8 +67,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.device:
         for name in arguments.model or ["mistral-7b-v0.3"]:
-            for context in arguments.context or [2048, 4096]:
-                print(json.dumps(on_device(name, context, arguments.rows or 1, arguments.rounds)))
+            for train in arguments.train if arguments.model else ("lora",):
+                for context in arguments.context or [2048, 4096]:
+                    found = on_device(name, train, context, arguments.rows or 1, arguments.rounds)
+                    print(json.dumps(found), flush=True)
         return
     for name in arguments.model or ("nano", "31M"):
         for train in arguments.train:
@@ -218,29 +231,30 @@ def memory(program: str, about: dict) -> dict:
     return {"peak_bytes": peak_memory() - before, "imports_bytes": before}
 
 
-def on_device(name: str, context: int, rows: int, rounds: int) -> dict:
-    """Measures rate, utilisation and memory of LoRA with random bfloat16 weights."""
+def on_device(name: str, train: str, context: int, rows: int, rounds: int) -> dict:
+    """Measures rate, utilisation and memory with random weights, in bfloat16 if they are frozen."""
     import jax
     import jax.numpy as jnp
 
     from mistral_jax.model.transformer import Transformer
     from mistral_jax.parallel.sharding import abstract_params
 
-    config = ModelConfig.from_name(name)
+    config = MODELS.get(name) or ModelConfig.from_name(name)
     model = Transformer(config, jnp.bfloat16, remat="nothing_saveable")
+    dtype = jnp.float32 if train == "full" else jnp.bfloat16
     leaves, tree = jax.tree.flatten(abstract_params(model))
 
     @jax.jit
     def draw(key):
         keys = jax.random.split(key, len(leaves))
         return [
-            jnp.ones(x.shape, jnp.bfloat16)
+            jnp.ones(x.shape, dtype)
             if len(x.shape) == 1
-            else jax.random.normal(k, x.shape, jnp.bfloat16) * x.shape[-1] ** -0.5
+            else jax.random.normal(k, x.shape, dtype) * x.shape[-1] ** -0.5
             for k, x in zip(keys, leaves, strict=True)
         ]
 
-    about = {"model": name, "train": "lora", "rows": rows, "context": context}
+    about = {"model": name, "train": train, "rows": rows, "context": context}
     step = jax_step(model, tree.unflatten(draw(jax.random.key(0))), about)
     began = time.perf_counter()
     jax.block_until_ready(step())
@@ -251,7 +265,7 @@ def on_device(name: str, context: int, rows: int, rounds: int) -> dict:
         / min(seconds(lambda: float(jax.device_get(step()["loss"]))) for _ in range(rounds))
     )
     peak = counts.peak()
-    flops = counts.per_token(config, context, adapters=True)
+    flops = counts.per_token(config, context, adapters=train == "lora")
     return {
         "benchmark": "train_step",
         "device": jax.devices()[0].device_kind,

@@ -73,7 +73,7 @@ class Backend:
 
         Matrix products of accelerators, and kernels of a TPU, read the keys of one head at a time.
         In another order of axes they would need a transposed copy of the cache. cuDNN would need
-        one of a cache by heads, and the Triton kernel takes the keys of a head with a stride.
+        one of a cache by heads, and the Triton kernel reads a head with a stride.
         """
         return self.platform != "cpu" and "triton" not in self.kernels
 

@@ -57,8 +57,8 @@ def _scatter(table, rows, slots):
 
 
 def _scatter_by_heads(table, rows, slots):
-    # Each head is a table of its own. A TPU would copy the cache before and after a scatter that
-    # writes to all heads, into an order in which a slot's heads are neighbours.
+    # Each head is a table of its own. A TPU or GPU would copy the cache before and after a scatter
+    # that writes to all heads, into an order in which a slot's heads are neighbours.
     flat = (x.reshape(-1, *x.shape[2:]) for x in (table, rows))
     return _scatter(*flat, jnp.repeat(slots, table.shape[1], axis=0)).reshape(table.shape)
 
