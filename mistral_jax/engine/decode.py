@@ -17,7 +17,7 @@ from mistral_jax.engine.prefill import Params, replicate, whole_rows
 from mistral_jax.engine.sampling import MOST_TOP, RowSampling
 from mistral_jax.model.cache import Cache
 from mistral_jax.model.transformer import Transformer
-from mistral_jax.ops.backend import Backend
+from mistral_jax.ops.backend import Backend, ModelJit
 from mistral_jax.ops.partition import Rules, by_rows
 from mistral_jax.ops.rows import as_bits, from_bits
 
@@ -208,7 +208,7 @@ def _choose(logits, sampling, positions, counts, wants_top):
     return tokens, chosen[:, 0], *jax.lax.cond(jnp.any(wants_top), find, spare)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "rows"), donate_argnames="state")
+@functools.partial(ModelJit, static_argnames=("model", "rows"), donate_argnames="state")
 def decode(
     model: Transformer,
     params: Params,

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from mistral_jax.engine.prefixes import Prefixes
 from mistral_jax.model.cache import Cache, init_cache
 from mistral_jax.model.transformer import Transformer
-from mistral_jax.ops.backend import PLAIN, Backend
+from mistral_jax.ops.backend import PLAIN, Backend, ModelJit
 from mistral_jax.parallel.sharding import Layout, mesh_of, on_mesh
 
 Params = Mapping[str, Any]
@@ -273,7 +273,7 @@ def start_reading(
     return empty_cache(model, rows, length), whole_rows(model, logits)
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames=("cache", "logits"))
+@functools.partial(ModelJit, static_argnames="model", donate_argnames=("cache", "logits"))
 def read_chunk(model, params, tokens, positions, lengths, cache, logits):
     """Reads one chunk; replaces the logits of the rows whose last token is in it."""
     last = positions == lengths[:, None] - 1

@@ -20,6 +20,7 @@ from mistral_jax.engine.prefill import (
     start_reading,
 )
 from mistral_jax.model.transformer import Transformer
+from mistral_jax.ops.backend import ModelJit
 from mistral_jax.parallel.sharding import on_mesh
 from mistral_jax.tokens.tokenizer import Tokenizer
 
@@ -183,7 +184,7 @@ def _batch(model, params, rows, count) -> list[tuple[np.ndarray, np.ndarray]]:
     return list(zip(logprobs, greedy, strict=True))
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
+@functools.partial(ModelJit, static_argnames="model", donate_argnames="cache")
 def _score_chunk(model, params, tokens, positions, targets, cache):
     """Reads a chunk; returns each target's log-probability and whether it is the likeliest."""
     logits, cache = model.apply({"params": params}, tokens, positions, cache)

@@ -5,13 +5,19 @@ trace the program of a TPU, and tests can compare each implementation with the p
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
 from mistral_jax.base import machine
 from mistral_jax.ops import cudnn, library, triton
 
+# By default an operation may use 16 MiB of the vector memory of a v5e and 32 MiB of a v6e, of which
+# both have 128. With few rows, products of larger parts of matrices come closer to the bandwidth.
+_TPU = (("xla_tpu_scoped_vmem_limit_kib", "65536"),)
+_TPU_CHIPS = ("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e")
 # By default XLA splits a product with a partitioned matrix into a ring of small products, and reads
 # and writes their sum in float32 in each round. This threshold, 1 TB, leaves the product whole: XLA
 # then gathers the matrix while other products run.
@@ -88,12 +94,57 @@ class Backend:
         return "native" in self.kernels and self.is_one_cpu
 
     @property
+    def options(self) -> dict[str, str]:
+        """Options of XLA's compiler for all programs of a model."""
+        return dict(_TPU) if self.platform == "tpu" and self.chip in _TPU_CHIPS else {}
+
+    @property
     def training_options(self) -> dict[str, str]:
-        """Options of the compiler for training on several devices; empty if there are none."""
-        return dict(_TPU_TRAINING) if self.platform == "tpu" and not self.alone else {}
+        """Options of XLA's compiler for training."""
+        several = self.platform == "tpu" and not self.alone
+        return self.options | dict(_TPU_TRAINING if several else ())
 
 
 PLAIN = Backend()
+
+
+class ModelJit:
+    """`jax.jit` of a function of a model, with the compiler's options of the model's backend.
+
+    It decorates a function whose first argument is the model, which is static.
+    """
+
+    def __init__(self, function: Callable, **options: Any):
+        """Takes the options of `jax.jit`; `static_argnames` must name the model."""
+        functools.update_wrapper(self, function)
+        self._options = options
+        self._programs: dict[tuple, Any] = {}
+
+    def __call__(self, model: Any, *arguments: Any, **named: Any) -> Any:
+        """Calls the function."""
+        return self._of(model)(model, *arguments, **named)
+
+    def trace(self, model: Any, *arguments: Any, **named: Any) -> jax.stages.Traced:
+        """Traces the function, as `jax.jit(function).trace` does."""
+        return self._of(model).trace(model, *arguments, **named)
+
+    def lower(self, model: Any, *arguments: Any, **named: Any) -> jax.stages.Lowered:
+        """Traces and lowers the function, as `jax.jit(function).lower` does."""
+        return self._of(model).lower(model, *arguments, **named)
+
+    def _of(self, model):
+        options = model.backend.options
+        key = tuple(sorted(options.items()))
+        if key not in self._programs:
+            self._programs[key] = jax.jit(
+                self.__wrapped__, compiler_options=options, **self._options
+            )
+        return self._programs[key]
+
+    def _cache_size(self) -> int:
+        return sum(program._cache_size() for program in self._programs.values())
+
+
 # Each kernel of an NVIDIA GPU, and the function that tries it.
 _OF_GPU = {
     "cudnn": lambda: cudnn.runs(),

@@ -13,7 +13,7 @@ import tiny
 from mistral_jax.config import CHECKOUT
 from mistral_jax.model.cache import init_cache
 from mistral_jax.ops import cudnn, flash, library, ring, splash, triton
-from mistral_jax.ops.backend import PLAIN, Backend, default
+from mistral_jax.ops.backend import PLAIN, Backend, ModelJit, default
 from mistral_jax.parallel.sharding import read_layout
 
 TEXT = np.arange(150) * 7 % 53
@@ -157,6 +157,27 @@ def test_training_over_several_tpus_alone_has_options(platform, count):
     ).training_options
     assert bool(options) == ((platform, count) == ("tpu", 4))
     assert all(name.startswith("xla_") and type(value) is str for name, value in options.items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"), [("TPU v5 lite", True), ("TPU v6 lite", True), ("TPU v4", False)]
+)
+def test_programs_are_compiled_with_the_options_of_their_chip(monkeypatch, kind, given):
+    backend, seen = Backend.of([SimpleNamespace(platform="tpu", device_kind=kind)]), []
+    assert bool(backend.options) == given
+    assert backend.options.items() <= backend.training_options.items()
+
+    def jit(function, compiler_options, of=jax.jit, **options):
+        seen.append(compiler_options)
+        return of(function, **options)
+
+    program = ModelJit(lambda model, x: x + 1, static_argnames="model")
+    model = tiny.build()[0]
+    monkeypatch.setattr(jax, "jit", jit)
+    for chosen in (backend, PLAIN, backend, PLAIN):
+        assert program(model.clone(backend=chosen), 1) == 2
+    assert seen == ([backend.options, {}] if given else [{}])
+    assert program._cache_size() == 2
 
 
 def test_a_cpu_has_its_kernels_alone_and_without_a_mesh():
