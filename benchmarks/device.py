@@ -35,7 +35,7 @@ from mistral_jax.engine.generate import generate
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.parallel import hardware
 from mistral_jax.parallel.sharding import Layout, abstract_params
-from mistral_jax.planning import arithmetic, programs
+from mistral_jax.planning import arithmetic, estimate, programs
 
 TOKENS = 128
 CASES = ("1x512", "32x512", "1x4096", "8x512", "1x16384", "8x4096")
@@ -208,7 +208,7 @@ def estimates(model, batch: int, prompt: int, chip: hardware.Hardware) -> dict:
         held = programs.arguments(program, model, layout, of)
         flops = arithmetic.flops(program, model.config, of)
         moved = arithmetic.moved(program, held, model.config)
-        seconds = hardware.estimate(chip, flops, moved, []).seconds
+        seconds = estimate.estimate(chip, flops, moved, []).seconds
         count = arithmetic.tokens(program, of)
         rates[f"{program}_at_best"] = round(count / seconds, 1)
     return rates

@@ -25,7 +25,7 @@ step() { # SECONDS FILE COMMAND...
 }
 
 step 120 tests.txt $PYTHON -m pytest --noconftest -c /dev/null --rootdir . -q tests/device
-step 240 device.jsonl $device $few --transformers --seconds 150 --profile "$OUT/profile"
+step 240 device.jsonl $device $few --hardware H200 --transformers --seconds 150 --profile "$OUT/profile"
 step 80 device.jsonl $device ${few:---case 1x512 32x512} --quantize int8 --seconds 40
 step 60 train.jsonl $train --model $full --train full --context $long --rounds 3
 step 80 train.jsonl $train --model $MODEL --train lora --context $long --rounds 3

@@ -77,7 +77,9 @@ def attend(
       v: values, in the same form.
       q_positions: position of each query in its text, [B, T] int32; -1 = padding, whose output is
         finite and has no meaning.
-      kv_positions: position of each key in its text, [B, S] int32; -1 = no key.
+      kv_positions: position of each key in its text, [B, S] int32; -1 = no key. With one query a
+        row and keys that are not aligned, the key of position p must be in slot p mod S, as in a
+        cache.
       window: number of visible keys (W), the query's own included; None = no limit.
       dilation: distance between visible keys.
       aligned: whether key S - T + i is the key of query i. Without a cache (S = T) a row may then

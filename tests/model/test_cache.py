@@ -1,5 +1,7 @@
 """Laws of the rolling-buffer cache."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import tiny
 
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.cache import LayerCache, init_cache, write
+from mistral_jax.ops.backend import PLAIN, Backend
 
 
 def cache_bytes(config, batch_size, length, dtype=jnp.bfloat16):
@@ -53,9 +56,11 @@ def test_no_two_arrays_share_a_buffer(dtype):
             assert (x == 1).all()
 
 
-@pytest.mark.parametrize("by_heads", [False, True])
+@pytest.mark.parametrize(
+    ("by_heads", "backend"), [(False, PLAIN), (True, PLAIN), (True, Backend("gpu"))]
+)
 @pytest.mark.parametrize("slots", [1, 4])
-def test_write_keeps_the_last_tokens_of_each_row_however_the_text_is_cut(slots, by_heads):
+def test_write_keeps_the_last_tokens_of_each_row_however_the_text_is_cut(slots, by_heads, backend):
     rng = np.random.default_rng(slots)
     lengths = (0, 3, 23)
     texts = jnp.asarray(rng.standard_normal((2, len(lengths), 23, 2, 4)), jnp.float32)
@@ -70,7 +75,7 @@ def test_write_keeps_the_last_tokens_of_each_row_however_the_text_is_cut(slots, 
         for start in range(0, 23, chunk):
             places = np.arange(start, min(start + chunk, 23))
             positions = np.where(places < np.array(lengths)[:, None], places, -1)
-            cache = jax.jit(write)(
+            cache = jax.jit(functools.partial(write, backend=backend))(
                 cache, *texts[:, :, start : start + chunk], jnp.asarray(positions)
             )
         k, v = (jnp.swapaxes(x, 1, 2) if by_heads else x for x in (cache.k, cache.v))
