@@ -57,6 +57,13 @@ def _scatter(table, rows, slots):
 
 
 def _scatter_by_heads(table, rows, slots):
+    if slots.size == 1:
+        # A TPU would copy the cache of one row to VMEM and back for a scatter.
+        at, start = jnp.minimum(slots[0, 0], table.shape[2] - 1), [jnp.int32(0)] * table.ndim
+        start[2] = at
+        old = jax.lax.dynamic_slice(table, start, rows.shape)
+        new = jnp.where(slots[0, 0] == at, rows, old)
+        return jax.lax.dynamic_update_slice(table, new, start)
     # Each head is a table of its own. A TPU or GPU would copy the cache before and after a scatter
     # that writes to all heads, into an order in which a slot's heads are neighbours.
     flat = (x.reshape(-1, *x.shape[2:]) for x in (table, rows))

@@ -62,3 +62,11 @@ def test_each_device_writes_its_own_rows_and_heads(batch, in_place):
         program = run.lower(table, new, slots).compile()
         np.testing.assert_array_equal(program(table, new, slots), expected)
     assert not in_place or not re.search(r"all-\w+|collective-permute", program.as_text())
+
+
+@pytest.mark.parametrize("slot", [0, 4, 5])  # slot 5 does not exist
+def test_one_token_of_one_row_is_written_by_heads(slot):
+    table = jnp.arange(30, dtype=jnp.float32).reshape(1, 2, 5, 3)
+    new, slots = -table[:, :, 1:2], jnp.array([[slot]])
+    expected = rows.put(table.swapaxes(1, 2), new.swapaxes(1, 2), slots).swapaxes(1, 2)
+    np.testing.assert_array_equal(rows.put(table, new, slots, 2), expected)
