@@ -504,7 +504,7 @@ def test_a_compiler_that_is_not_there_is_named(capsys, monkeypatch):
     assert status == 2
     assert err == (
         "error: there is no compiler for a v5e slice of 1x1 (Unable to initialize backend): pip "
-        "install libtpu, or plan with --compiler cpu\n"
+        "install 'mistral-jax-flax[tpu-compiler]', or plan with --compiler cpu\n"
     )
 
 

