@@ -16,8 +16,9 @@ PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 VENV := .venv-$(VERSION)
 PARITY := .venv-$(VERSION)-parity
+SITE := lib/python$(VERSION)/site-packages
 DEMO := runs/demo
-SPREAD := --numprocesses 2 --dist loadfile
+SPREAD := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: demo test test-all parity lint docs links clean
@@ -38,7 +39,7 @@ test-all: test $(VENV)/planned-with
 	$(VENV)/bin/python -m pytest $(SPREAD) -m slow
 
 parity: $(PARITY)/installed
-	$(PARITY)/bin/python -m pytest tests/parity
+	$(PARITY)/bin/python -m pytest $(SPREAD) tests/parity
 
 lint: $(VENV)/tested-with
 	$(VENV)/bin/ruff check
@@ -54,10 +55,13 @@ clean:
 	rm -rf .venv-* runs build
 
 # A stamp stands for a finished install; it is made anew when pyproject.toml changes.
+# Unlike pip, compileall uses all cores. Packages have files that it cannot compile.
 define install
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 14) else "error: Python %d.%d; expected 3.11 to 3.14, for instance: make $(MAKECMDGOALS) PYTHON=python3.12" % v)'
 	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
-	$(1)/bin/python -m pip install --quiet --editable '.$(2)'
+	$(3)
+	$(1)/bin/python -m pip install --quiet --no-compile --editable '.$(2)'
+	$(1)/bin/python -W ignore -m compileall -qq -j 0 $(1)/lib || true
 	touch $@
 endef
 
@@ -76,5 +80,6 @@ $(VENV)/documented-with: pyproject.toml
 	$(call install,$(VENV),[docs])
 	touch $(VENV)/installed
 
-$(PARITY)/installed: pyproject.toml
-	$(call install,$(PARITY),[parity])
+# The folder of a .pth file is searched for packages: only those that $(VENV) lacks are installed.
+$(PARITY)/installed: $(VENV)/tested-with
+	$(call install,$(PARITY),[parity],echo $(abspath $(VENV)/$(SITE)) > $(PARITY)/$(SITE)/tested-with.pth)

@@ -194,10 +194,10 @@ recipe = Recipe(
     lora=lora,
     context=128,
     rows=4,
-    steps=120,
+    steps=80,
     warmup_steps=10,
     learning_rate=4e-3 if MODEL is None else 2e-4,
-    validate_every=30,
+    validate_every=20,
 )
 
 

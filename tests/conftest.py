@@ -13,8 +13,8 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Tests spend more time compiling than running. Commands, documents, notebooks and parity checks are
-# compiled with all optimizations, as for users.
+# Tests spend more time compiling than running. Commands, documents and parity checks are compiled
+# with all optimizations, as for users.
 jax.config.update("jax_disable_most_optimizations", True)
 os.environ["XLA_FLAGS"] = processes.ALIKE["XLA_FLAGS"]
 
@@ -44,4 +44,4 @@ def pytest_configure(config):
 def pytest_sessionstart():
     """Initialises XLA, which reads its flags, before a test starts a program that inherits them."""
     jax.devices()
-    os.environ.pop("XLA_FLAGS", None)
+    os.environ["XLA_FLAGS"] = processes.UNDIVIDED

@@ -11,16 +11,20 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import NamedTuple
 
+# By default XLA's CPU backend divides a program into pieces and compiles them at the same time. On
+# two cores, which other tests use too, this takes a third longer.
+UNDIVIDED = "--xla_cpu_parallel_codegen_split_count=1"
 # The settings of conftest.py: with them a process computes the same bits as the tests do.
 ALIKE = {
     "JAX_PLATFORMS": "cpu",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     # XLA's older emitters for fused operations on a CPU compile twice as fast.
-    "XLA_FLAGS": "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+    "XLA_FLAGS": f"{UNDIVIDED} --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
 }
 PROMPTS = [[1, 7, 9], [1, *range(10, 40)], [5]]
 TEXT = "a text that is longer than one chunk"
@@ -34,12 +38,33 @@ class Ended(NamedTuple):
     err: str
 
 
+# Makes a Python program find what the tests have compiled. JAX's cache keys include XLA_FLAGS, and
+# conftest.py changes that variable once XLA has read it.
+BEGIN = f"import os, jax; jax.devices(); os.environ['XLA_FLAGS'] = '{UNDIVIDED}'\n"
+
+
+def settings() -> dict[str, str]:
+    """Returns variables with which a program compiles, and keeps programs, as the tests do."""
+    import jax
+
+    kept = {}
+    if folder := jax.config.jax_compilation_cache_dir:
+        kept["JAX_COMPILATION_CACHE_DIR"] = folder
+        kept["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    return ALIKE | kept
+
+
+def environment(devices: int = 8) -> dict[str, str]:
+    """Returns the environment of a program that computes as the tests do."""
+    return os.environ | settings() | {"JAX_NUM_CPU_DEVICES": str(devices)}
+
+
 def together(
     *command: object,
     count: int = 2,
     devices: int = 4,
     stdin: str = "",
-    signal_after: float | None = None,
+    signal_once: Callable[[], bool] | None = None,
     timeout: float = 200,
 ) -> list[Ended]:
     """Runs `python *command` as several processes, each with its own devices.
@@ -49,20 +74,15 @@ def together(
       count: number of processes.
       devices: CPU devices per process.
       stdin: input of the first process; the others have none.
-      signal_after: seconds until all processes get SIGTERM; None = no signal.
+      signal_once: condition after which all processes get SIGTERM; None = no signal.
       timeout: seconds until all processes must have ended.
     """
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
-    common = (
-        os.environ
-        | ALIKE
-        | {
-            "JAX_NUM_CPU_DEVICES": str(devices),
-            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-            "JAX_NUM_PROCESSES": str(count),
-        }
-    )
+    common = environment(devices) | {
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": str(count),
+    }
     with contextlib.ExitStack() as stack:
 
         def start(index):
@@ -83,20 +103,26 @@ def together(
 
         ends, deadline = [], time.monotonic() + timeout
         started = [start(index) for index in range(count)]
-        if signal_after is not None:
-            time.sleep(signal_after)
+        if signal_once is not None:
+            while not signal_once() and time.monotonic() < deadline:
+                time.sleep(0.1)
             for process, _, _ in started:
                 process.terminate()
         for process, out, err in started:
             process.wait(deadline - time.monotonic())
             out.seek(0)
             err.seek(0)
-            ends.append(Ended(process.returncode, out.read(), _without_gloo(err.read())))
+            ends.append(Ended(process.returncode, out.read(), _without_notes(err.read())))
         return ends
 
 
-def _without_gloo(err: str) -> str:
-    """Drops lines in which Gloo's threads count their peers; threads may interleave such lines."""
+def _without_notes(err: str) -> str:
+    """Drops lines that depend on the machine's speed.
+
+    A command says that it compiles if that takes some seconds. Gloo's threads count their peers,
+    and may interleave such lines.
+    """
+    err = re.sub(r"(?m)^compiling .*, once: later runs find them\n", "", err)
     pieces = "[Gloo] Rank ", " is connected to ", "Expected number of connected", " peer ranks"
     counting = "|".join(map(re.escape, (*pieces, ". ", " is : ")))
     if "[Gloo]" not in err:
@@ -177,9 +203,10 @@ def late() -> int:
     return distributed.from_first(lambda: time.sleep(35) or 7)
 
 
-def wait() -> None:
-    """Waits for a minute."""
-    time.sleep(60)
+def wait(folder: str) -> None:
+    """Makes a file named after the process, and waits."""
+    Path(folder, os.environ["JAX_PROCESS_ID"]).touch()
+    time.sleep(600)
 
 
 def train(configs: str, process: str, number: str, *arguments: str) -> int:

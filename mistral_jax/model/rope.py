@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mistral_jax.ops.backend import PLAIN, Backend
+from mistral_jax.ops.products import rotate_halves
 from mistral_jax.ops.rows import once
 
 
@@ -38,9 +39,9 @@ def rotary_angles(
     return once(jnp.cos(angles), backend), once(jnp.sin(angles), backend)
 
 
-def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rotate(
+    x: jax.Array, angles: tuple[jax.Array, jax.Array], backend: Backend = PLAIN
+) -> jax.Array:
     """Rotates every head of `x` [B, T, heads, H] by the angles from `rotary_angles`."""
     cos, sin = (a[:, :, None, :] for a in angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    return rotate_halves(x, cos, sin, backend)

@@ -114,7 +114,7 @@ def _numbers(x: MaybeQuantized) -> jax.Array:
 
 def _attend_rows(q, chunk, cache, window, interpret):
     """Attends on one device."""
-    rows, length, heads, head_dim = q.shape
+    rows, length = q.shape[:2]
     size = min(QUERIES, length + -length % ROWS)
     q = _fill(jnp.swapaxes(q, 1, 2), 2, size, 0)
     column = jax.lax.argmax(chunk.positions >= 0, 1, jnp.int32)[:, None]
@@ -136,7 +136,7 @@ def _attend_rows(q, chunk, cache, window, interpret):
         window=window,
         interpret=interpret,
     )
-    return mixed[:, :length].reshape(rows, length, heads, head_dim)
+    return jnp.swapaxes(mixed, 1, 2)[:, :length]
 
 
 def _by_block(positions):
@@ -275,10 +275,11 @@ def _run_kernel(
 
         @pl.when(step == pl.num_programs(3) - 1)
         def _():
-            for head in range(group):
+            @functools.partial(jax.lax.fori_loop, 0, group, init_val=None)
+            def _(head, _):
                 sums = total[head][:, :1]
                 whole = mixed[head] / jnp.where(sums == 0.0, 1.0, sums)
-                out[:, head * head_dim : (head + 1) * head_dim] = whole.astype(out.dtype)
+                out[head] = whole.astype(out.dtype)
 
     def specs(blocks, number, places):
         size = places.shape[3]
@@ -308,6 +309,7 @@ def _run_kernel(
         transcendentals=pairs,
         bytes_accessed=2 * q.nbytes + length // size * sum(x.nbytes for x in (*held, *own)),
     )
+    queries = pl.BlockSpec((None, group, size, head_dim), lambda b, h, i, *_: (b, h, i, 0))
     lanes = pltpu.VMEM((group, size, LANES), jnp.float32)
     return pl.pallas_call(
         kernel,
@@ -315,14 +317,14 @@ def _run_kernel(
             num_scalar_prefetch=4,
             grid=(rows, kv_heads, length // size, jnp.maximum(jnp.max(counts), 1)),
             in_specs=[
-                pl.BlockSpec((None, group, size, head_dim), lambda b, h, i, *_: (b, h, i, 0)),
+                queries,
                 *specs(held, lambda place: jnp.minimum(place, count - 1), held_places),
                 *specs(own, lambda place: jnp.maximum(place - count, 0), own_places),
             ],
-            out_specs=pl.BlockSpec((None, size, group * head_dim), lambda b, h, i, *_: (b, i, h)),
+            out_specs=queries,
             scratch_shapes=[lanes, lanes, pltpu.VMEM((group, size, head_dim), jnp.float32)],
         ),
-        out_shape=jax.ShapeDtypeStruct((rows, length, heads * head_dim), q.dtype),
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         cost_estimate=cost,
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=MEMORY),
         name="attend_chunk",

@@ -49,6 +49,10 @@ def multiply_each(
     rows = x.astype(dtype).reshape(*(places[:1] if places[1] == 1 else places), -1)
     matrices = [_flat(matrix, outputs, dtype) for matrix in each]
     values = [_values(matrix) for matrix in matrices]
+    by_heads = outputs == 1 and each[0].ndim == 3 and not isinstance(each[0], QuantizedMatrix)
+    if by_heads and backend.platform == "tpu" and math.prod(places) >= 128:
+        # To flatten heads, XLA's TPU backend would copy the activations and the matrix.
+        return [einsum("...NH,YNH->...Y", x.astype(dtype), matrix.astype(dtype)) for matrix in each]
     if backend.has_native and kernels.suit(rows, values):
         sums = kernels.products(rows, values)
         results = [_scale(*pair) for pair in zip(sums, matrices, strict=True)]
@@ -58,6 +62,48 @@ def multiply_each(
         result.reshape(*places, *matrix.shape[:outputs])
         for result, matrix in zip(results, each, strict=True)
     ]
+
+
+def rotate_halves(
+    x: jax.Array, cos: jax.Array, sin: jax.Array, backend: Backend = PLAIN
+) -> jax.Array:
+    """Rotates the pairs of numbers in the two halves of the last axis.
+
+    Args:
+      x: [..., H].
+      cos: cosine of each pair's angle, float32, H/2 wide, broadcast to `x`.
+      sin: sine of each pair's angle.
+      backend: the backend that this is traced for.
+
+    Returns:
+      The rotated `x`, computed in float32 and rounded to its dtype.
+    """
+    if backend.platform == "tpu" and x.dtype == jnp.bfloat16:
+        return _rotate_by_product(x, cos, sin)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+@jax.custom_vjp
+def _rotate_by_product(x, cos, sin):
+    """Exchanges the halves by an exact product; a TPU is slow at moving parts of its lanes."""
+    width = x.shape[-1]
+    exchange = jnp.roll(jnp.eye(width, dtype=x.dtype), width // 2, axis=0)
+    other = einsum("...h,hg->...g", x, exchange)
+    cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+    return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)
+
+
+def _rotate_back(angles, grad):
+    # The transpose of a rotation is the rotation by the opposite angle. Angles are constants.
+    cos, sin = angles
+    return _rotate_by_product(grad, cos, -sin), jnp.zeros_like(cos), jnp.zeros_like(sin)
+
+
+_rotate_by_product.defvjp(
+    lambda x, cos, sin: (_rotate_by_product(x, cos, sin), (cos, sin)), _rotate_back
+)
 
 
 def _flat(matrix: MaybeQuantized, outputs: int, dtype: jnp.dtype) -> MaybeQuantized:
@@ -82,6 +128,8 @@ def _scale(sums: jax.Array, matrix: MaybeQuantized) -> jax.Array:
 
 def _multiply(rows: jax.Array, matrix: MaybeQuantized, backend: Backend) -> jax.Array:
     """Multiplies `rows` [..., X] by `matrix` [Y, X] with XLA's operations."""
+    if rows.shape[:-1] == (1,) and _avoids_one_row(rows, matrix, backend):
+        return _multiply(jnp.pad(rows, ((0, 1), (0, 0))), matrix, backend)[:1]
     if backend.has_native and kernels.should_widen(rows, _values(matrix)):
         return _scale(_multiply_wide(rows, _values(matrix)), matrix)
     if isinstance(matrix, QuantizedMatrix):
@@ -89,11 +137,18 @@ def _multiply(rows: jax.Array, matrix: MaybeQuantized, backend: Backend) -> jax.
         # reaches that point later. On a mesh, the largest number of a row would take an all-reduce.
         few = math.prod(rows.shape[:-1]) <= (64 if backend.chip == "vnni" else 8)
         return matrix.product(rows, in_integers=few and backend.is_one_cpu)
-    # XLA's CPU backend converts a whole 16-bit matrix to float32 for one row, but not for two.
-    lonely = rows.shape[:-1] == (1,) and rows.dtype != jnp.float32
-    if lonely and backend.platform == "cpu":
-        return einsum("...X,YX->...Y", jnp.concatenate([rows, rows]), matrix)[:1]
     return einsum("...X,YX->...Y", rows, matrix)
+
+
+def _avoids_one_row(rows: jax.Array, matrix: MaybeQuantized, backend: Backend) -> bool:
+    """Tells whether XLA multiplies two rows faster than one.
+
+    For one row, its CPU backend converts a whole 16-bit matrix to float32, and its TPU backend
+    multiplies on the vector unit. For two rows they do not.
+    """
+    if backend.platform == "cpu":
+        return rows.dtype != jnp.float32 and not isinstance(matrix, QuantizedMatrix)
+    return backend.platform == "tpu"
 
 
 @jax.custom_jvp

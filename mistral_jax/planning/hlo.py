@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 _BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) .*\{$")
@@ -18,6 +18,8 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRUE_FALSE = re.compile(r"(true|false)_computation=%?([\w.-]+)")
 _CONDITION = re.compile(r"condition=%?([\w.-]+)")
 _CONSTANT = re.compile(r"= [su]\d+\[\]\S* constant\((\d+)\)")
+_BODY = re.compile(r"body=%?([\w.-]+)")
+_OPERAND = re.compile(r"%([\w.-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _SOURCE = re.compile(r'op_name="([^"]*)"')
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\]")
@@ -146,7 +148,28 @@ class Program:
         condition = self.computations[_CONDITION.search(loop.text)[1]]
         text = "\n".join(instruction.text for instruction in condition)
         counts = _CONSTANT.findall(text)
-        return int(counts[0]) if len(counts) == 1 and "direction=LT" in text else 1
+        if len(counts) != 1 or "direction=LT" not in text:
+            return 1
+        body = self.computations[_BODY.search(loop.text)[1]]
+        return math.ceil(int(counts[0]) / _step(text, body))
+
+
+def _step(condition: str, body: Sequence[Instruction]) -> int:
+    """Returns what a loop adds to its counter in each round: more than 1 if XLA has unrolled it."""
+    made = {instruction.name: instruction for instruction in body}
+
+    def operands(instruction):
+        inside = instruction.text.partition(f" {instruction.operation}(")[2].partition(")")[0]
+        return [made.get(name) for name in _OPERAND.findall(inside)]
+
+    index = re.search(r" get-tuple-element\(.*index=(\d+)", condition)
+    if not index or body[-1].operation != "tuple":
+        return 1
+    following = operands(body[-1])[int(index[1])]
+    if following is None or following.operation != "add":
+        return 1
+    added = [_CONSTANT.search(x.text) for x in operands(following) if x is not None]
+    return next((int(constant[1]) for constant in added if constant), 1)
 
 
 def _lines(text: str) -> Iterator[str]:

@@ -175,8 +175,7 @@ import os, signal, sys, threading, time
 from mistral_jax.cli import command
 
 command.begin()
-sleeper = threading.Timer({seconds}, os.kill, (os.getpid(), signal.SIGINT))
-sleeper.start()
+start = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start
 try:
     {work}
 except BaseException as error:
@@ -189,42 +188,45 @@ except BaseException as error:
 @pytest.mark.parametrize(
     ("work", "status", "output"),
     [
-        ("time.sleep(20)", 130, ""),
-        ("import jax, flax, orbax.checkpoint.v1; time.sleep(20)", 130, ""),
-        ("print('text', end=''); time.sleep(20)", 130, "text"),
-        ("with command.interruptible(): time.sleep(20)", 3, "caught KeyboardInterrupt\n"),
+        ("start(); time.sleep(20)", 130, ""),
+        ("start(); import jax, flax, orbax.checkpoint.v1; time.sleep(20)", 130, ""),
+        ("print('text', end=''); start(); time.sleep(20)", 130, "text"),
+        ("with command.interruptible(): start(); time.sleep(20)", 3, "caught KeyboardInterrupt\n"),
     ],
 )
 def test_ctrl_c_ends_a_command_at_once_unless_it_has_something_to_clean(work, status, output):
-    code = QUIET.format(seconds=0.3, work=work)
+    code = QUIET.format(work=work)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (status, output, "")
 
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_who_waits_for_programs_is_told_once_they_are_kept(capsys, monkeypatch, tmp_path, kept):
-    monkeypatch.setattr(command, "_PATIENCE", 0.1)
+    monkeypatch.setattr(command, "_PATIENCE", 0.2)
     monkeypatch.setattr(command, "_told", threading.Event())
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path) if kept else None)
     try:
-        with command.announced() as seen:
+        with command.announced():
             monitoring.record_event("/jax/compilation_cache/compile_requests_use_cache")
-            time.sleep(0.5)
-        assert capsys.readouterr().err.startswith("compiling programs ") is kept
+            said, until = "", time.monotonic() + (60 if kept else 0.5)
+            while not said and time.monotonic() < until:
+                time.sleep(0.05)
+                said = capsys.readouterr().err
+        assert said.startswith("compiling programs ") is kept
         with command.announced():  # Another part of the command waits, too.
             monitoring.record_event("/jax/compilation_cache/compile_requests_use_cache")
             time.sleep(0.5)
         assert capsys.readouterr().err == ""
         command._told.clear()
         with command.announced() as seen:
-            monitoring.record_event("/jax/compilation_cache/compile_requests_use_cache")
             seen()
-            time.sleep(0.3)
+            monitoring.record_event("/jax/compilation_cache/compile_requests_use_cache")
+            time.sleep(0.5)
         with command.announced():  # All are found.
             monitoring.record_event("/jax/compilation_cache/compile_requests_use_cache")
             monitoring.record_event("/jax/compilation_cache/cache_hits")
-            time.sleep(0.3)
+            time.sleep(0.5)
         assert capsys.readouterr().err == ""
     finally:
         jax.config.update("jax_compilation_cache_dir", before)

@@ -1,10 +1,10 @@
 """JAX_ENABLE_X64 changes no number: neither what a seed draws nor what is computed."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 PROGRAM = """
@@ -57,7 +57,7 @@ def printed(wide):
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         cwd=Path(__file__).parents[1],
-        env=os.environ | {"JAX_ENABLE_X64": str(wide)},
+        env=processes.environment() | {"JAX_ENABLE_X64": str(wide)},
         stdout=subprocess.PIPE,
         text=True,
         check=True,

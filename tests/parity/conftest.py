@@ -4,13 +4,15 @@ import os
 import secrets
 
 import jax
+import processes
 import pytest
 
 # What is compared is what users run.
 jax.config.update("jax_disable_most_optimizations", False)
-os.environ.pop("XLA_FLAGS")
+os.environ["XLA_FLAGS"] = processes.UNDIVIDED
 
 SEED = int(os.environ.get("PARITY_SEED") or secrets.randbelow(2**31))
+os.environ["PARITY_SEED"] = str(SEED)  # for the workers of pytest-xdist
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -306,6 +306,18 @@ def test_collectives_are_read_from_hlo_in_all_its_spellings():
     assert found[0].sent == 2 * 24 * 3 / 4
 
 
+def test_a_loop_that_xla_has_unrolled_runs_less_often():
+    condition = HLO.replace(
+        "  ROOT %less", "  %i = s32[] get-tuple-element(%s), index=0\n  ROOT %less"
+    )
+    body = condition.replace(
+        "  ROOT %out = (s32[], f32[4]) tuple(%i, %z)",
+        "  %two = s32[]{:T(128)} constant(2)\n  %next = s32[] add(%i, %two)\n"
+        "  ROOT %out = (s32[], f32[4]) tuple(%next, %z)",
+    )
+    assert [read(text, 8)[0].times for text in (HLO, condition, body)] == [6, 6, 3]
+
+
 def test_hardware_has_every_figure_and_its_source():
     chips = hardware.known()
     assert set(chips) == {"v5e", "v5p", "v6e", "A100", "H100", "H200", "T4", "L4"}

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import processes
 import stand_in_hub
 
 from snippets import stand_ins
@@ -132,4 +133,5 @@ class Page:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONUNBUFFERED": "1",
+            "XLA_FLAGS": processes.UNDIVIDED,
         }
