@@ -105,8 +105,9 @@ def draw(results: Path, target: Path) -> None:
     for line in map(json.loads, read(results)):
         found.setdefault(line["case"], {})[line["program"]] = line
 
-    print("| chips | layout | rows x tokens | weights | cache | temporaries | fits | prompt: at best, "
-          "by the compiler | decode: at best, by the compiler | binds |")  # fmt: skip
+    print("| chips | layout | rows x tokens | weights | cache | temporaries | fits "
+          "| prompt: at best, by the compiler | decode: at best, by the compiler "
+          "| binds |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|---|")
     for case in SERVING:
         both = found[name_of(case, False)]
