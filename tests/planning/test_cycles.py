@@ -152,6 +152,16 @@ def test_a_kernel_without_a_stated_cost_is_counted_at_60_percent():
     )
 
 
+def test_copies_in_the_background_are_told_apart():
+    copies = [
+        "%c = (f32[4]{0:S(1)}, f32[4]{0}, u32[]{:S(2)}) copy-start(%p)",
+        "%s = ((f32[9]{0}), f32[2]{0:S(1)}, u32[]{:S(2)}) slice-start(%p), slice={[0:2]}",
+    ]
+    found = cycles.read(entry(*copies, timed("%x", 5)), CHIP)
+    assert (cycles.total(found), cycles.copied(found)) == (5, 4 * (4 + 2))
+    assert [place for place, *_ in cycles.costly(found)] == ["x of f32[4], added by XLA"]
+
+
 def test_metadata_of_several_lines_belongs_to_its_instruction():
     cost = ',"cost_estimate":{"flops":"40","bytes_accessed":"30"}'
     text = entry(kernel("splash_mha_fwd", cost, '{\n"xprof":"{\\"block_q\\": 512}"\n}'))
