@@ -22,8 +22,8 @@ Examples:
   %(prog)s mistral-7b-v0.3 --sharding fsdp --devices 64 --hardware v5p \\
       --batch 128 --length 4096 --train
 
-With a TPU as --hardware and libtpu installed (pip install 'mistral-jax-flax[tpu-compiler]'), the
-TPU's own compiler is asked. Memory is then what it will be, and the compiler's estimate of the time
+With a TPU as --hardware and libtpu installed (the extra tpu-compiler), the TPU's own compiler is
+asked. Memory is then what it will be, and the compiler's estimate of the time
 stands beside the least time. Else programs are compiled for CPU devices, whose temporaries are
 others and as a rule larger: they hold much of bfloat16 as float32.
 """

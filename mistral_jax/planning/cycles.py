@@ -2,7 +2,8 @@
 
 The TPU compiler writes the cycles that it expects of an operation into the program
 (`estimated_cycles`). Operations of the entry and of loop bodies count, a loop's as often as it
-runs. Copies in the background (`copy-start`) have no cycles: they overlap with other operations.
+runs. Copies in the background (`copy-start`) have no cycles, and overlap with other operations as
+far as these leave bandwidth; `read` reports them as operations that `total` does not count.
 """
 
 import collections
@@ -45,8 +46,8 @@ class Operation:
       source: the path of names in the program that it comes from; "" if XLA added it.
       run: seconds of one run.
       times: number of runs in each run of the program, or in each step of decoding.
-      kind: "compiled" if the compiler estimates it; "kernel" for a Pallas kernel and "wait" for the
-        wait for a collective, whose times are arithmetic.
+      kind: "compiled" if the compiler estimates it. Other times are arithmetic: "kernel" for a
+        Pallas kernel, "wait" for the wait for a collective, "copy" for a copy in the background.
     """
 
     name: str
@@ -148,6 +149,10 @@ class _Reader:
             seconds = _seconds(instruction, self.chip, self.attended)
             if seconds:
                 clock += self._add(instruction, seconds, times, counts, kind)
+            if instruction.operation in ("copy-start", "slice-start"):
+                # A copy's type names its result first, a slice's its operand.
+                moved = instruction.results[instruction.operation == "slice-start"].bytes
+                self._add(instruction, moved / self.chip.bandwidth, times, counts, "copy")
             for other in self._entered(instruction):
                 loop = instruction.operation == "while"
                 trips = self.program.trips(instruction) if loop else 1
@@ -216,8 +221,13 @@ class _Reader:
 
 
 def total(operations: Iterable[Operation]) -> float:
-    """Returns the seconds of operations that run one after another."""
-    return sum(operation.seconds for operation in operations)
+    """Returns the seconds of operations that run one after another, without copies."""
+    return sum(operation.seconds for operation in operations if operation.kind != "copy")
+
+
+def copied(operations: Iterable[Operation]) -> float:
+    """Returns the seconds of the copies in the background, if nothing else uses the bandwidth."""
+    return sum(operation.seconds for operation in operations if operation.kind == "copy")
 
 
 def costly(operations: Iterable[Operation], count: int = 5) -> list[tuple[str, float, int]]:
@@ -228,6 +238,8 @@ def costly(operations: Iterable[Operation], count: int = 5) -> list[tuple[str, f
     seconds: dict[str, float] = collections.defaultdict(float)
     runs: dict[str, int] = collections.defaultdict(int)
     for operation in operations:
+        if operation.kind == "copy":
+            continue
         seconds[operation.place] += operation.seconds
         runs[operation.place] += operation.times
     largest = sorted(seconds, key=seconds.get, reverse=True)[:count]

@@ -3,11 +3,19 @@
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from mistral_jax.checkpoint.lora import Lora
 from mistral_jax.cli import plan
+from mistral_jax.config import ModelConfig
+from mistral_jax.model.attention import visible
+from mistral_jax.model.transformer import Transformer
 from mistral_jax.parallel.hardware import Hardware
-from mistral_jax.planning import cycles, forecast, report
+from mistral_jax.parallel.sharding import Layout, read_layout
+from mistral_jax.planning import arithmetic, cycles, forecast, programs, report
 from mistral_jax.planning.estimate import Estimate
 from mistral_jax.planning.hlo import Program
 
@@ -144,6 +152,16 @@ def test_a_kernel_without_a_stated_cost_is_counted_at_60_percent():
     )
 
 
+def test_copies_in_the_background_are_told_apart():
+    copies = [
+        "%c = (f32[4]{0:S(1)}, f32[4]{0}, u32[]{:S(2)}) copy-start(%p)",
+        "%s = ((f32[9]{0}), f32[2]{0:S(1)}, u32[]{:S(2)}) slice-start(%p), slice={[0:2]}",
+    ]
+    found = cycles.read(entry(*copies, timed("%x", 5)), CHIP)
+    assert (cycles.total(found), cycles.copied(found)) == (5, 4 * (4 + 2))
+    assert [place for place, *_ in cycles.costly(found)] == ["x of f32[4], added by XLA"]
+
+
 def test_metadata_of_several_lines_belongs_to_its_instruction():
     cost = ',"cost_estimate":{"flops":"40","bytes_accessed":"30"}'
     text = entry(kernel("splash_mha_fwd", cost, '{\n"xprof":"{\\"block_q\\": 512}"\n}'))
@@ -181,6 +199,43 @@ def test_an_exchange_inside_of_fusions_ends_with_the_last_of_them():
     fusions = [timed(f"%f{i}", 3, "fusion(%p), kind=kCustom, calls=%piece") for i in range(2)]
     assert seconds(piece + entry(*fusions), devices=2) == 8
     assert seconds(piece + entry(fusions[0], timed("%x", 4), fusions[1]), devices=2) == 10
+
+
+@pytest.mark.parametrize("window", [None, 2048, 4096])
+def test_kernels_of_attention_compute_the_blocks_that_are_seen(window):
+    """Against a count of blocks, of a mask of all pairs."""
+    config = dataclasses.replace(ModelConfig.from_name("mistral-7b-v0.3"), sliding_window=window)
+    model, block = Transformer(config), 512
+    of = programs.Shapes(1, 8192, jnp.dtype("bfloat16"), 1024)
+    positions = np.arange(of.length)
+    seen = np.asarray(visible(positions[None], positions[None], window))[0]
+    blocks = seen.reshape(of.length // block, block, -1, block).any((1, 3))
+    assert arithmetic.attended("train", model, of) == pytest.approx(blocks.mean())
+    assert arithmetic.attended("decode", model, of) == 1
+    shares = []
+    for start in range(0, of.length, of.chunk):
+        computed = blocks[start // block : (start + of.chunk) // block].sum() * block**2
+        slots = min(window or of.length, of.length)
+        shares.append(computed / (of.chunk * (slots + of.chunk)))
+        assert arithmetic.attended("prefill", model, of, start) == pytest.approx(shares[-1])
+    assert arithmetic.attended("prefill", model, of) == pytest.approx(np.mean(shares))
+
+
+@pytest.mark.parametrize("sharding", [None, "fsdp"])
+def test_adapters_are_trained_beside_frozen_weights(sharding):
+    config = dataclasses.replace(ModelConfig.from_name("nano"), num_layers=1)
+    one = Layout(jax.make_mesh((1,), ("device",), devices=jax.devices()[:1]), ())
+    layout = read_layout(sharding, config) if sharding else one
+    of = programs.shapes(layout, 8, 64, "bfloat16", train=True)
+    of = dataclasses.replace(of, lora=Lora(rank=4, alpha=8))
+    model = programs.model(config, layout, of)
+    state = programs.arguments("train", model, layout, of)
+    frozen, trained = (jax.tree.leaves(tree) for tree in (state.frozen, state.trainable))
+    assert {x.dtype.name for x in frozen} == {"bfloat16"}
+    assert {x.dtype.name for x in trained} == {"float32"}
+    assert len(trained) == 2 * 7
+    results = programs.trace("train", model, layout, of).out_info[0]
+    assert jax.tree.structure(results.trainable) == jax.tree.structure(state.trainable)
 
 
 def test_walks_enter_every_computation():

@@ -22,22 +22,26 @@ pytestmark = [
     ),
 ]
 
-# The least time as a share of the estimate, on a v5e.
+# The least time as a share of the estimate, on a v5e; those of the bounds once a case reaches them.
 SHARES = {
-    "decode-bf16-8": 0.71,
+    "decode-bf16-1": 0.80,
+    "decode-bf16-8": 0.81,
+    "decode-int8-8": 0.75,
+    "room-bf16-8": 1 / 1.15,
+    "prompt-bf16-v0.1-4096x1": 0.65,
 }
 # Cases whose temporaries take less than 20 MB.
-SMALL = {"decode-bf16-8"}
+SMALL = ("decode-bf16-1",)
 
 
 @pytest.fixture(scope="module")
 def lines():
-    """Returns the benchmark's line of each case; two compilations of one and two layers each."""
+    """Returns the benchmark's line of each case; two compilations of two and of four layers."""
     # The settings of tests, which make programs compile faster, would change what is compiled.
     made = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
     command = [sys.executable, CHECKOUT / "benchmarks" / "tpu.py", "--chip", "v5e"]
     done = subprocess.run(
-        [*command, "--layers", "1", "2", *SHARES],
+        [*command, *SHARES],
         env=made,
         stdout=subprocess.PIPE,
         text=True,
@@ -49,11 +53,9 @@ def lines():
 
 @pytest.mark.parametrize("name", SHARES)
 def test_a_case_stays_as_near_to_the_limit(lines, name):
-    assert SHARES[name] <= lines[name]["share"] <= 1
-    if SHARES[name] >= lines[name]["bound"]:
-        assert lines[name]["holds"]
+    assert SHARES[name] <= lines[name]["share"] + 5e-4  # The line is rounded.
 
 
-@pytest.mark.parametrize("name", sorted(SMALL))
+@pytest.mark.parametrize("name", SMALL)
 def test_decoding_needs_few_temporaries(lines, name):
     assert lines[name]["temporaries_hold"]
