@@ -12,6 +12,9 @@ import jax
 from mistral_jax.base import machine
 from mistral_jax.ops import cudnn, library, triton
 
+# JAX's names of the TPU v6e.
+V6E = ("TPU v6 lite", "TPU v6e")
+
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
@@ -71,6 +74,15 @@ class Backend:
         one of a cache by heads, and the Triton kernel takes the keys of a head with a stride.
         """
         return self.platform != "cpu" and "triton" not in self.kernels
+
+    @property
+    def writes_operands(self) -> bool:
+        """Whether XLA should write large operands of products out before the products.
+
+        For a v6e it otherwise computes a norm or an activation again for each tile of the product,
+        on the vector unit, which then takes longer than the matrix unit.
+        """
+        return self.chip in V6E
 
     @property
     def swaps_by_product(self) -> bool:

@@ -13,6 +13,9 @@ from mistral_jax.ops import kernels
 from mistral_jax.ops.backend import PLAIN, Backend
 from mistral_jax.ops.quantized import MaybeQuantized, QuantizedMatrix, einsum
 
+# Rows from which a product takes longer than reading its matrix.
+_MANY = 512
+
 
 def multiply(
     x: jax.Array,
@@ -47,6 +50,8 @@ def multiply_each(
     places = x.shape[:2]
     # Without the axis T = 1, XLA's CPU backend does not copy the matrix at each step of decoding.
     rows = x.astype(dtype).reshape(*(places[:1] if places[1] == 1 else places), -1)
+    if backend.writes_operands and math.prod(rows.shape[:-1]) >= _MANY:
+        rows = jax.lax.optimization_barrier(rows)
     matrices = [_flat(matrix, outputs, dtype) for matrix in each]
     values = [_values(matrix) for matrix in matrices]
     if backend.has_native and kernels.suit(rows, values):
