@@ -13,8 +13,8 @@ from mistral_jax.ops import kernels
 from mistral_jax.ops.backend import PLAIN, Backend
 from mistral_jax.ops.quantized import MaybeQuantized, QuantizedMatrix, einsum
 
-# Rows from which a product takes longer than reading its matrix.
-_MANY = 512
+# Rows from which writing operands out takes less time than it saves.
+_MANY = 1024
 
 
 def multiply(

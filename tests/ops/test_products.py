@@ -103,7 +103,7 @@ def test_a_tpu_s_compiler_streams_a_matrix_through_the_matrix_unit(chip, kind, r
     assert size / bandwidth >= 0.4 * cycles / clock  # The vector unit reaches 0.2.
 
 
-@pytest.mark.parametrize(("rows", "written"), [(512, True), (8, False)])
+@pytest.mark.parametrize(("rows", "written"), [(1024, True), (512, False)])
 def test_on_a_v6e_operands_of_many_rows_are_written_before_the_product(rows, written):
     v6e = Backend("tpu", "TPU v6 lite", alone=True)
     rng = np.random.default_rng(0)
