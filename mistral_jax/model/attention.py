@@ -10,14 +10,16 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.cache import LayerCache, line_up, round_for, write
 from mistral_jax.model.layers import Projection, project
 from mistral_jax.model.rope import rotate
 from mistral_jax.ops import attention
-from mistral_jax.ops.backend import Backend
+from mistral_jax.ops.backend import PLAIN, Backend
 from mistral_jax.ops.partition import Rules, length_parts
+from mistral_jax.ops.rows import stored_gradient
 
 
 @functools.partial(jax.jit, static_argnames=("window", "dilation"))
@@ -113,8 +115,10 @@ class Attention(nn.Module):
 
         q, k, v = project(x, [projection(name=name) for name in ("q_proj", "k_proj", "v_proj")])
         q, k, v = place(q, "heads"), place(k, "kv_heads"), place(v, "kv_heads")
-        swap = cache is not None and x.shape[1] > 1 and self.backend.swaps_by_product
-        q, k = (rotate(y, angles, swap) for y in (q, k))
+        # A step of decoding has few numbers to rotate.
+        rotation = PLAIN if x.shape[1] == 1 else self.backend
+        q, k = (rotate(y, angles, rotation) for y in (q, k))
+        q, k, v = checkpoint_name((q, k, v), "heads")
         sections = length_parts(self.rules)
         if sections > 1:
             # The sequence is partitioned over devices. Queries stay where they are; keys and
@@ -165,4 +169,4 @@ class Attention(nn.Module):
             cache = store(cache, k, v, positions)
             mixed = look_in(cache, origin=jnp.zeros(len(x), jnp.int32))
 
-        return projection(name="o_proj")(mixed), cache
+        return projection(name="o_proj")(stored_gradient(mixed, self.backend)), cache

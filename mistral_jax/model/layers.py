@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mistral_jax.config import ModelConfig
-from mistral_jax.ops.backend import Backend
+from mistral_jax.ops.backend import PLAIN, Backend
 from mistral_jax.ops.partition import Rules, mesh_axes
 from mistral_jax.ops.products import multiply, multiply_each
-from mistral_jax.ops.rows import apart, look_up
+from mistral_jax.ops.rows import apart, look_up, stored, stored_gradient
 
 
 class Axes(NamedTuple):
@@ -106,8 +107,9 @@ class Projection(nn.Module):
                 share = jnp.float32(1 - self.dropout)
                 kept = jax.random.bernoulli(self.make_rng("dropout"), share, x.shape)
                 x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
-            inner = multiply(x, a, 1, self.dtype, self.backend)
-            product += multiply(inner, b, self.outputs, self.dtype, self.backend)
+            inner = multiply(stored_gradient(x, self.backend), a, 1, self.dtype, self.backend)
+            outer = multiply(inner, b, self.outputs, self.dtype, self.backend)
+            product += outer
         return product.astype(self.out_dtype or self.dtype)
 
 
@@ -130,15 +132,18 @@ class RMSNorm(nn.Module):
 
     eps: float
     dtype: jnp.dtype
+    backend: Backend = PLAIN
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises `x` [B, T, D] over D."""
+        x = stored(x, self.backend)
         init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed",))
         scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
         wide = x.astype(jnp.float32)
         normal = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return normal.astype(self.dtype) * scale.astype(self.dtype)[None, None]
+        normal = normal.astype(self.dtype) * scale.astype(self.dtype)[None, None]
+        return stored_gradient(normal, self.backend)
 
 
 class Embedding(nn.Module):
@@ -191,9 +196,11 @@ class MLP(nn.Module):
         )
         gate, up = projection(name="gate_proj"), projection(name="up_proj")
         down = projection(name="down_proj")
-        opened, raised = project(x, [gate, up])
+        products = (stored_gradient(y, self.backend) for y in project(x, [gate, up]))
+        # The name comes first: JAX rounds what it saves, which would copy an array in memory.
+        opened, raised = (stored(checkpoint_name(y, "mlp"), self.backend) for y in products)
         # In float32 silu rounds once, as in PyTorch. In `dtype` each operation inside it would
         # round.
         gated = nn.silu(opened.astype(jnp.float32)).astype(self.dtype) * raised
-        gated = apart(gated, self.backend)
-        return down(nn.with_logical_constraint(gated, ("batch", "length", "mlp"), rules=self.rules))
+        gated = nn.with_logical_constraint(gated, ("batch", "length", "mlp"), rules=self.rules)
+        return down(stored(apart(gated, self.backend), self.backend))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mistral_jax.ops.backend import PLAIN, Backend
-from mistral_jax.ops.products import swap_halves
+from mistral_jax.ops.products import rotate_halves
 from mistral_jax.ops.rows import once
 
 
@@ -40,20 +40,8 @@ def rotary_angles(
 
 
 def rotate(
-    x: jax.Array, angles: tuple[jax.Array, jax.Array], by_product: bool = False
+    x: jax.Array, angles: tuple[jax.Array, jax.Array], backend: Backend = PLAIN
 ) -> jax.Array:
-    """Rotates every head of `x` [B, T, heads, H] by the angles from `rotary_angles`.
-
-    Args:
-      x: queries or keys.
-      angles: cosines and sines.
-      by_product: whether a product swaps the halves of `x`, which matrix units do faster. It has
-        the same result, and a gradient that is rounded once more.
-    """
+    """Rotates every head of `x` [B, T, heads, H] by the angles from `rotary_angles`."""
     cos, sin = (a[:, :, None, :] for a in angles)
-    if by_product:
-        cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
-        return (x.astype(jnp.float32) * cos + swap_halves(x) * sin).astype(x.dtype)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    return rotate_halves(x, cos, sin, backend)

@@ -26,13 +26,14 @@ and one entry for each layer:
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.attention import Attention
@@ -42,8 +43,23 @@ from mistral_jax.model.rope import rotary_angles
 from mistral_jax.ops import backend
 from mistral_jax.ops.backend import Backend
 from mistral_jax.ops.partition import Rules
+from mistral_jax.ops.rows import operand_gradient
 
 Params = Mapping[str, Any]
+
+# The arrays of a block that each policy of this module saves, by their `checkpoint_name`.
+SAVED = {
+    "save_attention": ("attention",),
+    "save_heads": ("attention", "heads", "residual"),
+    "save_products": ("attention", "heads", "residual", "mlp"),
+}
+
+
+def remat_policy(name: str) -> Callable[..., Any]:
+    """Returns the policy of that name, from `SAVED` or `jax.checkpoint_policies`."""
+    if name in SAVED:
+        return jax.checkpoint_policies.save_only_these_names(*SAVED[name])
+    return getattr(jax.checkpoint_policies, name)
 
 
 class Block(nn.Module):
@@ -81,13 +97,13 @@ class Block(nn.Module):
         """
         config, dtype, rules = self.config, self.dtype, self.rules
         of = {"backend": self.backend, "dropout": self.dropout}
-        normal = RMSNorm(config.norm_eps, dtype, name="attn_norm")(x)
+        normal = RMSNorm(config.norm_eps, dtype, self.backend, name="attn_norm")(x)
         attention = Attention(
             config, self.window, dtype, rules, dilation=self.dilation, **of, name="attn"
         )
         mixed, cache = attention(normal, positions, angles, cache)
-        x = x + mixed
-        normal = RMSNorm(config.norm_eps, dtype, name="mlp_norm")(x)
+        x = checkpoint_name(x + mixed, "residual")
+        normal = RMSNorm(config.norm_eps, dtype, self.backend, name="mlp_norm")(x)
         x = x + MLP(config, dtype, rules, **of, name="mlp")(normal)
         return nn.with_logical_constraint(x, ("batch", "length", "residual"), rules=rules), cache
 
@@ -101,9 +117,11 @@ class Transformer(nn.Module):
         rotations, softmax and logits are always float32.
       rules: the mesh axes that partition each logical axis of an activation (see
         `parallel/sharding.py`); empty = XLA decides.
-      remat: name of a policy of `jax.checkpoint_policies` that says what each block saves for the
-        backward pass, which computes the rest again (arXiv 1604.06174). "nothing_saveable" costs a
-        third more work, and needs a small part of the memory. None = save everything.
+      remat: name of a policy, of `SAVED` or of `jax.checkpoint_policies`, that says what each block
+        saves for the backward pass, which computes the rest again (arXiv 1604.06174).
+        "nothing_saveable" costs a third more work, and needs a small part of the memory.
+        "save_attention", "save_heads" and "save_products" save the results of more and more
+        products. None = save everything.
       scan: whether to compile one block and scan it over the parameters of all layers, stacked by
         `stack_layers`. The program is then small however deep the model is. For training only:
         without a cache, and with the same window and dilation in all layers.
@@ -157,11 +175,12 @@ class Transformer(nn.Module):
         x, cache = self._blocks(x, positions, angles, cache)
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)
-        x = RMSNorm(config.norm_eps, dtype, name="final_norm")(x)
+        x = RMSNorm(config.norm_eps, dtype, self.backend, name="final_norm")(x)
         if config.tie_embeddings:
             logits = embed.attend(x)
         else:
             logits = Projection(config, dtype, self.backend, jnp.float32, name="lm_head")(x)
+        logits = operand_gradient(logits, dtype, self.backend)
         logits = nn.with_logical_constraint(logits, ("batch", "length", "vocab"), rules=self.rules)
         return logits, cache
 
@@ -169,7 +188,7 @@ class Transformer(nn.Module):
         """Applies all layers to `x` [B, T, D]."""
         config, block_class = self.config, Block
         if self.remat:
-            policy = getattr(jax.checkpoint_policies, self.remat)
+            policy = remat_policy(self.remat)
             block_class = nn.remat(Block, policy=policy, prevent_cse=not self.scan)
         names = ("dtype", "rules", "backend", "dropout")
         fields = {name: getattr(self, name) for name in names}

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mistral_jax.ops import cudnn, flash, kernels, ragged, splash, triton
 from mistral_jax.ops.backend import PLAIN, Backend
@@ -135,8 +136,10 @@ def attend(
     if length > 1 and name in backend.kernels:
         wide = _widen(k, q.dtype), _widen(v, q.dtype)
         if cudnn.fits(q, *wide, rules):
-            return _attend_by_cudnn(q, *wide, *arguments, rules)
-    return _attend_blocks(q, k, v, *arguments, _attend_block, BLOCK)
+            mixed = _attend_by_cudnn(q, *wide, *arguments, rules)
+            return checkpoint_name(mixed, splash.SAVED)
+    mixed = _attend_blocks(q, k, v, *arguments, _attend_block, BLOCK)
+    return checkpoint_name(mixed, splash.SAVED)
 
 
 def takes_chunks(

@@ -85,11 +85,6 @@ class Backend:
         return self.chip in V6E
 
     @property
-    def swaps_by_product(self) -> bool:
-        """Whether a product with a permutation is faster than slices and a concatenation."""
-        return self.platform == "tpu"
-
-    @property
     def is_one_cpu(self) -> bool:
         """Whether the program being traced runs on one CPU, without a mesh."""
         return self.platform == "cpu" and self.alone and jax.sharding.get_abstract_mesh().empty

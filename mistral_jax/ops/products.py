@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from mistral_jax.ops import kernels
 from mistral_jax.ops.backend import PLAIN, Backend
 from mistral_jax.ops.quantized import MaybeQuantized, QuantizedMatrix, einsum
+from mistral_jax.ops.rows import stored
 
 # Rows from which writing operands out takes less time than it saves.
 _MANY = 1024
@@ -48,12 +49,16 @@ def multiply_each(
 ) -> list[jax.Array]:
     """Multiplies `x` by each matrix as `multiply` does, in one call where that is faster."""
     places = x.shape[:2]
+    if backend.writes_operands and math.prod(places) >= _MANY:
+        x = stored(x, backend)
     # Without the axis T = 1, XLA's CPU backend does not copy the matrix at each step of decoding.
     rows = x.astype(dtype).reshape(*(places[:1] if places[1] == 1 else places), -1)
-    if backend.writes_operands and math.prod(rows.shape[:-1]) >= _MANY:
-        rows = jax.lax.optimization_barrier(rows)
     matrices = [_flat(matrix, outputs, dtype) for matrix in each]
     values = [_values(matrix) for matrix in matrices]
+    by_heads = outputs == 1 and each[0].ndim == 3 and not isinstance(each[0], QuantizedMatrix)
+    if by_heads and backend.platform == "tpu" and math.prod(places) >= 128:
+        # To flatten heads, XLA's TPU backend would copy the activations and the matrix.
+        return [einsum("...NH,YNH->...Y", x.astype(dtype), matrix.astype(dtype)) for matrix in each]
     if backend.has_native and kernels.suit(rows, values):
         sums = kernels.products(rows, values)
         results = [_scale(*pair) for pair in zip(sums, matrices, strict=True)]
@@ -63,6 +68,48 @@ def multiply_each(
         result.reshape(*places, *matrix.shape[:outputs])
         for result, matrix in zip(results, each, strict=True)
     ]
+
+
+def rotate_halves(
+    x: jax.Array, cos: jax.Array, sin: jax.Array, backend: Backend = PLAIN
+) -> jax.Array:
+    """Rotates the pairs of numbers in the two halves of the last axis.
+
+    Args:
+      x: [..., H].
+      cos: cosine of each pair's angle, float32, H/2 wide, broadcast to `x`.
+      sin: sine of each pair's angle.
+      backend: the backend that this is traced for.
+
+    Returns:
+      The rotated `x`, computed in float32 and rounded to its dtype.
+    """
+    if backend.platform == "tpu" and x.dtype == jnp.bfloat16:
+        return _rotate_by_product(x, cos, sin)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+@jax.custom_vjp
+def _rotate_by_product(x, cos, sin):
+    """Exchanges the halves by an exact product; a TPU is slow at moving parts of its lanes."""
+    width = x.shape[-1]
+    exchange = jnp.roll(jnp.eye(width, dtype=x.dtype), width // 2, axis=0)
+    other = einsum("...h,hg->...g", x, exchange)
+    cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+    return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)
+
+
+def _rotate_back(angles, grad):
+    # The transpose of a rotation is the rotation by the opposite angle. Angles are constants.
+    cos, sin = angles
+    return _rotate_by_product(grad, cos, -sin), jnp.zeros_like(cos), jnp.zeros_like(sin)
+
+
+_rotate_by_product.defvjp(
+    lambda x, cos, sin: (_rotate_by_product(x, cos, sin), (cos, sin)), _rotate_back
+)
 
 
 def _flat(matrix: MaybeQuantized, outputs: int, dtype: jnp.dtype) -> MaybeQuantized:
@@ -124,14 +171,3 @@ def _differentiate(primals, tangents):
         return einsum("...X,YX->...Y", rows, matrix.astype(rows.dtype))
 
     return _multiply_wide(*primals), jax.jvp(narrow, primals, tangents)[1]
-
-
-def swap_halves(x: jax.Array) -> jax.Array:
-    """Swaps the halves of the last axis of `x`, in float32, by a product with a permutation.
-
-    The product is exact. XLA's TPU backend fuses it into operations around it, where it would write
-    halves and their concatenation apart.
-    """
-    width = x.shape[-1]
-    permutation = jnp.roll(jnp.eye(width, dtype=x.dtype), width // 2, axis=0)
-    return einsum("...X,XY->...Y", x, permutation)

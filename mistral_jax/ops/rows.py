@@ -148,6 +148,69 @@ def apart(x: jax.Array, backend: Backend) -> jax.Array:
     return jax.lax.optimization_barrier(x)
 
 
+def stored(x: jax.Array, backend: Backend = PLAIN) -> jax.Array:
+    """Returns `x` [B, T, ...], which a TPU writes to memory before it is used.
+
+    XLA's TPU backend fuses elementwise operations and sums of rows into the products before and
+    after them, and computes operands again for each block of a product. With silu or a norm inside
+    it, a product takes up to twice the time.
+    """
+    return _stored(x) if _pays(x, backend) else x
+
+
+def stored_gradient(x: jax.Array, backend: Backend = PLAIN) -> jax.Array:
+    """Returns `x` [B, T, ...] unchanged; its gradient is written to memory as by `stored`."""
+    return _stored_gradient(x) if _pays(x, backend) else x
+
+
+def _pays(x: jax.Array, backend: Backend) -> bool:
+    """Tells whether a product reads `x` [B, T, ...] so often that a TPU should store it first."""
+    return backend.platform == "tpu" and x.shape[0] * x.shape[1] >= 128
+
+
+def operand_gradient(x: jax.Array, dtype: jnp.dtype, backend: Backend = PLAIN) -> jax.Array:
+    """Returns `x`, a product, unchanged; its gradient is written to memory in `dtype`.
+
+    The products that use the gradient round it to the dtype of their operands in any case.
+    """
+    return _rounded_gradient(x, dtype) if _pays(x, backend) else x
+
+
+@jax.custom_jvp
+def _stored(x):
+    return jax.lax.optimization_barrier(x)
+
+
+@_stored.defjvp
+def _differentiate_stored(primals, tangents):
+    """Leaves tangents as they are, because XLA can compute gradients at the end of a product."""
+    return _stored(*primals), tangents[0]
+
+
+@jax.custom_vjp
+def _stored_gradient(x):
+    return x
+
+
+def _store_gradient(_, grad):
+    return (jax.lax.optimization_barrier(grad),)
+
+
+_stored_gradient.defvjp(lambda x: (x, None), _store_gradient)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _rounded_gradient(x, dtype):
+    return x
+
+
+def _round_gradient(dtype, _, grad):
+    return (jax.lax.optimization_barrier(grad.astype(dtype)).astype(grad.dtype),)
+
+
+_rounded_gradient.defvjp(lambda x, dtype: (x, None), _round_gradient)
+
+
 def as_bits(x: jax.Array, backend: Backend) -> jax.Array:
     """Reinterprets 16-bit floats as integers on a CPU, where XLA would copy them as float32."""
     if not _needs_bits(x, backend):

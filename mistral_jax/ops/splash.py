@@ -19,6 +19,9 @@ from mistral_jax.ops.pieces import fill
 # lanes, because the kernel compares the texts of a block lane by lane.
 BLOCK = 512
 LANES = 128
+# The name of the kernel's output and statistics for a policy of `jax.checkpoint`, which can save
+# them instead of running the kernel again.
+SAVED = "attention"
 # The text number of padding, which no text has.
 NO_TEXT = jnp.iinfo(jnp.int32).min
 
@@ -142,6 +145,7 @@ def _run_kernel(q, k, v, q_texts, kv_texts, *, window, offset, blocks, interpret
             block_q_dq=q_block,
             block_kv_dq=kv_block,
         ),
+        residual_checkpoint_name=SAVED,
         interpret=interpret,
     )
     return jax.vmap(kernel)(q, k, v, splash_attention.SegmentIds(q_texts, kv_texts))

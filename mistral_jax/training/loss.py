@@ -26,8 +26,10 @@ def logprobs(logits: jax.Array, targets: jax.Array) -> jax.Array:
       targets: target token ids, [B, T] int32; -1 = no target.
     """
     counted = targets != IGNORED
-    chosen = jnp.take_along_axis(logits, jnp.where(counted, targets, 0)[..., None], axis=-1)
-    return jnp.where(counted, chosen[..., 0] - jax.nn.logsumexp(logits, axis=-1), 0.0)
+    # A gather would have a scatter as its gradient, which is one more array of logits.
+    is_target = jnp.arange(logits.shape[-1], dtype=targets.dtype)[None, None] == targets[..., None]
+    chosen = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    return jnp.where(counted, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0)
 
 
 def cross_entropy(

@@ -81,7 +81,23 @@ def make_optimizer(
     optimizer = _optimizers()[name](learning_rate, **options)
     if clip_norm is None:
         return optimizer
-    return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+    return optax.chain(_clip_to(clip_norm), optimizer)
+
+
+def _clip_to(most: float) -> optax.GradientTransformationExtraArgs:
+    """Clips like `optax.clip_by_global_norm`, but takes the norm if the caller has computed it."""
+
+    def update(updates, state, params=None, *, grad_norm=None, **others):
+        del params, others
+        norm = optax.tree.norm(updates) if grad_norm is None else grad_norm
+
+        def clip(grad):
+            clipped = grad / norm.astype(grad.dtype) * most
+            return jax.lax.select(norm < most, grad, clipped)
+
+        return jax.tree.map(clip, updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:

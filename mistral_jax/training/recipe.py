@@ -9,6 +9,7 @@ from mistral_jax.base.fields import build, check, integer, number, show, string,
 from mistral_jax.base.files import read_toml
 from mistral_jax.checkpoint.lora import Lora
 from mistral_jax.config import ModelConfig, find
+from mistral_jax.model.transformer import SAVED
 from mistral_jax.training.optimizers import (
     SCHEDULES,
     SHARE,
@@ -45,7 +46,7 @@ _RULES = {
     "clip_norm": number(0, 1e9),
     "schedule": string(*SCHEDULES),
     "dtype": string("auto", "float32", "bfloat16"),
-    "remat": string("none", "nothing_saveable", *_DOTS, "everything_saveable"),
+    "remat": string("none", "nothing_saveable", *SAVED, *_DOTS, "everything_saveable"),
     "quantize": string("none", "int8", "nf4"),
 }
 
@@ -126,7 +127,8 @@ class Recipe:
       dtype: dtype of computation and of frozen parameters; trained parameters are float32. "auto" =
         float32 on a CPU, bfloat16 elsewhere.
       remat: what each block keeps for the backward pass, which computes the rest again: "none" =
-        everything is kept, or the name of a policy in `jax.checkpoint_policies`.
+        everything is kept; "save_attention", "save_heads" or "save_products" = the results of some
+        products (see `Transformer`); or the name of a policy in `jax.checkpoint_policies`.
       scan: whether one compiled block scans over all layers, which shortens compilation.
       seed: seed of initial weights, adapters, dropout, the vocabulary's sample and the data order.
       validate_every: steps between two measurements of the validation loss.

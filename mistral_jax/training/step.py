@@ -82,6 +82,7 @@ def make_train_step(
       other sums.
     """
     differentiate = jax.value_and_grad(loss_fn, has_aux=True)
+    optimizer = optax.with_extra_args_support(optimizer)
 
     def train_step(state: TrainState, batch: Batch):
         # Part i holds rows i, i + microbatches, ..., so each device has rows of every part.
@@ -107,7 +108,9 @@ def make_train_step(
         def update(trainable, opt_state):
             # Optax mixes Python and array scalars, which strict promotion refuses.
             with jax.numpy_dtype_promotion("standard"):
-                updates, opt_state = optimizer.update(grads, opt_state, trainable)
+                updates, opt_state = optimizer.update(
+                    grads, opt_state, trainable, grad_norm=grad_norm
+                )
                 return optax.apply_updates(trainable, updates), opt_state
 
         # `jnp.where` would hold the old and the new arrays in memory at once.

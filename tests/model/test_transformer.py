@@ -14,7 +14,8 @@ import tiny
 
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.cache import init_cache
-from mistral_jax.model.transformer import Transformer, stack_layers, unstack_layers
+from mistral_jax.model.transformer import SAVED, Transformer, stack_layers, unstack_layers
+from mistral_jax.ops.backend import Backend
 
 # One model that has every kind of layer.
 MIXED = {"n_layers": 4, "sliding_window": [None, 5, 1, 3], "dilation": [1, 1, 1, 2]}
@@ -197,7 +198,51 @@ def test_a_gradient_computes_again_what_it_does_not_keep():
     assert sum(nothing) < sum(everything) / 2
 
 
-@pytest.mark.parametrize("remat", [None, "dots_saveable"])
+def test_policies_save_more_and_more_and_leave_gradients_alone():
+    model, params = tiny.build(n_layers=2)
+    tokens, positions = tiny.ragged([TEXT[:9], TEXT[:4]])
+
+    def loss(model, params):
+        return jnp.sum(jax.nn.logsumexp(model.apply({"params": params}, tokens, positions)[0]))
+
+    saved, grads = [], []
+    for remat in ("nothing_saveable", *SAVED, "everything_saveable"):
+        _, back = jax.vjp(functools.partial(loss, model.clone(remat=remat)), params)
+        saved.append(sum(leaf.nbytes for leaf in jax.tree.leaves(back)))
+        grads.append(jax.jit(back)(jnp.float32(1)))
+    assert saved == sorted(set(saved))
+    for other in grads[1:]:
+        chex.assert_trees_all_close(other, grads[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", [None, "save_products"])
+def test_operands_written_to_memory_for_a_tpu_change_no_gradient(remat):
+    model, params = tiny.build(n_layers=2)
+    tokens, positions = tiny.ragged([TEXT[:9], TEXT[:4]])
+
+    def loss(params, model):
+        return jnp.sum(jax.nn.logsumexp(model.apply({"params": params}, tokens, positions)[0]))
+
+    gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    plain = gradient(params, model.clone(backend=Backend()))
+    stored = gradient(params, model.clone(backend=Backend("tpu"), remat=remat))
+    chex.assert_trees_all_close(stored, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("remat", "runs"), [("nothing_saveable", 4), ("save_attention", 3)])
+def test_saved_attention_runs_the_kernel_of_a_tpu_no_second_time(remat, runs):
+    model, params = tiny.build(n_layers=1)
+    tokens = positions = jnp.arange(128, dtype=jnp.int32)[None]
+    model = model.clone(backend=Backend("tpu", alone=True, kernels=("splash",)), remat=remat)
+
+    def loss(params):
+        return jnp.sum(model.apply({"params": params}, tokens % 53, positions)[0])
+
+    program = jax.jit(jax.grad(loss)).trace(params).lower(lowering_platforms=("tpu",)).as_text()
+    assert program.count("tpu_custom_call") == runs
+
+
+@pytest.mark.parametrize("remat", [None, "dots_saveable", "save_heads"])
 def test_a_scan_over_layers_is_the_loop_over_them(remat):
     model, params = tiny.build(n_layers=3, sliding_window=3, dilation=2)
     tokens, positions = tiny.ragged([TEXT[:9], TEXT[:4]])
