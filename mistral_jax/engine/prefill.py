@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from mistral_jax.engine.prefixes import Prefixes
 from mistral_jax.model.cache import Cache, init_cache
 from mistral_jax.model.transformer import Transformer
-from mistral_jax.ops.backend import PLAIN, Backend, ModelJit
+from mistral_jax.ops.backend import PLAIN, V6E, Backend, ModelJit
 from mistral_jax.parallel.sharding import Layout, mesh_of, on_mesh
 
 Params = Mapping[str, Any]
@@ -74,7 +74,7 @@ def slots(model: Transformer, tokens: int) -> int:
 def chunk_size(rows: int, backend: Backend) -> int:
     """Returns the width of a full chunk (C) of `rows` rows."""
     tokens = {"gpu": GPU_TOKENS, "tpu": TPU_TOKENS}.get(backend.platform, CHUNK)
-    if backend.chip in ("TPU v6 lite", "TPU v6e"):
+    if backend.chip in V6E:
         tokens = V6E_TOKENS
     return max(CHUNK, tokens >> (rows - 1).bit_length())
 

@@ -14,10 +14,11 @@ import jax
 from mistral_jax.base import machine
 from mistral_jax.ops import cudnn, library, triton
 
+# JAX's names of two chips.
+V5E, V6E = ("TPU v5 lite", "TPU v5e"), ("TPU v6 lite", "TPU v6e")
 # By default an operation may use 16 MiB of the vector memory of a v5e and 32 MiB of a v6e, of which
 # both have 128. With few rows, products of larger parts of matrices come closer to the bandwidth.
 _TPU = (("xla_tpu_scoped_vmem_limit_kib", "65536"),)
-_TPU_CHIPS = ("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e")
 # By default XLA splits a product with a partitioned matrix into a ring of small products, and reads
 # and writes their sum in float32 in each round. This threshold, 1 TB, leaves the product whole: XLA
 # then gathers the matrix while other products run.
@@ -84,6 +85,15 @@ class Backend:
         return self.platform != "cpu" and "triton" not in self.kernels
 
     @property
+    def writes_operands(self) -> bool:
+        """Whether XLA should write large operands of products out before the products.
+
+        For a v6e it otherwise computes a norm or an activation again for each tile of the product,
+        on the vector unit, which then takes longer than the matrix unit.
+        """
+        return self.chip in V6E
+
+    @property
     def is_one_cpu(self) -> bool:
         """Whether the program being traced runs on one CPU, without a mesh."""
         return self.platform == "cpu" and self.alone and jax.sharding.get_abstract_mesh().empty
@@ -96,7 +106,7 @@ class Backend:
     @property
     def options(self) -> dict[str, str]:
         """Options of XLA's compiler for all programs of a model."""
-        return dict(_TPU) if self.platform == "tpu" and self.chip in _TPU_CHIPS else {}
+        return dict(_TPU) if self.platform == "tpu" and self.chip in V5E + V6E else {}
 
     @property
     def training_options(self) -> dict[str, str]:

@@ -12,6 +12,10 @@ import jax.numpy as jnp
 from mistral_jax.ops import kernels
 from mistral_jax.ops.backend import PLAIN, Backend
 from mistral_jax.ops.quantized import MaybeQuantized, QuantizedMatrix, einsum
+from mistral_jax.ops.rows import stored
+
+# Rows from which writing operands out takes less time than it saves.
+_MANY = 1024
 
 
 def multiply(
@@ -45,6 +49,8 @@ def multiply_each(
 ) -> list[jax.Array]:
     """Multiplies `x` by each matrix as `multiply` does, in one call where that is faster."""
     places = x.shape[:2]
+    if backend.writes_operands and math.prod(places) >= _MANY:
+        x = stored(x, backend)
     # Without the axis T = 1, XLA's CPU backend does not copy the matrix at each step of decoding.
     rows = x.astype(dtype).reshape(*(places[:1] if places[1] == 1 else places), -1)
     matrices = [_flat(matrix, outputs, dtype) for matrix in each]

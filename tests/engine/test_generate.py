@@ -211,6 +211,16 @@ def test_on_a_gpu_few_rows_are_read_in_longer_chunks():
     np.testing.assert_array_equal(places[0], np.arange(2048))
 
 
+@pytest.mark.parametrize(
+    ("chip", "widths"), [("TPU v5 lite", [1024, 512, 512]), ("TPU v6 lite", [2048, 1024, 512])]
+)
+def test_on_a_tpu_chunks_fit_the_chip(chip, widths):
+    tpu = Backend("tpu", chip)
+    assert [prefill.chunk_size(rows, tpu) for rows in (1, 2, 8)] == widths
+    assert prefill.widths(1, tpu) == [16, 64, 512, *[1024] * (widths[0] > 1024), widths[0]]
+    assert prefill.padded(512, tpu) == 512
+
+
 @pytest.mark.parametrize("kept", [None, pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_cache_that_lies_by_heads_makes_the_same_text(mistral, monkeypatch, kept):
     """As on a GPU, where no array of the cache is turned by a loop of steps."""

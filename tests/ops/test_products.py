@@ -1,5 +1,6 @@
 """Products: how many rows reach each backend's XLA, and that none changes a product."""
 
+import functools
 import importlib.util
 import re
 
@@ -100,3 +101,15 @@ def test_a_tpu_s_compiler_streams_a_matrix_through_the_matrix_unit(chip, kind, r
     size = 65536 * 4096 * jnp.dtype(kind).itemsize
     clock, bandwidth = {"v5e": (1.5e9, 819e9), "v6e": (1.75e9, 1638e9)}[chip]
     assert size / bandwidth >= 0.4 * cycles / clock  # The vector unit reaches 0.2.
+
+
+@pytest.mark.parametrize(("rows", "written"), [(1024, True), (512, False)])
+def test_on_a_v6e_operands_of_many_rows_are_written_before_the_product(rows, written):
+    v6e = Backend("tpu", "TPU v6 lite", alone=True)
+    rng = np.random.default_rng(0)
+    x, matrix = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((1, rows, 8), (4, 8)))
+    run = functools.partial(multiply, outputs=1, dtype=jnp.float32)
+    np.testing.assert_array_equal(run(x, matrix, backend=v6e), run(x, matrix))
+    for backend, expected in ((v6e, written), (Backend("tpu", "TPU v5 lite"), False)):
+        program = str(jax.make_jaxpr(functools.partial(run, backend=backend))(x, matrix))
+        assert ("optimization_barrier" in program) == expected
