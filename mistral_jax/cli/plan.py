@@ -74,10 +74,14 @@ def _parser() -> command.Parser:
     add("--train", action="store_true", help="a step of training, in place of prefill and decode")
     add(
         "--remat",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="compute blocks again on the way back, as remat = 'nothing_saveable' in a recipe",
+        nargs="?",
+        const="nothing_saveable",
+        default="nothing_saveable",
+        metavar="POLICY",
+        help="what blocks save for the backward pass of training, as in a recipe "
+        "[nothing_saveable]",
     )
+    add("--no-remat", dest="remat", action="store_const", const="none", help="save everything")
     add("--hardware", metavar="CHIP", help="one of configs/hardware.toml: v5e, v5p, v6e, A100, ...")
     add(
         "--compiler",
@@ -115,7 +119,10 @@ def _run(arguments: argparse.Namespace) -> None:
     from mistral_jax.parallel.hardware import known
     from mistral_jax.parallel.sharding import Layout, read_layout
     from mistral_jax.planning import forecast, programs, report
+    from mistral_jax.training.recipe import REMAT
 
+    if arguments.remat not in REMAT:
+        raise ValueError(f"--remat is {arguments.remat!r}; expected one of {', '.join(REMAT)}")
     config = _config(arguments.model)
     all_layers = config.num_layers
     if arguments.layers is not None:
@@ -135,7 +142,7 @@ def _run(arguments: argparse.Namespace) -> None:
     found = []
     for program in ("train",) if arguments.train else ("prefill", "decode"):
         print(f"compiling {program} for {compiler} ...", file=sys.stderr, flush=True)
-        options = arguments.remat, arguments.save_hlo
+        options = None if arguments.remat == "none" else arguments.remat, arguments.save_hlo
         found.append(forecast.forecast(program, config, layout, of, chip, *options))
     mesh = dict(layout.mesh.shape)
     if arguments.json:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import jaxlib
 
 from mistral_jax.config import ModelConfig
 from mistral_jax.parallel.hardware import Hardware
@@ -103,7 +104,7 @@ def forecast(
     layout: Layout,
     of: Shapes,
     hardware: Hardware | None = None,
-    remat: bool = True,
+    remat: str | None = "nothing_saveable",
     save_hlo: Path | None = None,
 ) -> Forecast:
     """Compiles a program for the devices of a layout, and reads its cost.
@@ -114,11 +115,10 @@ def forecast(
       layout: mesh and rules.
       of: sizes of the request or of the batch.
       hardware: the chip to estimate times for; None = estimate none.
-      remat: whether training computes the blocks again in the backward pass.
+      remat: what blocks save for the backward pass of training, as in `Transformer`.
       save_hlo: folder in which to save the program's optimised text, as `program`.txt.
     """
-    again = "nothing_saveable" if remat else None
-    model = programs.model(config, layout, of).clone(remat=again)
+    model = programs.model(config, layout, of).clone(remat=remat)
     held = programs.arguments(program, model, layout, of)
     expected = arithmetic.exchanges(program, model, layout, of)
     flops, moved = arithmetic.flops(program, config, of), arithmetic.moved(program, held, config)
@@ -133,7 +133,7 @@ def forecast(
         refusal = str(error).partition("\n")[0].removeprefix("RESOURCE_EXHAUSTED: ")
     else:
         temporaries = compiled.memory_analysis().temp_size_in_bytes
-        text = compiled.as_text()
+        text = _text(compiled)
         if save_hlo is not None:
             save_hlo.mkdir(parents=True, exist_ok=True)
             (save_hlo / f"{program}.txt").write_text(text, encoding="utf-8")
@@ -163,6 +163,18 @@ def forecast(
         chunk=of.chunk if program == "prefill" else None,
         cached=(of.length - of.chunk) / 2 if program == "prefill" else None,
     )
+
+
+def _text(compiled: jax.stages.Compiled) -> str:
+    """Returns the text of a compiled program."""
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"jaxlib {jaxlib.__version__} cannot read the program that libtpu compiled ({reason}); "
+            "expected the libtpu that this JAX names: pip install 'mistral-jax-flax[tpu-compiler]'"
+        ) from None
 
 
 def fake_devices(count: int) -> list[jax.Device]:

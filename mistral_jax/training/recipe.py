@@ -26,6 +26,7 @@ CHANGEABLE = (
 )
 MOST_STEPS = 1 << 30
 _DOTS = ("dots_saveable", "dots_with_no_batch_dims_saveable")
+REMAT = ("none", "nothing_saveable", *SAVED, *_DOTS, "everything_saveable")
 # The bounds keep float32 from overflowing, and a run from outlasting its machine.
 _CORPUS = table_of(integer(1, 1000))
 _MOST_PROMPTS = 64
@@ -46,7 +47,7 @@ _RULES = {
     "clip_norm": number(0, 1e9),
     "schedule": string(*SCHEDULES),
     "dtype": string("auto", "float32", "bfloat16"),
-    "remat": string("none", "nothing_saveable", *SAVED, *_DOTS, "everything_saveable"),
+    "remat": string(*REMAT),
     "quantize": string("none", "int8", "nf4"),
 }
 
