@@ -210,9 +210,9 @@ def test_the_cache_may_be_in_8_bits(command, monkeypatch):
     kept = []
     make = prefill.init_cache
 
-    def init_cache(config, rows, length, dtype):
+    def init_cache(config, rows, length, dtype, *order):
         kept.append(dtype)
-        return make(config, rows, length, dtype)
+        return make(config, rows, length, dtype, *order)
 
     monkeypatch.setattr(prefill, "init_cache", init_cache)
     jax.clear_caches()

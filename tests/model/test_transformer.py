@@ -198,6 +198,7 @@ def test_a_gradient_computes_again_what_it_does_not_keep():
     assert sum(nothing) < sum(everything) / 2
 
 
+@pytest.mark.slow
 def test_policies_save_more_and_more_and_leave_gradients_alone():
     model, params = tiny.build(n_layers=2)
     tokens, positions = tiny.ragged([TEXT[:9], TEXT[:4]])

@@ -234,6 +234,7 @@ def test_it_takes_a_mesh_that_gives_queries_their_keys(sizes, rules, taken):
         assert not splash.fits(*arrays, rules, alone=True)
 
 
+@pytest.mark.slow
 def test_attention_picks_the_kernel_on_a_tpu_alone(monkeypatch):
     taken = []
     monkeypatch.setattr(splash, "attend", lambda *arguments: taken.append(arguments[5]))

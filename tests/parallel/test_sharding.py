@@ -107,7 +107,7 @@ def made_on_one_device():
         pytest.param("fsdp", (1, 8, 2, 10), marks=pytest.mark.slow),
         ("fsdp_tensor", (1, 8, 1, 10)),
         pytest.param("data_tensor", (1, 8, 1, 10), marks=pytest.mark.slow),
-        ("long", (3, 8, 2, 10)),
+        pytest.param("long", (3, 8, 2, 10), marks=pytest.mark.slow),
     ],
 )
 def test_every_layout_makes_the_same_text_and_score(made_on_one_device, name, shard):

@@ -104,7 +104,12 @@ def generated(monkeypatch, name, backend, rows, kv_cache_dtype):
 
 @pytest.mark.parametrize(
     ("name", "rows", "kv_cache_dtype"),
-    [(None, 1, None), (None, 2, "int8"), ("tensor", 1, None), ("data_tensor", 8, None)],
+    [
+        (None, 1, None),
+        pytest.param(None, 2, "int8", marks=pytest.mark.slow),
+        ("tensor", 1, None),
+        pytest.param("data_tensor", 8, None, marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_planned_is_what_generate_traces(monkeypatch, name, rows, kv_cache_dtype):
     layout = layout_of(name)
