@@ -19,6 +19,8 @@ VENV := .venv-$(VERSION)
 PARITY := .venv-$(VERSION)-parity
 SITE := lib/python$(VERSION)/site-packages
 DEMO := runs/demo
+# As an argument of a call, a comma would divide it.
+PLANNING := [dev,tpu-compiler]
 DEVICE_PYTHON ?= $(PYTHON)
 SPREAD := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -78,7 +80,7 @@ $(VENV)/tested-with: pyproject.toml
 	touch $(VENV)/installed
 
 $(VENV)/planned-with: pyproject.toml
-	$(call install,$(VENV),[dev,tpu-compiler])
+	$(call install,$(VENV),$(PLANNING))
 	touch $(VENV)/tested-with $(VENV)/installed
 
 $(VENV)/documented-with: pyproject.toml

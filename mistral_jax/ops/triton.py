@@ -22,7 +22,7 @@ BLOCK = 64
 # Tensor cores multiply at least this many rows and columns.
 LEAST = 16
 # The slots of a row are divided among programs until there are about this many of them, which is
-# # several for each multiprocessor.
+# several for each multiprocessor.
 PROGRAMS = 256
 WARPS, STAGES = 4, 3
 LOWEST = float(jnp.finfo(jnp.float32).min)
