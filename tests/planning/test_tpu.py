@@ -30,8 +30,9 @@ SHARES = {
     "room-bf16-8": 1 / 1.15,
     "prompt-bf16-v0.1-4096x1": 0.65,
 }
-# Cases whose temporaries take less than 20 MB.
-SMALL = ("decode-bf16-1",)
+# The most temporaries of decoding, in MB. Most of them belong to no array: the compiler adds 1.4 MB
+# for each layer. A copy of one layer's cache alone would be 17 MB for a row, and 134 MB for 8.
+TEMPORARIES = {"decode-bf16-1": 46, "decode-bf16-8": 51}
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,6 @@ def test_a_case_stays_as_near_to_the_limit(lines, name):
     assert SHARES[name] <= lines[name]["share"] + 5e-4  # The line is rounded.
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", TEMPORARIES)
 def test_decoding_needs_few_temporaries(lines, name):
-    assert lines[name]["temporaries_hold"]
+    assert lines[name]["temporaries_mb"] <= TEMPORARIES[name]
