@@ -226,11 +226,12 @@ class Compiled:
                 self.known.clear()
             on = layout(chip, case.chips)
             program = programs.lower(case.program, model, on, of).compile()
-            self.known[key] = program.as_text(), program.memory_analysis().temp_size_in_bytes, {}
+            text = forecast.text_of(program)
+            self.known[key] = text, program.memory_analysis().temp_size_in_bytes, {}
             if arguments.save_hlo:
                 arguments.save_hlo.mkdir(parents=True, exist_ok=True)
                 name = f"{chip}-{case.name}-{of.length}-{of.chunk}-{model.config.num_layers}.txt"
-                (arguments.save_hlo / name).write_text(self.known[key][0])
+                (arguments.save_hlo / name).write_text(text)
         self.text, self.temporaries, self.shares = self.known[key]
 
     def estimate(self, share: float) -> Estimate:

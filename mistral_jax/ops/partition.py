@@ -101,13 +101,10 @@ def by_tables(function: Callable, table: jax.Array, rules: Rules) -> Callable:
       table: the tables.
       rules: mesh axes of the logical axes.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not rules:
+    sizes = dict(zip(("batch", "kv_heads"), table.shape, strict=False))
+    if jax.sharding.get_abstract_mesh().empty or not divides(rules, sizes):
         return function
-    axes = [mesh_axes(rules, axis) or None for axis in ("batch", "kv_heads")]
-    for size, names in zip(table.shape, axes, strict=False):
-        if size % math.prod(mesh.shape[name] for name in names or ()):
-            return function
+    axes = [mesh_axes(rules, axis) or None for axis in sizes]
     tables = PartitionSpec(*axes)
     return jax.shard_map(
         function,

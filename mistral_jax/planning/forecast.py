@@ -133,7 +133,7 @@ def forecast(
         refusal = str(error).partition("\n")[0].removeprefix("RESOURCE_EXHAUSTED: ")
     else:
         temporaries = compiled.memory_analysis().temp_size_in_bytes
-        text = _text(compiled)
+        text = text_of(compiled)
         if save_hlo is not None:
             save_hlo.mkdir(parents=True, exist_ok=True)
             (save_hlo / f"{program}.txt").write_text(text, encoding="utf-8")
@@ -165,8 +165,12 @@ def forecast(
     )
 
 
-def _text(compiled: jax.stages.Compiled) -> str:
-    """Returns the text of a compiled program."""
+def text_of(compiled: jax.stages.Compiled) -> str:
+    """Returns the optimised text of a compiled program.
+
+    Raises:
+      ValueError: jaxlib cannot read the program of another version's libtpu.
+    """
     try:
         return compiled.as_text()
     except jax.errors.JaxRuntimeError as error:

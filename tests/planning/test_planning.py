@@ -520,6 +520,18 @@ def test_what_cannot_be_planned_is_one_line(capsys, arguments, message):
     assert err.count("\n") == 1
 
 
+def test_a_program_that_jaxlib_cannot_read_names_the_libtpu_to_install():
+    class Compiled:
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure\nmore")
+
+    with pytest.raises(
+        ValueError, match=r"\(INTERNAL: RET_CHECK failure\); .*tpu-compiler"
+    ) as error:
+        forecast.text_of(Compiled())
+    assert "\n" not in str(error.value)
+
+
 def test_a_compiler_that_is_not_there_is_named(capsys, monkeypatch):
     from jax.experimental import topologies
 
