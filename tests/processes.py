@@ -4,6 +4,7 @@ As a program, it runs the function that its first argument names, and prints the
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -151,11 +152,18 @@ def work(checkpoint: str, target: str, sharding: str, mesh: str) -> dict:
 
 
 def bytes_read(checkpoint: str, sharding: str) -> dict:
-    """Loads a model twice; returns the bytes that the second load read, and those of its shards."""
+    """Loads a model twice; returns for each process the bytes that the second load read.
+
+    Beside them, the bytes of its shards, those of the files that hold a part of them, and as many
+    as it would read if each device read its files alone. Devices that need the same file share a
+    read only where they ask for it at the same time.
+    """
     import jax
+    from flax.traverse_util import flatten_dict
     from jax.experimental.multihost_utils import process_allgather
 
     import mistral_jax as mj
+    from mistral_jax.checkpoint import zarr
 
     def read():
         lines = Path("/proc/self/io").read_text().splitlines()
@@ -166,15 +174,24 @@ def bytes_read(checkpoint: str, sharding: str) -> dict:
         _, params, _ = mj.load(checkpoint, sharding=sharding)
         jax.block_until_ready(params)
         after = read()
-    own = 0
-    for leaf in jax.tree.leaves(params):
-        parts = {str(shard.index): shard.data.nbytes for shard in leaf.addressable_shards}
-        own += sum(parts.values())
+    own = files = alone = 0
+    stored = zarr.stored(Path(checkpoint) / "params")
+    for name, leaf in flatten_dict(params, sep="/").items():
+        array, found = stored[name], set()
+        shards = {str(shard.index): shard for shard in leaf.addressable_shards}
+        for shard in shards.values():
+            parts = [
+                range((at.start or 0) // c, -(-(n if at.stop is None else at.stop) // c))
+                for at, n, c in zip(shard.index, array.shape, array.chunk, strict=True)
+            ]
+            needed = set(itertools.product(*parts))
+            own += shard.data.nbytes
+            alone += len(needed) * array.file_bytes
+            found |= needed
+        files += len(found) * array.file_bytes
 
-    return {
-        "read": process_allgather(after - before).tolist(),
-        "own": process_allgather(own).tolist(),
-    }
+    counts = {"read": after - before, "own": own, "files": files, "alone": alone}
+    return {name: process_allgather(count).tolist() for name, count in counts.items()}
 
 
 def adapt(checkpoint: str, folder: str, target: str) -> dict:
