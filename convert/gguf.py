@@ -34,6 +34,13 @@ _AT_ONCE = 1 << 20
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
+class Tensor(NamedTuple):
+    """A tensor, and the file that it is in."""
+
+    file: Path
+    array: "np.ndarray | Quantized"
+
+
 class Gguf(NamedTuple):
     """The contents of a file.
 
@@ -152,25 +159,25 @@ def parts(file: Path) -> list[Path]:
     return files
 
 
-def read_all(files: Sequence[Path]) -> tuple[dict[str, Any], dict[str, tuple[Path, Any]]]:
+def read_all(files: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Maps the files of a model.
 
     Returns:
-      The metadata of the first file, and the tensors of all by name, each with its file.
+      The metadata of the first file, and the tensors of all by name.
 
     Raises:
       ValueError: as `read`; or two files hold the same tensor.
     """
     metadata: dict[str, Any] = {}
-    tensors: dict[str, tuple[Path, Any]] = {}
+    tensors: dict[str, Tensor] = {}
     for file in files:
         held = read(file)
         metadata = metadata or held.metadata
         for name, tensor in held.tensors.items():
             if name in tensors:
-                others = f"{tensors[name][0]} and {file}"
+                others = f"{tensors[name].file} and {file}"
                 raise ValueError(f"tensor {show(name)} is in {others}; expected it in one of them")
-            tensors[name] = file, tensor
+            tensors[name] = Tensor(file, tensor)
     return metadata, tensors
 
 

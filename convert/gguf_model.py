@@ -5,13 +5,15 @@ files do.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mistral_jax.base.fields import integer, show
+
+from . import gguf
 
 # The architectures that compute what the model in this package computes.
 _ARCHITECTURES = ("llama", "mistral3")
@@ -71,17 +73,17 @@ _EXPERTS = {"ffn_gate": "w1", "ffn_down": "w2", "ffn_up": "w3"}
 _NAME = re.compile(r"(?:blk\.(\d{1,4})\.)?([a-z_]+?)(?:(_exps)|\.(\d{1,4}))?\.weight")
 
 
-def params(metadata: Mapping[str, Any], tensors: Mapping[str, Any], file: Path) -> dict[str, Any]:
+def params(file: Path) -> dict[str, Any]:
     """Returns the fields of the official `params.json` of a GGUF file's model.
 
     Args:
-      metadata: the metadata of the file.
-      tensors: its tensors by their names in the file.
-      file: the file, for messages.
+      file: the file, or the first of its parts.
 
     Raises:
-      ValueError: the model is of another architecture, or a value is missing or not supported.
+      ValueError: the file is damaged, the model is of another architecture, or a value is missing
+        or not supported.
     """
+    metadata, tensors = gguf.read_all(gguf.parts(file))
     kind = metadata.get("general.architecture")
     if kind not in _ARCHITECTURES:
         expected = " or ".join(_ARCHITECTURES)
@@ -95,7 +97,7 @@ def params(metadata: Mapping[str, Any], tensors: Mapping[str, Any], file: Path) 
     found = {theirs: own[key] for key, theirs in _FIELDS.items() if key in own}
     table = tensors.get("token_embd.weight")
     if "vocab_size" not in found and table is not None:
-        found["vocab_size"] = table.shape[0]
+        found["vocab_size"] = table.array.shape[0]
     found.setdefault("n_kv_heads", found.get("n_heads"))
     found["tied_embeddings"] = "output.weight" not in tensors
     if integer(1).accepts(heads := found.get("n_heads")) and integer(1).accepts(found.get("dim")):
@@ -120,27 +122,30 @@ def params(metadata: Mapping[str, Any], tensors: Mapping[str, Any], file: Path) 
     }
 
 
-def official_names(tensors: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """Returns the tensors by their official names; those of experts one by one.
+def tensors(files: Sequence[Path]) -> dict[str, list[gguf.Tensor]]:
+    """Returns the tensors of a model by their official names; those of experts one by one.
 
     Raises:
-      ValueError: a name is unknown.
+      ValueError: a file is damaged, or a name is unknown.
     """
     found = {}
-    for name, tensor in tensors.items():
+    for name, tensor in gguf.read_all(files)[1].items():
         match = _NAME.fullmatch(name)
         layer, base, fused, number = match.groups() if match else (None,) * 4
         start = "" if layer is None else f"layers.{int(layer)}."
         if base in _EXPERTS and fused:
-            for i in range(tensor.shape[0]):
-                found[f"{start}feed_forward.experts.{i}.{_EXPERTS[base]}.weight"] = tensor[i]
+            for i in range(tensor.array.shape[0]):
+                part = gguf.Tensor(tensor.file, tensor.array[i])
+                found[f"{start}feed_forward.experts.{i}.{_EXPERTS[base]}.weight"] = part
         elif base in _EXPERTS and number:
             found[f"{start}feed_forward.experts.{int(number)}.{_EXPERTS[base]}.weight"] = tensor
         elif base in _PLAIN and not fused and not number:
             found[f"{start}{_PLAIN[base]}.weight"] = tensor
         else:
-            raise ValueError(f"{file} has tensor {show(name)}, which is no part of a Mistral")
-    return found
+            raise ValueError(
+                f"{tensor.file} has tensor {show(name)}, which is no part of a Mistral"
+            )
+    return {name: [tensor] for name, tensor in found.items()}
 
 
 def _alone(value: Any, what: str) -> Any:

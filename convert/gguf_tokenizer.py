@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mistral_jax.base.fields import show
+from mistral_jax.base.fields import integer, show
 from mistral_jax.tokens.spm import Kind
 
 # How byte-level tokenizers divide a text, by the names that llama.cpp gives to them.
@@ -47,15 +47,19 @@ _MARK = re.compile(r"<[|/]?[\w .:|/-]+\|?>|\[/?[A-Z_]+\]|▁<[A-Z]+>")
 _KEY = "tokenizer.ggml."
 
 
-def make(metadata: Mapping[str, Any], file: Path) -> tuple[str, bytes] | None:
-    """Returns the name and the contents of the tokenizer's file; None = the file has no tokenizer.
+def files(metadata: Mapping[str, Any], file: Path) -> dict[str, bytes]:
+    """Returns the contents of the files of a tokenizer by name; empty = there is no tokenizer.
+
+    Args:
+      metadata: the metadata of a GGUF file.
+      file: the GGUF file, for messages.
 
     Raises:
       ValueError: the tokenizer is of a kind that is not supported, or its lists do not fit.
     """
     own = {key.removeprefix(_KEY): x for key, x in metadata.items() if key.startswith(_KEY)}
     if "model" not in own:
-        return None
+        return {}
     tokens = own.get("tokens")
     if not isinstance(tokens, list) or not tokens or not all(isinstance(x, str) for x in tokens):
         raise ValueError(f"{file} has no list of tokens in {_KEY}tokens; convert it again")
@@ -66,14 +70,31 @@ def make(metadata: Mapping[str, Any], file: Path) -> tuple[str, bytes] | None:
         Kind.CONTROL if kind == Kind.USER_DEFINED and _MARK.fullmatch(token) else Kind(kind)
         for token, kind in zip(tokens, kinds, strict=True)
     ]
+    details = {"tokenizer_config.json": json.dumps(_details(metadata, own, tokens)).encode()}
     if own["model"] == "llama":
-        return "tokenizer.model", _sentencepiece(own, tokens, kinds, file)
+        return {"tokenizer.model": _sentencepiece(own, tokens, kinds, file)} | details
     if own["model"] == "gpt2":
-        return "tokenizer.json", _byte_level(own, tokens, kinds, file)
+        return {"tokenizer.json": _byte_level(own, tokens, kinds, file)} | details
     raise ValueError(
         f"{file} has a tokenizer of kind {show(own['model'])}; expected llama (SentencePiece) or "
         "gpt2 (byte-level BPE)"
     )
+
+
+def _details(
+    metadata: Mapping[str, Any], own: Mapping[str, Any], tokens: Sequence[str]
+) -> dict[str, Any]:
+    """Returns the contents of a `tokenizer_config.json`."""
+    found: dict[str, Any] = {}
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        token = own.get(f"{key}_token_id")
+        if integer(0, len(tokens) - 1).accepts(token):
+            found[f"{name}_token"] = tokens[token]
+    if isinstance(own.get("add_bos_token"), bool):
+        found["add_bos_token"] = own["add_bos_token"]
+    if isinstance(template := metadata.get("tokenizer.chat_template"), str):
+        found["chat_template"] = template
+    return found
 
 
 def _byte_level(

@@ -1,4 +1,4 @@
-"""Recognises a source, a folder with a PyTorch checkpoint, and locates its tensors.
+"""Recognises a source, a PyTorch checkpoint or a GGUF file, and locates its tensors.
 
 Files are memory-mapped, so tensors are read only when they are used.
 """
@@ -16,13 +16,19 @@ from mistral_jax.base.fields import check_table, show, string, table_of
 from mistral_jax.base.files import read_json
 from mistral_jax.checkpoint import manifest, safetensors_file
 
-from . import torch_zip
+from . import gguf, gguf_model, gguf_tokenizer, torch_zip
 
 
 class Format(NamedTuple):
-    """The names of the files of one format; `{}` stands for the number of a part."""
+    """The names of the files of one format; `{}` stands for the number of a part.
 
-    config: str
+    Attributes:
+      config: the file that describes the architecture; None = the weights' file does.
+      weights: the file of the weights, or of one part of them.
+      index: the file that names the parts; None = their own names do.
+    """
+
+    config: str | None
     weights: str
     index: str | None
 
@@ -34,6 +40,7 @@ FORMATS = {  # in order of preference: safetensors first, then the more complete
     ),
     "hf-torch": Format("config.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
     "official-torch": Format("params.json", "consolidated.{}.pth", None),
+    "gguf": Format(None, "NAME.gguf", None),
 }
 
 
@@ -55,7 +62,7 @@ class Tensor(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A folder with a PyTorch checkpoint.
+    """A folder with a PyTorch checkpoint or a GGUF file.
 
     Attributes:
       folder: path of the folder.
@@ -76,13 +83,14 @@ class Source:
     @property
     def config_file(self) -> Path:
         """The file that describes the architecture."""
-        return self.folder / FORMATS[self.format].config
+        config = FORMATS[self.format].config
+        return self.weight_files[0] if config is None else self.folder / config
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files that a conversion reads."""
-        named = (self.config_file, self.tokenizer_file)
-        return (*(file for file in named if file), *self.detail_files, *self.weight_files)
+        """The files that a conversion reads, without those that `unpacked` wrote."""
+        named = (self.config_file, self.tokenizer_file, *self.detail_files, *self.weight_files)
+        return tuple(dict.fromkeys(file for file in named if file and file.parent == self.folder))
 
     def stamps(self) -> dict[str, str]:
         """Returns a stamp for each file by name; a stamp changes when the file changes.
@@ -101,7 +109,25 @@ class Source:
     @property
     def official(self) -> bool:
         """Whether tensor names and the order of rotary pairs are the official ones."""
-        return self.format.startswith("official")
+        return not self.format.startswith("hf")
+
+    def unpacked(self, folder: Path) -> "Source":
+        """Writes the tokenizer that a GGUF file holds into a folder, as files of its own.
+
+        Returns:
+          The source with these files; other formats have such files, and are returned unchanged.
+
+        Raises:
+          ValueError: the file is damaged, or its tokenizer is of an unknown kind.
+        """
+        if self.format != "gguf":
+            return self
+        made = gguf_tokenizer.files(gguf.read(self.config_file).metadata, self.config_file)
+        for name, data in made.items():
+            (folder / name).write_bytes(data)
+        tokenizer = next((folder / name for name in TOKENIZERS if name in made), None)
+        details = tuple(folder / name for name in DETAILS if name in made)
+        return dataclasses.replace(self, tokenizer_file=tokenizer, detail_files=details)
 
     def tensors(self, say: Callable[[str], None] = lambda note: None) -> dict[str, list[Tensor]]:
         """Returns the tensors by name: one each, or one for each part (`consolidated.NN.pth`).
@@ -112,6 +138,8 @@ class Source:
         Raises:
           ValueError: a file is damaged, or two files hold the same tensor and are not parts.
         """
+        if self.format == "gguf":
+            return gguf_model.tensors(self.weight_files)
         found: dict[str, list[Tensor]] = {}
         for file in self.weight_files:
             torch = self.format.endswith("torch")
@@ -131,7 +159,7 @@ def find(
     """Recognises a source by the names of its files.
 
     Args:
-      folder: path of the folder.
+      folder: path of the folder, or of a GGUF file.
       format: a key of `FORMATS` or a prefix of one ("hf", "official"); None = the first match.
       names: names of the files in the folder, including files still to be downloaded; None = list
         the folder.
@@ -140,6 +168,8 @@ def find(
       ValueError: the folder holds no such checkpoint, or an incomplete one.
     """
     folder = Path(folder)
+    if names is None and folder.suffix == ".gguf" and folder.is_file():
+        return Source(folder.parent, "gguf", tuple(gguf.parts(folder)), None, (), ())
     if names is None and not folder.is_dir():
         what = "is a file; name the folder that it is in" if folder.exists() else "does not exist"
         raise ValueError(f"{folder} {what}")
@@ -151,14 +181,16 @@ def find(
     whole = [
         name
         for name, files in weights.items()
-        if files and FORMATS[name].config in names and names.issuperset(files)
+        if files and _has_config(name, names) and names.issuperset(files)
     ]
     wanted = [name for name in FORMATS if name.startswith(format or "") and weights[name]]
     for name in wanted:
         others = tuple(other for other in whole if other != name)
         hint = f" (it also holds {' and '.join(others)}: see --format)" if others else ""
-        if FORMATS[name].config not in names:
+        if not _has_config(name, names):
             continue
+        if name == "gguf" and len(gguf.parts(folder / weights[name][0])) != len(weights[name]):
+            raise ValueError(f"{folder} holds {' and '.join(weights[name][:3])}; name one file")
         missing = [file for file in weights[name] if file not in names]
         if missing:
             raise ValueError(f"{folder} has no {missing[0]}, which its index names{hint}")
@@ -170,15 +202,22 @@ def find(
         file, config = weights[wanted[0]][0], FORMATS[wanted[0]].config
         raise ValueError(f"{folder} has {file} but no {config}; expected both")
     kinds = ", ".join(
-        f"{kind.weights.format('00')} with {kind.config}"
+        kind.weights.format("00") + (f" with {kind.config}" if kind.config else "")
         for name, kind in FORMATS.items()
         if name.startswith(format or "")
     )
     raise ValueError(f"{folder} holds no checkpoint to convert; expected {kinds}")
 
 
+def _has_config(format: str, names: Collection[str]) -> bool:
+    config = FORMATS[format].config
+    return config is None or config in names
+
+
 def _weight_files(folder: Path, format: Format, names: Collection[str]) -> list[str]:
     """Returns the names of the files that hold the tensors; empty if the format does not match."""
+    if format.config is None:
+        return sorted(name for name in names if name.endswith(".gguf"))
     if format.index is None:
         return _parts(folder, names)
     if format.weights in names:

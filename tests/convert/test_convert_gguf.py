@@ -159,9 +159,7 @@ BASE = {
 
 def params(tmp_path, changes=(), kind="llama", tensors=()):
     metadata = {key.replace("llama.", f"{kind}."): x for key, x in (BASE | dict(changes)).items()}
-    file = write(tmp_path / "x.gguf", tensors, metadata, kind)
-    held = gguf.read(file)
-    return gguf_model.params(held.metadata, held.tensors, file)
+    return gguf_model.params(write(tmp_path / "x.gguf", tensors, metadata, kind))
 
 
 def test_metadata_becomes_the_official_fields(tmp_path):
@@ -194,7 +192,7 @@ def test_what_the_model_does_not_compute_is_refused(tmp_path, changes, kind, mes
         params(tmp_path, changes, kind)
 
 
-def test_names_are_those_that_llama_cpp_gives():
+def test_names_are_those_that_llama_cpp_gives(tmp_path):
     """The library's own table says what each official tensor is called."""
     arch = library.MODEL_ARCH.LLAMA
     table = library.get_tensor_name_map(arch, 2)
@@ -207,8 +205,11 @@ def test_names_are_those_that_llama_cpp_gives():
         )
     }  # fmt: skip
     assert len(names) == 12
-    found = gguf_model.official_names(dict(zip(names, names.values(), strict=True)), "x")
-    assert all(name == official for name, official in found.items())
+    tensors = [(name, np.full(4, i, np.float32)) for i, name in enumerate(names)]
+    found = gguf_model.tensors([write(tmp_path / "x.gguf", tensors)])
+    assert {name: place.array[0] for name, [place] in found.items()} == {
+        official: i for i, official in enumerate(names.values())
+    }
 
 
 def test_experts_are_divided(tmp_path):
@@ -217,17 +218,17 @@ def test_experts_are_divided(tmp_path):
         ("blk.0.ffn_gate_inp.weight", np.ones((3, 4), np.float32)),
         ("blk.1.ffn_down.2.weight", np.ones((4, 2), np.float32)),
     ]
-    held = gguf.read(write(tmp_path / "x.gguf", tensors))
-    found = gguf_model.official_names(held.tensors, "x")
+    found = gguf_model.tensors([write(tmp_path / "x.gguf", tensors)])
     assert list(found) == [
         *(f"layers.0.feed_forward.experts.{i}.w1.weight" for i in range(3)),
         "layers.0.feed_forward.gate.weight",
         "layers.1.feed_forward.experts.2.w2.weight",
     ]
-    expert = found["layers.0.feed_forward.experts.1.w1.weight"]
-    np.testing.assert_array_equal(expert, tensors[0][1][1])
+    [expert] = found["layers.0.feed_forward.experts.1.w1.weight"]
+    np.testing.assert_array_equal(expert.array, tensors[0][1][1])
+    other = write(tmp_path / "y.gguf", [("v.patch_embd.weight", np.ones(4, np.float32))])
     with pytest.raises(ValueError, match=r"tensor 'v\.patch_embd\.weight', which is no part of"):
-        gguf_model.official_names({"v.patch_embd.weight": None}, "x")
+        gguf_model.tensors([other])
 
 
 def texts(count=300):
@@ -252,11 +253,10 @@ def test_a_sentencepiece_tokenizer_encodes_as_the_file_that_it_was_made_from(tmp
         "tokenizer.ggml.unknown_token_id": 0,
     }
     held = gguf.read(write(tmp_path / "x.gguf", metadata=metadata))
-    name, made = gguf_tokenizer.make(held.metadata, "x.gguf")
-    (tmp_path / name).write_bytes(made)
-    ours = Tokenizer.from_file(tmp_path / name)
+    made = gguf_tokenizer.files(held.metadata, "x.gguf")["tokenizer.model"]
+    (tmp_path / "tokenizer.model").write_bytes(made)
+    ours = Tokenizer.from_file(tmp_path / "tokenizer.model")
     original = Tokenizer.from_file(BUNDLED / "tokenizer.model")
-    assert name == "tokenizer.model"
     assert spm.pieces(made) == pieces
     assert (ours.bos_id, ours.eos_id, ours.version) == (1, 2, original.version)
     for text in texts():
@@ -278,4 +278,4 @@ def test_a_tokenizer_that_does_not_fit_is_refused(changes, message):
     own = {"model": "gpt2", "pre": "gpt-2", "tokens": ["a", "b", "ab"], "merges": ["a b"]}
     metadata = {f"tokenizer.ggml.{key}": value for key, value in (own | changes).items()}
     with pytest.raises(ValueError, match=message):
-        gguf_tokenizer.make(metadata, "x.gguf")
+        gguf_tokenizer.files(metadata, "x.gguf")
