@@ -26,7 +26,7 @@ from .source import TOKENIZERS
 
 # Names of the files of both formats and of tokenizers. A folder with other files is not replaced.
 _FILES = re.compile(
-    r"(config|params|generation_config|tokenizer|tokenizer_config|special_tokens_map|tekken)\.json"
+    r"(config|params|generation_config|tokenizer|tokenizer_config|added_tokens|special_tokens_map|tekken)\.json"
     r"|[\w.-]+\.model(\.v\d+\w*)?|chat_template\.jinja"
     r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|consolidated\.safetensors"
 )

@@ -17,6 +17,7 @@ from mistral_jax.base.fields import (
 from mistral_jax.base.files import read_json
 from mistral_jax.checkpoint import checkpoint
 from mistral_jax.config import ModelConfig
+from mistral_jax.tokens import storage
 from mistral_jax.tokens.tokenizer import Tokenizer
 
 from .architecture import Architecture
@@ -64,6 +65,10 @@ def read(source: Source, described: Architecture) -> Tokens:
         unexpected type.
     """
     config, file, notes = described.config, source.tokenizer_file, []
+    present = [name for name in storage.NAMES.values() if (source.folder / name).is_file()]
+    others = [name for name in present if file and not file.name.startswith(name)]
+    if others:
+        notes.append(f"the tokenizer is {file.name}; {' and '.join(others)} is left out")
     ends = {"bos_id": config.bos_id, "eos_id": next(iter(described.eos_ids), None)}
     tokenizer = Tokenizer.from_file(file, config.vocab_size, **ends) if file else None
     if tokenizer is not None:
@@ -77,6 +82,8 @@ def read(source: Source, described: Architecture) -> Tokens:
                 "model, this is another model's tokenizer"
             )
         checkpoint.check_tokenizer(tokenizer, config, file)
+        if tokenizer.bos_id is not None:
+            config = dataclasses.replace(config, bos_id=tokenizer.bos_id)
     ends, more = _ends(source, described, tokenizer)
     if ends:
         first, *others = ends

@@ -1,10 +1,11 @@
 """SentencePiece tokenizers, the `tokenizer.model` of Llama and of Mistral's first models."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-from mistral_jax.tokens import spm
+from mistral_jax.tokens import hf_file, spm
 from mistral_jax.tokens.tokenizer import Tokenizer, version_of
 
 # A character that is in no vocabulary, so that no piece joins it to the text that follows.
@@ -15,11 +16,17 @@ _INFILLING = frozenset(("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"))
 
 
 class SentencePiece(Tokenizer):
-    """A tokenizer that the sentencepiece library runs."""
+    """A tokenizer that the sentencepiece library runs.
+
+    Fine-tunes add tokens to a model and not to its `tokenizer.model`. The files of Hugging Face
+    beside it name them. They are control tokens, whose text nobody can type.
+    """
 
     kind = "sentencepiece"
 
-    def __init__(self, model: SentencePieceProcessor, ids: int = 0):
+    def __init__(
+        self, model: SentencePieceProcessor, ids: int = 0, added: Mapping[int, str] | None = None
+    ):
         self._model = model
         size = model.vocab_size()
         self._control = {model.id_to_piece(i): i for i in range(size) if model.is_control(i)}
@@ -31,6 +38,8 @@ class SentencePiece(Tokenizer):
             unk_id=model.unk_id(),
             version=version_of(self._control),
         )
+        self._added = {i: text for i, text in (added or {}).items() if size <= i < self._ids}
+        self._control = {text: i for i, text in self._added.items()} | self._control
         self._anchor_length = len(model.encode(_ANCHOR))
 
     @classmethod
@@ -60,7 +69,7 @@ class SentencePiece(Tokenizer):
                 f"{path} has bos id {model.bos_id()} and eos id {model.eos_id()}; expected a "
                 "tokenizer with both tokens"
             )
-        return cls(model, ids)
+        return cls(model, ids, hf_file.added_names(path.parent))
 
     def decode(self, ids):
         """Decodes token ids; see `Tokenizer.decode`."""
@@ -71,7 +80,9 @@ class SentencePiece(Tokenizer):
     def piece(self, token: int) -> str:
         """Returns the spelling of a token; see `Tokenizer.piece`."""
         token = self._checked(token)
-        return self._model.id_to_piece(token) if token < self.vocab_size else f"<{token}>"
+        if token < self.vocab_size:
+            return self._model.id_to_piece(token)
+        return self._added.get(token, f"<{token}>")
 
     def is_control(self, token: int) -> bool:
         """Returns whether a token has no text; see `Tokenizer.is_control`."""

@@ -15,7 +15,7 @@ NAMES = {
 }
 EXPECTED = "tokenizer.model, tekken.json or tokenizer.json"
 # Files beside a tokenizer's file that name its special tokens, in Hugging Face's format.
-COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json")
+COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 # Maximum size in bytes of a SentencePiece file: 262,144 pieces take less than 5 MB.
 MOST_BYTES = 16 << 20

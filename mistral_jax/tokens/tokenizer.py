@@ -36,6 +36,7 @@ class Tokenizer(abc.ABC):
       bos_id: token that begins a text; None = the file names none.
       eos_id: token that ends an answer; None = the file names none.
       unk_id: token for text that the vocabulary cannot spell; None = it can spell any text.
+      adds_bos: whether texts of the model begin with BOS.
       version: Mistral's name for the set of control tokens. A `tekken.json` states it. Otherwise it
         is detected from the control tokens: "v1" (no [INST]), "v2" ([INST] and [/INST]), "v3" (also
         [PREFIX]) or "v7" (also [SYSTEM_PROMPT]). The `tokenizer.model.v3` of 7B v0.3 on the Hugging
@@ -56,6 +57,7 @@ class Tokenizer(abc.ABC):
         version: str | None,
     ):
         self.vocab_size, self._ids = vocab_size, max(ids, vocab_size)
+        self.adds_bos = bos_id is not None
         self.bos_id, self.eos_id, self.unk_id = bos_id, eos_id, unk_id
         self.version = version
 
@@ -215,8 +217,8 @@ class Tokenizer(abc.ABC):
         """Encodes valid Unicode without control tokens."""
 
     @abc.abstractmethod
-    def _spell(self, token: int, before: int | None) -> bytes:
-        """Returns the UTF-8 bytes of a token's text.
+    def _spell(self, token: int, before: int | None) -> bytes | None:
+        """Returns the UTF-8 bytes of a token's text; None = it has none, as a control token.
 
         Args:
           token: a token that is not a control token.
@@ -285,9 +287,10 @@ class StreamDecoder:
         Raises:
           ValueError: the id is outside the vocabulary.
         """
-        if self._tokenizer.is_control(token):
+        is_control = self._tokenizer.is_control(token)
+        spelled = None if is_control else self._tokenizer._spell(token, self._before)
+        if spelled is None:
             return self.flush()
-        spelled = self._tokenizer._spell(token, self._before)
         if not self._has_text:
             self._before = token
             self._has_text = bool(self._tokenizer._spell(token, None))
