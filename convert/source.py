@@ -48,9 +48,16 @@ FORMATS = {  # in order of preference: safetensors first, then the more complete
 _MOST_INDEX = 8 << 20
 _INDEX_RULES = {"weight_map": table_of(string())}
 
-TOKENIZERS = ("tokenizer.model", "tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1")
+# The names of tokenizer files in the order of preference.
+TOKENIZERS = (
+    *("tokenizer.model", "tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1"),
+    *("tekken.json", "tokenizer.json"),
+)
 # Files of Hugging Face's format that, like the config, may name the tokens that end an answer.
-DETAILS = ("generation_config.json", "tokenizer_config.json", "added_tokens.json")
+DETAILS = (
+    *("generation_config.json", "tokenizer_config.json"),
+    *("added_tokens.json", "special_tokens_map.json"),
+)
 
 
 class Tensor(NamedTuple):
@@ -68,7 +75,7 @@ class Source:
       folder: path of the folder.
       format: key of `FORMATS`.
       weight_files: files that hold the tensors; all of them exist.
-      tokenizer_file: SentencePiece file, or None.
+      tokenizer_file: the first of `TOKENIZERS` that exists, or None.
       detail_files: existing files of `DETAILS`, if the format is Hugging Face's.
       other_formats: other keys of `FORMATS` that the folder holds a checkpoint for.
     """
@@ -194,7 +201,9 @@ def find(
         missing = [file for file in weights[name] if file not in names]
         if missing:
             raise ValueError(f"{folder} has no {missing[0]}, which its index names{hint}")
-        tokenizer = next((folder / file for file in TOKENIZERS if file in names), None)
+        # The official formats have no tokenizer.json.
+        known = [file for file in TOKENIZERS if name.startswith("hf") or file != "tokenizer.json"]
+        tokenizer = next((folder / file for file in known if file in names), None)
         files = tuple(folder / file for file in weights[name])
         details = [folder / file for file in DETAILS if file in names and name.startswith("hf")]
         return Source(folder, name, files, tokenizer, tuple(details), others)

@@ -21,7 +21,7 @@ FORMAT_VERSION = 1
 
 # The files of a checkpoint of this version or an earlier one.
 _FILES = re.compile(
-    r"config\.json|checksums\.json|generation_config\.json|tokenizer(_config)?\.json"
+    r"config\.json|checksums\.json|generation_config\.json|(tokenizer(_config)?|special_tokens_map|added_tokens)\.json"
     r"|tokenizer\.model|tekken\.json|chat_template\.jinja"
     r"|params/(orbax\.checkpoint|_CHECKPOINT_METADATA|commit_success\.txt)"
     r"|params/state/_METADATA"

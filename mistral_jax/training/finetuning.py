@@ -19,6 +19,7 @@ from mistral_jax.checkpoint.quantization import quantize
 from mistral_jax.model.transformer import Transformer, stack_layers, unstack_layers
 from mistral_jax.ops.quantized import QuantizedMatrix
 from mistral_jax.parallel.sharding import mesh_of, read_layout
+from mistral_jax.tokens import storage
 from mistral_jax.training.data import examples
 from mistral_jax.training.data.batches import feed, in_order, own_rows
 from mistral_jax.training.data.packing import PackedRows
@@ -93,7 +94,7 @@ def make_job(
             options += ["--lora", str(target)]
         else:
             target = path / "checkpoint"
-            file = base / "tokenizer.model"
+            file = storage.find(base)
             save_model(recipe, config, loose(state.trainable), state, target, file)
             options = ["--checkpoint", str(target)]
         text = prompts[0].text if prompts else ""
