@@ -4,16 +4,24 @@ import re
 from collections.abc import Mapping
 
 import numpy as np
+from rich.filesize import decimal
 
 from mistral_jax.base import DTYPES
 from mistral_jax.checkpoint.names import EMBED, HEAD, Weight, weights
 from mistral_jax.config import ModelConfig
 
+from . import fp8
 from .source import Source, Tensor
 
 # Tables of rotary angles, one per layer or one per model: the model computes them.
 IGNORABLE = re.compile(
-    r"rope\.freqs|(.*\.)?rotary_emb\.((original_)?inv_freq|cos_cached|sin_cached)", re.DOTALL
+    r"(.*\.)?rope\.freqs|(.*\.)?rotary_emb\.((original_)?inv_freq|cos_cached|sin_cached)", re.DOTALL
+)
+# The parts of a model that read images, in Hugging Face's and in official files.
+VISION = re.compile(
+    r"(model\.)?(vision_tower|multi_modal_projector)\..+"
+    r"|(vision_encoder|vision_language_adapter|patch_merger|pre_mm_projector_norm)\..+",
+    re.DOTALL,
 )
 # LoRA weights, in official and in Hugging Face's files.
 ADAPTER = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)")
@@ -42,12 +50,31 @@ def match(
     if config.tie_embeddings:
         _check_tied(unused.pop(HEAD.name(source.official), []), matched[EMBED], config, source)
     for name, places in unused.items():
-        if not IGNORABLE.fullmatch(name):
+        if not any(known.fullmatch(name) for known in (IGNORABLE, VISION, fp8.IGNORABLE)):
             raise ValueError(
                 f"tensor {name} {places[0].array.shape} in {places[0].file} is no part of this "
                 f"model; expected only those of {config.num_layers} layers"
             )
     return matched
+
+
+def notes(tensors: Mapping[str, list[Tensor]]) -> list[str]:
+    """Returns messages about tensors that are left out, or stored in another form than ours."""
+    said = []
+    images = [places for name, places in tensors.items() if VISION.fullmatch(name)]
+    if images:
+        size = sum(place.array.nbytes for places in images for place in places)
+        said.append(
+            f"the {len(images)} tensors that read images, {decimal(size)}, are left out: the text "
+            "model is converted"
+        )
+    scaled = sum(places[0].scale is not None for places in tensors.values())
+    if scaled:
+        said.append(
+            f"{scaled} matrices in FP8 become bfloat16, times their scales; activations are not "
+            "rounded"
+        )
+    return said
 
 
 def check_finite(array: np.ndarray, where: str) -> None:
@@ -84,7 +111,8 @@ def _check_places(
         )
     if shard_axis is not None:
         shape = tuple(n // len(places) if i == shard_axis else n for i, n in enumerate(shape))
-    for file, array in places:
+    for place in places:
+        file, array = place.file, place.array
         if array.shape != shape:
             raise ValueError(f"tensor {name} in {file} is {array.shape}; expected {shape}")
         if array.nbytes > file.stat().st_size:
@@ -92,9 +120,9 @@ def _check_places(
                 f"tensor {name} in {file} has {array.nbytes} bytes, more than its file: it repeats "
                 "stored values; expected every value to be stored"
             )
-        if array.dtype.name not in DTYPES:
+        if place.dtype.name not in DTYPES:
             raise ValueError(
-                f"tensor {name} in {file} is {array.dtype}; expected {' or '.join(DTYPES)}"
+                f"tensor {name} in {file} is {place.dtype}; expected {' or '.join(DTYPES)}"
             )
         if shard_axis is None and array.tobytes() != places[0].array.tobytes():
             raise ValueError(f"tensor {name} differs between {places[0].file} and {file}")
@@ -109,7 +137,7 @@ def _check_tied(
     name = HEAD.name(source.official)
     _check_places(name, head, HEAD.file_shape(config), HEAD.shard_axis, source)
     copy, table = (
-        weight.join([place.array for place in places])
+        weight.join([place.read() for place in places])
         for weight, places in ((HEAD, head), (EMBED, embed))
     )
     if copy.tobytes() != table.tobytes():

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from mistral_jax.model.cache import init_cache
 from mistral_jax.tokens import storage
 from mistral_jax.tokens.tokenizer import Tokenizer
 
-from . import architecture, tokens
+from . import architecture, checks, tokens
 from .checks import match
 from .source import find
 
@@ -104,7 +105,8 @@ def _source(
     source = find(folder, format)
     others = "".join(f"; also {name} (see --format)" for name in source.other_formats)
     yield "format", f"{source.format}{others}"
-    described = architecture.read(source.config_file, rope_theta)
+    found = functools.cache(source.tensors)
+    described = architecture.read(source.config_file, rope_theta, found)
     yield from _model(described.config, described.theta_origin, lengths)
     yield from _tokenizer(source.tokenizer_file, described.config)
     for note in described.notes:
@@ -115,8 +117,10 @@ def _source(
     except ValueError as error:
         yield "problem", str(error)
     try:
-        tensors = source.tensors()
+        tensors = found()
         yield from _stored(place.array for places in tensors.values() for place in places)
+        for note in checks.notes(tensors):
+            yield "note", note
         match(source, tensors, described.config)
     except ValueError as error:
         yield "problem", str(error)
@@ -151,6 +155,11 @@ def _model(
         ),
     )
     yield "rope theta", f"{config.rope_theta:g}" + (f" ({theta_origin})" if theta_origin else "")
+    if scaling := config.rope_scaling:
+        fields = {k: v for k, v in dataclasses.asdict(scaling).items() if v is not None}
+        yield "rope scaling", _list(fields)
+    if config.query_scaling:
+        yield "query scaling", _list(dataclasses.asdict(config.query_scaling))
     tied = " (input and output tied)" if config.tie_embeddings else ""
     yield "vocabulary", f"{config.vocab_size} tokens{tied}"
     count = sum(math.prod(weight.shape(config)) for weight in weights(config))
@@ -189,6 +198,14 @@ def _stored(tensors: Iterable[Any]) -> Lines:
 
 def _bytes(array: Any) -> int:
     return math.prod(array.shape) * array.dtype.itemsize
+
+
+def _list(fields: Mapping[str, Any]) -> str:
+    """Lists the values of a table by name."""
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value if isinstance(value, str) else format(value, 'g')}"
+        for name, value in fields.items()
+    )
 
 
 def _name(config: ModelConfig) -> str | None:

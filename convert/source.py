@@ -16,7 +16,7 @@ from mistral_jax.base.fields import check_table, show, string, table_of
 from mistral_jax.base.files import read_json
 from mistral_jax.checkpoint import manifest, safetensors_file
 
-from . import gguf, gguf_model, gguf_tokenizer, torch_zip
+from . import fp8, gguf, gguf_model, gguf_tokenizer, torch_zip
 
 
 class Format(NamedTuple):
@@ -60,11 +60,31 @@ DETAILS = (
 )
 
 
+# The text model's place in a Hugging Face model that reads images too.
+_TEXT_MODEL = re.compile(r"(model\.)?language_model\.(model\.)?(?P<name>.+)", re.DOTALL)
+
+
 class Tensor(NamedTuple):
-    """A memory-mapped tensor, or one part of it, and its file."""
+    """A memory-mapped tensor, or one part of it, and its file.
+
+    Attributes:
+      file: the file.
+      array: the stored values.
+      scale: the factor of values in FP8; None = the values are those that are stored.
+    """
 
     file: Path
     array: np.ndarray
+    scale: np.ndarray | None = None
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the values."""
+        return self.array.dtype if self.scale is None else fp8.RESULT
+
+    def read(self) -> np.ndarray:
+        """Returns the values: a view of the file, unless they are in FP8."""
+        return self.array if self.scale is None else fp8.dequantize(self.array, self.scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +177,34 @@ class Source:
             if len(places) > 1 and self.format != "official-torch":
                 files = " and ".join(place.file.name for place in places)
                 raise ValueError(f"tensor {name} is in {files}; expected in one of them")
-        return found
+        return _scaled(found if self.official else _text_names(found))
+
+
+def _text_names(found: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    """Renames the tensors of a text model within another model to those of the text model alone."""
+    renamed = {}
+    for name, places in found.items():
+        if match := _TEXT_MODEL.fullmatch(name):
+            inner = match["name"]
+            name = inner if inner.startswith("lm_head.") else f"model.{inner}"
+        if name in renamed:
+            raise ValueError(
+                f"tensor {name} is in {places[0].file} with several prefixes; expected it once"
+            )
+        renamed[name] = places
+    return renamed
+
+
+def _scaled(found: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    """Joins each tensor in FP8 and its scale."""
+    scales = {name: places[0].array for name, places in found.items() if fp8.is_scale(name)}
+    used = set()
+    for name, places in found.items():
+        if places[0].array.dtype == fp8.DTYPE:
+            scale, value = fp8.find_scale(name, places[0].array.shape, scales)
+            used.add(scale)
+            found[name] = [place._replace(scale=value) for place in places]
+    return {name: places for name, places in found.items() if name not in used}
 
 
 def find(

@@ -1,6 +1,7 @@
 """Converts a PyTorch checkpoint to a checkpoint folder, one tensor at a time."""
 
 import contextlib
+import functools
 import hashlib
 import math
 import threading
@@ -19,7 +20,7 @@ from mistral_jax.checkpoint.names import Weight
 from mistral_jax.config import ModelConfig
 from mistral_jax.ops.quantized import QuantizedMatrix, to_int8
 
-from . import architecture, hub, tokens
+from . import architecture, checks, hub, tokens
 from .checks import check_finite, match
 from .source import Tensor, find
 
@@ -61,11 +62,14 @@ def to_orbax(
     if found.other_formats:
         others = " and ".join(found.other_formats)
         progress.say(f"{source} is read as {found.format}; it also holds {others} (see --format)")
-    described = architecture.read(found.config_file, rope_theta)
+    tensors = functools.cache(lambda: found.tensors(progress.say))
+    described = architecture.read(found.config_file, rope_theta, tensors)
     tokenizer, config, notes = tokens.read(found, described)
     for note in (*described.notes, *notes):
         progress.say(note)
-    matched = match(found, found.tensors(progress.say), config)
+    matched = match(found, tensors(), config)
+    for note in checks.notes(tensors()):
+        progress.say(note)
     tree = unflatten_dict(
         {weight.path: jax.ShapeDtypeStruct(weight.shape(config), np.float32) for weight in matched},
         sep="/",
@@ -75,7 +79,7 @@ def to_orbax(
     outputs = {"/".join(path): count for path, count in small.items()}
     sizes = {
         weight.path: math.prod(weight.shape(config))
-        * (1 if weight.path in outputs else np.dtype(dtype or places[0].array.dtype).itemsize)
+        * (1 if weight.path in outputs else np.dtype(dtype or places[0].dtype).itemsize)
         for weight, places in matched.items()
     }
     folder.check_space(target, sum(sizes.values()))
@@ -85,6 +89,8 @@ def to_orbax(
         "rope_theta_from": described.theta_origin,
         "program": f"mistral_jax {VERSION}",
     }
+    if described.model_type != architecture.MISTRAL:
+        provenance["model_type"] = described.model_type
     if tokenizer is not None:
         provenance["tokenizer"] = found.tokenizer_file.name
     if quantize:
@@ -115,7 +121,7 @@ def _read(
     weight: Weight, places: Sequence[Tensor], config: ModelConfig, official: bool, dtype: str | None
 ) -> np.ndarray:
     """Returns an array of the model; it is a view of the mapped file if nothing has to change."""
-    tensor = weight.join([place.array for place in places])
+    tensor = weight.join([place.read() for place in places])
     with np.errstate(over="ignore"):  # `check_finite` reports overflow.
         array = np.require(weight.from_file(tensor, config, official), dtype, ["C", "ALIGNED"])
     files = " and ".join(str(place.file) for place in places)

@@ -67,7 +67,10 @@ def to_torch(
     tokenizer = read_tokenizer(vocabulary, config) if vocabulary else None
     if tokenizer is not None:
         config = config.taught_to_end_with(tokenizer.eos_id)
-    described = (architecture.to_official if official else architecture.to_hf)(config)
+    if official:
+        described = architecture.to_official(config)
+    else:
+        described = architecture.to_hf(config, provenance.get("model_type", architecture.MISTRAL))
     stored = flatten_dict(arrays.stored(checkpoint / "params", arrays_on_disk), sep="/")
     if any(path.endswith("/values") for path in stored):
         raise ValueError(

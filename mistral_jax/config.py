@@ -18,6 +18,7 @@ from mistral_jax.base.fields import (
     list_of,
     number,
     show,
+    string,
 )
 from mistral_jax.base.files import read_toml
 
@@ -27,6 +28,79 @@ CONFIG_DIR = CHECKOUT / "configs" if CHECKOUT else _HERE / "configs"
 
 DEFAULT_MAX_POSITIONS = 32768
 _MOST_ENDS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """A change of the rotary frequencies, with which a model reads longer texts.
+
+    Attributes:
+      kind: "linear" divides all frequencies by the factor; "llama3" divides the low ones, as Llama
+        3.1 does; "yarn" does so with a ramp between both (arXiv 2309.00071, section 3.2).
+      factor: divisor of the frequencies.
+      original_positions: length of the texts before the change; "llama3" and "yarn".
+      beta_fast: number of turns within that length above which "yarn" keeps a frequency.
+      beta_slow: number of turns within that length below which "yarn" divides it.
+      attention_factor: factor of the rotated queries and keys; "yarn".
+      low_freq_factor: number of turns below which "llama3" divides a frequency.
+      high_freq_factor: number of turns above which "llama3" keeps it.
+
+    Raises:
+      ValueError: the kind is unknown, a value is out of range, or the kind's values are not exactly
+        those that are given.
+    """
+
+    kind: str
+    factor: float
+    original_positions: int | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    attention_factor: float | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+
+    def __post_init__(self):
+        kinds = string(*SCALING_FIELDS)
+        self._check(kinds.accepts(self.kind), "kind", kinds.expected)
+        for name, rule in _SCALING_RULES.items():
+            if name in ("factor", *SCALING_FIELDS[self.kind]):
+                self._check(rule.accepts(getattr(self, name)), name, rule.expected)
+            else:
+                expected = f"none, because kind is {self.kind!r}"
+                self._check(getattr(self, name) is None, name, expected)
+        if self.kind == "llama3":
+            expected = f"a number above low_freq_factor ({self.low_freq_factor})"
+            self._check(self.high_freq_factor > self.low_freq_factor, "high_freq_factor", expected)
+        for name, value in list(vars(self).items()):
+            if name not in ("kind", "original_positions") and value is not None:
+                object.__setattr__(self, name, float(value))
+
+    def _check(self, good: bool, name: str, expected: str) -> None:
+        _check(good, self, name, expected, "rope_scaling.")
+
+
+@dataclasses.dataclass(frozen=True)
+class QueryScaling:
+    """A factor of the rotated queries that grows with their position.
+
+    The query at position p is multiplied by `1 + beta * ln(1 + floor(p / original_positions))`, as
+    in Ministral 3.
+
+    Attributes:
+      beta: growth of the factor.
+      original_positions: number of positions, from 0, at which the factor is 1.
+
+    Raises:
+      ValueError: a value is out of range.
+    """
+
+    beta: float
+    original_positions: int
+
+    def __post_init__(self):
+        for name, rule in _QUERY_RULES.items():
+            _check(rule.accepts(getattr(self, name)), self, name, rule.expected, "query_scaling.")
+        object.__setattr__(self, "beta", float(self.beta))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +130,8 @@ class ModelConfig:
       other_eos_ids: other tokens that end an answer; a list is stored as a tuple without `eos_id`.
       unnamed_tokens: number of tokens at the end of the vocabulary that are known to have no piece
         in the tokenizer, because they were added to the model or pad its embedding table.
+      rope_scaling: change of the rotary frequencies; None = `rope_theta` alone defines them.
+      query_scaling: factor of the queries that grows with their position; None = 1.
 
     Raises:
       ValueError: a value has the wrong type, is out of range, or does not fit the other values.
@@ -78,10 +154,18 @@ class ModelConfig:
     dilation: int | tuple[int, ...] = 1
     other_eos_ids: tuple[int, ...] = ()
     unnamed_tokens: int = 0
+    rope_scaling: RopeScaling | None = None
+    query_scaling: QueryScaling | None = None
 
     def __post_init__(self):
         for name, rule in RULES.items():
             _check(rule.accepts(getattr(self, name)), self, name, rule.expected)
+        for name, kind in (("rope_scaling", RopeScaling), ("query_scaling", QueryScaling)):
+            good = isinstance(getattr(self, name), kind | None)
+            _check(good, self, name, f"null, or a table with the fields of {kind.__name__}")
+        if self.rope_scaling and self.rope_scaling.kind == "yarn":
+            expected = "a number above 1 in a model with YaRN"
+            _check(self.rope_theta > 1, self, "rope_theta", expected)
         for name in ("bos_id", "eos_id"):
             good = integer(0, self.vocab_size - 1).accepts(getattr(self, name))
             _check(good, self, name, f"a token id below vocab_size ({self.vocab_size})")
@@ -176,6 +260,9 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as JSON values, from which `from_dict` builds an equal config."""
         fields = dataclasses.asdict(self)
+        if self.rope_scaling:
+            scaling = fields["rope_scaling"].items()
+            fields["rope_scaling"] = {k: v for k, v in scaling if v is not None}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
     @classmethod
@@ -249,10 +336,29 @@ RULES = {
     "tie_embeddings": boolean(),
     "unnamed_tokens": integer(0),
 }
+# The fields of `RopeScaling` that each kind has, besides the factor.
+SCALING_FIELDS = {
+    "linear": (),
+    "llama3": ("original_positions", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("original_positions", "beta_fast", "beta_slow", "attention_factor"),
+}
+_SCALING_RULES = {
+    "factor": number(0, 1e6, above=True),
+    "original_positions": _above_zero(LARGEST_INT),
+    "beta_fast": number(0, 1e6, above=True),
+    "beta_slow": number(0, 1e6, above=True),
+    "attention_factor": number(0, 1e3, above=True),
+    "low_freq_factor": number(0, 1e6, above=True),
+    "high_freq_factor": number(0, 1e6, above=True),
+}
+_QUERY_RULES = {
+    "beta": number(0, 1e3, above=True),
+    "original_positions": _above_zero(LARGEST_INT),
+}
 _WINDOW = integer(1)
 _BY_LAYER = ("sliding_window", "dilation")
 
 
-def _check(good: bool, config: ModelConfig, name: str, expected: str) -> None:
+def _check(good: bool, made: Any, name: str, expected: str, table: str = "") -> None:
     if not good:
-        raise ValueError(f"{name} is {show(getattr(config, name))}; expected {expected}")
+        raise ValueError(f"{table}{name} is {show(getattr(made, name))}; expected {expected}")

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.cache import LayerCache, line_up, round_for, write
 from mistral_jax.model.layers import Projection, project
-from mistral_jax.model.rope import rotate
+from mistral_jax.model.rope import rotate, scale_queries
 from mistral_jax.ops import attention
 from mistral_jax.ops.backend import PLAIN, Backend
 from mistral_jax.ops.partition import Rules, length_parts
@@ -118,6 +118,7 @@ class Attention(nn.Module):
         # A step of decoding has few numbers to rotate.
         rotation = PLAIN if x.shape[1] == 1 else self.backend
         q, k = (rotate(y, angles, rotation) for y in (q, k))
+        q = scale_queries(q, positions, self.config.query_scaling)
         q, k, v = checkpoint_name((q, k, v), "heads")
         sections = length_parts(self.rules)
         if sections > 1:

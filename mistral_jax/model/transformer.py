@@ -171,7 +171,9 @@ class Transformer(nn.Module):
         embed = Embedding(config, dtype, self.rules, self.backend, name="embed")
         x = embed(tokens)
         x = nn.with_logical_constraint(x, ("batch", "length", "residual"), rules=self.rules)
-        angles = rotary_angles(positions, config.head_dim, config.rope_theta, self.backend)
+        angles = rotary_angles(
+            positions, config.head_dim, config.rope_theta, self.backend, config.rope_scaling
+        )
         x, cache = self._blocks(x, positions, angles, cache)
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)

@@ -180,6 +180,7 @@ def test_windows_that_are_none(read, window):
     ("change", "message"),
     [
         ({"model_type": "llama"}, "model type 'llama'; expected mistral or ministral"),
+        ({"model_type": "gpt2"}, "model type 'gpt2'; expected mistral or ministral"),
         ({"model_type": ...}, "model type None; expected mistral"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'; expected 'silu'"),
         ({"attention_bias": True}, "attention_bias True; expected False"),
@@ -201,7 +202,6 @@ def test_hugging_face_configs_that_are_refused(read, change, message):
     [
         ({"moe": {"num_experts": 8}}, "has moe .*; expected none"),
         ({"model_type": "mamba"}, "model type 'mamba'; expected transformer"),
-        ({"vision_encoder": {"layers": 2}}, "has vision_encoder"),
         ({"quantization": {"qformat_weight": "fp8"}}, "has quantization"),
         ({"n_kv_heads": ...}, "params.json has no n_kv_heads"),
         ({"n_kv_heads": 3}, "num_kv_heads is 3; expected a divisor"),
