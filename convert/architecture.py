@@ -67,6 +67,12 @@ _RULES = {theirs: RULES[ours] for ours, *names in FIELDS for theirs in names if 
     "rope_parameters": table_of(),
     "lora": table_of(),
 }
+# Fields of a mixture of experts: in ModelConfig, in official files' table "moe", in Hugging Face's.
+_EXPERT_FIELDS = (
+    ("num_experts", "num_experts", "num_local_experts"),
+    ("experts_per_token", "num_experts_per_tok", "num_experts_per_tok"),
+)
+_EXPERT_RULES = {name: RULES[ours] for ours, *names in _EXPERT_FIELDS for name in names}
 _ROPE_RULES = {
     "rope_theta": RULES["rope_theta"],
     "original_max_position_embeddings": integer(1),
@@ -84,7 +90,6 @@ _UNSUPPORTED = {
     "use_biases": (False,),
     "quantization": (),
     "quantization_config": (),
-    "moe": (),
     "vision_encoder": (),
     "yarn": (),
     "llama_4_scaling": (),
@@ -146,6 +151,7 @@ def read(file: Path, rope_theta: float | None = None) -> Architecture:
     ends = ends if isinstance(ends, list) else [ends]
     if ends:
         found |= {"eos_id": ends[0], "other_eos_ids": tuple(ends[1:])}
+    found |= _experts(raw, official, file)
     found["sliding_window"] = _windows(raw, official, found["num_layers"], file)
     if rope_theta is not None:
         found["rope_theta"], origin = rope_theta, "--rope-theta"
@@ -164,7 +170,7 @@ def _check(values: Mapping[str, Any], rules: Mapping[str, Rule], source: str) ->
 
 def _refuse_others(raw: Mapping[str, Any], official: bool, file: Path) -> None:
     kind = raw.get("model_type", "transformer" if official else None)
-    known = ("transformer",) if official else ("mistral", "ministral")
+    known = ("transformer",) if official else ("mistral", "ministral", "mixtral")
     if kind not in known:
         raise ValueError(f"{file} is of model type {show(kind)}; expected {' or '.join(known)}")
     for key, supported in _UNSUPPORTED.items():
@@ -184,6 +190,23 @@ def _refuse_others(raw: Mapping[str, Any], official: bool, file: Path) -> None:
                 f"{file} has {key} {show(scaling)}; only plain rotation, of type 'default', is "
                 "supported"
             )
+
+
+def _experts(raw: Mapping[str, Any], official: bool, file: Path) -> dict[str, int]:
+    """Returns the fields of a mixture of experts; an empty dict for a model without experts."""
+    if not official and raw.get("model_type") != "mixtral":
+        return {}
+    table, source = (raw.get("moe"), f"{file}: moe") if official else (raw, str(file))
+    if not table:
+        return {}
+    if not table_of().accepts(table):
+        raise ValueError(f"{source} is {show(table)}; expected a table")
+    keys = {ours: theirs[not official] for ours, *theirs in _EXPERT_FIELDS}
+    _check({key: table.get(key) for key in keys.values()}, _EXPERT_RULES, source)
+    for key in keys.values():
+        if not table.get(key):
+            raise ValueError(f"{source} has no {key}; expected a number above 0")
+    return {ours: table[key] for ours, key in keys.items()}
 
 
 def _head_dim(found: Mapping[str, Any], file: Path) -> int:
@@ -211,7 +234,7 @@ def _windows(raw: Mapping[str, Any], official: bool, layers: int, file: Path) ->
                 f"number of layers ({layers})"
             )
         return window * (layers // len(window))
-    if not official and "sliding_window" not in raw:
+    if not official and "sliding_window" not in raw and raw.get("model_type") != "mixtral":
         raise ValueError(f"{file} has no sliding_window; expected a number, or null for no window")
     kinds = None if official else raw.get("layer_types")
     if kinds is None:
@@ -237,6 +260,8 @@ def _theta(
     v01 = ModelConfig.from_name("mistral-7b-v0.1")
     if official and all(getattr(v01, name) == value for name, value in found.items()):
         return v01.rope_theta, f"{file.name} is that of Mistral 7B v0.1, which leaves it out"
+    if official and "num_experts" in found:
+        return 1e6, f"{file.name} is that of a Mixtral, whose first release leaves it out"
     raise ValueError(f"{file} has no rope_theta; name it with --rope-theta (v0.1: 1e4, later: 1e6)")
 
 
@@ -259,7 +284,10 @@ def to_official(config: ModelConfig) -> dict[str, Any]:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    return {key: value for key, value in fields.items() if unset.get(key, ...) != value}
+    described = {key: value for key, value in fields.items() if unset.get(key, ...) != value}
+    if config.num_experts:
+        described["moe"] = {key: getattr(config, ours) for ours, key, _ in _EXPERT_FIELDS}
+    return described
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -272,6 +300,14 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     fields = {theirs: getattr(config, ours) for ours, _, theirs in FIELDS}
     fields["eos_token_id"] = _ends(config)
     kind = "mistral"
+    if config.num_experts:
+        kind = "mixtral"
+        fields |= {key: getattr(config, ours) for ours, _, key in _EXPERT_FIELDS}
+        if isinstance(config.sliding_window, tuple):
+            raise ValueError(
+                "Hugging Face's Mixtral has one window for all layers; this model has "
+                f"{show(list(config.sliding_window))}: export it as official"
+            )
     if isinstance(config.sliding_window, tuple):
         # Transformers' name for a Mistral in which only some layers have a window.
         kind = "ministral"

@@ -39,7 +39,7 @@ class ModelConfig:
       vocab_size: number of tokens (V).
       num_layers: number of blocks (L).
       embed_dim: width of the residual stream (D).
-      mlp_dim: width of the gated MLP (F).
+      mlp_dim: width of the gated MLP, or of each expert (F).
       num_heads: query heads (N).
       num_kv_heads: key-value heads (K); divides num_heads.
       head_dim: width of a head (H); even, and not always D / N.
@@ -56,6 +56,9 @@ class ModelConfig:
       other_eos_ids: other tokens that end an answer; a list is stored as a tuple without `eos_id`.
       unnamed_tokens: number of tokens at the end of the vocabulary that are known to have no piece
         in the tokenizer, because they were added to the model or pad its embedding table.
+      num_experts: gated MLPs in each layer, of which a router chooses some for each token (E); 0 =
+        each layer has one MLP for all tokens.
+      experts_per_token: number of experts that compute each token; 0 if there are no experts.
 
     Raises:
       ValueError: a value has the wrong type, is out of range, or does not fit the other values.
@@ -78,6 +81,8 @@ class ModelConfig:
     dilation: int | tuple[int, ...] = 1
     other_eos_ids: tuple[int, ...] = ()
     unnamed_tokens: int = 0
+    num_experts: int = 0
+    experts_per_token: int = 0
 
     def __post_init__(self):
         for name, rule in RULES.items():
@@ -103,6 +108,13 @@ class ModelConfig:
             self,
             "num_kv_heads",
             f"a divisor of num_heads ({self.num_heads})",
+        )
+        least, most = min(1, self.num_experts), self.num_experts
+        _check(
+            least <= self.experts_per_token <= most,
+            self,
+            "experts_per_token",
+            f"{least} to {most}, because num_experts is {most}",
         )
         for name in _BY_LAYER:
             value = getattr(self, name)
@@ -248,6 +260,8 @@ RULES = {
     "norm_eps": number(0, 1, above=True),
     "tie_embeddings": boolean(),
     "unnamed_tokens": integer(0),
+    "num_experts": integer(0, 1 << 10),
+    "experts_per_token": integer(0, 1 << 10),
 }
 _WINDOW = integer(1)
 _BY_LAYER = ("sliding_window", "dilation")
