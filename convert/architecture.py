@@ -22,7 +22,7 @@ from mistral_jax.base.files import parse_json, read_json
 from mistral_jax.checkpoint.names import HEAD
 from mistral_jax.config import DEFAULT_MAX_POSITIONS, RULES, ModelConfig
 
-from . import fp8, llama, rope
+from . import experts, fp8, llama, rope
 from .source import Tensor
 
 # Names of each field: in ModelConfig, in official files, in Hugging Face's. Every file must have
@@ -81,7 +81,7 @@ _RULES = {theirs: RULES[ours] for ours, *names in FIELDS for theirs in names if 
 
 # The types of text models in Hugging Face's files that this program runs.
 MISTRAL = "mistral"
-_TYPES = (MISTRAL, "ministral", "ministral3", "llama")
+_TYPES = (MISTRAL, "ministral", "ministral3", "llama", "mixtral")
 _LATENT_TYPES = ("mistral4", "mistral_large4")
 _LATENT = (
     "it uses multi-head latent attention (MLA), as Mistral Small 4, Large 3 and Large 4 do, which "
@@ -94,7 +94,6 @@ _UNSUPPORTED = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "use_biases": (False,),
-    "moe": (),
     "partial_rotary_factor": (1,),
     "use_scaled_rope": (False,),
 }
@@ -160,6 +159,7 @@ def read(
     ends = ends if isinstance(ends, list) else [ends]
     if ends:
         found |= {"eos_id": ends[0], "other_eos_ids": tuple(ends[1:])}
+    found |= experts.read(raw, official, file)
     found["sliding_window"] = _windows(raw, official, model_type, found["num_layers"], file)
     if official:
         rotation = rope.read_official(raw, str(file))
@@ -213,6 +213,8 @@ def _model_type(raw: Mapping[str, Any], official: bool, file: Path) -> str:
         raise ValueError(f"{file} is of model type {show(kind)}; expected {' or '.join(known)}")
     if not official:
         return kind
+    if raw.get("moe"):
+        return "mixtral"
     # Llama's official files state no width of the MLP, but how it follows from the model's width.
     if raw.get("hidden_dim") is None or raw.get("multiple_of") is not None:
         return "llama"
@@ -268,7 +270,7 @@ def _windows(
                 f"windows (sliding_window {show(window)})"
             )
         return None
-    if not official and "sliding_window" not in raw and model_type != "ministral3":
+    if not official and "sliding_window" not in raw and model_type not in ("ministral3", "mixtral"):
         raise ValueError(f"{file} has no sliding_window; expected a number, or null for no window")
     kinds = None if official else raw.get("layer_types")
     if kinds is None:
@@ -294,6 +296,8 @@ def _theta(
     v01 = ModelConfig.from_name("mistral-7b-v0.1")
     if official and all(getattr(v01, name) == value for name, value in found.items()):
         return v01.rope_theta, f"{file.name} is that of Mistral 7B v0.1, which leaves it out"
+    if official and "num_experts" in found:
+        return 1e6, f"{file.name} is that of a Mixtral, whose first release leaves it out"
     raise ValueError(f"{file} has no rope_theta; name it with --rope-theta (v0.1: 1e4, later: 1e6)")
 
 
@@ -317,7 +321,8 @@ def to_official(config: ModelConfig) -> dict[str, Any]:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    return {key: value for key, value in fields.items() if unset.get(key, ...) != value}
+    described = {key: value for key, value in fields.items() if unset.get(key, ...) != value}
+    return described | experts.to_official(config)
 
 
 def to_hf(config: ModelConfig, model_type: str = MISTRAL) -> dict[str, Any]:
@@ -341,6 +346,8 @@ def to_hf(config: ModelConfig, model_type: str = MISTRAL) -> dict[str, Any]:
     if kind == "llama":
         del fields["sliding_window"]
         fields |= {"attention_bias": False, "mlp_bias": False}
+    if kind == "mixtral":
+        fields |= experts.to_hf(config)
     if isinstance(config.sliding_window, tuple):
         windows = set(config.sliding_window) - {None}
         if len(windows) > 1:
@@ -360,6 +367,9 @@ def to_hf(config: ModelConfig, model_type: str = MISTRAL) -> dict[str, Any]:
 def _exported_type(config: ModelConfig, model_type: str) -> str:
     """Returns the type, in Transformers, of a model that computes what the config says."""
     by_layer = isinstance(config.sliding_window, tuple)
+    if config.num_experts:
+        experts.check_exported(config)
+        return "mixtral"
     if by_layer and config.query_scaling:
         raise ValueError(
             f"sliding_window is {show(config.sliding_window)} and query_scaling "

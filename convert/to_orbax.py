@@ -71,14 +71,17 @@ def to_orbax(
     for note in checks.notes(tensors()):
         progress.say(note)
     tree = unflatten_dict(
-        {weight.path: jax.ShapeDtypeStruct(weight.shape(config), np.float32) for weight in matched},
+        {
+            weight.path: jax.ShapeDtypeStruct(weight.parameter_shape(config), np.float32)
+            for weight in matched
+        },
         sep="/",
     )
     small = quantization.matrices(tree, output=True) if quantize else {}
     laid = flatten_dict(quantization.split(quantization.abstract(tree, small)), sep="/")
     outputs = {"/".join(path): count for path, count in small.items()}
     sizes = {
-        weight.path: math.prod(weight.shape(config))
+        weight: math.prod(weight.shape(config))
         * (1 if weight.path in outputs else np.dtype(dtype or places[0].dtype).itemsize)
         for weight, places in matched.items()
     }
@@ -108,12 +111,13 @@ def to_orbax(
             if weight.path in outputs:
                 # In blocks, because a float32 copy of the largest array would dominate memory.
                 blocks = np.array_split(array, 1 + (array.nbytes >> 24))
-                made = [to_int8(np.float32(x), outputs[weight.path]) for x in blocks]
+                count = outputs[weight.path] - (weight.expert is not None)
+                made = [to_int8(np.float32(x), count) for x in blocks]
                 array = QuantizedMatrix(*map(np.concatenate, zip(*made, strict=True)))
             parts = quantization.split({weight.path: array})
             for path, part in flatten_dict(parts, sep="/").items():
-                write(path, part)
-            advance(sizes[weight.path])
+                write(path, part, weight.expert)
+            advance(sizes[weight])
         provenance |= {"source_sha256": hashes(), "source_stamps": stamps}
 
 

@@ -4,7 +4,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mistral_jax.base.output import Advance, Progress
-from mistral_jax.checkpoint import arrays, folder, manifest, safetensors_file, zarr
+from mistral_jax.checkpoint import arrays, entries, folder, manifest, safetensors_file, zarr
 from mistral_jax.checkpoint.checkpoint import check_shapes, read_tokenizer
 from mistral_jax.checkpoint.names import Weight, groups, weights
 from mistral_jax.config import ModelConfig
@@ -79,7 +79,8 @@ def to_torch(
         )
     dtypes = {path: np.dtype(dtype or array.dtype) for path, array in stored.items()}
     table, found = weights(config), {path: array.shape for path, array in stored.items()}
-    check_shapes({weight.path: weight.shape(config) for weight in table}, found, checkpoint)
+    expected = {weight.path: weight.parameter_shape(config) for weight in table}
+    check_shapes(expected, found, checkpoint)
     sums = manifest.verify(checkpoint)
 
     def verify(paths: set[str]) -> None:
@@ -90,7 +91,7 @@ def to_torch(
     folder.check_space(target, sum(sizes))
 
     with folder.whole(target, kept) as part, progress.task(sum(sizes)) as advance:
-        tensors = _tensors(checkpoint, config, dtypes, official, verify, advance)
+        tensors = _tensors(checkpoint, config, dtypes, official, arrays_on_disk, verify, advance)
         if official:
             shards = {"consolidated.safetensors": table}
         else:
@@ -128,12 +129,14 @@ def _tensors(
     config: ModelConfig,
     dtypes: dict[str, np.dtype],
     official: bool,
+    described: Mapping[str, zarr.Array] | None,
     verify: Callable[[set[str]], None],
     advance: Advance,
 ) -> Iterator[np.ndarray]:
     """Yields the tensors of the target in the order of the forward pass.
 
-    It reads and verifies one layer at a time, so that memory stays bounded.
+    It verifies one layer at a time, and reads one layer or the matrix of one expert at a time, so
+    that memory stays bounded.
     """
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     for group in groups(config):
@@ -142,13 +145,19 @@ def _tensors(
                 weight.shape(config), dtypes[weight.path], sharding=host
             )
             for weight in group
+            if weight.expert is None
         }
-        verify(set(abstract))
+        verify({weight.path for weight in group})
         layer = flatten_dict(
             arrays.read(checkpoint / "params", unflatten_dict(abstract, sep="/")), sep="/"
         )
         for weight in group:
-            array = np.asarray(layer.pop(weight.path))
+            if weight.expert is None:
+                array = np.asarray(layer.pop(weight.path))
+            else:
+                array = entries.read(described[weight.path], weight.expert)
+                with np.errstate(over="ignore"):  # `check_finite` reports overflow.
+                    array = array.astype(dtypes[weight.path])
             check_finite(array, f"{weight.path} of {checkpoint} as {array.dtype}")
             advance(array.nbytes)
             yield weight.to_file(array, config, official)

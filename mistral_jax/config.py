@@ -113,7 +113,7 @@ class ModelConfig:
       vocab_size: number of tokens (V).
       num_layers: number of blocks (L).
       embed_dim: width of the residual stream (D).
-      mlp_dim: width of the gated MLP (F).
+      mlp_dim: width of the gated MLP, or of each expert (F).
       num_heads: query heads (N).
       num_kv_heads: key-value heads (K); divides num_heads.
       head_dim: width of a head (H); even, and not always D / N.
@@ -132,6 +132,9 @@ class ModelConfig:
         in the tokenizer, because they were added to the model or pad its embedding table.
       rope_scaling: change of the rotary frequencies; None = `rope_theta` alone defines them.
       query_scaling: factor of the queries that grows with their position; None = 1.
+      num_experts: gated MLPs in each layer, of which a router chooses some for each token (E); 0 =
+        each layer has one MLP for all tokens.
+      experts_per_token: number of experts that compute each token; 0 if there are no experts.
 
     Raises:
       ValueError: a value has the wrong type, is out of range, or does not fit the other values.
@@ -156,6 +159,8 @@ class ModelConfig:
     unnamed_tokens: int = 0
     rope_scaling: RopeScaling | None = None
     query_scaling: QueryScaling | None = None
+    num_experts: int = 0
+    experts_per_token: int = 0
 
     def __post_init__(self):
         for name, rule in RULES.items():
@@ -187,6 +192,13 @@ class ModelConfig:
             self,
             "num_kv_heads",
             f"a divisor of num_heads ({self.num_heads})",
+        )
+        least, most = min(1, self.num_experts), self.num_experts
+        _check(
+            least <= self.experts_per_token <= most,
+            self,
+            "experts_per_token",
+            f"{least} to {most}, because num_experts is {most}",
         )
         for name in _BY_LAYER:
             value = getattr(self, name)
@@ -335,6 +347,8 @@ RULES = {
     "norm_eps": number(0, 1, above=True),
     "tie_embeddings": boolean(),
     "unnamed_tokens": integer(0),
+    "num_experts": integer(0, 1 << 10),
+    "experts_per_token": integer(0, 1 << 10),
 }
 # The fields of `RopeScaling` that each kind has, besides the factor.
 SCALING_FIELDS = {

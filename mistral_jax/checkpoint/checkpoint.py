@@ -4,6 +4,7 @@ Arrays are read from disk directly onto their devices, in the dtype of the calle
 PyTorch checkpoints are converted first (`mistral_jax.convert`).
 """
 
+import collections
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict
 
 from mistral_jax.base import memory
@@ -190,10 +190,11 @@ def create(
     tokenizer_file: Path | str | None = None,
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
-) -> Iterator[Callable[[str, np.ndarray], None]]:
+) -> Iterator[Callable[..., None]]:
     """Yields a function that writes one parameter, given its path and array.
 
-    A model that does not fit in memory can so be saved one array at a time.
+    A model that does not fit in memory can so be saved one array at a time. With an index as its
+    third argument, the function writes one entry of a parameter, such as the matrix of one expert.
 
     Args:
       path: the folder to make.
@@ -207,11 +208,13 @@ def create(
     with folder.whole(path, manifest.kept if overwrite else None) as part:
         names = [tuple(name.split("/")) for name in shapes]
         sums = zarr.lay_out(part / "params", names, arrays.HANDLER)
-        written = {}
+        written, entries = {}, collections.Counter()
 
-        def write(name, array):
-            written[name] = array.shape
-            sums.update(zarr.write(part / "params", name, array))
+        def write(name, array, index=None):
+            entry = None if index is None else (index, shapes[name][0])
+            entries[name] += entry is not None
+            written[name] = array.shape if entry is None else (entries[name], *array.shape)
+            sums.update(zarr.write(part / "params", name, array, entry))
 
         yield write
         check_shapes(shapes, written, path)

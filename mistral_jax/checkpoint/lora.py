@@ -5,6 +5,7 @@ writes their files.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -19,9 +20,9 @@ from mistral_jax.model.layers import MATRICES
 
 Params = Mapping[str, Any]
 
-HEAD = "lm_head"
-# The projections of every layer.
-PROJECTIONS = tuple(name for name in MATRICES if name not in ("embed", HEAD))
+HEAD, ROUTER = "lm_head", "router"
+# The projections of every layer, or of each expert in a layer.
+PROJECTIONS = tuple(name for name in MATRICES if name not in ("embed", ROUTER, HEAD))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Lora:
       rslora: whether to scale by alpha / sqrt(R) instead, which lets high ranks learn (rsLoRA,
         arXiv 2312.03732).
       dropout: dropout rate of the adapters' inputs in training.
-      targets: names of the adapted projections, in every layer; "lm_head" may be one of them.
+      targets: names of the adapted projections, in every layer, and of all experts; "lm_head" and,
+        in a mixture of experts, "router" may be among them.
     """
 
     rank: int = 16
@@ -45,7 +47,7 @@ class Lora:
 
     def __post_init__(self):
         check(self, "lora.", {"rank": integer(1, 1 << 16), "alpha": number(0, 1e6)})
-        known = (*PROJECTIONS, HEAD)
+        known = (*PROJECTIONS, ROUTER, HEAD)
         if unknown := [name for name in self.targets if name not in known]:
             raise ValueError(
                 f"lora.targets has {unknown[0]!r}; expected some of {', '.join(known)}"
@@ -73,7 +75,8 @@ def init_adapters(lora: Lora, params: Params, key: jax.Array) -> Params:
 
     Returns:
       A tree like `params` with only the adapted projections, float32: `lora_a` [R, inputs], uniform
-      within 1 / sqrt(inputs) as in PEFT, and `lora_b` [outputs, R], zeros.
+      within 1 / sqrt(inputs) as in PEFT, and `lora_b` [outputs, R], zeros. Those of experts have an
+      axis E in front.
 
     Raises:
       ValueError: the model has no projection of a target's name.
@@ -87,9 +90,10 @@ def init_adapters(lora: Lora, params: Params, key: jax.Array) -> Params:
         raise ValueError(f"the model has no projection {min(missing)!r} to adapt")
     adapters = {}
     for i, (path, matrix) in enumerate(sorted(matrices.items())):
-        outputs, inputs = MATRICES[path[-1]].divide(matrix.shape)
+        axes = MATRICES[path[-1]]
+        outputs, inputs = axes.divide(matrix.shape)
         bound = 1 / math.sqrt(math.prod(inputs))
-        shape = (lora.rank, *inputs)
+        shape = (*axes.stack(matrix.shape), lora.rank, *inputs)
         a = jax.random.uniform(jax.random.fold_in(key, i), shape, jnp.float32, -bound, bound)
         adapters[path] = {"lora_a": a, "lora_b": jnp.zeros((*outputs, lora.rank), jnp.float32)}
     return unflatten_dict(adapters)
@@ -139,7 +143,9 @@ def merge(params: Params, adapters: Params, scale: float = 1.0) -> Params:
                 f"{'/'.join(path)} is quantised, and takes no product; merge the adapters into the "
                 "model as it was before"
             )
-        merged[place] = _merged(flat[place], flat[*path, "lora_a"], flat[*path, "lora_b"])
+        stack = len(MATRICES[path[-1]].stack(flat[place].shape))
+        arrays = (flat[*path, name] for name in ("kernel", "lora_a", "lora_b"))
+        merged[place] = _merged(stack, *arrays)
     return unflatten_dict(merged)
 
 
@@ -185,14 +191,22 @@ def adapter_shardings(params: Params, adapters: Params) -> Params:
             found[path] = matrix.sharding
             continue
         spec = [*matrix.sharding.spec, *[None] * (matrix.ndim - len(matrix.sharding.spec))]
-        outputs, inputs = MATRICES[path[-2]].divide(tuple(spec))
-        axes = (None, *inputs) if path[-1] == "lora_a" else (*outputs, None)
+        declared = MATRICES[path[-2]]
+        outputs, inputs = declared.divide(tuple(spec))
+        inner = (*declared.stack(tuple(spec)), None, *inputs)
+        axes = inner if path[-1] == "lora_a" else (*outputs, None)
         found[path] = NamedSharding(matrix.sharding.mesh, PartitionSpec(*axes))
     return unflatten_dict(found)
 
 
-@jax.jit
-def _merged(matrix, a, b):
+@functools.partial(jax.jit, static_argnums=0)
+def _merged(stack, matrix, a, b):
     a, b = (x.astype(jnp.float32) for x in (a, b))
-    product = jnp.tensordot(b, a, axes=1, precision=jax.lax.Precision.HIGHEST)
+
+    def multiply(b, a):
+        return jnp.tensordot(b, a, axes=1, precision=jax.lax.Precision.HIGHEST)
+
+    for _ in range(stack):
+        multiply = jax.vmap(multiply)
+    product = multiply(b, a)
     return (matrix.astype(jnp.float32) + product).astype(matrix.dtype)

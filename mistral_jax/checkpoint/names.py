@@ -1,8 +1,9 @@
 """The table of weights: the name and layout of each parameter in ours and in other formats.
 
 Every format stores a matrix as (outputs, inputs). Ours has heads in an axis of their own, which
-changes no bytes. Official files rotate the pairs (2i, 2i + 1) of a head; Hugging Face and we rotate
-(i, i + H / 2). So between official files and ours the rows of wq and wk are permuted.
+changes no bytes. The matrices of experts are weights of their own in other formats, and entries of
+one parameter in ours. Official files rotate the pairs (2i, 2i + 1) of a head; Hugging Face and we
+rotate (i, i + H / 2). So between official files and ours the rows of wq and wk are permuted.
 """
 
 import math
@@ -25,6 +26,8 @@ class Weight(NamedTuple):
       shard_axis: axis along which several `consolidated.NN.pth` partition it; None = each file has
         the whole weight.
       pairs: whether official files interleave the rotary pairs of its rows.
+      expert: index of the weight in the parameter at `path`, which holds one for each expert; None
+        = it is the whole parameter.
     """
 
     path: str
@@ -32,6 +35,7 @@ class Weight(NamedTuple):
     hf: str
     shard_axis: int | None = None
     pairs: bool = False
+    expert: int | None = None
 
     @property
     def axes(self) -> Axes:
@@ -49,6 +53,10 @@ class Weight(NamedTuple):
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Returns its shape in our tree."""
         return self.axes.shape(config)
+
+    def parameter_shape(self, config: ModelConfig) -> tuple[int, ...]:
+        """Returns the shape of the parameter that it is, or is an entry of."""
+        return (*(() if self.expert is None else (config.num_experts,)), *self.shape(config))
 
     def file_shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Returns its shape in a file of either format."""
@@ -90,17 +98,38 @@ def to_pairs(array: np.ndarray) -> np.ndarray:
 EMBED = Weight("embed/embedding", "tok_embeddings", "model.embed_tokens", 1)
 HEAD = Weight("lm_head/kernel", "output", "lm_head", 0)
 _NORM = Weight("final_norm/scale", "norm", "model.norm")
-_LAYER = (
+_ATTENTION = (
     Weight("attn_norm/scale", "attention_norm", "input_layernorm"),
     Weight("attn/q_proj/kernel", "attention.wq", "self_attn.q_proj", 0, pairs=True),
     Weight("attn/k_proj/kernel", "attention.wk", "self_attn.k_proj", 0, pairs=True),
     Weight("attn/v_proj/kernel", "attention.wv", "self_attn.v_proj", 0),
     Weight("attn/o_proj/kernel", "attention.wo", "self_attn.o_proj", 1),
     Weight("mlp_norm/scale", "ffn_norm", "post_attention_layernorm"),
+)
+_MLP = (
     Weight("mlp/gate_proj/kernel", "feed_forward.w1", "mlp.gate_proj", 0),
     Weight("mlp/down_proj/kernel", "feed_forward.w2", "mlp.down_proj", 1),
     Weight("mlp/up_proj/kernel", "feed_forward.w3", "mlp.up_proj", 0),
 )
+_ROUTER = Weight("moe/router/kernel", "feed_forward.gate", "block_sparse_moe.gate")
+
+
+def _layer(config: ModelConfig) -> tuple[Weight, ...]:
+    """Returns the weights of a layer, with names inside it."""
+    if not config.num_experts:
+        return (*_ATTENTION, *_MLP)
+
+    def of_expert(weight, number):
+        module = f"experts.{number}.{weight.official.rpartition('.')[2]}"
+        return weight._replace(
+            path=weight.path.replace("mlp/", "moe/"),
+            official=f"feed_forward.{module}",
+            hf=f"block_sparse_moe.{module}",
+            expert=number,
+        )
+
+    experts = (of_expert(weight, e) for e in range(config.num_experts) for weight in _MLP)
+    return (*_ATTENTION, _ROUTER, *experts)
 
 
 def groups(config: ModelConfig) -> Iterator[list[Weight]]:
@@ -113,7 +142,7 @@ def groups(config: ModelConfig) -> Iterator[list[Weight]]:
                 official=f"layers.{i}.{weight.official}",
                 hf=f"model.layers.{i}.{weight.hf}",
             )
-            for weight in _LAYER
+            for weight in _layer(config)
         ]
     yield [_NORM] if config.tie_embeddings else [_NORM, HEAD]
 
@@ -121,3 +150,17 @@ def groups(config: ModelConfig) -> Iterator[list[Weight]]:
 def weights(config: ModelConfig) -> list[Weight]:
     """Returns all weights of a model."""
     return [weight for group in groups(config) for weight in group]
+
+
+def count_parameters(config: ModelConfig, active: bool = False) -> int:
+    """Counts the parameters of a model, or only those that compute one token.
+
+    Args:
+      config: the model.
+      active: whether to count only as many experts of a layer as compute a token.
+    """
+    return sum(
+        math.prod(weight.shape(config))
+        for weight in weights(config)
+        if not active or (weight.expert or 0) < max(1, config.experts_per_token)
+    )

@@ -126,8 +126,10 @@ def lay_out(path: Path, names: Iterable[tuple[str, ...]], handler: str) -> Check
     return {name: _write_text(path / name, text) for name, text in contents.items()}
 
 
-def write(path: Path, name: str, array: np.ndarray) -> Checksums:
-    """Writes an array into the same files that Orbax would make.
+def write(
+    path: Path, name: str, array: np.ndarray, entry: tuple[int, int] | None = None
+) -> Checksums:
+    """Writes an array, or one entry of it, into files as Orbax makes them.
 
     Orbax would need the whole tree in memory, or would take 1.5 times as long to write it in parts.
 
@@ -135,11 +137,18 @@ def write(path: Path, name: str, array: np.ndarray) -> Checksums:
       path: a folder made by `lay_out`.
       name: the keys on the path to the leaf, joined by slashes.
       array: the array to write, with at least one axis.
+      entry: index of `array` in a larger array, whose entries are written one by one into files of
+        their own, and the number of entries; None = it is the whole array.
 
     Returns:
       The checksums of the files that it made, for `verify`.
     """
-    chunk = chunk_shape(array.shape, array.itemsize)
+    if entry is not None:
+        array = array[None]
+    shape = array.shape if entry is None else (entry[1], *array.shape[1:])
+    chunk = chunk_shape(shape, array.itemsize)
+    if entry is not None:
+        chunk[0] = 1
     about = {
         "chunks": chunk,
         "compressor": None,
@@ -148,12 +157,12 @@ def write(path: Path, name: str, array: np.ndarray) -> Checksums:
         "fill_value": None,
         "filters": None,
         "order": "C",
-        "shape": array.shape,
+        "shape": shape,
         "zarr_format": 2,
     }
     key = f"state/{name.replace('/', '.')}"
     place = path / key
-    place.mkdir()
+    place.mkdir(exist_ok=entry is not None)
     sums = {
         f"{key}/{_ARRAY}": _write_text(place / _ARRAY, json.dumps(about, separators=(",", ":")))
     }
@@ -163,7 +172,8 @@ def write(path: Path, name: str, array: np.ndarray) -> Checksums:
         # The last chunk along an axis is padded to the size of the others.
         missing = [(0, c - size) for c, size in zip(chunk, block.shape, strict=True)]
         block = np.ascontiguousarray(np.pad(block, missing) if np.any(missing) else block)
-        file = ".".join(map(str, number))
+        first = number[0] + (entry[0] if entry else 0)
+        file = ".".join(map(str, (first, *number[1:])))
         with open(place / file, "wb") as stream:
             folder.write_array(stream, block)
         sums[f"{key}/{file}"] = checksums.of_bytes(block.reshape(-1).view(np.uint8).data)

@@ -40,6 +40,8 @@ class Axes(NamedTuple):
             "heads": config.num_heads,
             "kv_heads": config.num_kv_heads,
             "head_dim": config.head_dim,
+            "expert": config.num_experts,
+            "choice": config.num_experts,
         }
         return tuple(sizes[axis] for axis in (*self.outputs, *self.inputs))
 
@@ -51,8 +53,13 @@ class Axes(NamedTuple):
         count = len(axes) - len(self.inputs)
         return axes[:count], axes[count:]
 
+    def stack(self, axes: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Returns the entries of the axes in front of the declared ones."""
+        return axes[: len(axes) - len(self.outputs) - len(self.inputs)]
 
-# Every matrix of the model, by the name of the module that holds it.
+
+# Every matrix of the model, by the name of the module that holds it. Those of experts are stacked
+# along an axis "expert" in front. The router's outputs, "choice", are never partitioned.
 MATRICES = {
     "embed": Axes(("vocab",), ("embed",)),
     "q_proj": Axes(("heads", "head_dim"), ("embed",)),
@@ -62,6 +69,7 @@ MATRICES = {
     "gate_proj": Axes(("mlp",), ("embed",)),
     "up_proj": Axes(("mlp",), ("embed",)),
     "down_proj": Axes(("embed",), ("mlp",)),
+    "router": Axes(("choice",), ("embed",)),
     "lm_head": Axes(("vocab",), ("embed",)),
 }
 

@@ -1,8 +1,8 @@
 """`Transformer` and `Block`: the forward pass, from tokens to logits.
 
 The model is a pure function: `model.apply({"params": params}, tokens, positions, cache)` returns
-the logits and the updated cache. Tokens are embedded, pass through L blocks of attention and MLP,
-and are normalised and multiplied by the output matrix.
+the logits and the updated cache. Tokens are embedded, pass through L blocks of attention and MLP
+(or a mixture of MLPs, see `experts.py`), and are normalised and multiplied by the output matrix.
 
 Positions are data. The position of a token decides its rotation, its attention mask and its cache
 slot, and position -1 marks padding. So rows of different lengths and ages share a batch without a
@@ -14,6 +14,7 @@ These letters name the axes of arrays here and everywhere else:
   T  query length               F  mlp_dim                            K  num_kv_heads
   S  key length, cache slots    V  vocab_size                         G  queries per key-value head
   L  num_layers                 W  sliding_window, own key included   H  head_dim
+  E  num_experts
 
 The parameters, with output axes first, heads in an axis of their own (which a mesh can partition),
 and one entry for each layer:
@@ -38,6 +39,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.attention import Attention
 from mistral_jax.model.cache import Cache, LayerCache
+from mistral_jax.model.experts import Experts
 from mistral_jax.model.layers import MLP, Embedding, Projection, RMSNorm
 from mistral_jax.model.rope import rotary_angles
 from mistral_jax.ops import backend
@@ -104,7 +106,10 @@ class Block(nn.Module):
         mixed, cache = attention(normal, positions, angles, cache)
         x = checkpoint_name(x + mixed, "residual")
         normal = RMSNorm(config.norm_eps, dtype, self.backend, name="mlp_norm")(x)
-        x = x + MLP(config, dtype, rules, **of, name="mlp")(normal)
+        if config.num_experts:
+            x = x + Experts(config, dtype, rules, **of, name="moe")(normal, positions)
+        else:
+            x = x + MLP(config, dtype, rules, **of, name="mlp")(normal)
         return nn.with_logical_constraint(x, ("batch", "length", "residual"), rules=rules), cache
 
 

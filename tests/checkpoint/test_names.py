@@ -94,6 +94,21 @@ def test_the_weights_of_7b_have_the_published_number_of_parameters():
 
 
 @pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [
+        ("mixtral-8x7b", 46_702_792_704, 12_879_925_248),
+        ("mixtral-8x22b", 140_630_071_296, 39_161_468_928),
+        ("mixtral-8x22b-v0.1", 140_620_634_112, 39_152_031_744),
+        ("mistral-7b-v0.1", 7_241_732_096, 7_241_732_096),
+    ],
+)
+def test_a_mixture_has_the_published_number_of_parameters(name, total, active):
+    config = ModelConfig.from_name(name)
+    assert names.count_parameters(config) == total
+    assert names.count_parameters(config, active=True) == active
+
+
+@pytest.mark.parametrize(
     ("name", "ignorable"),
     [
         ("model.layers.31.self_attn.rotary_emb.inv_freq", True),

@@ -200,7 +200,13 @@ def test_hugging_face_configs_that_are_refused(read, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"moe": {"num_experts": 8}}, "has moe .*; expected none"),
+        ({"moe": {"num_experts": 8}}, "moe has no num_experts_per_tok; expected a number above 0"),
+        ({"moe": {"num_experts": 8, "num_experts_per_tok": 9}}, "experts_per_token is 9; expected"),
+        (
+            {"moe": {"num_experts": 8, "num_experts_per_tok": "2"}},
+            "moe has num_experts_per_tok '2'; expected",
+        ),
+        ({"moe": [8, 2]}, "moe is .*; expected a table"),
         ({"model_type": "mamba"}, "model type 'mamba'; expected transformer"),
         ({"quantization": {"qformat_weight": "fp8"}}, "has quantization"),
         ({"n_kv_heads": ...}, "params.json has no n_kv_heads"),
