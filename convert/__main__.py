@@ -96,7 +96,9 @@ def _parser() -> Parser:
         description="Converts a PyTorch checkpoint to a checkpoint folder of this program.",
     )
     command.set_defaults(run=_to_orbax)
-    command.add_argument("source", metavar="SOURCE", help="folder of the PyTorch checkpoint")
+    command.add_argument(
+        "source", metavar="SOURCE", help="folder of the PyTorch checkpoint, or GGUF file"
+    )
     command.add_argument("target", metavar="TARGET", help="folder to make")
     _add_format(command)
     _add_output(command)
@@ -148,10 +150,10 @@ def _parser() -> Parser:
 def _add_format(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--format",
-        choices=(*FORMATS, *(f"{names}-{files}" for names in FORMATS for files in FILES)),
+        choices=(*FORMATS, *(f"{names}-{files}" for names in FORMATS for files in FILES), "gguf"),
         metavar="FORMAT",
         help="checkpoint to read if a folder holds several: hf or official, optionally followed by "
-        "-safetensors or -torch",
+        "-safetensors or -torch, or gguf",
     )
 
 

@@ -22,7 +22,7 @@ from mistral_jax.base.files import parse_json, read_json
 from mistral_jax.checkpoint.names import HEAD
 from mistral_jax.config import DEFAULT_MAX_POSITIONS, RULES, ModelConfig
 
-from . import experts, fp8, llama, rope
+from . import experts, fp8, gguf_model, llama, rope
 from .source import Tensor
 
 # Names of each field: in ModelConfig, in official files, in Hugging Face's. Every file must have
@@ -126,7 +126,7 @@ def read(
     """Reads the architecture of a source.
 
     Args:
-      file: `params.json` (official) or `config.json` (Hugging Face).
+      file: `params.json` (official), `config.json` (Hugging Face), or a GGUF file.
       rope_theta: base of the rotary embedding, for files that lack it or hold a wrong one.
       tensors: returns the tensors of the source, from which the values follow that some files leave
         out; None = such files are refused.
@@ -134,7 +134,8 @@ def read(
     Raises:
       ValueError: the file is not JSON, describes an unsupported architecture, or lacks a value.
     """
-    raw, official = read_json(file, _MOST_BYTES), file.name == "params.json"
+    is_gguf, official = file.suffix == ".gguf", file.name != "config.json"
+    raw, notes = gguf_model.params(file) if is_gguf else (read_json(file, _MOST_BYTES), [])
     if official and raw.get("vocab_size") == -1:  # Llama's files leave it to the tokenizer.
         del raw["vocab_size"]
     _check(raw, _RULES, str(file))
@@ -144,7 +145,6 @@ def read(
     _refuse_others(raw, file)
     keys = {ours: theirs[not official] for ours, *theirs in FIELDS}
     found = {ours: raw[key] for ours, key in keys.items() if raw.get(key) is not None}
-    notes = []
     if official and model_type == "llama":
         notes += llama.complete(found, raw, file, tensors)
     if model_type == "llama" or raw.get("num_key_value_heads", ...) is None:

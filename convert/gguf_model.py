@@ -52,6 +52,10 @@ _KNOWN = {
     "expert_feed_forward_length",
 }
 _ENDS = ("eos", "eot", "eom")
+_V01 = {
+    **{"dim": 4096, "n_layers": 32, "hidden_dim": 14336, "n_heads": 32, "n_kv_heads": 8},
+    **{"rope_theta": 1e4, "max_position_embeddings": 32768},
+}
 
 _PLAIN = {
     "token_embd": "tok_embeddings",
@@ -73,8 +77,8 @@ _EXPERTS = {"ffn_gate": "w1", "ffn_down": "w2", "ffn_up": "w3"}
 _NAME = re.compile(r"(?:blk\.(\d{1,4})\.)?([a-z_]+?)(?:(_exps)|\.(\d{1,4}))?\.weight")
 
 
-def params(file: Path) -> dict[str, Any]:
-    """Returns the fields of the official `params.json` of a GGUF file's model.
+def params(file: Path) -> tuple[dict[str, Any], list[str]]:
+    """Returns the fields of the official `params.json` of a GGUF file's model, and messages.
 
     Args:
       file: the file, or the first of its parts.
@@ -115,14 +119,22 @@ def params(file: Path) -> dict[str, Any]:
     ids = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", *_ENDS))
     bos, *ends = (token if integer(0).accepts(token) else None for token in ids)
     named = list(dict.fromkeys(token for token in ends if token is not None))
-    return found | {
+    found |= {
         key: value
         for key, value in (("bos_token_id", bos), ("eos_token_id", named))
         if value not in (None, [])
     }
+    notes = []
+    if "sliding_window" not in found and all(found.get(key) == x for key, x in _V01.items()):
+        found["sliding_window"] = 4096
+        notes.append(
+            f"{file.name} has the shapes of Mistral 7B v0.1, whose window of 4096 keys llama.cpp "
+            "leaves out"
+        )
+    return found, notes
 
 
-def tensors(files: Sequence[Path]) -> dict[str, list[gguf.Tensor]]:
+def tensors(files: Sequence[Path]) -> dict[str, gguf.Tensor]:
     """Returns the tensors of a model by their official names; those of experts one by one.
 
     Raises:
@@ -145,7 +157,7 @@ def tensors(files: Sequence[Path]) -> dict[str, list[gguf.Tensor]]:
             raise ValueError(
                 f"{tensor.file} has tensor {show(name)}, which is no part of a Mistral"
             )
-    return {name: [tensor] for name, tensor in found.items()}
+    return found
 
 
 def _alone(value: Any, what: str) -> Any:

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import math
+import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from mistral_jax.tokens.tokenizer import Tokenizer
 
 from . import architecture, checks, tokens
 from .checks import match
-from .source import find
+from .source import Source, find
 
 # Fields that a fine-tune may change and still have the name of the released model.
 _FREE = ("max_positions", "bos_id", "eos_id", "other_eos_ids", "unnamed_tokens")
@@ -102,7 +103,12 @@ def _verified(folder: Path, described: Mapping[str, zarr.Array] | None) -> str:
 def _source(
     folder: Path, format: str | None, lengths: Sequence[int], rope_theta: float | None
 ) -> Lines:
-    source = find(folder, format)
+    found = find(folder, format)
+    with tempfile.TemporaryDirectory() as scratch:
+        yield from _unpacked(found.unpacked(Path(scratch)), lengths, rope_theta)
+
+
+def _unpacked(source: Source, lengths: Sequence[int], rope_theta: float | None) -> Lines:
     others = "".join(f"; also {name} (see --format)" for name in source.other_formats)
     yield "format", f"{source.format}{others}"
     found = functools.cache(source.tensors)

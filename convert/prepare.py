@@ -47,7 +47,7 @@ def prepare(model: Path | str | None, folder: Path | str = "checkpoints") -> Pat
         )
     else:
         source = find(model)
-        name = (origin.base_name(origin.hub_name(model)) or name).rpartition("/")[2]
+        name = (origin.base_name(origin.hub_name(model)) or source.name).rpartition("/")[2]
     for number in itertools.count(1):
         target = Path(folder) / (name if number == 1 else f"{name}-{number}")
         if not target.exists() or (target.is_dir() and not any(target.iterdir())):

@@ -69,12 +69,12 @@ class Tensor(NamedTuple):
 
     Attributes:
       file: the file.
-      array: the stored values.
+      array: the stored values; NumPy dequantises those of a GGUF file.
       scale: the factor of values in FP8; None = the values are those that are stored.
     """
 
     file: Path
-    array: np.ndarray
+    array: np.ndarray | gguf.Quantized
     scale: np.ndarray | None = None
 
     @property
@@ -83,8 +83,9 @@ class Tensor(NamedTuple):
         return self.array.dtype if self.scale is None else fp8.RESULT
 
     def read(self) -> np.ndarray:
-        """Returns the values: a view of the file, unless they are in FP8."""
-        return self.array if self.scale is None else fp8.dequantize(self.array, self.scale)
+        """Returns the values: a view of the file, unless they are quantised."""
+        array = np.asarray(self.array)
+        return array if self.scale is None else fp8.dequantize(array, self.scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +113,12 @@ class Source:
         """The file that describes the architecture."""
         config = FORMATS[self.format].config
         return self.weight_files[0] if config is None else self.folder / config
+
+    @property
+    def name(self) -> str:
+        """The name of the folder or of the GGUF file."""
+        file = self.weight_files[0] if self.format == "gguf" else self.folder
+        return file.resolve().name.removesuffix(".gguf")
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -166,7 +173,8 @@ class Source:
           ValueError: a file is damaged, or two files hold the same tensor and are not parts.
         """
         if self.format == "gguf":
-            return gguf_model.tensors(self.weight_files)
+            held = gguf_model.tensors(self.weight_files)
+            return {name: [Tensor(*tensor)] for name, tensor in held.items()}
         found: dict[str, list[Tensor]] = {}
         for file in self.weight_files:
             torch = self.format.endswith("torch")

@@ -1,9 +1,10 @@
-"""Converts a PyTorch checkpoint to a checkpoint folder, one tensor at a time."""
+"""Converts a PyTorch checkpoint or a GGUF file to a checkpoint folder, one tensor at a time."""
 
 import contextlib
 import functools
 import hashlib
 import math
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ from mistral_jax.ops.quantized import QuantizedMatrix, to_int8
 
 from . import architecture, checks, hub, tokens
 from .checks import check_finite, match
-from .source import Tensor, find
+from .source import Source, Tensor, find
 
 
 def to_orbax(
@@ -39,10 +40,11 @@ def to_orbax(
     """Converts a PyTorch checkpoint to a checkpoint folder, which appears complete or not at all.
 
     Args:
-      source: the folder to read, or the name of a repository on the Hugging Face Hub.
+      source: the folder or the GGUF file to read, or the name of a repository on the Hugging Face
+        Hub.
       target: the checkpoint folder to make.
       format: the checkpoint to read if the folder holds several (see `source.find`).
-      dtype: dtype of the arrays; None = unchanged.
+      dtype: dtype of the arrays; None = unchanged; float32 for the quantised ones of a GGUF file.
       rope_theta: base of the rotary embedding, for sources that lack it.
       quantize: "int8" = round the weights of the projections and of the output to 8 bits, with one
         scale for each output; None = do not.
@@ -58,10 +60,24 @@ def to_orbax(
     folder.check_target(target, manifest.kept if overwrite else None)
     remote = hub.is_repository(source)
     found = hub.fetch(str(source), format, progress.say) if remote else find(source, format)
-    stamps = found.stamps()
     if found.other_formats:
         others = " and ".join(found.other_formats)
         progress.say(f"{source} is read as {found.format}; it also holds {others} (see --format)")
+    with tempfile.TemporaryDirectory() as scratch:
+        source = found.unpacked(Path(scratch))
+        _convert(source, target, dtype, rope_theta, quantize, overwrite, progress)
+
+
+def _convert(
+    found: Source,
+    target: Path | str,
+    dtype: str | None,
+    rope_theta: float | None,
+    quantize: str | None,
+    overwrite: bool,
+    progress: Progress,
+) -> None:
+    stamps = found.stamps()
     tensors = functools.cache(lambda: found.tensors(progress.say))
     described = architecture.read(found.config_file, rope_theta, tensors)
     tokenizer, config, notes = tokens.read(found, described)
@@ -87,7 +103,7 @@ def to_orbax(
     }
     folder.check_space(target, sum(sizes.values()))
     provenance = {
-        "source": origin.hub_name(found.folder) or found.folder.resolve().name,
+        "source": origin.hub_name(found.folder) or found.name,
         "source_format": found.format,
         "rope_theta_from": described.theta_origin,
         "program": f"mistral_jax {VERSION}",

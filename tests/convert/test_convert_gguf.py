@@ -159,7 +159,7 @@ BASE = {
 
 def params(tmp_path, changes=(), kind="llama", tensors=()):
     metadata = {key.replace("llama.", f"{kind}."): x for key, x in (BASE | dict(changes)).items()}
-    return gguf_model.params(write(tmp_path / "x.gguf", tensors, metadata, kind))
+    return gguf_model.params(write(tmp_path / "x.gguf", tensors, metadata, kind))[0]
 
 
 def test_metadata_becomes_the_official_fields(tmp_path):
@@ -171,6 +171,21 @@ def test_metadata_becomes_the_official_fields(tmp_path):
     }  # fmt: skip
     lists = {"llama.attention.head_count_kv": [2, 2], "llama.feed_forward_length": [48, 48]}
     assert params(tmp_path, lists)["n_kv_heads"] == 2
+
+
+def test_the_window_of_7b_v01_is_said(tmp_path):
+    shapes = {
+        "block_count": 32, "embedding_length": 4096, "feed_forward_length": 14336,
+        "attention.head_count": 32, "context_length": 32768, "attention.head_count_kv": 8,
+        "rope.freq_base": 1e4, "rope.dimension_count": 128,
+    }  # fmt: skip
+    metadata = BASE | {f"llama.{key}": value for key, value in shapes.items()}
+    found, notes = gguf_model.params(write(tmp_path / "x.gguf", metadata=metadata))
+    assert found["sliding_window"] == 4096
+    assert "whose window of 4096 keys llama.cpp leaves out" in notes[0]
+    metadata["llama.rope.freq_base"] = 1e6
+    found, notes = gguf_model.params(write(tmp_path / "x.gguf", metadata=metadata))
+    assert ("sliding_window" in found, notes) == (False, [])
 
 
 @pytest.mark.parametrize(
@@ -207,7 +222,7 @@ def test_names_are_those_that_llama_cpp_gives(tmp_path):
     assert len(names) == 12
     tensors = [(name, np.full(4, i, np.float32)) for i, name in enumerate(names)]
     found = gguf_model.tensors([write(tmp_path / "x.gguf", tensors)])
-    assert {name: place.array[0] for name, [place] in found.items()} == {
+    assert {name: place.array[0] for name, place in found.items()} == {
         official: i for i, official in enumerate(names.values())
     }
 
@@ -224,7 +239,7 @@ def test_experts_are_divided(tmp_path):
         "layers.0.feed_forward.gate.weight",
         "layers.1.feed_forward.experts.2.w2.weight",
     ]
-    [expert] = found["layers.0.feed_forward.experts.1.w1.weight"]
+    expert = found["layers.0.feed_forward.experts.1.w1.weight"]
     np.testing.assert_array_equal(expert.array, tensors[0][1][1])
     other = write(tmp_path / "y.gguf", [("v.patch_embd.weight", np.ones(4, np.float32))])
     with pytest.raises(ValueError, match=r"tensor 'v\.patch_embd\.weight', which is no part of"):
