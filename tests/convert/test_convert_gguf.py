@@ -5,10 +5,15 @@ import contextlib
 import gguf as library
 import numpy as np
 import pytest
+import sources
 from bounds import bounded
+from flax.traverse_util import flatten_dict
 from mistral_jax.convert import gguf, gguf_model, gguf_tokenizer
 from mistral_jax.convert.gguf_blocks import KINDS
+from mistral_jax.convert.source import find
+from mistral_jax.convert.to_orbax import to_orbax as convert
 
+import mistral_jax as mj
 from mistral_jax.checkpoint.checkpoint import BUNDLED
 from mistral_jax.tokens import spm
 from mistral_jax.tokens.tokenizer import Tokenizer
@@ -294,3 +299,50 @@ def test_a_tokenizer_that_does_not_fit_is_refused(changes, message):
     metadata = {f"tokenizer.ggml.{key}": value for key, value in (own | changes).items()}
     with pytest.raises(ValueError, match=message):
         gguf_tokenizer.files(metadata, "x.gguf")
+
+
+SMALL = {"hidden_dim": 64, "vocab_size": 64, "sliding_window": ...}
+FIELDS = {
+    "block_count": 2, "embedding_length": 32, "feed_forward_length": 64, "vocab_size": 64,
+    "attention.head_count": 4, "attention.head_count_kv": 2, "context_length": 4096,
+    "attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": 1e4, "rope.dimension_count": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("number", [0, 1, 8, 3], ids=["F32", "F16", "Q8_0", "Q4_1"])
+def test_converts_to_the_numbers_of_the_blocks(tmp_path, number, tied):
+    """A GGUF file, and an official checkpoint of its dequantised numbers, give the same arrays."""
+    kind = library.GGMLQuantizationType(number)
+    held = sources.tensors(tied, **{key: x for key, x in SMALL.items() if x is not ...})
+    table = library.get_tensor_name_map(library.MODEL_ARCH.LLAMA, 2)
+    written = []
+    for name, array in held.items():
+        raw = array if array.ndim == 1 else library.quants.quantize(array, kind)
+        if array.ndim > 1:
+            held[name] = library.quants.dequantize(raw, kind)
+        theirs = f"{table.get_name(name.removesuffix('.weight'))}.weight"
+        written.append((theirs, raw, *([number] if array.ndim > 1 and number > 1 else [])))
+    metadata = {f"llama.{key}": value for key, value in FIELDS.items()}
+    file = write(tmp_path / "tiny.gguf", written, metadata)
+    changes = SMALL | {"max_position_embeddings": 4096, "tied_embeddings": tied}
+    sources.write(tmp_path / "official", "official-safetensors", held, **changes)
+    convert(file, tmp_path / "x")
+    convert(tmp_path / "official", tmp_path / "y")
+    (model, params, _), (expected_model, expected, _) = (
+        mj.load(tmp_path / name, dtype="float32") for name in ("x", "y")
+    )
+    assert model.config == expected_model.config
+    for path, array in flatten_dict(expected).items():
+        np.testing.assert_array_equal(flatten_dict(params)[path], array, err_msg=str(path))
+
+
+def test_a_folder_with_one_file_is_a_source_and_with_several_asks_for_a_name(tmp_path):
+    (tmp_path / "x").mkdir()
+    for name in ("a.gguf", "b.gguf"):
+        write(tmp_path / "x" / name, metadata=BASE)
+    with pytest.raises(ValueError, match=r"x holds a\.gguf and b\.gguf; name one file"):
+        find(tmp_path / "x")
+    (tmp_path / "x" / "b.gguf").unlink()
+    assert find(tmp_path / "x").weight_files == (tmp_path / "x" / "a.gguf",)
+    assert find(tmp_path / "x" / "a.gguf").format == "gguf"
