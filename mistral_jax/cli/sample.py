@@ -129,7 +129,7 @@ class _Model:
         _check(rows)
 
     def _encode_text(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, bos=True)
+        return self._tokenizer.encode(text, bos=self._tokenizer.adds_bos)
 
     def _encode_message(self, text: str) -> list[int]:
         system = self._arguments.system
