@@ -146,7 +146,10 @@ def _model(
       lengths: text lengths in tokens.
       quantized: int8 values and scales in the checkpoint, whose size does not depend on the dtype.
     """
-    yield "model", _name(config) or "none of those that this program knows by name"
+    names = _names(config)
+    yield "model", names[0] if names else "none of those that this program knows by name"
+    if names[1:]:
+        yield "same as", ", ".join(names[1:])
     yield "layers", f"{config.num_layers}, width {config.embed_dim}, MLP {config.mlp_dim}"
     heads = f"{config.num_heads} query and {config.num_kv_heads} key-value heads"
     yield "attention", f"{heads} of {config.head_dim}"
@@ -214,11 +217,17 @@ def _list(fields: Mapping[str, Any]) -> str:
     )
 
 
-def _name(config: ModelConfig) -> str | None:
-    """Returns the name of the released model with this architecture, or None."""
-    for file in sorted((CONFIG_DIR / "models").glob("*.toml")):
-        known = ModelConfig.from_name(file.stem)
-        same = {name: getattr(config, name) for name in _FREE}
+def _names(config: ModelConfig) -> list[str]:
+    """Returns the names of the released models with this architecture.
+
+    General models come first: Mathstral, for instance, is a Mistral 7B v0.3 that was trained
+    further.
+    """
+    files = [path.stem for path in (CONFIG_DIR / "models").glob("*.toml")]
+    found = []
+    for name in sorted(files, key=lambda name: (not name.startswith("mistral"), name)):
+        known = ModelConfig.from_name(name)
+        same = {field: getattr(config, field) for field in _FREE}
         if dataclasses.replace(known, **same) == config:
-            return file.stem
-    return None
+            found.append(name)
+    return found

@@ -20,6 +20,17 @@ def build(config: dict, tensors: dict[str, np.ndarray], **fields) -> transformer
         kind = "Ministral"
         fields["layer_types"] = [f"{'sliding' if w else 'full'}_attention" for w in windows]
         (windows,) = set(windows) - {None}
+    rope = {"rope_type": "default", "rope_theta": config["rope_theta"]}
+    if yarn := config.get("yarn"):
+        kind = "Ministral3"
+        rope |= {
+            "rope_type": "yarn",
+            "factor": yarn["factor"],
+            "original_max_position_embeddings": yarn["original_max_position_embeddings"],
+            "beta_fast": yarn["beta"],
+            "beta_slow": yarn["alpha"],
+            "llama_4_scaling_beta": config.get("llama_4_scaling", {}).get("beta", 0.0),
+        } | ({} if yarn["apply_scale"] else {"attention_factor": 1.0})
     hf_config = getattr(transformers, f"{kind}Config")(
         vocab_size=config["vocab_size"],
         hidden_size=config["dim"],
@@ -29,7 +40,7 @@ def build(config: dict, tensors: dict[str, np.ndarray], **fields) -> transformer
         num_key_value_heads=config["n_kv_heads"],
         head_dim=config["head_dim"],
         rms_norm_eps=config["norm_eps"],
-        rope_parameters={"rope_type": "default", "rope_theta": config["rope_theta"]},
+        rope_parameters=rope,
         sliding_window=windows,
         max_position_embeddings=4096,
         tie_word_embeddings="output.weight" not in tensors,

@@ -14,8 +14,9 @@ def forward(config: dict, tensors: dict[str, np.ndarray], tokens) -> np.ndarray:
     """Computes the logits [T, V] of one sequence.
 
     Args:
-      config: fields of `params.json`, and `rope_theta`. `sliding_window` may be a list with one
-        entry per layer, and so may `dilation`, which no official file has.
+      config: fields of `params.json`, and `rope_theta`; `yarn` and `llama_4_scaling` as in files of
+        Ministral 3. `sliding_window` may be a list with one entry per layer, and so may `dilation`,
+        which no official file has.
       tensors: float32 arrays by official name; without `output.weight` the output is tied to the
         embedding.
       tokens: T token ids.
@@ -40,7 +41,10 @@ def attention(config: dict, layer: dict[str, np.ndarray], x: np.ndarray, i: int)
     q = (x @ layer["attention.wq.weight"].T).reshape(length, config["n_heads"], dim)
     k = (x @ layer["attention.wk.weight"].T).reshape(length, config["n_kv_heads"], dim)
     v = (x @ layer["attention.wv.weight"].T).reshape(length, config["n_kv_heads"], dim)
-    q, k = rotate(q, config["rope_theta"]), rotate(k, config["rope_theta"])
+    q, k = rotate(q, *turns(config)), rotate(k, *turns(config))
+    if scaling := config.get("llama_4_scaling"):
+        spans = np.arange(length) // scaling["original_max_position_embeddings"]
+        q = q * (1 + scaling["beta"] * np.log(1 + spans))[:, None, None]
     out = np.zeros_like(q)
     for head in range(config["n_heads"]):
         kv_head = head // (config["n_heads"] // config["n_kv_heads"])
@@ -52,11 +56,34 @@ def attention(config: dict, layer: dict[str, np.ndarray], x: np.ndarray, i: int)
     return out.reshape(length, -1) @ layer["attention.wo.weight"].T
 
 
-def rotate(x: np.ndarray, theta: float) -> np.ndarray:
-    """Rotates each pair (2j, 2j + 1) of x [T, heads, head_dim] by t * theta ** (-2j / head_dim)."""
-    length, _, dim = x.shape
-    angles = np.outer(np.arange(length), theta ** (-np.arange(0, dim, 2) / dim))
-    pairs = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * angles)[:, None, :]
+def turns(config: dict) -> tuple[np.ndarray, float]:
+    """Returns the radians that each pair turns by per position, and the factor of its length.
+
+    With YaRN (arXiv 2309.00071), pairs that turn rarely within the original length turn `factor`
+    times more slowly, pairs that turn often do not, and between them the share rises linearly.
+    """
+    dim, theta, yarn = config["head_dim"], config["rope_theta"], config.get("yarn")
+    plain = np.array([theta ** (-2 * j / dim) for j in range(dim // 2)])
+    if not yarn:
+        return plain, 1.0
+
+    def pair(rotations):
+        around = yarn["original_max_position_embeddings"] / (2 * math.pi * rotations)
+        return math.log(around) / math.log(theta) * dim / 2
+
+    first, last = math.floor(pair(yarn["beta"])), math.ceil(pair(yarn["alpha"]))
+    first, last = max(first, 0), min(last, dim - 1)
+    slowed = [min(max((j - first) / (last - first), 0), 1) for j in range(dim // 2)]
+    changed = [
+        f * (1 - share + share / yarn["factor"]) for f, share in zip(plain, slowed, strict=True)
+    ]
+    return np.array(changed), 0.1 * math.log(yarn["factor"]) + 1 if yarn["apply_scale"] else 1.0
+
+
+def rotate(x: np.ndarray, frequencies: np.ndarray, factor: float = 1.0) -> np.ndarray:
+    """Rotates each pair (2j, 2j + 1) of x [T, heads, head_dim] by t * frequencies[j]."""
+    angles = np.outer(np.arange(len(x)), frequencies)
+    pairs = (x[..., 0::2] + 1j * x[..., 1::2]) * factor * np.exp(1j * angles)[:, None, :]
     return np.stack([pairs.real, pairs.imag], axis=-1).reshape(x.shape)
 
 

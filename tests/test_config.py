@@ -64,6 +64,60 @@ def test_a_dilated_window_spans_its_keys_and_the_gaps_between_them():
     assert make(sliding_window=[None, 5, 1], dilation=[2, 3, 4]).spans == (None, 13, 1)
 
 
+YARN = {
+    "kind": "yarn",
+    "factor": 16,
+    "original_positions": 16384,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "attention_factor": 1,
+}
+LLAMA3 = {
+    "kind": "llama3",
+    "factor": 8,
+    "original_positions": 8192,
+    "low_freq_factor": 1,
+    "high_freq_factor": 4,
+}
+QUERIES = {"beta": 0.1, "original_positions": 16384}
+
+
+@pytest.mark.parametrize("scaling", [YARN, LLAMA3, {"kind": "linear", "factor": 2}])
+def test_scalings_survive_json_and_are_part_of_the_hash(scaling):
+    config = make(rope_scaling=scaling, query_scaling=QUERIES)
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.to_dict()["rope_scaling"] == scaling
+    assert hash(config) == hash(make(rope_scaling=scaling, query_scaling=QUERIES))
+    assert config != make(rope_scaling=scaling) != make()
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        (YARN | {"original_positions": None}, "rope_scaling.original_positions is None; expected"),
+        ({k: v for k, v in YARN.items() if k != "attention_factor"}, "attention_factor is None"),
+        (YARN | {"factor": 0}, "rope_scaling.factor is 0; expected a finite number above 0"),
+        (YARN | {"kind": "dynamic"}, "kind is 'dynamic'; expected one of linear, llama3, yarn"),
+        (YARN | {"low_freq_factor": 1}, "low_freq_factor is 1; expected none, because kind is"),
+        (YARN | {"beta": 1}, "unknown key 'rope_scaling.beta'"),
+        (LLAMA3 | {"high_freq_factor": 1}, "expected a number above low_freq_factor (1)"),
+        ({"kind": "linear"}, "missing rope_scaling.factor"),
+        ("yarn", "rope_scaling is 'yarn'; expected null, or a table with the fields of Rope"),
+    ],
+)
+def test_a_scaling_has_exactly_the_values_of_its_kind(scaling, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make(rope_scaling=scaling)
+
+
+def test_a_scaling_of_queries_has_both_values():
+    for wrong in (QUERIES | {"beta": 0}, QUERIES | {"original_positions": 1.5}, {"beta": 0.1}):
+        with pytest.raises(ValueError, match=r"query_scaling\.(beta|original_positions)"):
+            make(query_scaling=wrong)
+    with pytest.raises(ValueError, match="rope_theta is 1; expected a number above 1 in a model"):
+        make(rope_scaling=YARN, rope_theta=1)
+
+
 def test_integers_are_accepted_for_floats():
     assert make(rope_theta=10000) == make(rope_theta=1e4)
     assert isinstance(make(rope_theta=10000).rope_theta, float)

@@ -4,13 +4,14 @@ The map of `convert/names.py` is written down again here, so that the two check 
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import reference
 
-from mistral_jax.config import ModelConfig
+from mistral_jax.config import ModelConfig, QueryScaling, RopeScaling
 from mistral_jax.model.transformer import Transformer
 
 OFFICIAL = {
@@ -25,6 +26,15 @@ OFFICIAL = {
     "rope_theta": 1e4,
     "sliding_window": 5,
 }
+# The changes of the rotation and of the queries that Ministral 3 has, for short texts.
+YARN = {
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+    "beta": 4.0,
+    "alpha": 1.0,
+    "apply_scale": False,
+}
+QUERIES = {"original_max_position_embeddings": 8, "beta": 0.1}
 
 
 def build(seed: int = 0, tied: bool = False, dtype=jnp.float32, **fields):
@@ -48,6 +58,8 @@ def from_official(config: dict, tensors: dict[str, np.ndarray], dtype=jnp.float3
         norm_eps=config["norm_eps"],
         dilation=config.get("dilation", 1),
         tie_embeddings="output.weight" not in tensors,
+        rope_scaling=_yarn(config.get("yarn")),
+        query_scaling=_queries(config.get("llama_4_scaling")),
     )
     params = {
         "embed": {"embedding": tensors["tok_embeddings.weight"]},
@@ -79,6 +91,24 @@ def ragged(rows):
         tokens[i, : len(row)] = row
         positions[i, : len(row)] = range(len(row))
     return jnp.asarray(tokens), jnp.asarray(positions)
+
+
+def _yarn(table):
+    if not table:
+        return None
+    applied = 0.1 * math.log(table["factor"]) + 1 if table["apply_scale"] else 1.0
+    return RopeScaling(
+        "yarn",
+        table["factor"],
+        original_positions=table["original_max_position_embeddings"],
+        beta_fast=table["beta"],
+        beta_slow=table["alpha"],
+        attention_factor=applied,
+    )
+
+
+def _queries(table):
+    return table and QueryScaling(table["beta"], table["original_max_position_embeddings"])
 
 
 def _layer(config, take):

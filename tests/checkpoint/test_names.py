@@ -83,14 +83,45 @@ def test_nothing_is_copied_where_nothing_moves():
         assert np.shares_memory(tensor, weight.from_file(tensor, config, official=True)) != moved
 
 
-def test_the_weights_of_7b_have_the_published_number_of_parameters():
-    counts = {"v0.1": 7_241_732_096, "v0.2": 7_241_732_096, "v0.3": 7_248_023_552}
-    for version, count in counts.items():
-        config = ModelConfig.from_name(f"mistral-7b-{version}")
-        assert (
-            sum(np.prod(weight.shape(config), dtype=int) for weight in names.weights(config))
-            == count
-        )
+PUBLISHED = {  # parameters of each model
+    "mistral-7b-v0.1": 7_241_732_096,
+    "mistral-7b-v0.2": 7_241_732_096,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "llama-7b": 6_738_415_616,
+    "llama-13b": 13_015_864_320,
+    "llama-33b": 32_528_943_616,
+    "llama-65b": 65_285_660_672,
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-2-70b": 68_976_648_192,
+    "codellama-7b": 6_738_546_688,
+    "codellama-13b": 13_016_028_160,
+    "codellama-34b": 33_743_970_304,
+    "codellama-7b-python": 6_738_415_616,
+    "codellama-13b-python": 13_015_864_320,
+    "mathstral-7b": 7_248_023_552,
+    "codestral-22b": 22_247_282_688,
+    "mistral-small-2409": 22_247_282_688,
+    "mistral-large-2": 122_610_069_504,
+    "mistral-nemo-12b": 12_247_782_400,
+    "ministral-8b": 8_019_808_256,
+    "mistral-small-3": 23_572_403_200,
+    "mistral-small-3.1": 23_572_403_200,
+    "devstral-small": 23_572_403_200,
+    "magistral-small": 23_572_403_200,
+    "ministral-3-3b": 3_429_006_336,
+    "ministral-3-8b": 8_489_553_920,
+    "ministral-3-14b": 13_506_073_600,
+    "devstral-small-2": 23_572_403_200,
+    "devstral-2-123b": 125_025_988_608,
+}
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_each_model_has_the_published_number_of_parameters(model):
+    config = ModelConfig.from_name(model)
+    sizes = [np.prod(weight.shape(config), dtype=int) for weight in names.weights(config)]
+    assert sum(sizes) == PUBLISHED[model]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ sys.path.insert(0, str(GOLDEN.parent))
 
 import hf_reference  # noqa: E402  (it lies one folder up)
 import reference  # noqa: E402
+import tiny  # noqa: E402
 
 BASE = {
     "dim": 32,
@@ -24,6 +25,7 @@ BASE = {
     "vocab_size": 57,
     "norm_eps": 1e-5,
 }
+YARN = {"head_dim": 16, "yarn": tiny.YARN}
 CASES = {  # name: seed, query heads, kv heads, window, theta, what differs from BASE
     "mha": (23, 4, 4, 5, 1e4, {}),
     "gqa_wide_heads": (27, 6, 2, 7, 1e4, {"head_dim": 10}),
@@ -31,12 +33,16 @@ CASES = {  # name: seed, query heads, kv heads, window, theta, what differs from
     "gqa_no_window": (16, 8, 2, None, 1e6, {}),
     "mqa_long_base": (25, 3, 1, 6, 1e6, {"norm_eps": 1e-3}),
     "windows_by_layer": (22, 4, 1, [None, 4], 1e8, {}),
+    "yarn_queries": (31, 4, 2, None, 1e3, YARN | {"llama_4_scaling": tiny.QUERIES}),
+    "yarn_scaled_tied": (40, 4, 4, 9, 1e4, YARN | {"yarn": tiny.YARN | {"apply_scale": True}}),
 }
 NEW_TOKENS = 48  # six of the widest windows
 
 
 def main() -> None:
     for name, (seed, *values, fields) in CASES.items():
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
         keys = ("n_heads", "n_kv_heads", "sliding_window", "rope_theta")
         config = BASE | dict(zip(keys, values, strict=True)) | fields
         tied = "tied" in name

@@ -17,8 +17,14 @@ from mistral_jax.model.cache import init_cache
 from mistral_jax.model.transformer import SAVED, Transformer, stack_layers, unstack_layers
 from mistral_jax.ops.backend import Backend
 
-# One model that has every kind of layer.
-MIXED = {"n_layers": 4, "sliding_window": [None, 5, 1, 3], "dilation": [1, 1, 1, 2]}
+# One model that has every kind of layer, YaRN, and queries that are scaled by their positions.
+MIXED = {
+    "n_layers": 4,
+    "sliding_window": [None, 5, 1, 3],
+    "dilation": [1, 1, 1, 2],
+    "yarn": tiny.YARN | {"apply_scale": True},
+    "llama_4_scaling": tiny.QUERIES,
+}
 TEXT = np.random.default_rng(0).integers(53, size=28)  # past five windows
 # Sums of a few dozen float32 terms, in another order, through three layers (logits are near 1).
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

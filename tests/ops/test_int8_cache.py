@@ -76,8 +76,8 @@ def test_they_are_those_of_keys_and_values_rounded_one_by_one(fields, monkeypatc
 
     def attend(config, layer, x, i):
         # Keys are rotated last, and values are what is left of the layer's products.
-        turned = iter((rotate, lambda x, theta: rounded(rotate(x, theta))))
-        monkeypatch.setattr(reference, "rotate", lambda x, theta: next(turned)(x, theta))
+        turned = iter((rotate, lambda x, *turns: rounded(rotate(x, *turns))))
+        monkeypatch.setattr(reference, "rotate", lambda x, *turns: next(turned)(x, *turns))
         heads = config["n_kv_heads"], config["head_dim"]
         v = (x @ layer["attention.wv.weight"].T).reshape(len(x), *heads)
         # The least-squares weights that make these values of x: exact, for x has full row rank.
