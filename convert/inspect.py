@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from mistral_jax.checkpoint import arrays, checkpoint, manifest, zarr
 from mistral_jax.checkpoint.names import weights
 from mistral_jax.config import CONFIG_DIR, ModelConfig
 from mistral_jax.model.cache import init_cache
+from mistral_jax.tokens.chat import ChatForm
 from mistral_jax.tokens.tokenizer import Tokenizer
 
-from . import architecture, tokens
+from . import architecture, chat, tokens
 from .checks import match
 from .source import find
 
@@ -76,7 +77,7 @@ def _checkpoint(folder: Path, lengths: Sequence[int], verify: bool) -> Lines:
     stored = flatten_dict(tree)
     quantized = [x for path, x in stored.items() if (*path[:-1], "values") in stored]
     yield from _model(config, _text(provenance, "rope_theta_from"), lengths, quantized)
-    yield from _tokenizer(folder / "tokenizer.model")
+    yield from _tokenizer(folder / "tokenizer.model", lambda _: manifest.read_chat(folder))
     yield from _stored(stored.values())
     if verify:
         yield "verified", _verified(folder, described)
@@ -105,7 +106,7 @@ def _source(
     yield "format", f"{source.format}{others}"
     described = architecture.read(source.config_file, rope_theta)
     yield from _model(described.config, described.theta_origin, lengths)
-    yield from _tokenizer(source.tokenizer_file)
+    yield from _tokenizer(source.tokenizer_file, lambda found: chat.choose(source, found))
     for note in described.notes:
         yield "note", note
     try:
@@ -168,12 +169,14 @@ def _model(
         yield "cache", f"{decimal(size)} for a text of {length} tokens, in bfloat16"
 
 
-def _tokenizer(file: Path | None) -> Lines:
+def _tokenizer(file: Path | None, chosen: Callable[[Tokenizer], ChatForm | None]) -> Lines:
     if file is None or not file.is_file():
         yield "tokenizer", "none (no SentencePiece file)"
         return
     tokenizer = Tokenizer.from_file(file)
     yield "tokenizer", f"{tokenizer.version}, {tokenizer.vocab_size} tokens ({file.name})"
+    tokenizer.chat = chosen(tokenizer)
+    yield "chat form", tokenizer.chat_form
 
 
 def _stored(tensors: Iterable[Any]) -> Lines:

@@ -19,7 +19,7 @@ from mistral_jax.checkpoint.names import Weight
 from mistral_jax.config import ModelConfig
 from mistral_jax.ops.quantized import QuantizedMatrix, to_int8
 
-from . import architecture, hub, tokens
+from . import architecture, chat, hub, tokens
 from .checks import check_finite, match
 from .source import Tensor, find
 
@@ -33,6 +33,7 @@ def to_orbax(
     rope_theta: float | None = None,
     quantize: str | None = None,
     overwrite: bool = False,
+    chat_form: str | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Converts a PyTorch checkpoint to a checkpoint folder, which appears complete or not at all.
@@ -46,6 +47,8 @@ def to_orbax(
       quantize: "int8" = round the weights of the projections and of the output to 8 bits, with one
         scale for each output; None = do not.
       overwrite: whether to replace a checkpoint at `target`, if its folder holds nothing else.
+      chat_form: name of the form of conversations (`tokens.chat.NAMES`); None = chosen by the
+        source's files.
       progress: receives messages and the bytes done; None = nothing is shown.
 
     Raises:
@@ -65,6 +68,7 @@ def to_orbax(
     tokenizer, config, notes = tokens.read(found, described)
     for note in (*described.notes, *notes):
         progress.say(note)
+    form = chat.choose(found, tokenizer, chat_form) if tokenizer else None
     matched = match(found, found.tensors(progress.say), config)
     tree = unflatten_dict(
         {weight.path: jax.ShapeDtypeStruct(weight.shape(config), np.float32) for weight in matched},
@@ -93,7 +97,7 @@ def to_orbax(
     with (
         _hashing(found.files) as hashes,
         checkpoint.create(
-            target, config, shapes, found.tokenizer_file, provenance, overwrite
+            target, config, shapes, found.tokenizer_file, provenance, overwrite, form
         ) as write,
         progress.task(sum(sizes.values())) as advance,
     ):

@@ -5,16 +5,15 @@ It is independent of the model, and only reads tokenizer files.
 
 import codecs
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
 from mistral_jax.base.fields import show
 from mistral_jax.base.files import read_bytes
 from mistral_jax.tokens import spm
-from mistral_jax.tokens.messages import Control, chat_parts, lesson_parts
+from mistral_jax.tokens.chat import Chat
 
 # Maximum size of a file in bytes: a vocabulary of 262,144 pieces takes less than 5 MB.
 MOST_BYTES = 16 << 20
@@ -28,7 +27,7 @@ codecs.register_error(_EACH_BYTE, lambda error: ("\ufffd", error.start + 1))
 _ANCHOR = "\U0010ffff".encode()
 
 
-class Tokenizer:
+class Tokenizer(Chat):
     """Converts text to token ids and back with the vocabulary of a SentencePiece file.
 
     A model may have more tokens than its tokenizer has pieces: tokens that were added to it, or
@@ -41,9 +40,11 @@ class Tokenizer:
       unk_id: token for text that the vocabulary cannot spell.
       version: Mistral's name for the set of control tokens, detected from the control tokens in
         the file: "v1" (no [INST]), "v2" ([INST] and [/INST]), "v3" (also [PREFIX]) or "v7" (also
-        [SYSTEM_PROMPT]; its chat form is not supported). The `tokenizer.model.v3` of 7B v0.3 on
+        [SYSTEM_PROMPT]). The `tokenizer.model.v3` of 7B v0.3 on
         the Hugging Face Hub is a v2 file; chat without tools is the same in both versions.
     """
+
+    kind = "sentencepiece"
 
     def __init__(self, model: SentencePieceProcessor, ids: int = 0):
         self._model = model
@@ -57,12 +58,6 @@ class Tokenizer:
             if not model.is_control(model.piece_to_id(piece)):
                 break
             self.version = version
-        self._control = {
-            Control.BOS: self.bos_id,
-            Control.EOS: self.eos_id,
-            Control.BEGIN_INST: model.piece_to_id("[INST]"),
-            Control.END_INST: model.piece_to_id("[/INST]"),
-        }
         self._anchor_length = len(model.encode(_ANCHOR))
 
     @classmethod
@@ -135,46 +130,15 @@ class Tokenizer:
             ids = self._model.encode(data)
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
-    def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], safe_prompt: bool = False
-    ) -> list[int]:
-        """Encodes a conversation as the prompt for the next answer, in the chat form of `version`.
+    def control(self, spelling: str) -> int | None:
+        """Returns the id of a control token by its spelling; None = there is no such token."""
+        token = self.lookup(spelling)
+        return token if token is not None and self._model.is_control(token) else None
 
-        Args:
-          messages: see `messages.chat_parts`.
-          safe_prompt: whether to put Mistral's safety prompt before the system text.
-
-        Returns:
-          Token ids, BOS first.
-
-        Raises:
-          ValueError: the conversation is invalid, or the chat form of `version` is not supported.
-        """
-        ids: list[int] = []
-        for part in chat_parts(messages, self.version, safe_prompt):
-            ids += self.encode(part) if isinstance(part, str) else [self._control[part]]
-        return ids
-
-    def encode_lesson(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[float]]:
-        """Encodes a finished conversation to train on, in the chat form of `version`.
-
-        Args:
-          messages: see `messages.lesson_parts`.
-
-        Returns:
-          Token ids, BOS first and EOS last, and the loss weight of each token.
-
-        Raises:
-          ValueError: the conversation or a weight is invalid, all weights are 0, or the chat form
-            of `version` is not supported.
-        """
-        ids: list[int] = []
-        weights: list[float] = []
-        for part, weight in lesson_parts(messages, self.version):
-            more = self.encode(part) if isinstance(part, str) else [self._control[part]]
-            ids += more
-            weights += [weight] * len(more)
-        return ids, weights
+    def lookup(self, spelling: str) -> int | None:
+        """Returns the id of any token by its spelling; None = there is no such token."""
+        token = self._model.piece_to_id(spelling)
+        return token if self._model.id_to_piece(token) == spelling else None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decodes token ids; skips control tokens and replaces each invalid byte by U+FFFD.

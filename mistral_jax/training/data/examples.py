@@ -220,7 +220,10 @@ def read_tokenizer(recipe: Recipe) -> Tokenizer:
     config, _ = read_base(recipe)
     if not (base / "tokenizer.model").is_file():
         raise ValueError(f"{base} has no tokenizer.model, which encodes examples: put it there")
-    return checkpoint.read_tokenizer(base / "tokenizer.model", config)
+    tokenizer = checkpoint.read_tokenizer(base / "tokenizer.model", config)
+    if recipe.data.chat_form is not None:
+        tokenizer.chat_form = recipe.data.chat_form
+    return tokenizer
 
 
 def _beginnings(recipe: Recipe, tokenizer: Tokenizer) -> Iterator[Prompt]:
