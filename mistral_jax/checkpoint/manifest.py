@@ -38,6 +38,7 @@ _RULES = {
     "checksums": string(),
     "chat_form": string(*NAMES),
     "chat_tokens": table_of(string()),
+    "chat_spaces": string("each", "first"),
 }
 _EXTENT_RULES = {"files": integer(0, 1 << 40), "bytes": integer(0, 1 << 60)}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -123,7 +124,8 @@ def read_chat(path: Path | str) -> ChatForm | None:
         raise ValueError(
             f"{path} has no {TEMPLATES['default']}, which its chat form needs: copy it again"
         )
-    return ChatForm(name, templates, contents.get("chat_tokens", {}))
+    spaces = contents.get("chat_spaces", "each")
+    return ChatForm(name, templates, contents.get("chat_tokens", {}), spaces)
 
 
 def verify(path: Path | str) -> Checksums:
@@ -172,8 +174,8 @@ def write(
     }
     if chat is not None:
         contents["chat_form"] = chat.name
-        if chat.tokens:
-            contents["chat_tokens"] = dict(chat.tokens)
+        if chat.templates:
+            contents |= {"chat_tokens": dict(chat.tokens), "chat_spaces": chat.spaces}
         for key, text in chat.templates.items():
             (path / TEMPLATES[key]).write_text(text, encoding="utf-8", newline="")
     if sums is not None:

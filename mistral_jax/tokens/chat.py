@@ -16,6 +16,7 @@ from mistral_jax.tokens.messages import (
     infill_parts,
     lesson_parts,
 )
+from mistral_jax.tokens.template import TemplateForm
 
 # All names of forms: "template" is the checkpoint's own Jinja template, "none" a model without any.
 NAMES = (*RULES, "template", "none")
@@ -33,11 +34,14 @@ class ChatForm:
       templates: Jinja templates by name, for "template": "default", and perhaps "tool_use", which
         is used if there are tools.
       tokens: spellings of special tokens by their names in the templates, such as "eos_token".
+      spaces: where the tokenizer's leading space goes in what a template writes: "each" text
+        between control tokens, or only the "first" text.
     """
 
     name: str
     templates: Mapping[str, str] = dataclasses.field(default_factory=dict)
     tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    spaces: str = "each"
 
     def __post_init__(self):
         if self.name not in NAMES:
@@ -98,7 +102,9 @@ class Chat:
         Raises:
           ValueError: the conversation or a tool is invalid, or the form does not support it.
         """
-        parts = chat_parts(messages, self._named_form(), safe_prompt, tools)
+        if self._named_form() == "template":
+            return self._template().encode(messages, tools, safe_prompt)
+        parts = chat_parts(messages, self.chat_form, safe_prompt, tools)
         return [token for part in parts for token in self._encode_part(part)]
 
     def encode_lesson(
@@ -119,9 +125,11 @@ class Chat:
           ValueError: the conversation, a tool or a weight is invalid, all weights are 0, or the
             form does not support it.
         """
+        if self._named_form() == "template":
+            return self._template().lesson(messages, tools)
         ids: list[int] = []
         weights: list[float] = []
-        for part, weight in lesson_parts(messages, self._named_form(), tools):
+        for part, weight in lesson_parts(messages, self.chat_form, tools):
             more = self._encode_part(part)
             ids += more
             weights += [weight] * len(more)
@@ -181,6 +189,10 @@ class Chat:
                 "plain text, or choose a form with --chat-form"
             )
         return form
+
+    def _template(self) -> TemplateForm:
+        chat = self.chat
+        return TemplateForm(self, chat.templates, chat.tokens, chat.spaces)
 
     def _find(self, control: Control) -> int | None:
         if control is Control.BOS:

@@ -120,8 +120,7 @@ def read(messages: Any, rules: Rules, finished: bool) -> list[Turn]:
 
 def _merge(role: str, run: Sequence[Mapping[str, Any]], rules: Rules) -> Turn:
     """Joins consecutive messages of one role."""
-    given = [message.get("weight") for message in run]
-    weights = {float(role == "assistant") if weight is None else float(weight) for weight in given}
+    weights = {answer_weight(message) for message in run}
     if len(weights) > 1:
         low, *_, high = sorted(weights)
         raise ValueError(
@@ -140,6 +139,22 @@ def _merge(role: str, run: Sequence[Mapping[str, Any]], rules: Rules) -> Turn:
         (only,) = run
         turn = dataclasses.replace(turn, call_id=only.get("tool_call_id"), name=only.get("name"))
     return turn
+
+
+def answer_weight(message: Mapping[str, Any]) -> float:
+    """Returns the loss weight of a message: what it says, or 1 for an answer and 0 for others.
+
+    Raises:
+      ValueError: it has an invalid weight.
+    """
+    weight, role = message.get("weight"), message["role"]
+    if weight is None:
+        return float(role == "assistant")
+    if role != "assistant":
+        raise ValueError(f"a message has a weight and role {role!r}; only answers may have one")
+    if problem := _weight_problem(weight):
+        raise ValueError(f"an answer {problem}")
+    return float(weight)
 
 
 def join(texts: Iterable[str]) -> str:

@@ -58,6 +58,8 @@ class Tokenizer(Chat):
             if not model.is_control(model.piece_to_id(piece)):
                 break
             self.version = version
+        control = [i for i in range(self.vocab_size) if model.is_control(i) or model.is_unknown(i)]
+        self.controls: dict[str, int] = {model.id_to_piece(i): i for i in control}
         self._anchor_length = len(model.encode(_ANCHOR))
 
     @classmethod
