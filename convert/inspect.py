@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from mistral_jax.checkpoint import arrays, checkpoint, manifest, zarr
 from mistral_jax.checkpoint.names import weights
 from mistral_jax.config import CONFIG_DIR, ModelConfig
 from mistral_jax.model.cache import init_cache
+from mistral_jax.tokens import storage
 from mistral_jax.tokens.chat import ChatForm
 from mistral_jax.tokens.tokenizer import Tokenizer
 
@@ -77,7 +79,7 @@ def _checkpoint(folder: Path, lengths: Sequence[int], verify: bool) -> Lines:
     stored = flatten_dict(tree)
     quantized = [x for path, x in stored.items() if (*path[:-1], "values") in stored]
     yield from _model(config, _text(provenance, "rope_theta_from"), lengths, quantized)
-    yield from _tokenizer(folder / "tokenizer.model", lambda _: manifest.read_chat(folder))
+    yield from _tokenizer(storage.find(folder), config, lambda _: manifest.read_chat(folder))
     yield from _stored(stored.values())
     if verify:
         yield "verified", _verified(folder, described)
@@ -106,7 +108,8 @@ def _source(
     yield "format", f"{source.format}{others}"
     described = architecture.read(source.config_file, rope_theta)
     yield from _model(described.config, described.theta_origin, lengths)
-    yield from _tokenizer(source.tokenizer_file, lambda found: chat.choose(source, found))
+    chosen = functools.partial(chat.choose, source)
+    yield from _tokenizer(source.tokenizer_file, described.config, chosen)
     for note in described.notes:
         yield "note", note
     try:
@@ -169,12 +172,16 @@ def _model(
         yield "cache", f"{decimal(size)} for a text of {length} tokens, in bfloat16"
 
 
-def _tokenizer(file: Path | None, chosen: Callable[[Tokenizer], ChatForm | None]) -> Lines:
-    if file is None or not file.is_file():
+def _tokenizer(
+    file: Path | None, config: ModelConfig, chosen: Callable[[Tokenizer], ChatForm | None]
+) -> Lines:
+    if file is None:
         yield "tokenizer", "none (no SentencePiece file)"
         return
-    tokenizer = Tokenizer.from_file(file)
-    yield "tokenizer", f"{tokenizer.version}, {tokenizer.vocab_size} tokens ({file.name})"
+    tokenizer = Tokenizer.from_file(file, bos_id=config.bos_id, eos_id=config.eos_id)
+    kind = "" if tokenizer.kind == "sentencepiece" else f"{tokenizer.kind} "
+    version = tokenizer.version or "with control tokens of its own"
+    yield "tokenizer", f"{kind}{version}, {tokenizer.vocab_size} tokens ({file.name})"
     tokenizer.chat = chosen(tokenizer)
     yield "chat form", tokenizer.chat_form
 

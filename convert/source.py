@@ -41,9 +41,21 @@ FORMATS = {  # in order of preference: safetensors first, then the more complete
 _MOST_INDEX = 8 << 20
 _INDEX_RULES = {"weight_map": table_of(string())}
 
-TOKENIZERS = ("tokenizer.model", "tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1")
+# The names of tokenizer files in the order of preference.
+TOKENIZERS = (
+    *("tokenizer.model", "tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1"),
+    *("tekken.json", "tokenizer.json"),
+)
 # Files of Hugging Face's format that, like the config, may name the tokens that end an answer.
-DETAILS = ("generation_config.json", "tokenizer_config.json", "added_tokens.json")
+DETAILS = (
+    *("generation_config.json", "tokenizer_config.json"),
+    *("added_tokens.json", "special_tokens_map.json"),
+)
+# Files of that format with chat templates.
+CHATS = (
+    *("chat_template.jinja", "chat_template.json"),
+    "additional_chat_templates/tool_use.jinja",
+)
 
 
 class Tensor(NamedTuple):
@@ -61,7 +73,7 @@ class Source:
       folder: path of the folder.
       format: key of `FORMATS`.
       weight_files: files that hold the tensors; all of them exist.
-      tokenizer_file: SentencePiece file, or None.
+      tokenizer_file: the first of `TOKENIZERS` that exists, or None.
       detail_files: existing files of `DETAILS`, if the format is Hugging Face's.
       other_formats: other keys of `FORMATS` that the folder holds a checkpoint for.
     """
@@ -82,7 +94,9 @@ class Source:
     def files(self) -> tuple[Path, ...]:
         """The files that a conversion reads."""
         named = (self.config_file, self.tokenizer_file)
-        return (*(file for file in named if file), *self.detail_files, *self.weight_files)
+        chats = () if self.official else (self.folder / name for name in CHATS)
+        found = (*(file for file in named if file), *self.detail_files, *self.weight_files)
+        return (*found, *(file for file in chats if file.is_file()))
 
     def stamps(self) -> dict[str, str]:
         """Returns a stamp for each file by name; a stamp changes when the file changes.
@@ -162,7 +176,9 @@ def find(
         missing = [file for file in weights[name] if file not in names]
         if missing:
             raise ValueError(f"{folder} has no {missing[0]}, which its index names{hint}")
-        tokenizer = next((folder / file for file in TOKENIZERS if file in names), None)
+        # The official formats have no tokenizer.json.
+        known = [file for file in TOKENIZERS if name.startswith("hf") or file != "tokenizer.json"]
+        tokenizer = next((folder / file for file in known if file in names), None)
         files = tuple(folder / file for file in weights[name])
         details = [folder / file for file in DETAILS if file in names and name.startswith("hf")]
         return Source(folder, name, files, tokenizer, tuple(details), others)

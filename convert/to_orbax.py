@@ -68,7 +68,7 @@ def to_orbax(
     tokenizer, config, notes = tokens.read(found, described)
     for note in (*described.notes, *notes):
         progress.say(note)
-    form = chat.choose(found, tokenizer, chat_form) if tokenizer else None
+    form = chat.choose(found, tokenizer, chat_form, progress.say) if tokenizer else None
     matched = match(found, found.tensors(progress.say), config)
     tree = unflatten_dict(
         {weight.path: jax.ShapeDtypeStruct(weight.shape(config), np.float32) for weight in matched},

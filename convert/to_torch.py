@@ -17,6 +17,7 @@ from mistral_jax.checkpoint import arrays, folder, manifest, safetensors_file, z
 from mistral_jax.checkpoint.checkpoint import check_shapes, read_tokenizer
 from mistral_jax.checkpoint.names import Weight, groups, weights
 from mistral_jax.config import ModelConfig
+from mistral_jax.tokens import storage
 from mistral_jax.tokens.tokenizer import Tokenizer
 
 from . import architecture, hf_tokenizer
@@ -25,7 +26,7 @@ from .source import TOKENIZERS
 
 # Names of the files of both formats and of tokenizers. A folder with other files is not replaced.
 _FILES = re.compile(
-    r"(config|params|generation_config|tokenizer|tokenizer_config|special_tokens_map|tekken)\.json"
+    r"(config|params|generation_config|tokenizer|tokenizer_config|added_tokens|special_tokens_map|tekken)\.json"
     r"|[\w.-]+\.model(\.v\d+\w*)?|chat_template\.jinja"
     r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|consolidated\.safetensors"
 )
@@ -62,8 +63,8 @@ def to_torch(
     kept = _kept if overwrite else None
     folder.check_target(target, kept)
     config, provenance, arrays_on_disk = manifest.examine(checkpoint)
-    vocabulary = checkpoint / "tokenizer.model"
-    tokenizer = read_tokenizer(vocabulary, config) if vocabulary.is_file() else None
+    vocabulary = storage.find(checkpoint)
+    tokenizer = read_tokenizer(vocabulary, config) if vocabulary else None
     if tokenizer is not None:
         config = config.taught_to_end_with(tokenizer.eos_id)
     described = (architecture.to_official if official else architecture.to_hf)(config)
@@ -108,7 +109,9 @@ def to_torch(
             ends = {name: described[name] for name in ("bos_token_id", "eos_token_id")}
             _write_json(part / "generation_config.json", ends)
         _write_json(part / ("params.json" if official else "config.json"), described)
-        if tokenizer is not None:
+        if tokenizer is not None and tokenizer.kind != "sentencepiece":
+            storage.copy(vocabulary, part)
+        elif tokenizer is not None:
             # mistral-common reads the version of a tokenizer from the suffix of its file name.
             name = provenance.get("tokenizer")
             name = name if official and name in TOKENIZERS else vocabulary.name

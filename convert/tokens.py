@@ -17,6 +17,7 @@ from mistral_jax.base.fields import (
 from mistral_jax.base.files import read_json
 from mistral_jax.checkpoint import checkpoint
 from mistral_jax.config import ModelConfig
+from mistral_jax.tokens import storage
 from mistral_jax.tokens.tokenizer import Tokenizer
 
 from .architecture import Architecture
@@ -31,6 +32,7 @@ _RULES = {
         "added_tokens_decoder": optional(table_of(_TOKEN)),
     },
     "added_tokens.json": {},
+    "special_tokens_map.json": {},
 }
 
 
@@ -38,7 +40,7 @@ class Tokens(NamedTuple):
     """The tokenizer of a source, and its config with the tokens that end an answer.
 
     Attributes:
-      tokenizer: the tokenizer; None = the source has no SentencePiece file.
+      tokenizer: the tokenizer; None = the source has no file of one.
       config: the config, completed with all tokens that end an answer.
       notes: messages about disagreements between files.
     """
@@ -63,7 +65,12 @@ def read(source: Source, described: Architecture) -> Tokens:
         unexpected type.
     """
     config, file, notes = described.config, source.tokenizer_file, []
-    tokenizer = Tokenizer.from_file(file, config.vocab_size) if file else None
+    present = [name for name in storage.NAMES.values() if (source.folder / name).is_file()]
+    others = [name for name in present if file and not file.name.startswith(name)]
+    if others:
+        notes.append(f"the tokenizer is {file.name}; {' and '.join(others)} is left out")
+    ends = {"bos_id": config.bos_id, "eos_id": next(iter(described.eos_ids), None)}
+    tokenizer = Tokenizer.from_file(file, config.vocab_size, **ends) if file else None
     if tokenizer is not None:
         unnamed = config.vocab_size - tokenizer.vocab_size
         # If fewer than half of the tokens have a piece, `check_tokenizer` raises an error.
@@ -75,6 +82,8 @@ def read(source: Source, described: Architecture) -> Tokens:
                 "model, this is another model's tokenizer"
             )
         checkpoint.check_tokenizer(tokenizer, config, file)
+        if tokenizer.bos_id is not None:
+            config = dataclasses.replace(config, bos_id=tokenizer.bos_id)
     ends, more = _ends(source, described, tokenizer)
     if ends:
         first, *others = ends
@@ -96,7 +105,7 @@ def _ends(
     for file in source.detail_files:
         raw[file.name] = read_json(file)
         check_table(raw[file.name], _RULES[file.name], str(file))
-    generation, own, added = raw.values()
+    generation, own, added, _ = raw.values()
     ids = generation.get("eos_token_id")
     named = [(source.tokenizer_file.name, tokenizer.eos_id)] if tokenizer else []
     named += [(source.config_file.name, token) for token in described.eos_ids]

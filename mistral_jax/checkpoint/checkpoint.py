@@ -1,4 +1,4 @@
-"""Load and save models in checkpoint folders: `config.json`, `tokenizer.model`, `params/` (Orbax).
+"""Load and save models in checkpoint folders: `config.json`, a tokenizer, `params/` (Orbax).
 
 Arrays are read from disk directly onto their devices, in the dtype of the caller's choice.
 PyTorch checkpoints are converted first (`mistral_jax.convert`).
@@ -6,7 +6,6 @@ PyTorch checkpoints are converted first (`mistral_jax.convert`).
 
 import contextlib
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,12 @@ from mistral_jax.ops.backend import PLAIN, Backend
 from mistral_jax.ops.quantized import QuantizedMatrix
 from mistral_jax.parallel import distributed
 from mistral_jax.parallel.sharding import abstract_params, read_layout
+from mistral_jax.tokens import storage
 from mistral_jax.tokens.chat import ChatForm
 from mistral_jax.tokens.tokenizer import Tokenizer
 
 BUNDLED = Path(__file__).resolve().parents[1] / "assets" / "nano"
-# The most tokens that a model may have beyond those of its SentencePiece file: fine-tuning adds
+# The most tokens that a model may have beyond those of its tokenizer's file: fine-tuning adds
 # tokens, and tables are padded to round sizes.
 MOST_UNNAMED = 255
 # Bytes read at a time: enough to keep the disk busy, and few enough to show progress.
@@ -89,8 +89,8 @@ def load(
     adapted = None if lora is None else adapters.read(lora, config)
     stored = arrays.stored(path / "params", described)
     check_layers(config, stored, path / "params")
-    file = path / "tokenizer.model"
-    tokenizer = read_tokenizer(file, config) if file.is_file() else None
+    file = storage.find(path)
+    tokenizer = read_tokenizer(file, config) if file else None
     if tokenizer is not None and chat_form is not None:
         tokenizer.chat_form = chat_form
     if tokenizer is not None:  # Earlier versions did not check the end token.
@@ -146,7 +146,7 @@ def save(
       path: the folder to make.
       config: the architecture.
       params: the parameters, in any dtype, on any devices.
-      tokenizer_file: SentencePiece model to copy into the folder.
+      tokenizer_file: the tokenizer's file, to copy into the folder.
       provenance: the origin of the model, as JSON values.
       overwrite: whether to replace a checkpoint at `path`, if its folder holds nothing else.
       chat: the chat form, such as `tokenizer.chat`; None = that of the checkpoint that
@@ -212,7 +212,7 @@ def create(
       path: the folder to make.
       config: the architecture.
       shapes: the shapes of all parameters, by path.
-      tokenizer_file: SentencePiece model to copy into the folder.
+      tokenizer_file: the tokenizer's file, to copy into the folder.
       provenance: the origin of the model, as JSON values. It is written last, so the caller may add
         to it until then.
       overwrite: whether to replace a checkpoint at `path`, if its folder holds nothing else.
@@ -230,7 +230,7 @@ def create(
         yield write
         check_shapes(shapes, written, path)
         if tokenizer_file is not None:
-            shutil.copyfile(tokenizer_file, part / "tokenizer.model")
+            storage.copy(tokenizer_file, part)
         manifest.write(part, config, provenance or {}, sums, chat)
 
 
@@ -240,7 +240,8 @@ def read_tokenizer(file: Path, config: ModelConfig) -> Tokenizer:
     Raises:
       ValueError: the file is not a tokenizer, or is that of another model.
     """
-    tokenizer = Tokenizer.from_file(file, config.vocab_size)
+    ends = {"bos_id": config.bos_id, "eos_id": config.eos_id}
+    tokenizer = Tokenizer.from_file(file, config.vocab_size, **ends)
     check_tokenizer(tokenizer, config, file)
     tokenizer.chat = manifest.read_chat(file.parent)
     return tokenizer

@@ -26,6 +26,7 @@ MOST_TEMPLATE = 1 << 20
 # The files of a checkpoint of this version or an earlier one.
 _FILES = re.compile(
     r"config\.json|checksums\.json|generation_config\.json|tokenizer(_config)?\.json"
+    r"|special_tokens_map\.json|added_tokens\.json"
     r"|tokenizer\.model|tekken\.json|chat_template(_tool_use)?\.jinja"
     r"|params/(orbax\.checkpoint|_CHECKPOINT_METADATA|commit_success\.txt)"
     r"|params/state/_METADATA"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral_jax.cli import command
+from mistral_jax.tokens import storage
 
 _UNFOLDED = 1000  # columns of a table that is not printed on a terminal
 
@@ -126,7 +127,7 @@ def _run(arguments: argparse.Namespace) -> None:
             progress=Screen(),
         )
     if tokenizer is None:
-        raise ValueError(f"{arguments.checkpoint} has no tokenizer.model; put the model's there")
+        raise ValueError(f"{arguments.checkpoint} has no {storage.EXPECTED}; put the model's there")
     loaded = model, params, tokenizer
     with command.announced():
         if texts:

@@ -9,6 +9,7 @@ import time
 from mistral_jax.base import files
 from mistral_jax.cli import command
 from mistral_jax.cli.options import parser
+from mistral_jax.tokens import storage
 
 _SAMPLING = (
     *("temperature", "top_k", "top_p", "min_p", "seed"),
@@ -88,7 +89,7 @@ class _Model:
             )
         if self._tokenizer is None:
             raise ValueError(
-                f"{arguments.checkpoint} has no tokenizer.model; copy the model's to this folder"
+                f"{arguments.checkpoint} has no {storage.EXPECTED}; copy the model's to this folder"
             )
         if arguments.max_positions is not None:
             config = dataclasses.replace(model.config, max_positions=arguments.max_positions)

@@ -235,7 +235,7 @@ def _check_tokenizer(tokenizer):
     if not hasattr(tokenizer, "encode"):
         raise ValueError(
             f"tokenizer is {show(tokenizer)}; expected a Tokenizer, the third value that `load` "
-            "returns, which is None if the checkpoint has no tokenizer.model"
+            "returns, which is None if the checkpoint has no tokenizer's file"
         )
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from mistral_jax.base.fields import show
 from mistral_jax.tokens.messages import (
-    LLAMA_MARKS,
     RULES,
     Control,
     Infill,
@@ -50,7 +49,7 @@ class ChatForm:
             )
 
 
-def by_version(version: str, kind: str) -> str:
+def by_version(version: str | None, kind: str) -> str:
     """Returns the name of the form of Mistral's models by the tokenizer's version and kind."""
     if (version, kind) == ("v3", "tekken"):
         return "v3-tekken"
@@ -149,7 +148,6 @@ class Chat:
           ValueError: the tokenizer has no tokens for it.
         """
         is_llama = self._find(Control.LLAMA_MIDDLE) is not None
-        marks = [control.value for control in LLAMA_MARKS] if is_llama else []
         parts = infill_parts(prefix, suffix, "llama-2" if is_llama else "v3")
         for part in parts:
             if isinstance(part, Control) and self._find(part) is None:
@@ -157,29 +155,13 @@ class Chat:
                     f"the tokenizer has no {part.value}: the model cannot fill in the middle; "
                     "expected Codestral or CodeLlama (7B or 13B, not Python), or leave the suffix"
                 )
-        ids = []
-        for part in parts:
-            more = self._encode_part(part)
-            ids += more if isinstance(part, Control) else self._without(more, marks)
-        return ids
+        return [token for part in parts for token in self._encode_part(part)]
 
     @property
     def fim_end_ids(self) -> tuple[int, ...]:
         """Tokens besides EOS that end a text that fills in: CodeLlama's `<EOT>`."""
         token = self._find(Control.LLAMA_END)
         return () if token is None else (token,)
-
-    def _without(self, ids: list[int], marks: Sequence[str]) -> list[int]:
-        """Spells marks that a text contains in other tokens; CodeLlama has them as plain pieces."""
-        spelled = {self.lookup(mark): mark.replace("▁", " ") for mark in marks}
-        found = []
-        for token in ids:
-            text = spelled.get(token)
-            found += [token] if text is None else self._apart(text)
-        return found
-
-    def _apart(self, text: str) -> list[int]:
-        return [*self.encode(text[:-1], continues=True), *self.encode(text[-1], continues=True)]
 
     def _named_form(self) -> str:
         form = self.chat_form
@@ -199,7 +181,7 @@ class Chat:
             return self.bos_id
         if control is Control.EOS:
             return self.eos_id
-        return (self.lookup if control in LLAMA_MARKS else self.control)(control.value)
+        return self.control(control.value)
 
     def _encode_part(self, part: Part) -> list[int]:
         if isinstance(part, Infill):  # mistral-common and CodeLlama encode a suffix so.

@@ -47,13 +47,6 @@ class Control(enum.Enum):
     LLAMA_END = "▁<EOT>"
 
 
-# CodeLlama's marks of a text to fill in, which are ordinary pieces of its vocabulary.
-LLAMA_MARKS = (
-    *(Control.LLAMA_PREFIX, Control.LLAMA_SUFFIX),
-    *(Control.LLAMA_MIDDLE, Control.LLAMA_END),
-)
-
-
 class Later(str):
     """A text that continues the text before it: no space is put before its first word."""
 

@@ -6,7 +6,7 @@ parses its wire format directly, so that the package does not depend on protobuf
 
 import enum
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 # Wire types, and fields as (number, wire type). A known number with another type is ignored.
@@ -84,6 +84,27 @@ def pieces(data: bytes) -> list[Piece]:
     return found
 
 
+def with_control(data: bytes, spellings: Collection[str]) -> bytes:
+    """Returns a file in which the pieces with these spellings are control pieces.
+
+    Raises:
+      ValueError: `data` is not a SentencePiece file.
+    """
+    found = [spelling for spelling in spellings if spelling.encode() in data]
+    if not found:
+        return data
+    parts, at = [], 0
+    for field, value, end in _spans(data):
+        if field == _PIECE and dict(_fields(value)).get(_TEXT, b"").decode() in found:
+            # The last value of a field is the one that counts.
+            value += bytes((_KIND[0] << 3 | _KIND[1], Kind.CONTROL))
+            parts.append(bytes((_PIECE[0] << 3 | _PIECE[1], *_to_varint(len(value)))) + value)
+        else:
+            parts.append(data[at:end])
+        at = end
+    return b"".join(parts)
+
+
 def normalizer(data: bytes) -> Normalizer:
     """Returns the normalization that a file describes; raises as `pieces`."""
     says = _merged(data, _NORMALIZER)
@@ -107,6 +128,11 @@ def _merged(data: bytes, message: tuple[int, int]) -> dict[tuple[int, int], Any]
 
 def _fields(data: bytes) -> Iterator[tuple[tuple[int, int], Any]]:
     """Yields the fields of a message: (number, wire type) and value."""
+    return ((field, value) for field, value, _ in _spans(data))
+
+
+def _spans(data: bytes) -> Iterator[tuple[tuple[int, int], Any, int]]:
+    """Yields the fields of a message as `_fields`, each with the offset of its end."""
     at, left = 0, _MOST_FIELDS
     while at < len(data):
         if not left:
@@ -116,7 +142,7 @@ def _fields(data: bytes) -> Iterator[tuple[tuple[int, int], Any]]:
         field = tag >> 3, tag & 7
         if field[1] == _INTEGER:
             value, at = _varint(data, at)
-            yield field, value
+            yield field, value, at
             continue
         if field[1] == _BYTES:
             size, at = _varint(data, at)
@@ -124,8 +150,15 @@ def _fields(data: bytes) -> Iterator[tuple[tuple[int, int], Any]]:
             size = {_FLOAT: 4, _DOUBLE: 8}.get(field[1], -1)
         if size < 0 or at + size > len(data):
             raise ValueError("a field is cut short or of an unknown kind")
-        yield field, data[at : at + size]
         at += size
+        yield field, data[at - size : at], at
+
+
+def _to_varint(value: int) -> Iterator[int]:
+    while value > 0x7F:
+        yield value & 0x7F | 0x80
+        value >>= 7
+    yield value
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:

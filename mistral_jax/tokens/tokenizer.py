@@ -1,103 +1,101 @@
-"""A SentencePiece tokenizer: encodes texts and conversations, decodes token ids and streams.
+"""The protocol of tokenizers: encodes texts and conversations, decodes token ids and streams.
 
-It is independent of the model, and only reads tokenizer files.
+`Tokenizer.from_file` reads three kinds of files and tells them apart by their content. Each kind is
+a module of its own: `sentencepiece.py`, `tekken.py` and `hf.py`.
 """
 
+import abc
 import codecs
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-
-from sentencepiece import SentencePieceProcessor
+from typing import ClassVar
 
 from mistral_jax.base.fields import show
-from mistral_jax.base.files import read_bytes
-from mistral_jax.tokens import spm
+from mistral_jax.tokens import storage
 from mistral_jax.tokens.chat import Chat
 
-# Maximum size of a file in bytes: a vocabulary of 262,144 pieces takes less than 5 MB.
-MOST_BYTES = 16 << 20
+# Control tokens by which Mistral's sets of control tokens are told apart.
+_VERSIONS = (("v2", "[INST]"), ("v3", "[PREFIX]"), ("v7", "[SYSTEM_PROMPT]"))
 
 # SentencePiece decodes every invalid byte to one U+FFFD. Python's "replace" decodes several invalid
 # bytes to one.
 _EACH_BYTE = "mistral_jax.each_byte"
 codecs.register_error(_EACH_BYTE, lambda error: ("\ufffd", error.start + 1))
 
-# A character that is in no vocabulary, so that no piece joins it to the text that follows.
-_ANCHOR = "\U0010ffff".encode()
 
+class Tokenizer(Chat, abc.ABC):
+    """Converts text to token ids and back with the vocabulary of a file.
 
-class Tokenizer(Chat):
-    """Converts text to token ids and back with the vocabulary of a SentencePiece file.
-
-    A model may have more tokens than its tokenizer has pieces: tokens that were added to it, or
-    that pad its embedding table. Like control tokens, these tokens have no text.
+    A model may have more tokens than its tokenizer: tokens that were added to it, or that pad its
+    embedding table. Like control tokens, these tokens have no text.
 
     Attributes:
-      vocab_size: number of pieces.
-      bos_id: token that begins a text.
-      eos_id: token that ends an answer.
-      unk_id: token for text that the vocabulary cannot spell.
-      version: Mistral's name for the set of control tokens, detected from the control tokens in
-        the file: "v1" (no [INST]), "v2" ([INST] and [/INST]), "v3" (also [PREFIX]) or "v7" (also
-        [SYSTEM_PROMPT]). The `tokenizer.model.v3` of 7B v0.3 on
-        the Hugging Face Hub is a v2 file; chat without tools is the same in both versions.
+      kind: "sentencepiece", "tekken" or "tokenizer.json".
+      vocab_size: number of tokens of the file.
+      bos_id: token that begins a text; None = the file names none.
+      eos_id: token that ends an answer; None = the file names none.
+      unk_id: token for text that the vocabulary cannot spell; None = it can spell any text.
+      adds_bos: whether texts of the model begin with BOS.
+      version: Mistral's name for the set of control tokens. A `tekken.json` states it. Otherwise it
+        is detected from the control tokens: "v1" (no [INST]), "v2" ([INST] and [/INST]), "v3" (also
+        [PREFIX]) or "v7" (also [SYSTEM_PROMPT]). The `tokenizer.model.v3` of 7B v0.3 on the Hugging
+        Face Hub is a v2 file; chat without tools is the same in both versions. None = the control
+        tokens are not Mistral's.
     """
 
-    kind = "sentencepiece"
+    kind: ClassVar[str]
 
-    def __init__(self, model: SentencePieceProcessor, ids: int = 0):
-        self._model = model
-        self.vocab_size: int = model.vocab_size()
-        self._ids = max(ids, self.vocab_size)
-        self.bos_id: int = model.bos_id()
-        self.eos_id: int = model.eos_id()
-        self.unk_id: int = model.unk_id()
-        self.version = "v1"
-        for version, piece in (("v2", "[INST]"), ("v3", "[PREFIX]"), ("v7", "[SYSTEM_PROMPT]")):
-            if not model.is_control(model.piece_to_id(piece)):
-                break
-            self.version = version
-        control = [i for i in range(self.vocab_size) if model.is_control(i) or model.is_unknown(i)]
-        self.controls: dict[str, int] = {model.id_to_piece(i): i for i in control}
-        self._anchor_length = len(model.encode(_ANCHOR))
+    def __init__(
+        self,
+        vocab_size: int,
+        ids: int = 0,
+        *,
+        bos_id: int | None,
+        eos_id: int | None,
+        unk_id: int | None,
+        version: str | None,
+    ):
+        self.vocab_size, self._ids = vocab_size, max(ids, vocab_size)
+        self.adds_bos = bos_id is not None
+        self.bos_id, self.eos_id, self.unk_id = bos_id, eos_id, unk_id
+        self.version = version
 
-    @classmethod
-    def from_file(cls, path: str | Path, ids: int = 0) -> "Tokenizer":
-        """Reads a SentencePiece file, such as a checkpoint's `tokenizer.model`.
+    @staticmethod
+    def from_file(
+        path: str | Path,
+        ids: int = 0,
+        *,
+        bos_id: int | None = None,
+        eos_id: int | None = None,
+    ) -> "Tokenizer":
+        """Reads a tokenizer's file: a `tokenizer.model`, a `tekken.json` or a `tokenizer.json`.
+
+        The content decides which of them it is, not the name. A `tokenizer.json` does not say which
+        tokens begin and end a text: `tokenizer_config.json`, `special_tokens_map.json` and
+        `generation_config.json` are read if they are beside it.
 
         Args:
           path: the file.
           ids: number of tokens of the model (V), if it has more than the file.
+          bos_id: the model's BOS token, for a `tokenizer.json` with no file beside it that names
+            one.
+          eos_id: the same for the EOS token.
 
         Raises:
-          ValueError: the file does not exist, is not a SentencePiece model of type BPE, or has no
-            BOS or EOS token.
+          ValueError: the file does not exist, is damaged or not a tokenizer, is one of an
+            algorithm that is not supported, or needs a package that is not installed.
           OSError: the file cannot be read.
         """
-        if not Path(path).exists():
-            raise ValueError(f"there is no tokenizer file {path}; expected a SentencePiece model")
-        data = read_bytes(path, MOST_BYTES)
-        try:
-            algorithm = spm.algorithm(data)
-            model = SentencePieceProcessor(model_proto=data) if data else None
-            if model is None or not all(map(model.id_to_piece, range(model.vocab_size()))):
-                raise ValueError("it has a piece without a spelling")
-        except (RuntimeError, ValueError):  # pieces that are not UTF-8, among others
-            raise ValueError(
-                f"{path} is not a SentencePiece model, or is damaged; expected a tokenizer.model"
-            ) from None
-        if algorithm != "BPE":
-            raise ValueError(
-                f"{path} is a SentencePiece model of kind {algorithm}; expected BPE, which "
-                "Mistral's tokenizers are"
-            )
-        if model.bos_id() < 0 or model.eos_id() < 0:
-            raise ValueError(
-                f"{path} has bos id {model.bos_id()} and eos id {model.eos_id()}; expected a "
-                "tokenizer with both tokens"
-            )
-        return cls(model, ids)
+        from mistral_jax.tokens.hf import HuggingFace
+        from mistral_jax.tokens.sentencepiece import SentencePiece
+        from mistral_jax.tokens.tekken import Tekken
+
+        path = Path(path)
+        kind, content = storage.read(path)
+        if kind == "tokenizer.json":
+            return HuggingFace.parse(content, path, ids, bos_id=bos_id, eos_id=eos_id)
+        return (Tekken if kind == "tekken" else SentencePiece).parse(content, path, ids)
 
     def encode(
         self, text: str, bos: bool = False, eos: bool = False, continues: bool = False
@@ -106,7 +104,7 @@ class Tokenizer(Chat):
 
         Args:
           text: any text; "<s>" or "[INST]" in it are encoded as ordinary characters.
-          bos: whether to put `bos_id` in front.
+          bos: whether to put `bos_id` in front, if the tokenizer has one.
           eos: whether to put `eos_id` at the end.
           continues: whether the text continues another one that is encoded separately. No space is
             then put before the first word, so that the concatenated ids decode to both texts.
@@ -115,32 +113,22 @@ class Tokenizer(Chat):
           Token ids.
 
         Raises:
-          ValueError: the text is not a string, or contains a lone surrogate (half a character).
+          ValueError: the text is not a string, or contains a lone surrogate (half a character); or
+            `eos` is true and the tokenizer has no EOS token.
         """
         if not isinstance(text, str):
             raise ValueError(f"the text is {show(text)}; expected a string")
         try:
-            data = text.encode()
+            text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"the text has a lone surrogate (U+{ord(text[error.start]):04X}) at character "
                 f"{error.start}; expected valid Unicode"
             ) from None
-        if continues:
-            ids = self._model.encode(_ANCHOR + data)[self._anchor_length :]
-        else:
-            ids = self._model.encode(data)
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
-
-    def control(self, spelling: str) -> int | None:
-        """Returns the id of a control token by its spelling; None = there is no such token."""
-        token = self.lookup(spelling)
-        return token if token is not None and self._model.is_control(token) else None
-
-    def lookup(self, spelling: str) -> int | None:
-        """Returns the id of any token by its spelling; None = there is no such token."""
-        token = self._model.piece_to_id(spelling)
-        return token if self._model.id_to_piece(token) == spelling else None
+        if eos and self.eos_id is None:
+            raise ValueError("the tokenizer has no EOS token; expected a file that names one")
+        begin = [self.bos_id] if bos and self.bos_id is not None else []
+        return begin + self._encode(text, continues) + [self.eos_id] * bool(eos)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decodes token ids; skips control tokens and replaces each invalid byte by U+FFFD.
@@ -148,12 +136,10 @@ class Tokenizer(Chat):
         Raises:
           ValueError: an id is outside the vocabulary, or not an integer.
         """
-        if isinstance(ids, str) or not isinstance(ids, Iterable):
-            raise ValueError(f"the ids are {show(ids)}; expected a list of token ids")
-        checked = map(self._checked, ids)
-        # A token without a piece ends an incomplete character, as a control token does.
-        return self._model.decode([i if i < self.vocab_size else self.eos_id for i in checked])
+        decoder = self.stream()
+        return "".join(map(decoder.push, self._iterable(ids))) + decoder.flush()
 
+    @abc.abstractmethod
     def piece(self, token: int) -> str:
         """Returns the spelling of a token in the vocabulary: "▁the", "<0xE4>" or "[INST]".
 
@@ -162,17 +148,23 @@ class Tokenizer(Chat):
         Raises:
           ValueError: the id is outside the vocabulary.
         """
-        token = self._checked(token)
-        return self._model.id_to_piece(token) if token < self.vocab_size else f"<{token}>"
 
+    @abc.abstractmethod
     def is_control(self, token: int) -> bool:
         """Returns whether a token has no text: BOS, EOS, [INST] and tokens without a piece.
 
         Raises:
           ValueError: the id is outside the vocabulary.
         """
-        token = self._checked(token)
-        return token >= self.vocab_size or self._model.is_control(token)
+
+    @property
+    @abc.abstractmethod
+    def controls(self) -> Mapping[str, int]:
+        """The ids of all control tokens by their spellings, such as "[INST]"."""
+
+    def control(self, spelling: str) -> int | None:
+        """Returns the id of the control token with this spelling, or None."""
+        return self.controls.get(spelling)
 
     def stream(self, prompt: Sequence[int] = ()) -> "StreamDecoder":
         """Returns a decoder for tokens that arrive one by one.
@@ -183,6 +175,26 @@ class Tokenizer(Chat):
             prompt ends with the first bytes of a character, the decoder completes it.
         """
         return StreamDecoder(self, prompt)
+
+    @abc.abstractmethod
+    def _encode(self, text: str, continues: bool) -> list[int]:
+        """Encodes valid Unicode without control tokens."""
+
+    @abc.abstractmethod
+    def _spell(self, token: int, before: int | None) -> bytes | None:
+        """Returns the UTF-8 bytes of a token's text; None = it has none, as a control token.
+
+        Args:
+          token: a token that is not a control token.
+          before: a token that precedes it; None = it is the first token of a text. Only the leading
+            space of a word depends on it.
+        """
+
+    @staticmethod
+    def _iterable(ids: Iterable[int]) -> Iterable[int]:
+        if isinstance(ids, str) or not isinstance(ids, Iterable):
+            raise ValueError(f"the ids are {show(ids)}; expected a list of token ids")
+        return ids
 
     def _checked(self, token: int) -> int:
         try:
@@ -208,14 +220,14 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(_EACH_BYTE)
-        # One token with text. Decoding after it keeps the leading space of the next word.
-        self._context: list[int] = []
-        self._context_length = 0
+        # One token, with text if there has been one. Words after it keep their leading space.
+        self._before: int | None = None
+        self._has_text = False
         # Only two properties of a prompt matter: whether it has text, and the bytes of an
         # incomplete character at its end, of which there are at most three.
         for token in prompt:
             self.push(token)
-            if self._context_length:
+            if self._has_text:
                 break
         for token in prompt[-3:]:
             self.push(token)
@@ -226,19 +238,25 @@ class StreamDecoder:
         Raises:
           ValueError: the id is outside the vocabulary.
         """
-        if self._tokenizer.is_control(token):
+        is_control = self._tokenizer.is_control(token)
+        spelled = None if is_control else self._tokenizer._spell(token, self._before)
+        if spelled is None:
             return self.flush()
-        piece = self._tokenizer.piece(token)
-        if self._tokenizer._model.is_byte(token):
-            text = self._utf8.decode(bytes.fromhex(piece[3:5]))
-        else:
-            decoded = self._tokenizer.decode([*self._context, token])
-            text = self.flush() + decoded[self._context_length :]
-        if not self._context_length:
-            self._context = [token]
-            self._context_length = len(self._tokenizer.decode(self._context))
-        return text
+        if not self._has_text:
+            self._before = token
+            self._has_text = bool(self._tokenizer._spell(token, None))
+        return self._utf8.decode(spelled) if spelled else self.flush()
 
     def flush(self) -> str:
         """Returns the text that was held back: U+FFFD for each byte of an incomplete character."""
         return self._utf8.decode(b"", final=True)
+
+
+def version_of(control: Mapping[str, int]) -> str:
+    """Returns Mistral's name for a set of control tokens, given by spelling."""
+    found = "v1"
+    for version, spelling in _VERSIONS:
+        if spelling not in control:
+            break
+        found = version
+    return found

@@ -19,6 +19,7 @@ from mistral_jax.checkpoint.quantization import quantize
 from mistral_jax.model.transformer import Transformer, stack_layers, unstack_layers
 from mistral_jax.ops.quantized import QuantizedMatrix
 from mistral_jax.parallel.sharding import mesh_of, read_layout
+from mistral_jax.tokens import storage
 from mistral_jax.training.data import examples
 from mistral_jax.training.data.batches import feed, in_order, own_rows
 from mistral_jax.training.data.packing import PackedRows
@@ -95,7 +96,7 @@ def make_job(
                 options += ["--chat-form", recipe.data.chat_form]
         else:
             target = path / "checkpoint"
-            file = base / "tokenizer.model"
+            file = storage.find(base)
             params = loose(state.trainable)
             save_model(recipe, config, params, state, target, file, tokenizer.chat)
             options = ["--checkpoint", str(target)]

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import os
 import random
 import shutil
@@ -413,3 +414,41 @@ def test_mutated_files_work_or_are_refused_in_a_sentence(files, tmp_path, name):
             refused += 1
             assert str(path) in str(error)  # noqa: PT017 (it need not be raised)
     assert 100 < refused < 300
+
+
+# Tokens that other files name
+
+
+def test_infilling_pieces_of_codellama_are_control_tokens(tmp_path):
+    marks = ["▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"]
+    for kind in ("user_defined_symbols", "control_symbols"):
+        path = samples.train(tmp_path / "code.model", **{kind: marks}, byte_fallback=True)
+        plain = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        tokenizer = Tokenizer.from_file(path)
+        ids = [tokenizer.control(mark) for mark in marks]
+        assert ids == [plain.piece_to_id(mark) for mark in marks]
+        assert all(map(tokenizer.is_control, ids))
+        assert tokenizer.vocab_size == plain.vocab_size()
+        for text in (*marks, "<PRE> a <SUF>b <MID>", " <EOT>"):
+            for continues in (False, True):
+                assert not set(ids) & set(tokenizer.encode(text, continues=continues))
+        assert tokenizer.decode([ids[0], *tokenizer.encode("a <PRE> b")]) == "a <PRE> b"
+    assert tokenizer.control("<s>") == 1
+    assert tokenizer.control("a") is None
+
+
+def test_tokens_that_were_added_to_the_model_have_names(tmp_path):
+    path = samples.train_small_mistral(tmp_path / "tokenizer.model")
+    size = Tokenizer.from_file(path).vocab_size
+    entries = {str(size): {"content": "<|im_end|>"}, str(size + 900): {"content": "far"}, "x": 1}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": entries}))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_start|>": size + 1, "y": "z"}))
+    tokenizer = Tokenizer.from_file(path, ids=size + 8)
+    assert tokenizer.vocab_size == size
+    assert tokenizer.control("<|im_end|>") == size
+    assert tokenizer.control("<|im_start|>") == size + 1
+    assert tokenizer.control("far") is None
+    assert [tokenizer.piece(i) for i in (size, size + 2)] == ["<|im_end|>", f"<{size + 2}>"]
+    assert tokenizer.is_control(size)
+    assert size not in tokenizer.encode("<|im_end|>")
+    assert tokenizer.decode([size, *tokenizer.encode("a")]) == "a"

@@ -25,6 +25,7 @@ from mistral_jax.base.fields import (
 from mistral_jax.base.files import read_json
 from mistral_jax.checkpoint import checkpoint, checksums, folder, manifest
 from mistral_jax.config import ModelConfig
+from mistral_jax.tokens import storage
 from mistral_jax.tokens.tokenizer import Tokenizer
 from mistral_jax.training.data import packing, records
 from mistral_jax.training.data.packing import SUMMARY_RULES
@@ -218,9 +219,10 @@ def read_tokenizer(recipe: Recipe) -> Tokenizer:
     """
     base = base_folder(recipe)
     config, _ = read_base(recipe)
-    if not (base / "tokenizer.model").is_file():
-        raise ValueError(f"{base} has no tokenizer.model, which encodes examples: put it there")
-    tokenizer = checkpoint.read_tokenizer(base / "tokenizer.model", config)
+    file = storage.find(base)
+    if file is None:
+        raise ValueError(f"{base} has no {storage.EXPECTED}, which encodes examples: put it there")
+    tokenizer = checkpoint.read_tokenizer(file, config)
     if recipe.data.chat_form is not None:
         tokenizer.chat_form = recipe.data.chat_form
     return tokenizer
