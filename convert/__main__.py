@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from mistral_jax.base import DTYPES, VERSION
 from mistral_jax.base.output import one_line
-from mistral_jax.cli.command import Parser, called, count, interruptible, run
+from mistral_jax.cli.command import Parser, add_chat_form, called, count, interruptible, run
 
 FORMATS = ("hf", "official")
 FILES = ("safetensors", "torch")
@@ -51,6 +51,7 @@ def _to_orbax(arguments: argparse.Namespace) -> Callable[[], None]:
         quantize=arguments.quantize,
         rope_theta=arguments.rope_theta,
         overwrite=arguments.overwrite,
+        chat_form=arguments.chat_form,
         progress=Screen(),
     )
 
@@ -108,6 +109,7 @@ def _parser() -> Parser:
         help="round weights to 8 bits; the checkpoint has half the size of one in bfloat16",
     )
     _add_theta(command)
+    add_chat_form(command)
 
     command = commands.add_parser(
         "to-torch",

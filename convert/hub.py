@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mistral_jax.checkpoint import origin
 
-from .source import DETAILS, FORMATS, TOKENIZERS, Source, find
+from .source import CHATS, DETAILS, FORMATS, TOKENIZERS, Source, find
 
 
 def is_repository(name: Path | str) -> bool:
@@ -50,7 +50,7 @@ def fetch(
     small = [name for kind in FORMATS.values() for name in (kind.config, kind.index) if name]
     try:
         about = huggingface_hub.HfApi().model_info(repository)
-        folder = download([*small, *TOKENIZERS, *DETAILS])
+        folder = download([*small, *TOKENIZERS, *DETAILS, *CHATS])
         source = _find(repository, folder, format, {file.rfilename for file in about.siblings})
         download([file.name for file in source.weight_files])
         return source

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from mistral_jax.checkpoint.names import weights
 from mistral_jax.config import CONFIG_DIR, ModelConfig
 from mistral_jax.model.cache import init_cache
 from mistral_jax.tokens import storage
+from mistral_jax.tokens.chat import ChatForm
 from mistral_jax.tokens.tokenizer import Tokenizer
 
-from . import architecture, checks, tokens
+from . import architecture, chat, checks, tokens
 from .checks import match
 from .source import Source, find
 
@@ -79,7 +80,7 @@ def _checkpoint(folder: Path, lengths: Sequence[int], verify: bool) -> Lines:
     stored = flatten_dict(tree)
     quantized = [x for path, x in stored.items() if (*path[:-1], "values") in stored]
     yield from _model(config, _text(provenance, "rope_theta_from"), lengths, quantized)
-    yield from _tokenizer(storage.find(folder), config)
+    yield from _tokenizer(storage.find(folder), config, lambda _: manifest.read_chat(folder))
     yield from _stored(stored.values())
     if verify:
         yield "verified", _verified(folder, described)
@@ -114,7 +115,8 @@ def _unpacked(source: Source, lengths: Sequence[int], rope_theta: float | None) 
     found = functools.cache(source.tensors)
     described = architecture.read(source.config_file, rope_theta, found)
     yield from _model(described.config, described.theta_origin, lengths)
-    yield from _tokenizer(source.tokenizer_file, described.config)
+    chosen = functools.partial(chat.choose, source)
+    yield from _tokenizer(source.tokenizer_file, described.config, chosen)
     for note in described.notes:
         yield "note", note
     try:
@@ -187,7 +189,9 @@ def _model(
         yield "cache", f"{decimal(size)} for a text of {length} tokens, in bfloat16"
 
 
-def _tokenizer(file: Path | None, config: ModelConfig) -> Lines:
+def _tokenizer(
+    file: Path | None, config: ModelConfig, chosen: Callable[[Tokenizer], ChatForm | None]
+) -> Lines:
     if file is None:
         yield "tokenizer", "none (no SentencePiece file)"
         return
@@ -195,6 +199,8 @@ def _tokenizer(file: Path | None, config: ModelConfig) -> Lines:
     kind = "" if tokenizer.kind == "sentencepiece" else f"{tokenizer.kind} "
     version = tokenizer.version or "with control tokens of its own"
     yield "tokenizer", f"{kind}{version}, {tokenizer.vocab_size} tokens ({file.name})"
+    tokenizer.chat = chosen(tokenizer)
+    yield "chat form", tokenizer.chat_form
 
 
 def _stored(tensors: Iterable[Any]) -> Lines:

@@ -58,6 +58,11 @@ DETAILS = (
     *("generation_config.json", "tokenizer_config.json"),
     *("added_tokens.json", "special_tokens_map.json"),
 )
+# Files of that format with chat templates.
+CHATS = (
+    *("chat_template.jinja", "chat_template.json"),
+    "additional_chat_templates/tool_use.jinja",
+)
 
 
 # The text model's place in a Hugging Face model that reads images too.
@@ -121,10 +126,18 @@ class Source:
         return file.resolve().name.removesuffix(".gguf")
 
     @property
+    def details(self) -> Path:
+        """The folder of the tokenizer and of the files that describe it."""
+        packed = self.format == "gguf" and self.tokenizer_file
+        return self.tokenizer_file.parent if packed else self.folder
+
+    @property
     def files(self) -> tuple[Path, ...]:
         """The files that a conversion reads, without those that `unpacked` wrote."""
         named = (self.config_file, self.tokenizer_file, *self.detail_files, *self.weight_files)
-        return tuple(dict.fromkeys(file for file in named if file and file.parent == self.folder))
+        found = dict.fromkeys(file for file in named if file and file.parent == self.folder)
+        chats = (self.folder / name for name in CHATS if self.format.startswith("hf"))
+        return (*found, *(file for file in chats if file.is_file()))
 
     def stamps(self) -> dict[str, str]:
         """Returns a stamp for each file by name; a stamp changes when the file changes.

@@ -21,7 +21,7 @@ from mistral_jax.checkpoint.names import Weight
 from mistral_jax.config import ModelConfig
 from mistral_jax.ops.quantized import QuantizedMatrix, to_int8
 
-from . import architecture, checks, hub, tokens
+from . import architecture, chat, checks, hub, tokens
 from .checks import check_finite, match
 from .source import Source, Tensor, find
 
@@ -35,6 +35,7 @@ def to_orbax(
     rope_theta: float | None = None,
     quantize: str | None = None,
     overwrite: bool = False,
+    chat_form: str | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Converts a PyTorch checkpoint to a checkpoint folder, which appears complete or not at all.
@@ -49,6 +50,8 @@ def to_orbax(
       quantize: "int8" = round the weights of the projections and of the output to 8 bits, with one
         scale for each output; None = do not.
       overwrite: whether to replace a checkpoint at `target`, if its folder holds nothing else.
+      chat_form: name of the form of conversations (`tokens.chat.NAMES`); None = chosen by the
+        source's files.
       progress: receives messages and the bytes done; None = nothing is shown.
 
     Raises:
@@ -65,7 +68,7 @@ def to_orbax(
         progress.say(f"{source} is read as {found.format}; it also holds {others} (see --format)")
     with tempfile.TemporaryDirectory() as scratch:
         source = found.unpacked(Path(scratch))
-        _convert(source, target, dtype, rope_theta, quantize, overwrite, progress)
+        _convert(source, target, dtype, rope_theta, quantize, overwrite, chat_form, progress)
 
 
 def _convert(
@@ -75,6 +78,7 @@ def _convert(
     rope_theta: float | None,
     quantize: str | None,
     overwrite: bool,
+    chat_form: str | None,
     progress: Progress,
 ) -> None:
     stamps = found.stamps()
@@ -83,6 +87,7 @@ def _convert(
     tokenizer, config, notes = tokens.read(found, described)
     for note in (*described.notes, *notes):
         progress.say(note)
+    form = chat.choose(found, tokenizer, chat_form, progress.say) if tokenizer else None
     matched = match(found, tensors(), config)
     for note in checks.notes(tensors()):
         progress.say(note)
@@ -118,7 +123,7 @@ def _convert(
     with (
         _hashing(found.files) as hashes,
         checkpoint.create(
-            target, config, shapes, found.tokenizer_file, provenance, overwrite
+            target, config, shapes, found.tokenizer_file, provenance, overwrite, form
         ) as write,
         progress.task(sum(sizes.values())) as advance,
     ):

@@ -27,6 +27,7 @@ from mistral_jax.ops.quantized import QuantizedMatrix
 from mistral_jax.parallel import distributed
 from mistral_jax.parallel.sharding import abstract_params, read_layout
 from mistral_jax.tokens import storage
+from mistral_jax.tokens.chat import ChatForm
 from mistral_jax.tokens.tokenizer import Tokenizer
 
 BUNDLED = Path(__file__).resolve().parents[1] / "assets" / "nano"
@@ -49,6 +50,7 @@ def load(
     merge: bool = False,
     quantize: str | None = None,
     verify: bool = False,
+    chat_form: str | None = None,
     progress: Progress | None = None,
 ) -> tuple[Transformer, Params, Tokenizer | None]:
     """Loads a model. With several processes, each reads its own part of the arrays.
@@ -67,6 +69,8 @@ def load(
         each output, one layer at a time; None = they stay as they are.
       verify: whether to compare the checksums of all files first, and refuse numbers that are not
         finite; else only the files' sizes and descriptions are checked.
+      chat_form: name of the form of conversations (`tokens.chat.NAMES`), to override the
+        checkpoint's; None = as the checkpoint says.
       progress: reports the progress of loading more than 1 GB, and the dtype if it is not the usual
         one; None = no reports.
 
@@ -87,6 +91,8 @@ def load(
     check_layers(config, stored, path / "params")
     file = storage.find(path)
     tokenizer = read_tokenizer(file, config) if file else None
+    if tokenizer is not None and chat_form is not None:
+        tokenizer.chat_form = chat_form
     if tokenizer is not None:  # Earlier versions did not check the end token.
         config = config.taught_to_end_with(tokenizer.eos_id)
     layout = read_layout(sharding, config, mesh=mesh)
@@ -130,6 +136,7 @@ def save(
     tokenizer_file: Path | str | None = None,
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    chat: ChatForm | None = None,
 ) -> None:
     """Saves a model in a folder, which appears whole or not at all.
 
@@ -142,6 +149,8 @@ def save(
       tokenizer_file: the tokenizer's file, to copy into the folder.
       provenance: the origin of the model, as JSON values.
       overwrite: whether to replace a checkpoint at `path`, if its folder holds nothing else.
+      chat: the chat form, such as `tokenizer.chat`; None = that of the checkpoint that
+        `tokenizer_file` is in, if any.
 
     Raises:
       ValueError: something else is at `path`, or `params` do not fit `config`, hold adapters, or
@@ -167,11 +176,14 @@ def save(
     shapes = shapes_of(quantization.split(quantization.abstract(abstract, held)))
     params = quantization.split(params)
     check_shapes(shapes, shapes_of(params), "params")
+    found = chat
+    if found is None and tokenizer_file and manifest.is_checkpoint(Path(tokenizer_file).parent):
+        found = manifest.read_chat(Path(tokenizer_file).parent)
     writers = []
     with contextlib.ExitStack() as stack:
 
         def begin():
-            writer = create(path, config, shapes, tokenizer_file, provenance, overwrite)
+            writer = create(path, config, shapes, tokenizer_file, provenance, overwrite, found)
             writers.append(stack.enter_context(writer))
 
         distributed.from_first(begin)
@@ -190,6 +202,7 @@ def create(
     tokenizer_file: Path | str | None = None,
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    chat: ChatForm | None = None,
 ) -> Iterator[Callable[..., None]]:
     """Yields a function that writes one parameter, given its path and array.
 
@@ -204,6 +217,7 @@ def create(
       provenance: the origin of the model, as JSON values. It is written last, so the caller may add
         to it until then.
       overwrite: whether to replace a checkpoint at `path`, if its folder holds nothing else.
+      chat: the chat form; None = that of the tokenizer's version.
     """
     with folder.whole(path, manifest.kept if overwrite else None) as part:
         names = [tuple(name.split("/")) for name in shapes]
@@ -220,11 +234,11 @@ def create(
         check_shapes(shapes, written, path)
         if tokenizer_file is not None:
             storage.copy(tokenizer_file, part)
-        manifest.write(part, config, provenance or {}, sums)
+        manifest.write(part, config, provenance or {}, sums, chat)
 
 
 def read_tokenizer(file: Path, config: ModelConfig) -> Tokenizer:
-    """Reads the tokenizer of a model.
+    """Reads the tokenizer of a model from its checkpoint folder, with the chat form of the folder.
 
     Raises:
       ValueError: the file is not a tokenizer, or is that of another model.
@@ -232,6 +246,7 @@ def read_tokenizer(file: Path, config: ModelConfig) -> Tokenizer:
     ends = {"bos_id": config.bos_id, "eos_id": config.eos_id}
     tokenizer = Tokenizer.from_file(file, config.vocab_size, **ends)
     check_tokenizer(tokenizer, config, file)
+    tokenizer.chat = manifest.read_chat(file.parent)
     return tokenizer
 
 

@@ -12,17 +12,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mistral_jax.base.fields import check_table, integer, show, string, table_of
-from mistral_jax.base.files import read_json
+from mistral_jax.base.files import read_json, read_text
 from mistral_jax.checkpoint import checksums, folder, zarr
 from mistral_jax.checkpoint.checksums import Checksums
 from mistral_jax.config import ModelConfig
+from mistral_jax.tokens.chat import NAMES, ChatForm
 
 FORMAT_VERSION = 1
+# The files of chat templates by the names of the templates, and their largest size in bytes.
+TEMPLATES = {"default": "chat_template.jinja", "tool_use": "chat_template_tool_use.jinja"}
+MOST_TEMPLATE = 1 << 20
 
 # The files of a checkpoint of this version or an earlier one.
 _FILES = re.compile(
-    r"config\.json|checksums\.json|generation_config\.json|(tokenizer(_config)?|special_tokens_map|added_tokens)\.json"
-    r"|tokenizer\.model|tekken\.json|chat_template\.jinja"
+    r"config\.json|checksums\.json|generation_config\.json|tokenizer(_config)?\.json"
+    r"|special_tokens_map\.json|added_tokens\.json"
+    r"|tokenizer\.model|tekken\.json|chat_template(_tool_use)?\.jinja"
     r"|params/(orbax\.checkpoint|_CHECKPOINT_METADATA|commit_success\.txt)"
     r"|params/state/_METADATA"
     r"|params/state/\w+(\.\w+)*/(\.zarray|zarr\.json|c(/\d+)+|\d+(\.\d+)*)"
@@ -32,6 +37,9 @@ _RULES = {
     "params": table_of(),
     "provenance": table_of(),
     "checksums": string(),
+    "chat_form": string(*NAMES),
+    "chat_tokens": table_of(string()),
+    "chat_spaces": string("each", "first"),
 }
 _EXTENT_RULES = {"files": integer(0, 1 << 40), "bytes": integer(0, 1 << 60)}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -100,6 +108,27 @@ def examine(path: Path | str) -> Manifest:
     return Manifest(config, contents["provenance"], arrays)
 
 
+def read_chat(path: Path | str) -> ChatForm | None:
+    """Reads the chat form of a checkpoint folder; None = it names none, and has the tokenizer's.
+
+    Raises:
+      ValueError: the description is invalid, or the template's file is missing.
+    """
+    contents = _contents(Path(path) / "config.json")
+    if (name := contents.get("chat_form")) is None:
+        return None
+    files = {key: Path(path) / file for key, file in TEMPLATES.items()}
+    templates = {
+        key: read_text(file, MOST_TEMPLATE) for key, file in files.items() if file.is_file()
+    }
+    if name == "template" and "default" not in templates:
+        raise ValueError(
+            f"{path} has no {TEMPLATES['default']}, which its chat form needs: copy it again"
+        )
+    spaces = contents.get("chat_spaces", "each")
+    return ChatForm(name, templates, contents.get("chat_tokens", {}), spaces)
+
+
 def verify(path: Path | str) -> Checksums:
     """Compares the checksums of all files of a checkpoint except those of its arrays.
 
@@ -126,8 +155,9 @@ def write(
     config: ModelConfig,
     provenance: Mapping[str, Any],
     sums: Mapping[str, str] | None = None,
+    chat: ChatForm | None = None,
 ) -> None:
-    """Writes `config.json` and `checksums.json` into a folder that has all other files.
+    """Writes `config.json`, `checksums.json` and chat templates into a folder with the other files.
 
     Args:
       path: the folder.
@@ -135,6 +165,7 @@ def write(
       provenance: the origin of the model, as JSON values.
       sums: the checksums of the files in `params/`, as `zarr.write` returns them; those of other
         files are computed here. None = write no checksums.
+      chat: the chat form; None = that of the tokenizer's version.
     """
     contents: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -142,6 +173,12 @@ def write(
         "params": _extent(path / "params"),
         "provenance": dict(provenance),
     }
+    if chat is not None:
+        contents["chat_form"] = chat.name
+        if chat.templates:
+            contents |= {"chat_tokens": dict(chat.tokens), "chat_spaces": chat.spaces}
+        for key, text in chat.templates.items():
+            (path / TEMPLATES[key]).write_text(text, encoding="utf-8", newline="")
     if sums is not None:
         checksums.write(path, {f"params/{name}": total for name, total in sums.items()})
         contents["checksums"] = checksums.of_file(path / checksums.NAME)

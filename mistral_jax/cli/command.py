@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 
 from mistral_jax.base import DTYPES
 from mistral_jax.base.output import one_line, tell
+from mistral_jax.tokens.chat import NAMES
 
 # Seconds that the first process waits after an error, so that the others can report theirs.
 _GRACE = 2
@@ -123,6 +124,16 @@ def add_model(group: argparse._ActionsContainer) -> None:
         "--quantize",
         choices=("int8",),
         help="round weights to 8 bits as they are loaded, a quarter of the memory of float32",
+    )
+
+
+def add_chat_form(group: argparse._ActionsContainer) -> None:
+    """Adds the option that overrides the form of conversations."""
+    group.add_argument(
+        "--chat-form",
+        choices=NAMES,
+        metavar="FORM",
+        help=f"form of conversations: {', '.join(NAMES)} [the checkpoint's]",
     )
 
 

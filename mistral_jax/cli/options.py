@@ -5,7 +5,7 @@ import functools
 from pathlib import Path
 
 from mistral_jax.base import VERSION
-from mistral_jax.cli.command import Parser, add_cache, add_layout, add_model, called
+from mistral_jax.cli.command import Parser, add_cache, add_chat_form, add_layout, add_model, called
 
 DESCRIPTION = """\
 Continues prompts with a Mistral model, or answers them (--chat). Standard output carries only the
@@ -51,10 +51,13 @@ def parser() -> Parser:
         help="answer prompts as messages; without prompts, hold a conversation",
     )
     add("--system", metavar="TEXT", help="system message of --chat")
+    add("--tools", type=Path, metavar="FILE", help="JSON list of tools that --chat may call")
+    add("--suffix", metavar="TEXT", help="text after the completion: fill in the middle")
 
     group = made.add_argument_group("the model")
     add = group.add_argument
     add_model(group)
+    add_chat_form(group)
     add(
         "--merge",
         action="store_true",

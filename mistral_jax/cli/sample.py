@@ -32,6 +32,10 @@ def _run(arguments: argparse.Namespace) -> None:
     prompts = distributed.from_first(lambda: _prompts(arguments))
     if arguments.system is not None and not arguments.chat:
         raise ValueError("--system is for --chat; a plain completion has no system message")
+    if arguments.tools is not None and not arguments.chat:
+        raise ValueError("--tools is for --chat; a plain completion calls no tools")
+    if arguments.suffix is not None and (arguments.chat or prompts is None):
+        raise ValueError("--suffix is for a prompt to complete; leave out --chat")
     if arguments.top_logprobs > 0 and not arguments.json:
         raise ValueError("--top-logprobs needs --json, the only output that shows them; add --json")
     if prompts is None and arguments.json:
@@ -80,6 +84,7 @@ class _Model:
                 lora=arguments.lora,
                 quantize=arguments.quantize,
                 merge=arguments.merge,
+                chat_form=arguments.chat_form,
                 progress=Screen(),
             )
         if self._tokenizer is None:
@@ -88,6 +93,11 @@ class _Model:
             )
         if arguments.max_positions is not None:
             config = dataclasses.replace(model.config, max_positions=arguments.max_positions)
+            model = model.clone(config=config)
+        self._tools = _tools(arguments.tools)
+        if arguments.suffix is not None:
+            ends = (*model.config.other_eos_ids, *self._tokenizer.fim_end_ids)
+            config = dataclasses.replace(model.config, other_eos_ids=ends)
             model = model.clone(config=config)
         self._model = model.clone(kv_cache_dtype=arguments.kv_cache_dtype)
         self._options = {
@@ -107,7 +117,8 @@ class _Model:
 
         if "prefixes" not in self._options:  # Each turn repeats those before it.
             self._options["prefixes"] = Prefixes(self._model, self._params, _PREFIX_BYTES)
-        _check(self._run([self._tokenizer.encode_chat(messages)], lambda _, piece: show(piece)))
+        prompt = self._tokenizer.encode_chat(messages, tools=self._tools)
+        _check(self._run([prompt], lambda _, piece: show(piece)))
 
     def complete(self, texts: list[str]) -> None:
         """Continues or answers texts, and prints the results."""
@@ -129,12 +140,15 @@ class _Model:
         _check(rows)
 
     def _encode_text(self, text: str) -> list[int]:
+        if self._arguments.suffix is not None:
+            return self._tokenizer.encode_fim(text, self._arguments.suffix)
         return self._tokenizer.encode(text, bos=self._tokenizer.adds_bos)
 
     def _encode_message(self, text: str) -> list[int]:
         system = self._arguments.system
         messages = [{"role": "system", "content": system}] if system is not None else []
-        return self._tokenizer.encode_chat([*messages, {"role": "user", "content": text}])
+        messages.append({"role": "user", "content": text})
+        return self._tokenizer.encode_chat(messages, tools=self._tools)
 
     def _run(self, prompts: list[list[int]], on_text=None):
         from mistral_jax.cli.stats import report
@@ -179,6 +193,19 @@ class _Model:
         if self._arguments.top_logprobs:
             fields["top_logprobs"] = completion.top_logprobs
         return fields
+
+
+def _tools(file) -> list | None:
+    """Reads the tools of a JSON file; None = no file."""
+    if file is None:
+        return None
+    from mistral_jax.tokens.tools import check_tools
+
+    tools = files.parse_json(files.read_text(file), str(file))
+    try:
+        return check_tools(tools)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def _check(completions) -> None:

@@ -55,6 +55,7 @@ def _parser() -> command.Parser:
         help="examples to train on: JSONL with text, prompt and completion, or chat messages",
     )
     add("--validation", nargs="+", metavar="FILE", help="examples to measure the loss on")
+    command.add_chat_form(parser)
     add("--skip-bad", action="store_true", help="skip bad lines of the data and count them")
     add(
         "--set",
@@ -153,6 +154,7 @@ def _override(table: dict[str, Any], arguments: argparse.Namespace) -> dict[str,
         (["checkpoint"], arguments.checkpoint),
         (["data", "train"], arguments.data),
         (["data", "validation"], arguments.validation),
+        (["data", "chat_form"], arguments.chat_form),
         (["data", "skip_bad"], arguments.skip_bad or None),
     ):
         if value is not None:

@@ -106,9 +106,10 @@ class HuggingFace(Tokenizer):
         """Returns whether a token has no text; see `Tokenizer.is_control`."""
         return self._checked(token) not in self._text
 
-    def control(self, spelling: str) -> int | None:
-        """Returns the id of a control token; see `Tokenizer.control`."""
-        return self._contents.control.get(spelling)
+    @property
+    def controls(self) -> Mapping[str, int]:
+        """The ids of control tokens; see `Tokenizer.controls`."""
+        return self._contents.control
 
     def _encode(self, text: str, continues: bool) -> list[int]:
         encoder = self._continuing if continues else self._hf

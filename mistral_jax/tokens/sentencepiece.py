@@ -89,9 +89,10 @@ class SentencePiece(Tokenizer):
         token = self._checked(token)
         return token >= self.vocab_size or self._model.is_control(token)
 
-    def control(self, spelling: str) -> int | None:
-        """Returns the id of a control token; see `Tokenizer.control`."""
-        return self._control.get(spelling)
+    @property
+    def controls(self) -> Mapping[str, int]:
+        """The ids of control tokens; see `Tokenizer.controls`."""
+        return self._control
 
     def _encode(self, text: str, continues: bool) -> list[int]:
         data = text.encode()

@@ -130,9 +130,10 @@ class Tekken(Tokenizer):
         """Returns whether a token has no text; see `Tokenizer.is_control`."""
         return not len(self._special) <= self._checked(token) < self.vocab_size
 
-    def control(self, spelling: str) -> int | None:
-        """Returns the id of a special token; see `Tokenizer.control`."""
-        return self._control.get(spelling)
+    @property
+    def controls(self) -> Mapping[str, int]:
+        """The ids of control tokens; see `Tokenizer.controls`."""
+        return self._control
 
     def _encode(self, text: str, continues: bool) -> list[int]:
         shift = len(self._special)

@@ -9,11 +9,11 @@ import codecs
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from mistral_jax.base.fields import show
 from mistral_jax.tokens import storage
-from mistral_jax.tokens.messages import Control, chat_parts, lesson_parts
+from mistral_jax.tokens.chat import Chat
 
 # Control tokens by which Mistral's sets of control tokens are told apart.
 _VERSIONS = (("v2", "[INST]"), ("v3", "[PREFIX]"), ("v7", "[SYSTEM_PROMPT]"))
@@ -24,7 +24,7 @@ _EACH_BYTE = "mistral_jax.each_byte"
 codecs.register_error(_EACH_BYTE, lambda error: ("\ufffd", error.start + 1))
 
 
-class Tokenizer(abc.ABC):
+class Tokenizer(Chat, abc.ABC):
     """Converts text to token ids and back with the vocabulary of a file.
 
     A model may have more tokens than its tokenizer: tokens that were added to it, or that pad its
@@ -144,47 +144,6 @@ class Tokenizer(abc.ABC):
         begin = [self.bos_id] if bos and self.bos_id is not None else []
         return begin + self._encode(text, continues) + [self.eos_id] * bool(eos)
 
-    def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], safe_prompt: bool = False
-    ) -> list[int]:
-        """Encodes a conversation as the prompt for the next answer, in the chat form of `version`.
-
-        Args:
-          messages: see `messages.chat_parts`.
-          safe_prompt: whether to put Mistral's safety prompt before the system text.
-
-        Returns:
-          Token ids, BOS first.
-
-        Raises:
-          ValueError: the conversation is invalid, or the chat form of `version` is not supported.
-        """
-        ids: list[int] = []
-        for part in chat_parts(messages, self.version, safe_prompt):
-            ids += self._part(part)
-        return ids
-
-    def encode_lesson(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[float]]:
-        """Encodes a finished conversation to train on, in the chat form of `version`.
-
-        Args:
-          messages: see `messages.lesson_parts`.
-
-        Returns:
-          Token ids, BOS first and EOS last, and the loss weight of each token.
-
-        Raises:
-          ValueError: the conversation or a weight is invalid, all weights are 0, or the chat form
-            of `version` is not supported.
-        """
-        ids: list[int] = []
-        weights: list[float] = []
-        for part, weight in lesson_parts(messages, self.version):
-            more = self._part(part)
-            ids += more
-            weights += [weight] * len(more)
-        return ids, weights
-
     def decode(self, ids: Iterable[int]) -> str:
         """Decodes token ids; skips control tokens and replaces each invalid byte by U+FFFD.
 
@@ -212,9 +171,14 @@ class Tokenizer(abc.ABC):
           ValueError: the id is outside the vocabulary.
         """
 
+    @property
     @abc.abstractmethod
+    def controls(self) -> Mapping[str, int]:
+        """The ids of all control tokens by their spellings, such as "[INST]"."""
+
     def control(self, spelling: str) -> int | None:
-        """Returns the id of the control token with this spelling, such as "[INST]", or None."""
+        """Returns the id of the control token with this spelling, or None."""
+        return self.controls.get(spelling)
 
     def stream(self, prompt: Sequence[int] = ()) -> "StreamDecoder":
         """Returns a decoder for tokens that arrive one by one.
@@ -239,19 +203,6 @@ class Tokenizer(abc.ABC):
           before: a token that precedes it; None = it is the first token of a text. Only the leading
             space of a word depends on it.
         """
-
-    def _part(self, part: str | Control) -> list[int]:
-        if isinstance(part, str):
-            return self.encode(part)
-        token = {
-            Control.BOS: self.bos_id,
-            Control.EOS: self.eos_id,
-            Control.BEGIN_INST: self.control("[INST]"),
-            Control.END_INST: self.control("[/INST]"),
-        }[part]
-        if token is None:
-            raise ValueError(f"the tokenizer has no {part.name} token, which the chat form needs")
-        return [token]
 
     @staticmethod
     def _iterable(ids: Iterable[int]) -> Iterable[int]:

@@ -92,10 +92,13 @@ def make_job(
             name = origin.base_name(provenance.get("source"))
             adapters.save(target, config, recipe.lora, own, base=name, overwrite=True)
             options += ["--lora", str(target)]
+            if recipe.data.chat_form:
+                options += ["--chat-form", recipe.data.chat_form]
         else:
             target = path / "checkpoint"
             file = storage.find(base)
-            save_model(recipe, config, loose(state.trainable), state, target, file)
+            params = loose(state.trainable)
+            save_model(recipe, config, params, state, target, file, tokenizer.chat)
             options = ["--checkpoint", str(target)]
         text = prompts[0].text if prompts else ""
         return target, [*options, *(["--chat"] if chat else ["--", text])]

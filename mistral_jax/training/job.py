@@ -15,6 +15,7 @@ from mistral_jax.checkpoint import checkpoint
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.parallel.sharding import Layout
+from mistral_jax.tokens.chat import ChatForm
 from mistral_jax.tokens.tokenizer import Tokenizer
 from mistral_jax.training.optimizers import make_optimizer, make_schedule
 from mistral_jax.training.recipe import Recipe
@@ -98,11 +99,12 @@ def save_model(
     state: TrainState,
     target: Path,
     tokenizer_file: Path,
+    chat: ChatForm | None = None,
 ) -> None:
     """Saves a trained model as a checkpoint folder, in bfloat16 like Mistral's releases."""
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
     provenance = {"recipe": recipe.to_dict(), "step": int(state.step)}
-    checkpoint.save(target, config, params, tokenizer_file, provenance, overwrite=True)
+    checkpoint.save(target, config, params, tokenizer_file, provenance, overwrite=True, chat=chat)
 
 
 def check_memory(recipe: Recipe, config: ModelConfig, layout: Layout | None) -> None:

@@ -5,11 +5,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mistral_jax.base.fields import build, check, integer, number, show, string, table_of
+from mistral_jax.base.fields import (
+    build,
+    check,
+    integer,
+    number,
+    optional,
+    show,
+    string,
+    table_of,
+)
 from mistral_jax.base.files import read_toml
 from mistral_jax.checkpoint.lora import Lora
 from mistral_jax.config import ModelConfig, find
 from mistral_jax.model.transformer import SAVED
+from mistral_jax.tokens.chat import NAMES
 from mistral_jax.training.optimizers import (
     SCHEDULES,
     SHARE,
@@ -61,15 +71,17 @@ class Data:
       validation: files for the validation loss; empty = it is not measured.
       pack: whether a packed row holds as many examples as fit.
       skip_bad: whether bad lines are counted and left out, instead of raising an error.
+      chat_form: name of the form of conversations; None = the checkpoint's.
     """
 
     train: tuple[str, ...]
     validation: tuple[str, ...] = ()
     pack: bool = True
     skip_bad: bool = False
+    chat_form: str | None = None
 
     def __post_init__(self):
-        check(self, "data.")
+        check(self, "data.", {"chat_form": optional(string(*NAMES))})
         if not self.train:
             raise ValueError("data.train is empty; name at least one JSONL file (--data FILE)")
 

@@ -254,7 +254,8 @@ BAD = [
     ({"messages": [*HELLO, answer("c", weight=0)]}, "answers in a row are joined, but these have"),
     ({"messages": [user("a"), {"role": "tool", "content": "b"}]}, "messages[1] has role 'tool'"),
     ({"messages": [user("a"), answer("b", tool_calls=[1])]}, "messages[1] has 'tool_calls'"),
-    ({"messages": HELLO, "tools": [{}]}, 'it has "tools", and tools are not supported'),
+    ({"messages": HELLO, "tools": [{}]}, "tools[0] is {}; expected"),
+    ({"messages": HELLO, "functions": [{}]}, 'it has "functions"; expected "tools" beside "mess'),
 ]
 CHOSEN = {"chosen": [user("a"), answer("b")], "rejected": [user("a"), answer("c")]}
 BAD_PAIRS = [

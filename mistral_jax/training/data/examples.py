@@ -222,7 +222,10 @@ def read_tokenizer(recipe: Recipe) -> Tokenizer:
     file = storage.find(base)
     if file is None:
         raise ValueError(f"{base} has no {storage.EXPECTED}, which encodes examples: put it there")
-    return checkpoint.read_tokenizer(file, config)
+    tokenizer = checkpoint.read_tokenizer(file, config)
+    if recipe.data.chat_form is not None:
+        tokenizer.chat_form = recipe.data.chat_form
+    return tokenizer
 
 
 def _beginnings(recipe: Recipe, tokenizer: Tokenizer) -> Iterator[Prompt]:

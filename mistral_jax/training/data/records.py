@@ -79,7 +79,8 @@ def read(
     - "text": a text, learnt from its first token to EOS.
     - "prompt" and "completion": two strings, encoded as `sample` encodes a prompt and continues
       it, or two lists of messages. The completion (its answers) and EOS are learnt.
-    - "messages": a conversation, see `messages.lesson_parts`. Its answers are learnt.
+    - "messages": a conversation, see `messages.lesson_parts`, perhaps with the "tools" that its
+      answers call, in OpenAI's form. Its answers are learnt.
     - "chosen" and "rejected" with a "prompt", all strings or all lists of messages; or without
       a prompt, as two conversations with a common beginning; or OpenAI's "input",
       "preferred_output" and "non_preferred_output". These are pairs.
@@ -139,7 +140,7 @@ def _encode_example(record: Any, tokenizer: Tokenizer) -> Example:
             ids = tokenizer.encode(text, bos=tokenizer.adds_bos, eos=True)
             return _example(ids, [0.0] + [1.0] * (len(ids) - 1))
         case ("messages",):
-            return _lesson(record["messages"], tokenizer)
+            return _lesson(record["messages"], tokenizer, record.get("tools"))
         case _:
             return _continuation(record["prompt"], record["completion"], "completion", tokenizer)
 
@@ -178,7 +179,7 @@ def _form(record: Mapping[str, Any], pairs: bool) -> tuple[str, ...]:
             hint = ", as for training without pairs" if pairs else ", as for training on pairs"
         has = ", ".join(f'"{key}"' for key in sorted(keys)) or "no keys"
         raise ValueError(f"it has {has}{hint}; expected {_list(forms, 'or')}")
-    _refuse_tools(record)
+    _refuse_tools(record, but="tools" if found[0] == ("messages",) else None)
     return found[0]
 
 
@@ -186,10 +187,10 @@ def _list(forms: Sequence[Sequence[str]], word: str) -> str:
     return f" {word} ".join(" with ".join(f'"{key}"' for key in form) for form in forms)
 
 
-def _refuse_tools(record: Mapping[str, Any]) -> None:
+def _refuse_tools(record: Mapping[str, Any], but: str | None = None) -> None:
     for key in ("tools", "functions", "available_tools"):
-        if record.get(key):
-            raise ValueError(f'it has "{key}", and tools are not supported')
+        if record.get(key) and key != but:
+            raise ValueError(f'it has "{key}"; expected "tools" beside "messages"')
 
 
 def _continuation(prompt: Any, answer: Any, name: str, tokenizer: Tokenizer) -> Example:
@@ -233,10 +234,10 @@ def _unlearnt(message: Any) -> Any:
     return message
 
 
-def _lesson(messages: Any, tokenizer: Tokenizer) -> Example:
+def _lesson(messages: Any, tokenizer: Tokenizer, tools: Any = None) -> Example:
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         raise ValueError(f'"messages" is a {type(messages).__name__}; expected a list')
-    return _example(*tokenizer.encode_lesson(messages))
+    return _example(*tokenizer.encode_lesson(messages, tools=tools))
 
 
 def _example(ids: Sequence[int], weights: Sequence[float]) -> Example:
