@@ -19,6 +19,7 @@ import mistral_jax
 from convert import architecture
 from convert.to_orbax import to_orbax
 from convert.to_torch import to_torch
+from mistral_jax.model.cache import init_cache
 
 TINY = {
     "vocab_size": 53,
@@ -142,6 +143,14 @@ def assert_same_logits(model, params, theirs, rng):
         expected = hf_reference.logits(theirs, prompt)
         error = np.abs(row[: len(prompt)] - expected).max()
         assert error <= test_live.TOLERANCE * np.abs(expected).max(), f"{len(prompt)} tokens"
+    # The longest again, in chunks through a cache.
+    cache = init_cache(model.config, 1, len(prompt))
+    for start in range(0, len(prompt), 14):
+        places = np.arange(start, start + 14)
+        chunk = np.int32(prompt[places])[None], np.int32(places)[None]
+        logits, cache = tiny.forward(model, params, *chunk, cache)
+        error = np.abs(logits[0] - expected[places]).max()
+        assert error <= test_live.TOLERANCE * np.abs(expected).max(), f"a chunk from {start}"
 
 
 def older(config):
