@@ -359,8 +359,8 @@ SCALING_FIELDS = {
 _SCALING_RULES = {
     "factor": number(0, 1e6, above=True),
     "original_positions": _above_zero(LARGEST_INT),
-    "beta_fast": number(0, 1e6, above=True),
-    "beta_slow": number(0, 1e6, above=True),
+    "beta_fast": number(1e-3, 1e6),
+    "beta_slow": number(1e-3, 1e6),
     "attention_factor": number(0, 1e3, above=True),
     "low_freq_factor": number(0, 1e6, above=True),
     "high_freq_factor": number(0, 1e6, above=True),

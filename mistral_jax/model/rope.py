@@ -88,7 +88,7 @@ def _yarn_ramp(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
     low = max(math.floor(pair_with(scaling.beta_fast)), 0)
     high = min(math.ceil(pair_with(scaling.beta_slow)), head_dim - 1)
     width = high - low or 0.001  # A step, where both are the same pair.
-    return np.clip((np.arange(head_dim // 2) - low) / width, 0, 1)
+    return np.clip((np.arange(head_dim // 2, dtype=np.float64) - low) / width, 0, 1)
 
 
 def scale_queries(q: jax.Array, positions: jax.Array, scaling: QueryScaling | None) -> jax.Array:

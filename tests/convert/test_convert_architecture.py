@@ -281,10 +281,24 @@ def test_every_value_that_is_read_is_checked_before_it_is_used(read, fields, tmp
         *("sliding_window", "_sliding_window", "tied_embeddings", "attention_bias", "quantization"),
         *("model_type", "max_position_embeddings", "eos_token_id", "bos_token_id", "rope_theta"),
     ]
+    extra += ["yarn", "llama_4_scaling", "multiple_of", "ffn_dim_multiplier", "text_config"]
+    extra += ["quantization_config", "use_scaled_rope", "original_max_position_embeddings"]
+    table = {"rope_theta": 1e4, "factor": 2, "original_max_position_embeddings": 8}
+    yarn = {"rope_parameters": table | {"type": "yarn"}, "yarn": table | {"beta": 1}}
+    del yarn["yarn"]["rope_theta"]
     nested = [
-        {"rope_parameters": {"rope_theta": 1e4, key: x}}
-        for key in ("factor", "type", "rope_theta")
-        for x in WRONG
+        *(
+            {"rope_parameters": {"rope_theta": 1e4, key: x}}
+            for key in ("factor", "type", "rope_theta")
+            for x in WRONG
+        ),
+        *(
+            {"model_type": kind, name: yarn[name] | {key: x}}
+            for name, kind in (("rope_parameters", "ministral3"), ("yarn", "transformer"))
+            for key in (*yarn[name], "beta_fast", "mscale", "llama_4_scaling_beta")
+            for x in WRONG
+        ),
+        *({"model_type": "mistral3", "text_config": {"hidden_size": x}} for x in WRONG),
     ]
     flat = [{key: x} for key in {*fields, *extra} for x in [*WRONG, []]]
     for change in flat + nested:

@@ -8,6 +8,7 @@ import json
 import hf_reference
 import numpy as np
 import pytest
+import reference
 import safetensors.torch
 import test_live
 import tiny
@@ -18,6 +19,7 @@ import mistral_jax
 from convert import architecture
 from convert.to_orbax import to_orbax
 from convert.to_torch import to_torch
+from mistral_jax.model.cache import init_cache
 
 TINY = {
     "vocab_size": 53,
@@ -141,6 +143,14 @@ def assert_same_logits(model, params, theirs, rng):
         expected = hf_reference.logits(theirs, prompt)
         error = np.abs(row[: len(prompt)] - expected).max()
         assert error <= test_live.TOLERANCE * np.abs(expected).max(), f"{len(prompt)} tokens"
+    # The longest again, in chunks through a cache.
+    cache = init_cache(model.config, 1, len(prompt))
+    for start in range(0, len(prompt), 14):
+        places = np.arange(start, start + 14)
+        chunk = np.int32(prompt[places])[None], np.int32(places)[None]
+        logits, cache = tiny.forward(model, params, *chunk, cache)
+        error = np.abs(logits[0] - expected[places]).max()
+        assert error <= test_live.TOLERANCE * np.abs(expected).max(), f"a chunk from {start}"
 
 
 def older(config):
@@ -215,3 +225,99 @@ def test_an_export_is_the_model_that_was_converted(family, seed, tmp_path):
     config2, tree2 = (mistral_jax.load(tmp_path / "again")[i] for i in (0, 1))
     assert config.config == config2.config
     test_live.assert_same_trees(tree, tree2)
+
+
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "head_dim": 8,
+    "image_size": 32,
+    "patch_size": 16,
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", ["nemo", "ministral3"])
+def test_the_text_part_of_a_model_that_reads_images(name, tied, seed, tmp_path):
+    kind, fields = FAMILIES[name]
+    text = {k: v for k, v in (TINY | fields).items() if k != "attn_implementation"}
+    text |= {"model_type": kind.lower(), "tie_word_embeddings": tied}
+    config = transformers.Mistral3Config(
+        text_config=text, vision_config=VISION, tie_word_embeddings=tied
+    )
+    config._attn_implementation = "eager"
+    both, folder = build("Mistral3", config, seed, tmp_path / "s", "ConditionalGeneration")
+    model, params = load(folder, tmp_path / "ours")
+    assert model.config.tie_embeddings == tied
+    rng = np.random.default_rng(seed)
+    assert_same_logits(model, params, both, rng)
+    to_torch(tmp_path / "ours", tmp_path / "text")
+    text_alone = hf_reference.load(tmp_path / "text")
+    assert type(text_alone).__name__ == f"{kind}ForCausalLM"
+    assert_same_logits(model, params, text_alone, rng)
+
+    # In memory, Transformers 5 has other names.
+    state = {k: v.contiguous() for k, v in both.state_dict().items()}
+    assert any(name.startswith("model.language_model.") for name in state)
+    if tied:
+        del state["lm_head.weight"]
+    safetensors.torch.save_file(state, folder / "model.safetensors")
+    test_live.assert_same_trees(load(folder, tmp_path / "again")[1], params)
+
+
+@pytest.mark.parametrize("case", ["llama", "yarn"])
+def test_official_files_are_the_model_of_transformers(case, seed, tmp_path):
+    """Llama in four parts with what its file leaves out, and Ministral 3 in one."""
+    config = tiny.OFFICIAL | {"sliding_window": None, "vocab_size": 52, "head_dim": 8}
+    if case == "llama":
+        config |= {"n_kv_heads": 4, "hidden_dim": 88, "norm_eps": 1e-6}
+        params = {"dim": 32, "multiple_of": 4, "n_heads": 4, "n_layers": 2, "norm_eps": 1e-6}
+        params |= {"vocab_size": -1}
+    else:
+        config |= {"head_dim": 16, "yarn": tiny.YARN, "llama_4_scaling": tiny.QUERIES}
+        params = config
+    tensors = reference.random_tensors(config, seed)
+    theirs = hf_reference.build(config, tensors)
+    parts = 4 if case == "llama" else 1
+    source = test_live.official_folder(tmp_path / "s", params, tensors, parts)
+    model, tree = load(source, tmp_path / "ours")
+    rng = np.random.default_rng(seed)
+    assert_same_logits(model, tree, theirs, rng)
+    assert_same_text(model, tree, theirs, rng)
+    to_torch(tmp_path / "ours", tmp_path / "back")
+    back = hf_reference.load(tmp_path / "back")
+    assert type(back).__name__ == ("LlamaForCausalLM" if case == "llama" else type(theirs).__name__)
+    assert_same_logits(model, tree, back, rng)
+    to_torch(tmp_path / "ours", tmp_path / "official", format="official")
+    state = safetensors.torch.load_file(tmp_path / "official" / "consolidated.safetensors")
+    assert state.keys() == tensors.keys()
+    assert all(np.array_equal(state[name].numpy(), tensors[name]) for name in tensors)
+    test_live.assert_same_trees(load(tmp_path / "official", tmp_path / "again")[1], tree)
+
+
+def test_fp8_that_pytorch_wrote_is_the_model_of_its_values(seed, tmp_path):
+    """Each matrix is e4m3 with a scale; the product rounds to bfloat16."""
+    kind, fields = FAMILIES["ministral3"]
+    config = getattr(transformers, f"{kind}Config")(**TINY | fields)
+    theirs, folder = build(kind, config, seed, tmp_path / "s")
+    state, stored = theirs.state_dict(), {}
+    for name, tensor in list(state.items()):
+        if "_proj." in name:
+            scale = tensor.abs().max() / 448
+            small = (tensor / scale).to(torch.float8_e4m3fn)
+            stored |= {name: small, f"{name}_scale_inv": scale}
+            stored[name.replace("weight", "activation_scale")] = torch.tensor(0.5)
+            state[name] = (small.float() * scale).bfloat16().float()
+        else:
+            stored[name] = tensor.bfloat16()
+            state[name] = stored[name].float()
+    theirs.load_state_dict(state)
+    safetensors.torch.save_file(stored, folder / "model.safetensors")
+    raw = json.loads((folder / "config.json").read_text())
+    quantization = {"quant_method": "fp8", "activation_scheme": "static"}
+    raw["quantization_config"] = quantization | {"weight_block_size": None}
+    (folder / "config.json").write_text(json.dumps(raw))
+    model, params = load(folder, tmp_path / "ours")
+    assert_same_logits(model, params, theirs, np.random.default_rng(seed))
