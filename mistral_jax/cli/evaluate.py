@@ -209,7 +209,7 @@ def _circles(arguments: argparse.Namespace, tokenizer, texts: list[str]) -> list
         raise ValueError(
             f"--circle is {length}; the longest text has {max(map(len, encoded))} tokens"
         )
-    return [[tokenizer.bos_id, *row] for row in rows]
+    return [[tokenizer.first_id, *row] for row in rows]
 
 
 def _fields(name: str, loss) -> dict[str, Any]:

@@ -142,7 +142,7 @@ class _Model:
     def _encode_text(self, text: str) -> list[int]:
         if self._arguments.suffix is not None:
             return self._tokenizer.encode_fim(text, self._arguments.suffix)
-        return self._tokenizer.encode(text, bos=True)
+        return self._tokenizer.encode(text, bos=self._tokenizer.adds_bos)
 
     def _encode_message(self, text: str) -> list[int]:
         system = self._arguments.system

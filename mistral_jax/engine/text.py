@@ -64,7 +64,7 @@ def complete(
             f"prompt is {show(prompt)}; expected a text, or a list of texts (`chat` takes "
             "messages, `generate` token ids)"
         )
-    prompts = [tokenizer.encode(text, bos=True) for text in texts]
+    prompts = [tokenizer.encode(text, bos=tokenizer.adds_bos) for text in texts]
     options = {"sampling": sampling, "stop": stop, **fields}
     answers = _texts(model, params, tokenizer, prompts, max_new_tokens, options)
     return answers[0] if alone else answers
@@ -271,7 +271,7 @@ def conversation(one: Any, messages: Any) -> Messages:
 def encode_prompt(tokenizer: Tokenizer, prompt: str | Messages) -> tuple[list[int], bool]:
     """Encodes a text or a conversation; returns the ids, and whether a new text follows them."""
     if isinstance(prompt, str):
-        return tokenizer.encode(prompt, bos=True), False
+        return tokenizer.encode(prompt, bos=tokenizer.adds_bos), False
     return tokenizer.encode_chat(prompt), not prompt[-1].get("prefix", False)
 
 

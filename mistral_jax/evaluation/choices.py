@@ -141,10 +141,10 @@ def encode(tokenizer: Tokenizer, context: str, choice: str) -> tuple[list[int], 
       ValueError: the choice adds no token.
     """
     if not context:
-        return [tokenizer.bos_id], tokenizer.encode(choice)
+        return [tokenizer.first_id], tokenizer.encode(choice)
     whole = context + choice if context[-1].isspace() else f"{context} {choice}"
-    first = tokenizer.encode(context.rstrip(), bos=True)
-    rest = tokenizer.encode(whole, bos=True)[len(first) :]
+    first = tokenizer.encode(context.rstrip(), bos=tokenizer.adds_bos)
+    rest = tokenizer.encode(whole, bos=tokenizer.adds_bos)[len(first) :]
     if not rest:
         raise ValueError(f"the answer {choice!r} to {context[-40:]!r} has no token of its own")
     return first, rest

@@ -94,19 +94,19 @@ class MistralJax(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """The token that replaces an empty context."""
-        return self._tokenizer.bos_id
+        return self._tokenizer.first_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Encodes a text, with BOS unless `add_special_tokens` is False.
+        """Encodes a text, with BOS unless `add_special_tokens` is False or the model has none.
 
         If it is None, a BOS that the text spells out at its beginning is not added twice.
         """
-        bos = self._tokenizer.piece(self._tokenizer.bos_id)
-        if add_special_tokens is None:
-            string = string.removeprefix(bos)
-        return self._tokenizer.encode(string, bos=add_special_tokens is not False)
+        adds_bos = self._tokenizer.adds_bos and add_special_tokens is not False
+        if adds_bos and add_special_tokens is None:
+            string = string.removeprefix(self._tokenizer.piece(self._tokenizer.bos_id))
+        return self._tokenizer.encode(string, bos=adds_bos)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False

@@ -36,7 +36,7 @@ class Tokenizer(Chat, abc.ABC):
       bos_id: token that begins a text; None = the file names none.
       eos_id: token that ends an answer; None = the file names none.
       unk_id: token for text that the vocabulary cannot spell; None = it can spell any text.
-      adds_bos: whether texts of the model begin with BOS.
+      adds_bos: whether BOS begins every text of the model; some models use it in chats alone.
       version: Mistral's name for the set of control tokens. A `tekken.json` states it. Otherwise it
         is detected from the control tokens: "v1" (no [INST]), "v2" ([INST] and [/INST]), "v3" (also
         [PREFIX]) or "v7" (also [SYSTEM_PROMPT]). The `tokenizer.model.v3` of 7B v0.3 on the Hugging
@@ -60,6 +60,20 @@ class Tokenizer(Chat, abc.ABC):
         self.adds_bos = bos_id is not None
         self.bos_id, self.eos_id, self.unk_id = bos_id, eos_id, unk_id
         self.version = version
+
+    @property
+    def first_id(self) -> int:
+        """The token before a text that is scored: BOS, or EOS in place of a missing BOS.
+
+        Raises:
+          ValueError: the tokenizer has neither.
+        """
+        token = self.eos_id if self.bos_id is None else self.bos_id
+        if token is None:
+            raise ValueError(
+                "the tokenizer has no BOS or EOS token; expected a file that names one"
+            )
+        return token
 
     @staticmethod
     def from_file(

@@ -131,7 +131,7 @@ def prompts(recipe: Recipe, path: Path, tokenizer: Tokenizer) -> tuple[list[Prom
     def encode(text):
         if chat:
             return tokenizer.encode_chat([{"role": "user", "content": text}])
-        return tokenizer.encode(text, bos=True)
+        return tokenizer.encode(text, bos=tokenizer.adds_bos)
 
     found = [Prompt(text, encode(text)) for text in recipe.sample_prompts]
     most = read_base(recipe)[0].max_positions - 1

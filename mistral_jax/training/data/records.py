@@ -137,7 +137,7 @@ def _encode_example(record: Any, tokenizer: Tokenizer) -> Example:
     match _form(record, pairs=False):
         case ("text",):
             text = _string(record, "text")
-            ids = tokenizer.encode(text, bos=True, eos=True)
+            ids = tokenizer.encode(text, bos=tokenizer.adds_bos, eos=True)
             return _example(ids, [0.0] + [1.0] * (len(ids) - 1))
         case ("messages",):
             return _lesson(record["messages"], tokenizer, record.get("tools"))
@@ -198,7 +198,7 @@ def _continuation(prompt: Any, answer: Any, name: str, tokenizer: Tokenizer) -> 
     if isinstance(prompt, str) and isinstance(answer, str):
         if not answer:
             raise ValueError(f'"{name}" is empty; expected text to be learnt')
-        begin = tokenizer.encode(prompt, bos=True)
+        begin = tokenizer.encode(prompt, bos=tokenizer.adds_bos or not prompt)
         learnt = tokenizer.encode(answer, eos=True, continues=bool(prompt))
         return _example(begin + learnt, [0.0] * len(begin) + [1.0] * len(learnt))
     if isinstance(prompt, list) and isinstance(answer, list):
