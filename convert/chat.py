@@ -1,5 +1,6 @@
 """Chooses the form of conversations of a source, and reads its chat templates."""
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -49,6 +50,13 @@ def choose(
     if not templates:
         return ChatForm(own)
     form = ChatForm("template", **known)
+    if importlib.util.find_spec("jinja2") is None:
+        default = templates["default"]
+        if own != "none" and "[INST]" in default and "<<SYS>>" not in default:
+            say(
+                f"jinja2 is not installed to compare the chat template; its form is taken for {own}"
+            )
+            return ChatForm(own, **known)
     for named in (own, "llama-2"):
         if named != "none" and _is_like(named, form, tokenizer):
             return ChatForm(named, **known)
