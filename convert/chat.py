@@ -53,9 +53,7 @@ def choose(
     if importlib.util.find_spec("jinja2") is None:
         default = templates["default"]
         if own != "none" and "[INST]" in default and "<<SYS>>" not in default:
-            say(
-                f"jinja2 is not installed to compare the chat template; its form is taken for {own}"
-            )
+            say(f"the chat template is taken for {own}; with jinja2 installed, it is compared")
             return ChatForm(own, **known)
     for named in (own, "llama-2"):
         if named != "none" and _is_like(named, form, tokenizer):
