@@ -1,5 +1,6 @@
 """Chooses the form of conversations of a source, and reads its chat templates."""
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -49,6 +50,11 @@ def choose(
     if not templates:
         return ChatForm(own)
     form = ChatForm("template", **known)
+    if importlib.util.find_spec("jinja2") is None:
+        default = templates["default"]
+        if own != "none" and "[INST]" in default and "<<SYS>>" not in default:
+            say(f"the chat template is taken for {own}; with jinja2 installed, it is compared")
+            return ChatForm(own, **known)
     for named in (own, "llama-2"):
         if named != "none" and _is_like(named, form, tokenizer):
             return ChatForm(named, **known)

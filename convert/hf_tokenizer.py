@@ -113,8 +113,10 @@ def files(
     # In v1 there is no control token between a question and its answer. The space before the answer
     # separates them, unless a piece contains both the end of the question and the space.
     divided = rules.prefix and not any(f"]{_SPACE}" in piece.text for piece in pieces)
-    if tokenizer.version in _FORMS and pieces and (divided or tokenizer.version != "v1"):
-        contents["chat_template"] = _template(*_FORMS[tokenizer.version])
+    if tokenizer.chat_form == "template":
+        contents |= tokenizer.chat.tokens
+    if tokenizer.chat_form in _FORMS and pieces and (divided or tokenizer.chat_form != "v1"):
+        contents["chat_template"] = _template(*_FORMS[tokenizer.chat_form])
     found = {"tokenizer_config.json": contents}
     if not problem:
         found["tokenizer.json"] = _tokenizer_json(pieces, rules.prefix, tokenizer)

@@ -25,9 +25,15 @@ from .checks import check_finite
 from .source import TOKENIZERS
 
 # Names of the files of both formats and of tokenizers. A folder with other files is not replaced.
+# The files of chat templates, as Transformers names them.
+_TEMPLATES = {
+    "default": "chat_template.jinja",
+    "tool_use": "additional_chat_templates/tool_use.jinja",
+}
 _FILES = re.compile(
     r"(config|params|generation_config|tokenizer|tokenizer_config|added_tokens|special_tokens_map|tekken)\.json"
     r"|[\w.-]+\.model(\.v\d+\w*)?|chat_template\.jinja"
+    r"|additional_chat_templates/tool_use\.jinja"
     r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|consolidated\.safetensors"
 )
 
@@ -113,6 +119,11 @@ def to_torch(
             ends = {name: described[name] for name in ("bos_token_id", "eos_token_id")}
             _write_json(part / "generation_config.json", ends)
         _write_json(part / ("params.json" if official else "config.json"), described)
+        if tokenizer is not None and tokenizer.chat is not None and not official:
+            for key, text in tokenizer.chat.templates.items():
+                file = part / _TEMPLATES[key]
+                file.parent.mkdir(exist_ok=True)
+                file.write_text(text, encoding="utf-8", newline="")
         if tokenizer is not None and tokenizer.kind != "sentencepiece":
             storage.copy(vocabulary, part)
         elif tokenizer is not None:

@@ -26,6 +26,7 @@ _HOMES = {
     "engine.text": ("chat", "complete", "stream"),
     "model.cache": ("init_cache",),
     "model.transformer": ("Transformer",),
+    "tokens.answer": ("Answer", "parse_answer"),
     "tokens.tokenizer": ("Tokenizer",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

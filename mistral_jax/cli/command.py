@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 
 from mistral_jax.base import DTYPES
 from mistral_jax.base.output import one_line, tell
-from mistral_jax.tokens.chat import NAMES
 
 # Seconds that the first process waits after an error, so that the others can report theirs.
 _GRACE = 2
@@ -129,6 +128,8 @@ def add_model(group: argparse._ActionsContainer) -> None:
 
 def add_chat_form(group: argparse._ActionsContainer) -> None:
     """Adds the option that overrides the form of conversations."""
+    from mistral_jax.tokens.chat import NAMES
+
     group.add_argument(
         "--chat-form",
         choices=NAMES,

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -118,7 +119,10 @@ class _Model:
         if "prefixes" not in self._options:  # Each turn repeats those before it.
             self._options["prefixes"] = Prefixes(self._model, self._params, _PREFIX_BYTES)
         prompt = self._tokenizer.encode_chat(messages, tools=self._tools)
-        _check(self._run([prompt], lambda _, piece: show(piece)))
+        split = _Apart(show)
+        rows = self._run([prompt], lambda _, piece: split.push(piece))
+        split.flush()
+        _check(rows)
 
     def complete(self, texts: list[str]) -> None:
         """Continues or answers texts, and prints the results."""
@@ -131,7 +135,11 @@ class _Model:
                 print(json.dumps(self._describe(text, completion), allow_nan=False), flush=True)
         elif len(texts) == 1:
             print(shown[0], end="", flush=True)
-            rows = self._run(prompts, lambda _, piece: print(piece, end="", flush=True))
+            put = functools.partial(print, end="", flush=True)
+            split = _Apart(put) if self._arguments.chat else None
+            rows = self._run(prompts, lambda _, piece: split.push(piece) if split else put(piece))
+            if split:
+                split.flush()
             print(flush=True)
         else:
             rows = self._run(prompts)
@@ -177,6 +185,8 @@ class _Model:
         return rows
 
     def _describe(self, prompt: str, completion) -> dict:
+        from mistral_jax.tokens.answer import parse_answer
+
         fields = {
             "prompt": prompt,
             "text": completion.text,
@@ -190,9 +200,45 @@ class _Model:
         }
         if completion.error is not None:
             fields["error"] = completion.error
+        if self._arguments.chat:
+            answer = parse_answer(self._tokenizer, completion.tokens)
+            if answer.thinking is not None:
+                fields |= {"text": answer.text, "thinking": answer.thinking}
+            if answer.tool_calls:
+                fields |= {"text": answer.text, "tool_calls": answer.tool_calls}
         if self._arguments.top_logprobs:
             fields["top_logprobs"] = completion.top_logprobs
         return fields
+
+
+class _Apart:
+    """Shows an answer as it is generated, and what the model thinks before on standard error."""
+
+    def __init__(self, show):
+        from mistral_jax.tokens.answer import Splitter
+
+        self._show, self._split, self._thinks = show, Splitter(), False
+        self._dim = ("\x1b[2m", "\x1b[22m") if sys.stderr.isatty() else ("", "")
+
+    def push(self, piece: str) -> None:
+        """Takes the next piece."""
+        self._put(self._split.push(piece))
+
+    def flush(self) -> None:
+        """Shows what was held back."""
+        self._put(self._split.flush())
+
+    def _put(self, pieces) -> None:
+        for piece in filter(None, pieces):
+            thinks = piece.kind == "thinking"
+            if thinks:
+                begin, end = self._dim
+                print(f"{begin}{piece}{end}", end="", file=sys.stderr, flush=True)
+            else:
+                if self._thinks:
+                    print(file=sys.stderr, flush=True)
+                self._show(str(piece))
+            self._thinks = thinks
 
 
 def _tools(file) -> list | None:

@@ -20,6 +20,7 @@ from mistral_jax.engine.prefixes import Prefixes
 from mistral_jax.engine.request import listed
 from mistral_jax.engine.sampling import ALL_BANNED, DEFAULT, Sampling, settle
 from mistral_jax.model.transformer import Transformer
+from mistral_jax.tokens.answer import Piece, kinds
 from mistral_jax.tokens.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
@@ -79,6 +80,7 @@ def chat(
     *,
     sampling: Sampling | Sequence[Sampling] = DEFAULT,
     stop: str | Sequence[str] = (),
+    tools: Sequence[Mapping[str, Any]] | None = None,
     **fields: Any,
 ) -> str | list[str]:
     """Answers the last message of a conversation, or of each of several conversations.
@@ -88,6 +90,7 @@ def chat(
         "role" ("system", "user" or "assistant") and "content". The last message is the user's, or
         the assistant's with `"prefix": True`, which is then continued. A text is a conversation of
         one user message.
+      tools: tools that the model may call, in OpenAI's form; see `parse_answer`.
 
     The other arguments and errors are those of `complete`.
 
@@ -96,7 +99,7 @@ def chat(
     """
     _check_tokenizer(tokenizer)
     conversations, alone = _conversations(messages)
-    prompts = [encode_prompt(tokenizer, conversation) for conversation in conversations]
+    prompts = [encode_prompt(tokenizer, one, tools) for one in conversations]
     options = {"sampling": sampling, "stop": stop, "is_new": [new for _, new in prompts], **fields}
     prompts = [ids for ids, _ in prompts]
     answers = _texts(model, params, tokenizer, prompts, max_new_tokens, options)
@@ -112,6 +115,7 @@ def stream(
     *,
     sampling: Sampling = DEFAULT,
     stop: str | Sequence[str] = (),
+    tools: Sequence[Mapping[str, Any]] | None = None,
     **fields: Any,
 ) -> Iterator[str]:
     """Continues a text, or answers a conversation, piece by piece.
@@ -121,18 +125,20 @@ def stream(
 
     Args:
       prompt: a text as for `complete`, or messages as for `chat`.
+      tools: as for `chat`.
 
     The other arguments and errors are those of `complete`.
 
     Yields:
-      Pieces of text as soon as they are certain.
+      Pieces of text as soon as they are certain. The `kind` of a piece of an answer is "thinking"
+      between [THINK] and [/THINK], "tool_calls" after [TOOL_CALLS], and "text" otherwise.
     """
     _check_tokenizer(tokenizer)
     if not isinstance(prompt, str):
         (prompt, *others), alone = _conversations(prompt)
         if others or not alone:
             raise ValueError("prompt is a batch; expected one text or conversation to stream")
-    ids, is_new = encode_prompt(tokenizer, prompt)
+    ids, is_new = encode_prompt(tokenizer, prompt, tools)
     text = RowText(tokenizer, () if is_new else ids, stop)
     sampling = settle_text(tokenizer, sampling, fields)
     return _pieces(stream_tokens(model, params, ids, max_new_tokens, sampling=sampling), text)
@@ -268,11 +274,15 @@ def conversation(one: Any, messages: Any) -> Messages:
     return items
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str | Messages) -> tuple[list[int], bool]:
+def encode_prompt(
+    tokenizer: Tokenizer,
+    prompt: str | Messages,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> tuple[list[int], bool]:
     """Encodes a text or a conversation; returns the ids, and whether a new text follows them."""
     if isinstance(prompt, str):
         return tokenizer.encode(prompt, bos=tokenizer.adds_bos), False
-    return tokenizer.encode_chat(prompt), not prompt[-1].get("prefix", False)
+    return tokenizer.encode_chat(prompt, tools=tools), not prompt[-1].get("prefix", False)
 
 
 def _pieces(tokens: Iterator[Token], text: "RowText") -> Iterator[str]:
@@ -301,6 +311,7 @@ class RowText:
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int], stop: str | Sequence[str]):
         self.ended = False
         self._vocab_size = tokenizer.vocab_size
+        self._kind, self._kinds = "text", kinds(tokenizer)
         self._decoder = tokenizer.stream(context)
         self._held = ""
         self._stop = [stop] if isinstance(stop, str) else listed(stop)
@@ -310,17 +321,18 @@ class RowText:
             if not isinstance(string, str) or not string:
                 raise ValueError(f"stop has {show(string)}; expected strings that are not empty")
 
-    def push(self, token: int) -> str:
+    def push(self, token: int) -> Piece:
         """Takes a token; returns the text that is certain by now."""
+        self._kind = self._kinds.get(token, self._kind)
         # The model's vocabulary may be larger than the tokenizer's; such tokens have no text.
         if token < self._vocab_size:
             self._held += self._decoder.push(token)
-        return self._release(final=False)
+        return Piece(self._release(final=False), self._kind)
 
-    def flush(self) -> str:
+    def flush(self) -> Piece:
         """Returns the rest of the text, after the last token."""
         self._held += self._decoder.flush()
-        return self._release(final=True)
+        return Piece(self._release(final=True), self._kind)
 
     def _release(self, final: bool) -> str:
         if self.ended:

@@ -22,6 +22,63 @@ _MARK = re.compile("|".join(map(re.escape, _MARKS)))
 _TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
 
 
+class Piece(str):
+    """A piece of a streamed answer.
+
+    Attributes:
+      kind: "text", "thinking" or "tool_calls".
+    """
+
+    kind: str
+
+    def __new__(cls, text: str, kind: str = "text") -> "Piece":
+        """Makes a piece of a kind."""
+        made = super().__new__(cls, text)
+        made.kind = kind
+        return made
+
+
+class Splitter:
+    """Tells what a model writes between `<think>` and `</think>` from its answer, while it streams.
+
+    A few characters that may begin a tag are held back. Models with control tokens for it need
+    none: their pieces have a kind already.
+    """
+
+    def __init__(self):
+        self._held, self._tag = "", "<think>"
+        self._begins = False  # whether the answer begins after its thoughts
+
+    def push(self, piece: str) -> list[Piece]:
+        """Takes the next piece; returns pieces, each of one kind, without the tags."""
+        if getattr(piece, "kind", "text") != "text" or not self._tag:
+            piece = piece.lstrip("\n") if self._begins else piece
+            self._begins = self._begins and not piece
+            return [*self.flush(), piece if isinstance(piece, Piece) else Piece(piece)]
+        self._held += piece
+        if self._tag == "<think>":
+            begun = self._held.lstrip()
+            if self._tag.startswith(begun[: len(self._tag)]) and len(begun) < len(self._tag):
+                return []
+            if not begun.startswith(self._tag):
+                self._tag = ""
+                return self.flush()
+            self._held, self._tag = begun.removeprefix(self._tag), "</think>"
+        before, tag, after = self._held.partition(self._tag)
+        if tag:
+            self._tag, self._held, self._begins = "", "", True
+            return [Piece(before, "thinking"), *self.push(after)]
+        sure = next(i for i in range(len(before) + 1) if self._tag.startswith(before[i:]))
+        self._held = before[sure:]
+        return [Piece(before[:sure], "thinking")]
+
+    def flush(self) -> list[Piece]:
+        """Returns what was held back, after the last piece."""
+        kind = "thinking" if self._tag == "</think>" else "text"
+        held, self._held = self._held, ""
+        return [Piece(held, kind)] if held else []
+
+
 @dataclasses.dataclass(frozen=True)
 class Answer:
     """An answer of a model.
@@ -43,6 +100,13 @@ class Answer:
             calls = [dict(call) for call in self.tool_calls]
             message |= {"content": self.text or None, "tool_calls": calls}
         return message
+
+
+def kinds(tokenizer: Any) -> dict[int, str]:
+    """Returns the kind of what follows each control token that changes it."""
+    named = {"[THINK]": "thinking", "[/THINK]": "text", _CALLS: "tool_calls"}
+    found = {tokenizer.control(mark): kind for mark, kind in named.items()}
+    return {token: kind for token, kind in found.items() if token is not None}
 
 
 def parse_answer(tokenizer: Any, answer: Sequence[int] | str) -> Answer:

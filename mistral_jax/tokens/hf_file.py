@@ -180,7 +180,7 @@ def without_prefix(described: Mapping[str, Any]) -> dict[str, Any] | None:
         json.dumps({name: described.get(name) for name in ("normalizer", "pre_tokenizer")})
     )
     before = json.dumps(found)
-    kept = [part for part in parts(found["normalizer"]) if part.get("type") != "Prepend"]
+    kept = [part for part in parts(found["normalizer"]) if not _is_prefix(part)]
     if len(kept) < len([*parts(found["normalizer"])]):
         found["normalizer"] = {"type": "Sequence", "normalizers": kept}
     for part in parts(found["pre_tokenizer"]):
@@ -190,6 +190,17 @@ def without_prefix(described: Mapping[str, Any]) -> dict[str, Any] | None:
         elif part.get("add_prefix_space"):
             part["add_prefix_space"] = False
     return None if json.dumps(found) == before else {**described, **found}
+
+
+def _is_prefix(part: Mapping[str, Any]) -> bool:
+    """Tells whether a normalizer puts a space before a text.
+
+    Transformers 5 writes one that doubles a space at the beginning, as SentencePiece does.
+    """
+    if part.get("type") == "Prepend":
+        return True
+    pattern = part.get("pattern")
+    return isinstance(pattern, dict) and pattern.get("Regex") in ("\\A▁", "^▁")
 
 
 def parts(table: Any) -> Iterator[dict[str, Any]]:

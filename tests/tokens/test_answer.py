@@ -1,12 +1,13 @@
 """Laws of parsing answers: what a form writes is what is parsed."""
 
+import itertools
 import random
 
 import pytest
 import tokenizer_samples as samples
 from conversations import said, short_text
 
-from mistral_jax.tokens.answer import Answer, parse_answer
+from mistral_jax.tokens.answer import Answer, Splitter, parse_answer
 from mistral_jax.tokens.tokenizer import Tokenizer
 
 FILES = samples.FILES | {"v7": samples.V7_FILE}
@@ -97,3 +98,22 @@ def test_answers_in_text(tokenizers, text, answer):
         assert one["function"] == expected["function"]
         assert expected["id"] in (None, one["id"])
     assert (found.text, found.thinking) == (answer.text, answer.thinking)
+
+
+def test_thoughts_stream_apart():
+    """However a text is cut into pieces, the kinds are those of the parsed whole."""
+    rng = random.Random(3)
+    for text in ("<think>a <b</think>\n\nc < d</think>", "\n<think>a", "<thin", "no <think>a", ""):
+        answer = parse_answer(None, text) if text else Answer()
+        for _ in range(50):
+            cuts = sorted(rng.choices(range(len(text) + 1), k=4))
+            ends = [0, *cuts, len(text)]
+            split, found = Splitter(), []
+            for begin, end in itertools.pairwise(ends):
+                found += split.push(text[begin:end])
+            found += split.flush()
+            kinds = {"text": "", "thinking": ""}
+            for piece in found:
+                kinds[piece.kind] += piece
+            assert kinds["thinking"].strip("\n") == (answer.thinking or "")
+            assert kinds["text"] == answer.text

@@ -5,6 +5,7 @@ import json
 import random
 
 import pytest
+import tekken_samples
 import tokenizer_samples as samples
 from conversations import said, short_text
 from mistral_common.protocol.fim.request import FIMRequest
@@ -15,20 +16,26 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_jax.tokens.messages import Control, chat_parts, lesson_parts
 from mistral_jax.tokens.tokenizer import Tokenizer
 
-FILES = samples.FILES | {"v7": samples.V7_FILE}
+FILES = samples.FILES | {"v7": samples.V7_FILE, "v3-tekken": tekken_samples.FILES[0]}
+# Small Tekken files of the versions that mistral-common has no file of.
+SMALL = ("v7", "v11", "v13")
 BOS, EOS, INST, END = Control.BOS, Control.EOS, Control.BEGIN_INST, Control.END_INST
 
 
 @pytest.fixture(scope="module")
-def pairs():
+def pairs(tmp_path_factory):
     """Our tokenizer and the oracle by the name of the form."""
+    files = dict(FILES)
+    for version in SMALL:
+        files[f"{version} small"] = tmp_path_factory.mktemp(version) / "tekken.json"
+        tekken_samples.write(files[f"{version} small"], version)
     return {
         name: (Tokenizer.from_file(path), MistralTokenizer.from_file(str(path)))
-        for name, path in FILES.items()
+        for name, path in files.items()
     }
 
 
-@pytest.fixture(params=["v2", "v3", "v7"])
+@pytest.fixture(params=["v2", "v3", "v7", "v3-tekken", *(f"{version} small" for version in SMALL)])
 def pair(request, pairs):
     return pairs[request.param]
 
@@ -69,13 +76,14 @@ def random_tool_conversation(rng, version, finished=False):
     messages = [said("system", short_text(rng)) for _ in range(rng.choice((0, 1, 2)))]
     for _ in range(rng.randrange(1, 4)):
         messages += [said("user", short_text(rng)) for _ in range(rng.choice((1, 1, 2)))]
-        if version == "v7" and rng.random() < 0.2:
+        late = version not in ("v2", "v3")
+        if late and rng.random() < 0.2:
             messages += [said("system", short_text(rng)), said("user", short_text(rng))]
         while rng.random() < 0.5:
             calls = [random_call(rng, version) for _ in range(1 if version == "v2" else 2)]
-            text = short_text(rng).rstrip() if version == "v7" else ""
+            text = short_text(rng).rstrip() if late else ""
             messages.append(said("assistant", text or None, tool_calls=calls))
-            for call in calls:
+            for call in rng.sample(calls, len(calls)):
                 result = rng.choice((short_text(rng), json.dumps({"x": short_text(rng)})))
                 messages.append(said("tool", result, tool_call_id=call.get("id"), name="tool_1"))
         messages.append(said("assistant", (short_text(rng) + ".")))
