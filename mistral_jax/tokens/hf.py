@@ -19,7 +19,7 @@ class HuggingFace(Tokenizer):
     """A tokenizer that the tokenizers library runs.
 
     Control tokens are the special ones among the added tokens, the tokens that are named as special
-    ones, and added tokens of the form "<|...|>". Other added tokens are text.
+    ones, and added tokens of the form `<|...|>`. Other added tokens are text.
     """
 
     kind = "tokenizer.json"

@@ -4,7 +4,6 @@ The vocabulary is a list of byte sequences by rank, which the tiktoken library m
 special tokens come first, so the id of a sequence is its rank plus their number.
 """
 
-import base64
 import binascii
 import re
 from collections.abc import Mapping
@@ -181,7 +180,7 @@ def _token(entry: Mapping[str, Any], rank: int, path: Path) -> bytes:
     """Returns the bytes of an entry of the vocabulary, which must have this rank."""
     text = entry.get("token_bytes")
     try:
-        token = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
+        token = binascii.a2b_base64(text, strict_mode=True) if isinstance(text, str) else b""
     except (binascii.Error, ValueError):
         token = b""
     if not token:

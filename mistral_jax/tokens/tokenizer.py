@@ -35,7 +35,7 @@ class Tokenizer(Chat, abc.ABC):
       vocab_size: number of tokens of the file.
       bos_id: token that begins a text; None = the file names none.
       eos_id: token that ends an answer; None = the file names none.
-      unk_id: token for text that the vocabulary cannot spell; None = it can spell any text.
+      unk_id: token for text that the vocabulary cannot spell; None = the file names none.
       adds_bos: whether BOS begins every text of the model; some models use it in chats alone.
       version: Mistral's name for the set of control tokens. A `tekken.json` states it. Otherwise it
         is detected from the control tokens: "v1" (no [INST]), "v2" ([INST] and [/INST]), "v3" (also

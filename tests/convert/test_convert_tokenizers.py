@@ -12,6 +12,7 @@ from convert.inspect import inspect
 from convert.to_orbax import to_orbax
 from convert.to_torch import to_torch
 from mistral_jax.checkpoint import checkpoint, manifest
+from mistral_jax.engine.text import encode_prompt
 from mistral_jax.tokens import storage
 
 TEXT = "The thing, 日本 👍 </s> [INST] "
@@ -39,6 +40,10 @@ def test_a_tokenizer_stays_as_it_is_from_source_to_export(source, tmp_path):
     assert tokenizer.vocab_size == model.config.vocab_size - 4
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
     assert isinstance(mj.complete(model, params, tokenizer, "the", max_new_tokens=2), str)
+    assert mj.score(model, params, tokenizer, TEXT).bits_per_byte > 0
+    assert encode_prompt(tokenizer, "the")[0] == tokenizer.encode(
+        "the", bos=source.stem == "tekken"
+    )
     with pytest.raises(ValueError, match="is outside the tokenizer's vocabulary"):
         tokenizer.decode([model.config.vocab_size])
 
