@@ -226,6 +226,12 @@ def test_the_cache_may_be_in_8_bits(command, monkeypatch):
     [
         ([], "there is no prompt; give one, - for standard input, or --chat"),
         (["x", "--system", "y"], "--system is for --chat"),
+        (["x", "--tools", "y"], "--tools is for --chat"),
+        (["x", "--chat", "--suffix", "y"], "--suffix is for a prompt to complete; leave out"),
+        (["x", "--suffix", "y"], "the tokenizer has no [SUFFIX]: the model cannot fill in"),
+        (["x", "--chat", "--chat-form", "none"], "the model has no chat form: it is a base mod"),
+        (["x", "--chat", "--chat-form", "v7", "--system", "y"], "the tokenizer has no [SYSTEM_P"),
+        (["x", "--chat", "--chat-form", "template"], "the checkpoint has no chat template; con"),
         (["--chat", "--json"], "--json is for prompts"),
         (["x", "--temperature", "nan"], "temperature is nan; expected a number from 0 to 100"),
         (["x", "--top-p", "2"], "top_p is 2.0; expected a number from 0 to 1"),

@@ -149,7 +149,7 @@ def test_control_tokens_come_from_the_order_of_roles_alone(pairs, name):
 
 def test_infilling_equals_mistral_commons(pairs):
     rng = random.Random(3)
-    for name in ("v3", "v7"):
+    for name in ("v3", "v7", "v3-tekken", "v13 small"):
         tokenizer, oracle = pairs[name]
         for _ in range(100):
             prefix, suffix = short_text(rng), short_text(rng)
@@ -157,6 +157,32 @@ def test_infilling_equals_mistral_commons(pairs):
             assert tokenizer.encode_fim(prefix, suffix) == expected
             control = [i for i in tokenizer.encode_fim(prefix, suffix) if tokenizer.is_control(i)]
             assert len(control) == 3
+
+
+def test_codellama_fills_in_between_its_marks(tmp_path):
+    marks = "▁<PRE>,▁<SUF>,▁<MID>,▁<EOT>"
+    file = samples.train(tmp_path / "tokenizer.model", user_defined_symbols=marks)
+    tokenizer = Tokenizer.from_file(file)
+    pre, suf, mid, end = map(tokenizer.control, marks.split(","))
+    ids = tokenizer.encode_fim("def", " return <MID>")
+    assert ids == [
+        *(tokenizer.bos_id, pre, *tokenizer.encode("def")),
+        *(suf, *tokenizer.encode("☺ return <MID>")[2:], mid),
+    ]
+    assert tokenizer.fim_end_ids == (end,)
+
+
+def test_thoughts_equal_mistral_commons(pairs):
+    tokenizer, oracle = pairs["v13 small"]
+    rng = random.Random(5)
+    for _ in range(50):
+        content = [
+            {"type": "thinking", "thinking": short_text(rng), "closed": rng.random() < 0.9},
+            *({"type": "text", "text": short_text(rng)} for _ in range(rng.randrange(3))),
+        ]
+        messages = [said("system", content), said("user", "a"), said("assistant", content)]
+        messages.append(said("user", "b"))
+        assert tokenizer.encode_chat(messages) == _oracle_ids(oracle, messages)
 
 
 def test_a_tokenizer_without_the_tokens_cannot_fill_in(pairs):
