@@ -39,8 +39,8 @@ class Backend:
       alone: whether programs run on one device, without a mesh.
       kernels: names of the kernels that programs may call: "native" (C++, on a CPU; see
         `kernels.py`), "splash" (training), "flash" (prompts), "ragged" (decoding) and "grouped"
-        (products of experts) on a TPU, "cudnn" (prompts), "cudnn-training" (with its gradient) and "triton" (decoding) on an NVIDIA
-        GPU.
+        (products of experts) on a TPU, "cudnn" (prompts), "cudnn-training" (with its gradient) and
+        "triton" (decoding) on an NVIDIA GPU.
     """
 
     platform: str = "cpu"

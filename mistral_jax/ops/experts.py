@@ -338,7 +338,7 @@ def _by_device(local, rules: Rules, tokens, stacks, key) -> jax.Array:
 
     Devices that share rows' mesh axis with experts gather each other's tokens first.
     """
-    x, choice, _ = tokens
+    x = tokens[0]
     experts, mlp = (mesh_axes(rules, axis) for axis in ("expert", "mlp"))
     places = [
         mesh_axes(rules, axis) if partition.divides(rules, {axis: size}) else ()

@@ -112,7 +112,8 @@ def test_blocks_hold_every_choice(rows, backend):
         choice = Choice(chosen, jnp.ones(chosen.shape), jnp.zeros((1, rows), jnp.int32))
         blocks = experts._sort(choice, 0, 5, backend)
         slots = np.asarray(blocks.slots)
-        assert len(set(slots)) == rows and slots.min() >= 0
+        assert len(set(slots)) == rows
+        assert slots.min() >= 0
         np.testing.assert_array_equal(np.asarray(blocks.pairs)[slots], np.arange(rows))
         np.testing.assert_array_equal(
             np.asarray(blocks.experts)[slots // blocks.rows], chosen.ravel()
