@@ -1,4 +1,4 @@
-"""Separates the tensors that hold the matrices of all experts of a layer, as some files have them."""
+"""Separates tensors that hold the matrices of all experts of a layer, as in some files."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -36,8 +36,8 @@ def separate(tensors: Mapping[str, list[Tensor]], config: ModelConfig) -> dict[s
         for new, views in _renamed(name, places, config):
             if new in found or (new != name and new in tensors):
                 raise ValueError(
-                    f"tensor {new} is in {places[0].file} twice, once as a part of {name}; expected "
-                    "one of the two"
+                    f"tensor {new} is in {places[0].file} twice, once as a part of {name}; "
+                    "expected one of the two"
                 )
             found[new] = views
     return found
