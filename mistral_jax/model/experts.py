@@ -54,7 +54,7 @@ class Experts(nn.Module):
         config = self.config
         router = Projection(config, self.dtype, self.backend, dropout=self.dropout, name="router")
         chances = jax.nn.softmax(router(x).astype(jnp.float32), axis=-1)
-        shares, chosen = jax.lax.top_k(chances, config.experts_per_token)
+        shares, chosen = choose(chances, config.experts_per_token)
         shares /= jnp.sum(shares, axis=-1, keepdims=True)
         self.sow(*BALANCE, balance(chances, chosen, positions))
         stacks = [Stacked(config, name=f"{name}_proj")() for name in ("gate", "up", "down")]
@@ -80,6 +80,21 @@ class Stacked(nn.Module):
         adapted = self.has_variable("params", "lora_a")
         names = ("lora_a", "lora_b") if adapted else ()
         return Stack(matrix, *(self.get_variable("params", name) for name in names))
+
+
+def choose(chances: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the largest of `chances` [B, T, E] and their indices, both [B, T, count].
+
+    It equals `jax.lax.top_k`, for which XLA would gather the rows of all devices.
+    """
+    rest, values, indices = chances, [], []
+    for _ in range(count):
+        index = jnp.argmax(rest, axis=-1).astype(jnp.int32)
+        found = jax.nn.one_hot(index, chances.shape[-1], dtype=jnp.bool_)
+        values.append(jnp.sum(jnp.where(found, chances, 0), axis=-1))
+        indices.append(index)
+        rest = jnp.where(found, -jnp.inf, rest)
+    return jnp.stack(values, axis=-1), jnp.stack(indices, axis=-1)
 
 
 def balance(chances: jax.Array, chosen: jax.Array, positions: jax.Array) -> jax.Array:

@@ -100,8 +100,9 @@ def mix(
       [B, T, D] in `dtype`; 0 for padding.
     """
     key, rate = dropout or (None, 0.0)
-    # The number of each pair in the batch, from which its dropout is drawn on any device.
-    pairs = jnp.arange(choice.experts.size, dtype=jnp.int32).reshape(choice.experts.shape)
+    pairs = None
+    if key is not None:  # Dropout is drawn from the number of each pair, on any device.
+        pairs = jnp.arange(choice.experts.size, dtype=jnp.int32).reshape(choice.experts.shape)
     no_mesh = jax.sharding.get_abstract_mesh().empty
     if no_mesh and not backend.alone:  # XLA cannot partition the kernel.
         backend = dataclasses.replace(backend, kernels=())
