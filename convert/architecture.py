@@ -22,7 +22,7 @@ from mistral_jax.base.files import parse_json, read_json
 from mistral_jax.checkpoint.names import HEAD
 from mistral_jax.config import DEFAULT_MAX_POSITIONS, RULES, ModelConfig
 
-from . import experts, fp8, gguf_model, llama, rope
+from . import expert_fields, fp8, gguf_model, llama, rope
 from .source import Tensor
 
 # Names of each field: in ModelConfig, in official files, in Hugging Face's. Every file must have
@@ -159,7 +159,7 @@ def read(
     ends = ends if isinstance(ends, list) else [ends]
     if ends:
         found |= {"eos_id": ends[0], "other_eos_ids": tuple(ends[1:])}
-    found |= experts.read(raw, official, file)
+    found |= expert_fields.read(raw, official, file)
     found["sliding_window"] = _windows(raw, official, model_type, found["num_layers"], file)
     if official:
         rotation = rope.read_official(raw, str(file))
@@ -322,7 +322,7 @@ def to_official(config: ModelConfig) -> dict[str, Any]:
         "eos_token_id": 2,
     }
     described = {key: value for key, value in fields.items() if unset.get(key, ...) != value}
-    return described | experts.to_official(config)
+    return described | expert_fields.to_official(config)
 
 
 def to_hf(config: ModelConfig, model_type: str = MISTRAL) -> dict[str, Any]:
@@ -347,7 +347,7 @@ def to_hf(config: ModelConfig, model_type: str = MISTRAL) -> dict[str, Any]:
         del fields["sliding_window"]
         fields |= {"attention_bias": False, "mlp_bias": False}
     if kind == "mixtral":
-        fields |= experts.to_hf(config)
+        fields |= expert_fields.to_hf(config)
     if isinstance(config.sliding_window, tuple):
         windows = set(config.sliding_window) - {None}
         if len(windows) > 1:
@@ -368,7 +368,7 @@ def _exported_type(config: ModelConfig, model_type: str) -> str:
     """Returns the type, in Transformers, of a model that computes what the config says."""
     by_layer = isinstance(config.sliding_window, tuple)
     if config.num_experts:
-        experts.check_exported(config)
+        expert_fields.check_exported(config)
         return "mixtral"
     if by_layer and config.query_scaling:
         raise ValueError(

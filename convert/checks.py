@@ -10,7 +10,7 @@ from mistral_jax.base import DTYPES
 from mistral_jax.checkpoint.names import EMBED, HEAD, Weight, weights
 from mistral_jax.config import ModelConfig
 
-from . import fp8
+from . import experts, fp8
 from .source import Source, Tensor
 
 # Tables of rotary angles, one per layer or one per model: the model computes them.
@@ -40,13 +40,16 @@ def match(
             f"tensor {adapted} in {tensors[adapted][0].file} is an adapter's; expected a whole "
             "model: convert the base model, and load the adapters together with it"
         )
+    tensors = experts.separate(tensors, config)
+    # The files of the first Mixtral hold whole tensors. Those of other models hold parts of all.
+    whole = config.num_experts > 0 and all(len(places) == 1 for places in tensors.values())
     matched, unused = {}, dict(tensors)
     for weight in weights(config):
         name, shape = weight.name(source.official), weight.file_shape(config)
         if name not in unused:
             raise ValueError(f"{source.folder} has no tensor {name}; expected one of {shape}")
         matched[weight] = unused.pop(name)
-        _check_places(name, matched[weight], shape, weight.shard_axis, source)
+        _check_places(name, matched[weight], shape, weight.shard_axis, source, whole)
     if config.tie_embeddings:
         _check_tied(unused.pop(HEAD.name(source.official), []), matched[EMBED], config, source)
     for name, places in unused.items():
@@ -102,9 +105,15 @@ def check_finite(array: np.ndarray, where: str) -> None:
 
 
 def _check_places(
-    name: str, places: list[Tensor], shape: tuple[int, ...], shard_axis: int | None, source: Source
+    name: str,
+    places: list[Tensor],
+    shape: tuple[int, ...],
+    shard_axis: int | None,
+    source: Source,
+    whole: bool = False,
 ) -> None:
-    if len(places) != len(source.weight_files) and source.format == "official-torch":
+    parts = source.format == "official-torch" and not whole
+    if len(places) != len(source.weight_files) and parts:
         raise ValueError(
             f"tensor {name} is in {len(places)} of {len(source.weight_files)} parts of "
             f"{source.folder}; expected a part of it in each"

@@ -1,67 +1,87 @@
-"""Translates the fields of mixtures of experts between `ModelConfig` and the files of Mixtral."""
+"""Separates tensors that hold the matrices of all experts of a layer, as in some files."""
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+import re
+from collections.abc import Iterator, Mapping
 
-from mistral_jax.base.fields import check_table, show, table_of
-from mistral_jax.config import RULES, ModelConfig
+import numpy as np
 
-# In ModelConfig, in the table "moe" of official files, in Hugging Face's.
-_FIELDS = (
-    ("num_experts", "num_experts", "num_local_experts"),
-    ("experts_per_token", "num_experts_per_tok", "num_experts_per_tok"),
-)
-_RULES = {name: RULES[ours] for ours, *names in _FIELDS for name in names}
+from mistral_jax.config import ModelConfig
+
+from .source import Tensor
+
+# Official files of the first Mixtral 8x7B: [E * F, D], also of w2, which is transposed.
+_FIRST = re.compile(r"(layers\.\d+)\.block_sparse_moe\.(w[123])")
+_FIRST_ROUTER = re.compile(r"(layers\.\d+)\.block_sparse_moe\.gate\.weight")
+# The names that Transformers 5 gives the parameters in memory: [E, 2F, D], w1 first, and [E, D, F].
+_FUSED = re.compile(r"(model\.layers\.\d+)\.mlp\.experts\.(gate_up_proj|down_proj)")
+_FUSED_ROUTER = re.compile(r"(model\.layers\.\d+)\.mlp\.gate\.weight")
 
 
-def read(raw: Mapping[str, Any], official: bool, file: Path) -> dict[str, int]:
-    """Returns the fields of a mixture of experts; an empty dict for a model without experts.
+def separate(tensors: Mapping[str, list[Tensor]], config: ModelConfig) -> dict[str, list[Tensor]]:
+    """Returns the tensors with one for each expert, under the names of later files.
+
+    They are views: nothing is read.
 
     Args:
-      raw: the values of a `params.json` (official) or `config.json`.
-      official: which of them it is.
-      file: the file, for messages.
+      tensors: the tensors of a source by name.
+      config: the model.
 
     Raises:
-      ValueError: a value is missing or not a number of experts.
+      ValueError: a tensor of experts has the wrong shape.
     """
-    if not official and raw.get("model_type") != "mixtral":
-        return {}
-    table, source = (raw.get("moe"), f"{file}: moe") if official else (raw, str(file))
-    if not table:
-        return {}
-    if not table_of().accepts(table):
-        raise ValueError(f"{source} is {show(table)}; expected a table")
-    keys = {ours: theirs[not official] for ours, *theirs in _FIELDS}
-    given = {key: table[key] for key in keys.values() if table.get(key) is not None}
-    check_table(given, _RULES, source)
-    for key in keys.values():
-        if not given.get(key):
-            raise ValueError(f"{source} has no {key}; expected a number above 0")
-    return {ours: given[key] for ours, key in keys.items()}
+    if not config.num_experts:
+        return dict(tensors)
+    found: dict[str, list[Tensor]] = {}
+    for name, places in tensors.items():
+        for new, views in _renamed(name, places, config):
+            if new in found or (new != name and new in tensors):
+                raise ValueError(
+                    f"tensor {new} is in {places[0].file} twice, once as a part of {name}; "
+                    "expected one of the two"
+                )
+            found[new] = views
+    return found
 
 
-def to_official(config: ModelConfig) -> dict[str, Any]:
-    """Returns the part of a `params.json` that describes the experts."""
-    fields = {key: getattr(config, ours) for ours, key, _ in _FIELDS}
-    return {"moe": fields} if config.num_experts else {}
+def _renamed(
+    name: str, places: list[Tensor], config: ModelConfig
+) -> Iterator[tuple[str, list[Tensor]]]:
+    """Yields the tensors that one tensor of a file stands for."""
+    count, inner, width = config.num_experts, config.mlp_dim, config.embed_dim
+    if found := _FIRST_ROUTER.fullmatch(name):
+        yield f"{found[1]}.feed_forward.gate.weight", places
+    elif found := _FUSED_ROUTER.fullmatch(name):
+        yield f"{found[1]}.block_sparse_moe.gate.weight", places
+    elif found := _FIRST.fullmatch(name):
+        array = _one(name, places, (count * inner, width)).reshape(count, inner, width)
+        array = array.swapaxes(1, 2) if found[2] == "w2" else array
+        yield from _each(f"{found[1]}.feed_forward", found[2], array, places)
+    elif found := _FUSED.fullmatch(name):
+        module = f"{found[1]}.block_sparse_moe"
+        if found[2] == "down_proj":
+            yield from _each(module, "w2", _one(name, places, (count, width, inner)), places)
+        else:
+            array = _one(name, places, (count, 2 * inner, width))
+            yield from _each(module, "w1", array[:, :inner], places)
+            yield from _each(module, "w3", array[:, inner:], places)
+    else:
+        yield name, places
 
 
-def to_hf(config: ModelConfig) -> dict[str, int]:
-    """Returns the part of a `config.json` that describes the experts."""
-    return {key: getattr(config, ours) for ours, _, key in _FIELDS}
-
-
-def check_exported(config: ModelConfig) -> None:
-    """Raises a ValueError if Hugging Face's Mixtral does not compute what the config says."""
-    if isinstance(config.sliding_window, tuple):
+def _one(name: str, places: list[Tensor], shape: tuple[int, ...]) -> np.ndarray:
+    """Returns the array of a tensor that must be whole, in one file."""
+    if len(places) > 1:
         raise ValueError(
-            "Hugging Face's Mixtral has one window for all layers; this model has "
-            f"{show(list(config.sliding_window))}: export it as official"
+            f"tensor {name} is in {len(places)} files, {places[0].file} among them; expected one"
         )
-    if config.query_scaling:
-        raise ValueError(
-            f"Hugging Face's Mixtral has no scale of queries; this model has "
-            f"{show(config.query_scaling)}: export it as official"
-        )
+    file, array = places[0].file, places[0].array
+    if array.shape != shape:
+        raise ValueError(f"tensor {name} in {file} is {array.shape}; expected {shape}")
+    return array
+
+
+def _each(
+    module: str, matrix: str, array: np.ndarray, places: list[Tensor]
+) -> Iterator[tuple[str, list[Tensor]]]:
+    for i, one in enumerate(array):
+        yield f"{module}.experts.{i}.{matrix}.weight", [places[0]._replace(array=one)]

@@ -17,7 +17,7 @@ from rich.filesize import decimal
 
 from mistral_jax.base import DTYPES, memory
 from mistral_jax.checkpoint import arrays, checkpoint, manifest, zarr
-from mistral_jax.checkpoint.names import weights
+from mistral_jax.checkpoint.names import count_parameters
 from mistral_jax.config import CONFIG_DIR, ModelConfig
 from mistral_jax.model.cache import init_cache
 from mistral_jax.tokens import storage
@@ -153,6 +153,9 @@ def _model(
     if names[1:]:
         yield "same as", ", ".join(names[1:])
     yield "layers", f"{config.num_layers}, width {config.embed_dim}, MLP {config.mlp_dim}"
+    if config.num_experts:
+        chosen = f"of which {config.experts_per_token} compute each token"
+        yield "experts", f"{config.num_experts} in each layer, {chosen}"
     heads = f"{config.num_heads} query and {config.num_kv_heads} key-value heads"
     yield "attention", f"{heads} of {config.head_dim}"
     windows = collections.Counter(zip(config.windows, config.dilations, strict=True))
@@ -173,8 +176,12 @@ def _model(
         yield "query scaling", _list(dataclasses.asdict(config.query_scaling))
     tied = " (input and output tied)" if config.tie_embeddings else ""
     yield "vocabulary", f"{config.vocab_size} tokens{tied}"
-    count = sum(math.prod(weight.shape(config)) for weight in weights(config))
-    yield "parameters", f"{count:,}"
+    count = count_parameters(config)
+    active = count_parameters(config, active=True)
+    yield (
+        "parameters",
+        f"{count:,}" + (f", of which {active:,} compute each token" if active < count else ""),
+    )
     kept = sum(map(_bytes, quantized))
     loose = count - sum(math.prod(x.shape) for x in quantized if x.dtype == np.int8)
     needed = ", ".join(

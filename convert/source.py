@@ -320,8 +320,13 @@ def _parts(folder: Path, names: Collection[str]) -> list[str]:
         int(match[1]): name
         for name in names
         if (match := re.fullmatch(r"consolidated\.(\d+)\.pth", name))
+    } or {
+        int(match[1]): name  # The name in the first release of Mixtral 8x7B.
+        for name in names
+        if (match := re.fullmatch(r"consolidated\.(\d+)\.pt", name))
     }
     for number in range(max(numbers, default=-1)):
         if number not in numbers:
-            raise ValueError(f"{folder} has no consolidated.{number:02}.pth, but later parts")
+            ending = next(iter(numbers.values())).rpartition(".")[2]
+            raise ValueError(f"{folder} has no consolidated.{number:02}.{ending}, but later parts")
     return [numbers[number] for number in sorted(numbers)]

@@ -5,6 +5,7 @@ own. All adapters of a model have one scale here, whatever their ranks. A file m
 its own scale: `read` then multiplies `lora_b` by the difference.
 """
 
+import collections
 import dataclasses
 import math
 import re
@@ -19,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mistral_jax.base.fields import check_table, number, optional, table_of
 from mistral_jax.base.files import read_json
-from mistral_jax.checkpoint import folder, peft, safetensors_file
+from mistral_jax.checkpoint import folder, peft, peft_experts, safetensors_file
 from mistral_jax.checkpoint.lora import HEAD, Lora
 from mistral_jax.checkpoint.names import Weight, to_halves, to_pairs, weights
 from mistral_jax.config import ModelConfig
@@ -145,7 +146,9 @@ def read(
     file = _find(Path(path))
     tensors = safetensors_file.read(file)
     official = not any(name.startswith(PREFIX) for name in tensors)
-    described = None if official else peft.read(file.parent / PEFT_CONFIG)
+    experts = config.num_experts > 0
+    described = None if official else peft.read(file.parent / PEFT_CONFIG, experts)
+    tensors, modules = peft_experts.separate(tensors, config)
     pairs = _pairs(file, tensors, places(config), official)
     if described is not None and scaling is not None:
         raise ValueError(f"scaling is {scaling}, but {PEFT_CONFIG} has its own; leave it out")
@@ -154,10 +157,11 @@ def read(
         lora = Lora(rank, rank * (_official_scale(file) if scaling is None else scaling))
     else:
         lora = described.lora
-    adapters = {}
+    adapters, stacks = {}, collections.defaultdict(dict)
     for place, (a, b) in pairs.items():
         if described is not None:
             module = place.weight.module(official)
+            module = modules.get(PREFIX + module, PREFIX + module).removeprefix(PREFIX)
             own = described.of(module)
             if own.rank != len(a):
                 raise ValueError(
@@ -165,7 +169,12 @@ def read(
                     "says"
                 )
             b = _scaled(b, own.scale / lora.scale, f"{file} with {PEFT_CONFIG}")
-        adapters[place.path] = place.from_file((a, b), official)
+        if place.weight.expert is None:
+            adapters[place.path] = place.from_file((a, b), official)
+        else:
+            stacks[place.path][place.weight.expert] = place.from_file((a, b), official)
+    for path, each in stacks.items():
+        adapters[path] = peft_experts.stack(each, config.num_experts)
     targets = tuple(sorted({place.path[-1] for place in pairs}))
     return dataclasses.replace(lora, targets=targets), unflatten_dict(adapters)
 
@@ -206,28 +215,30 @@ def save(
     if format not in ("peft", "official"):
         raise ValueError(f"format is {format!r}; expected 'peft' or 'official'")
     official, flat, found = format == "official", flatten_dict(adapters), {}
-    known = {place.path: place for place in places(config)}
-    if official:
-        known.pop((HEAD,), None)
+    known = [place for place in places(config) if not (official and place.path == (HEAD,))]
     for module in sorted({path[:-1] for path in flat}):
-        if module not in known:
+        adapted = [place for place in known if place.path == module]
+        if not adapted:
             raise ValueError(
                 f"adapters has {'/'.join(module)}, which this model does not have in "
                 f"format {format!r}"
             )
-        own = {
+        whole = {
             name: distributed.gather(flat[*module, name]).astype(np.float32)
             for name in ("lora_a", "lora_b")
         }
-        found[module] = known[module].to_file(own, official)
-        known[module].checked(found[module], official, "adapters")
-    ranks = {known[path].weight.module(official): len(a) for path, (a, _) in found.items()}
+        for place in adapted:
+            number = place.weight.expert
+            own = {n: x if number is None else x[number] for n, x in whole.items()}
+            found[place] = place.to_file(own, official)
+            place.checked(found[place], official, "adapters")
+    ranks = {place.weight.module(official): len(a) for place, (a, _) in found.items()}
     dtype = np.dtype(dtype or (ml_dtypes.bfloat16 if official else np.float32))
     factor = lora.scale / _OFFICIAL_SCALE if official else 1
     tensors = {}
-    for module, place in known.items():
-        if module in found or official:
-            a, b = found.get(module) or place.zeros(max(ranks.values()))
+    for place in known:
+        if place in found or official:
+            a, b = found.get(place) or place.zeros(max(ranks.values()))
             for name, array in zip(place.names(official), (a, b * factor), strict=True):
                 tensors[name] = np.ascontiguousarray(array.astype(dtype))
 
@@ -236,7 +247,7 @@ def save(
             data = safetensors.numpy.save(tensors, {"format": "pt"})
             (part / (OFFICIAL if official else PEFT)).write_bytes(data)
             if not official:
-                modules = [place.weight.module(official) for place in known.values()]
+                modules = [place.weight.module(official) for place in known]
                 peft.write(part / PEFT_CONFIG, lora, ranks, modules, base)
 
     distributed.from_first(write)

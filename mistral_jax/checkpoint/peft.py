@@ -80,8 +80,12 @@ class PeftConfig:
         return dataclasses.replace(self.lora, rank=rank, alpha=alpha)
 
 
-def read(file: Path) -> PeftConfig:
+def read(file: Path, experts: bool = False) -> PeftConfig:
     """Reads the file.
+
+    Args:
+      file: the file.
+      experts: whether the model has experts, whose parameters `target_parameters` names.
 
     Raises:
       ValueError: the file does not exist, is malformed, or describes more than plain LoRA.
@@ -98,7 +102,7 @@ def read(file: Path) -> PeftConfig:
                 f"{values[0]!r}"
             )
     for name in _OTHER_KINDS:
-        if found.get(name):
+        if found.get(name) and not (experts and name == "target_parameters"):
             raise ValueError(
                 f"{file} has {name} = {show(found[name])}; only plain LoRA is read, without it"
             )

@@ -175,12 +175,11 @@ class Embedding(nn.Module):
         # The result is partitioned as the table is. Where devices hold parts of the width, each
         # looks up its part for the others' tokens, and they exchange the parts. Otherwise XLA may
         # gather all activations in the backward pass.
-        width = set(mesh_axes(self.rules, "embed"))
-        places = (
-            axis if width.isdisjoint(mesh_axes(self.rules, axis)) else None
-            for axis in ("batch", "length")
-        )
-        return nn.with_logical_constraint(x, (*places, "embed"), rules=self.rules)
+        width, rules = mesh_axes(self.rules, "embed"), dict(self.rules)
+        for axis in ("batch", "length"):
+            rules[axis] = tuple(x for x in mesh_axes(self.rules, axis) if x not in width)
+        axes, rules = ("batch", "length", "embed"), tuple(rules.items())
+        return nn.with_logical_constraint(x, axes, rules=rules)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Returns the logits [B, T, V] of `x` [B, T, D], in float32."""

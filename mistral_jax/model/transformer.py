@@ -39,7 +39,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.attention import Attention
 from mistral_jax.model.cache import Cache, LayerCache
-from mistral_jax.model.experts import Experts
+from mistral_jax.model.experts import BALANCE, Experts
 from mistral_jax.model.layers import MLP, Embedding, Projection, RMSNorm
 from mistral_jax.model.rope import rotary_angles
 from mistral_jax.ops import backend
@@ -208,7 +208,7 @@ class Transformer(nn.Module):
                 )
             scanned = nn.scan(
                 block_class,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, BALANCE[0]: 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=nn.broadcast,
                 length=config.num_layers,

@@ -38,9 +38,9 @@ class Backend:
         bytes.
       alone: whether programs run on one device, without a mesh.
       kernels: names of the kernels that programs may call: "native" (C++, on a CPU; see
-        `kernels.py`), "splash" (training), "flash" (prompts) and "ragged" (decoding) on a TPU,
-        "cudnn" (prompts), "cudnn-training" (with its gradient) and "triton" (decoding) on an NVIDIA
-        GPU.
+        `kernels.py`), "splash" (training), "flash" (prompts), "ragged" (decoding) and "grouped"
+        (products of experts) on a TPU, "cudnn" (prompts), "cudnn-training" (with its gradient) and
+        "triton" (decoding) on an NVIDIA GPU.
     """
 
     platform: str = "cpu"
@@ -61,7 +61,7 @@ class Backend:
         platform, alone = devices[0].platform, len(devices) == 1
         if platform == "tpu":
             chip = str(getattr(devices[0], "device_kind", ""))
-            return cls("tpu", chip, alone, ("splash", "flash", "ragged"))
+            return cls("tpu", chip, alone, ("splash", "flash", "ragged", "grouped"))
         if platform in ("gpu", "cuda", "rocm"):
             # AMD's GPUs have a name here, such as "gfx90a", and no cuDNN.
             chip = str(getattr(devices[0], "compute_capability", ""))

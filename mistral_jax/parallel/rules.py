@@ -10,7 +10,7 @@ from pathlib import Path
 from mistral_jax.config import ModelConfig
 
 LOGICAL_AXES = (
-    *("vocab", "embed", "mlp", "heads", "kv_heads", "head_dim"),
+    *("vocab", "embed", "mlp", "expert", "heads", "kv_heads", "head_dim"),
     *("batch", "length", "residual"),
 )
 # Activations that the model partitions. A batch may have any size, because it is padded.

@@ -1,8 +1,8 @@
 """The layout of a model over devices: a mesh, and rules from logical axes to mesh axes.
 
 The rules come from `configs/sharding/*.toml`; only this file turns them into a `NamedSharding` for
-each array. The logical axes are those that the model names: vocab, embed, mlp, heads, kv_heads,
-head_dim; and, for activations only, batch, length and residual (the width D).
+each array. The logical axes are those that the model names: vocab, embed, mlp, expert, heads,
+kv_heads, head_dim; and, for activations only, batch, length and residual (the width D).
 """
 
 import contextlib

@@ -143,6 +143,9 @@ def exchanges(program: str, model: Transformer, layout: Layout, of: Shapes) -> l
     residual = rows, length, config.embed_dim
     again = config.num_layers if train and model.remat else 0
     add("all-reduce", t, *residual, times=config.num_layers, source="o_proj")
+    if config.num_experts:
+        found += _of_experts(program, model, layout, residual, again, width)
+        m = 1
     add("all-reduce", m, *residual, times=config.num_layers, source="down_proj")
     add("all-reduce", t, *residual, times=again, source="o_proj, again")
     params = weights(program, model, layout, of)
@@ -172,9 +175,62 @@ def exchanges(program: str, model: Transformer, layout: Layout, of: Shapes) -> l
             # XLA gathers a norm's scale, which is small, again in the backward pass.
             times = 1 + (train and x.ndim == 1) + bool(again and name.startswith("layers_"))
             add("all-gather", parts, gathered, itemsize=x.dtype.itemsize, times=times, source=name)
-        if train and not (f > 1 and name.startswith("embed/")):
-            add("all-reduce", b * s, gathered, source=f"{name}, gradient")
+        if train:
+            # Each device has the gradients of its own experts for all rows of their group.
+            copies = b * s // (_shared(layout)[1] if _has_experts(name) else 1)
+            # Rows may be partitioned over more devices than the width: matrices are then summed in
+            # two steps.
+            first = parts if parts > 1 and x.ndim > 1 else copies
+            if not (f > 1 and name.startswith("embed/")):
+                add("all-reduce", first, gathered, source=f"{name}, gradient")
+            add("all-reduce", copies // first, _local(x), source=f"{name}, gradient")
     return found
+
+
+def _of_experts(program, model, layout, residual, again, width) -> list[Collective]:
+    """Lists the collectives of the experts' layers; see `ops/experts.py`.
+
+    Devices sum their parts of the experts' outputs. Where rows are partitioned along the experts'
+    mesh axis, devices gather each other's tokens first, and each keeps the sum of its own.
+    """
+    config, train, (alone, shared) = model.config, program == "train", _shared(layout)
+    rows, length, _ = residual
+    whole = rows * shared, *residual[1:]
+    shares = length, config.experts_per_token
+    found, layers = [], config.num_layers
+
+    def add(kind, group, shape, times, source, itemsize=width):
+        if group > 1 and times:
+            volume = math.prod(shape) * itemsize
+            found.append(Collective(kind, "", shape, volume, group, times, 0, source))
+
+    add("all-reduce", alone, residual, layers + again, "experts")
+    add("all-gather", shared, whole, layers + again, "experts' tokens")
+    add("all-gather", shared, (rows * shared, *shares), layers + again, "experts' shares", 4)
+    add("reduce-scatter", shared, residual, layers + again, "experts")
+    if train:
+        add("all-reduce", alone, residual, layers, "experts, back")
+        add("all-reduce", alone, (rows * shared, *shares), layers, "experts' shares, back", 4)
+        add("all-gather", shared, whole, layers, "experts, back")
+        add("reduce-scatter", shared, residual, layers, "experts' tokens, back")
+        add("reduce-scatter", shared, (rows, *shares), layers, "experts' shares, back", 4)
+        devices = layout.parts("batch") * layout.parts("length")
+        for name in ("chosen", "likely", "read"):
+            add("all-reduce", devices, (config.num_experts,), layers, f"router, {name}", 4)
+    return found
+
+
+def _shared(layout: Layout) -> tuple[int, int]:
+    """Returns over how many devices experts' outputs are summed: with the same rows, and others."""
+    rows = {*mesh_axes(layout.rules, "batch"), *mesh_axes(layout.rules, "length")}
+    summed = {*mesh_axes(layout.rules, "expert"), *mesh_axes(layout.rules, "mlp")}
+    sizes = layout.mesh.shape
+    alone, shared = (math.prod(sizes[x] for x in axes) for axes in (summed - rows, summed & rows))
+    return alone, shared
+
+
+def _has_experts(name: str) -> bool:
+    return "/moe/" in name and "/router/" not in name
 
 
 def sent(collectives: Iterable[Collective]) -> float:

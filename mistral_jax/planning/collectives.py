@@ -85,7 +85,12 @@ def is_one(instruction: Instruction) -> bool:
 def channel(instruction: Instruction) -> str:
     """Returns what the pieces of one collective have in common."""
     found = _CHANNEL.search(instruction.text)
-    return found[1] if found else instruction.text
+    if found is None:
+        return instruction.text
+    if "shard_map" not in instruction.source:
+        return found[1]
+    # JAX gives all collectives of all `shard_map` the same channel.
+    return f"{found[1]} {instruction.source} {instruction.results}"
 
 
 def parse(

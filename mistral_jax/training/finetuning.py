@@ -143,9 +143,11 @@ def _parameters(recipe: Recipe, load: Any) -> tuple[Transformer, Params, Params]
 
 
 def _loss_fn(recipe: Recipe, model: Transformer, assemble: Any) -> LossFn:
+    router = recipe.router_loss
     if recipe.dpo is None:
-        return make_loss_fn(model, assemble)
-    return make_preference_loss_fn(model, assemble, recipe.dpo.beta, recipe.dpo.label_smoothing)
+        return make_loss_fn(model, assemble, router)
+    settings = recipe.dpo.beta, recipe.dpo.label_smoothing, router
+    return make_preference_loss_fn(model, assemble, *settings)
 
 
 def _new_adapters(recipe: Recipe, params: Params) -> Params:

@@ -25,7 +25,10 @@ def of_weights(config: ModelConfig, count: float, scored: float) -> float:
       scored: number of tokens whose logits are computed.
     """
     heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    layer = config.embed_dim * (heads + 3 * config.mlp_dim)
+    width = 3 * config.mlp_dim
+    if config.num_experts:  # The experts that compute a token, and the router.
+        width = config.experts_per_token * width + config.num_experts
+    layer = config.embed_dim * (heads + width)
     return 2 * (count * config.num_layers * layer + scored * config.vocab_size * config.embed_dim)
 
 

@@ -1,5 +1,7 @@
 """Losses: cross-entropy of the next token, and direct preference optimization (DPO).
 
+A mixture of experts adds its load-balancing loss to either, times a coefficient.
+
 A loss is a sum, because only sums add up over microbatches, rows and devices with unequal numbers
 of targets. `assemble` builds the model's parameters from the trainable and the frozen ones.
 """
@@ -9,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from mistral_jax.model.experts import BALANCE, balance_loss
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.training.step import Batch, LossFn, Params
 
@@ -76,14 +79,25 @@ def everything(trainable: Params, frozen: Params) -> Params:
     return trainable
 
 
-def make_loss_fn(model: Transformer, assemble: Assemble = everything) -> LossFn:
-    """Builds the next-token loss of a model."""
+def make_loss_fn(
+    model: Transformer, assemble: Assemble = everything, router_loss: float = 0.0
+) -> LossFn:
+    """Builds the next-token loss of a model.
+
+    Args:
+      model: the model.
+      assemble: builds the model's parameters.
+      router_loss: coefficient of the load-balancing loss of a mixture of experts.
+
+    Returns:
+      The loss function. Its sums are "targets" and, for a mixture of experts, those of `_balanced`.
+    """
 
     def loss_fn(trainable: Params, frozen: Params, batch: Batch, key: jax.Array):
         params = assemble(trainable, frozen)
-        logits = _logits(model, params, batch.tokens, batch.positions, key)
+        logits, balance = _logits(model, params, batch.tokens, batch.positions, key)
         loss, count = cross_entropy(logits, batch.targets, batch.weights)
-        return loss, {"targets": count}
+        return _balanced(loss, {"targets": count}, balance, router_loss)
 
     return loss_fn
 
@@ -93,6 +107,7 @@ def make_preference_loss_fn(
     assemble: Assemble,
     beta: float,
     label_smoothing: float = 0.0,
+    router_loss: float = 0.0,
 ) -> LossFn:
     """Builds the DPO loss of a model on batches of pairs.
 
@@ -101,10 +116,11 @@ def make_preference_loss_fn(
       assemble: builds the model's parameters. The reference uses the frozen parameters alone.
       beta: how strongly the model is held to the reference.
       label_smoothing: see `preference`.
+      router_loss: coefficient of the load-balancing loss of a mixture of experts.
 
     Returns:
       The loss function. Its sums are "targets" (the number of pairs), "accuracy" (the number of
-      pairs with a positive margin) and "margin".
+      pairs with a positive margin), "margin" and, for a mixture of experts, those of `_balanced`.
     """
 
     def answers(params, batch, key=None):
@@ -112,15 +128,15 @@ def make_preference_loss_fn(
             return x.reshape(-1, x.shape[-1])
 
         flat_batch = jax.tree.map(flat, batch)
-        logits = _logits(model, params, flat_batch.tokens, flat_batch.positions, key)
+        logits, balance = _logits(model, params, flat_batch.tokens, flat_batch.positions, key)
         each = logprobs(logits, flat_batch.targets)
         if batch.weights is not None:
             each *= flat_batch.weights
-        return jnp.sum(each, axis=-1).reshape(-1, 2)
+        return jnp.sum(each, axis=-1).reshape(-1, 2), balance
 
     def loss_fn(trainable: Params, frozen: Params, batch: Batch, key: jax.Array):
-        before = jax.lax.stop_gradient(answers(frozen, batch))
-        after = answers(assemble(trainable, frozen), batch, key)
+        before = jax.lax.stop_gradient(answers(frozen, batch)[0])
+        after, balance = answers(assemble(trainable, frozen), batch, key)
         losses, margin = preference(after, before, beta, label_smoothing)
         # A pair without a target is padding of the batch.
         counts = jnp.any(batch.targets >= 0, axis=(1, 2)).astype(jnp.float32)
@@ -129,11 +145,31 @@ def make_preference_loss_fn(
             "accuracy": jnp.where(margin > 0, counts, 0),
             "margin": counts * margin,
         }
-        return jnp.sum(counts * losses), jax.tree.map(jnp.sum, sums)
+        loss, sums = jnp.sum(counts * losses), jax.tree.map(jnp.sum, sums)
+        return _balanced(loss, sums, balance, router_loss)
 
     return loss_fn
 
 
 def _logits(model, params, tokens, positions, key):
-    rngs = None if key is None else {"dropout": key}
-    return model.apply({"params": params}, tokens, positions, rngs=rngs)[0]
+    """Returns the logits, and the load-balancing loss of a mixture of experts or None."""
+    rngs, variables = None if key is None else {"dropout": key}, {"params": params}
+    if not model.config.num_experts:
+        return model.apply(variables, tokens, positions, rngs=rngs)[0], None
+    (logits, _), sown = model.apply(variables, tokens, positions, rngs=rngs, mutable=BALANCE[:1])
+    # Each layer has its own sums, or a scan has stacked them.
+    sums = [x.reshape(-1, *x.shape[-2:]) for x in jax.tree.leaves(sown)]
+    return logits, balance_loss(jnp.concatenate(sums))
+
+
+def _balanced(loss, sums, balance, router_loss):
+    """Adds the load-balancing loss to a loss.
+
+    Returns:
+      The sum to minimise, and the sums with two more: "loss", which is reported and has no
+      load-balancing loss, and "router_loss", that loss without its coefficient.
+    """
+    if balance is None:
+        return loss, sums
+    balance *= sums["targets"]
+    return loss + router_loss * balance, sums | {"loss": loss, "router_loss": balance}

@@ -67,7 +67,7 @@ def make_job(recipe: Recipe, path: Path, sharding=None, mesh=None) -> Job:
         layout=layout,
         steps=recipe.steps,
         state=create_state(optimizer, params, layout=layout),
-        loss_fn=make_loss_fn(trained),
+        loss_fn=make_loss_fn(trained, router_loss=recipe.router_loss),
         feed=feed,
         validation=functools.partial(
             batches.windows_in_order,

@@ -55,6 +55,7 @@ _RULES = {
     "beta1": SHARE,
     "beta2": SHARE,
     "clip_norm": number(0, 1e9),
+    "router_loss": number(0, 1e3),
     "schedule": string(*SCHEDULES),
     "dtype": string("auto", "float32", "bfloat16"),
     "remat": string(*REMAT),
@@ -137,6 +138,9 @@ class Recipe:
       optimizer_options: further arguments of Optax's function.
       clip_norm: global norm to which gradients are clipped; 0 = no clipping.
       microbatches: parts of a step that are computed in sequence to save memory; divides rows.
+      router_loss: coefficient of the load-balancing loss of a mixture of experts, which is part of
+        what training minimises, but not of the reported loss; 0 = it is reported only. The default
+        is that of Transformers.
       dtype: dtype of computation and of frozen parameters; trained parameters are float32. "auto" =
         float32 on a CPU, bfloat16 elsewhere.
       remat: what each block keeps for the backward pass, which computes the rest again: "none" =
@@ -176,6 +180,7 @@ class Recipe:
     optimizer_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     clip_norm: float = 1.0
     microbatches: int = 1
+    router_loss: float = 0.001
     dtype: str = "auto"
     remat: str = "none"
     scan: bool = False

@@ -298,7 +298,7 @@ class _Run:
         if not sums:
             return False
         loss, sums = jax.tree.map(lambda *parts: float(np.sum(parts)), *sums)
-        count = sums.pop("targets")
+        count, loss = sums.pop("targets"), sums.pop("loss", loss)
         means = {f"validation_{name}": value / count for name, value in sums.items()}
         loss /= count
         self._curve.write({"step": step, "validation_loss": loss, **means})

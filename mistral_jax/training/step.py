@@ -68,7 +68,8 @@ def make_train_step(
 
     Args:
       loss_fn: maps `(trainable, frozen, batch, key)` to the summed loss and other sums; all are
-        divided by the sum "targets". The key is for dropout.
+        divided by the sum "targets". A sum "loss" is reported in place of the loss. The key is for
+        dropout.
       optimizer: turns gradients of the mean loss into updates.
       microbatches: number of parts of a batch, computed in sequence; divides B. The result equals
         that of the whole batch, with the activation memory of one part.

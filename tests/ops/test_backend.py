@@ -136,8 +136,8 @@ def test_nothing_else_asks_what_devices_there_are():
 @pytest.mark.parametrize(
     ("platform", "count", "kernels"),
     [
-        ("tpu", 1, ("splash", "flash", "ragged")),
-        ("tpu", 4, ("splash", "flash", "ragged")),
+        ("tpu", 1, ("splash", "flash", "ragged", "grouped")),
+        ("tpu", 4, ("splash", "flash", "ragged", "grouped")),
         ("METAL", 1, ()),
         ("cuda", 1, ()),
     ],
