@@ -30,8 +30,7 @@ SHARES = {
     "room-bf16-8": 1 / 1.15,
     "prompt-bf16-v0.1-4096x1": 0.65,
 }
-# Temporaries of decoding are below this, in MB. A copy of one layer's cache would be 17 MB for a row,
-# and 134 MB for 8.
+# Temporaries of decoding are below this, in MB. A row's cache of one layer alone has 17 MB.
 TEMPORARIES = dict.fromkeys(("decode-bf16-1", "decode-bf16-8", "decode-int8-8"), 20)
 
 
