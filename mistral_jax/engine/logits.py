@@ -152,20 +152,26 @@ def _keep_top_k(logits, top_k):
     It bisects for the bits of the smallest logit to keep, in 32 passes. For 32k tokens on a CPU
     this is about 30 times faster than a sort.
     """
-    bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
-    # Map floats to unsigned integers of the same order: negatives reversed, below positives.
+    # Map unsigned integers to floats of the same order: negatives reversed, below positives.
     sign = jnp.uint32(1 << 31)
-    ranks = jnp.where(bits >= sign, ~bits, bits | sign)
+
+    def level(rank):
+        bits = jnp.where(rank >= sign, rank ^ sign, ~rank)
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)[:, None]
 
     def halve(_, bounds):
         low, high = bounds
         middle = high - (high - low) // jnp.uint32(2)
-        enough = jnp.sum(ranks >= middle[:, None], axis=-1, dtype=jnp.int32) >= top_k
+        enough = jnp.sum(logits >= level(middle), axis=-1, dtype=jnp.int32) >= top_k
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle - jnp.uint32(1))
 
-    low = jnp.zeros(top_k.shape, jnp.uint32)
-    least = jax.lax.fori_loop(0, 32, halve, (low, ~low))[0]
-    return jnp.where((ranks >= least[:, None]) | (top_k == 0)[:, None], logits, -jnp.inf)
+    # The lowest and the highest of the ranks that are numbers: -inf and inf.
+    infinity = jnp.uint32(0x7F800000)
+    low, high = (
+        jnp.full(top_k.shape, x, jnp.uint32) for x in (~(infinity | sign), infinity | sign)
+    )
+    least = jax.lax.fori_loop(0, 32, halve, (low, high))[0]
+    return jnp.where((logits >= level(least)) | (top_k == 0)[:, None], logits, -jnp.inf)
 
 
 def _find(weights: jax.Array, numbers: jax.Array) -> jax.Array:

@@ -18,7 +18,12 @@ from mistral_jax.ops import cudnn, library, triton
 V5E, V6E = ("TPU v5 lite", "TPU v5e"), ("TPU v6 lite", "TPU v6e")
 # By default an operation may use 16 MiB of the vector memory of a v5e and 32 MiB of a v6e, of which
 # both have 128. With few rows, products of larger parts of matrices come closer to the bandwidth.
-_TPU = (("xla_tpu_scoped_vmem_limit_kib", "65536"),)
+# XLA also aligns all temporaries in HBM to 16 KiB by default. A step of decoding has 50 to 80 for
+# each layer that hold 512 bytes, most of them the pair of pointers of a copy in the background.
+_TPU = (
+    ("xla_tpu_scoped_vmem_limit_kib", "65536"),
+    ("xla_jf_program_hbm_alignment_in_kib", "2"),
+)
 # By default XLA splits a product with a partitioned matrix into a ring of small products, and reads
 # and writes their sum in float32 in each round. This threshold, 1 TB, leaves the product whole: XLA
 # then gathers the matrix while other products run.

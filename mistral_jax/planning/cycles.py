@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
+from mistral_jax.ops import flash
 from mistral_jax.parallel.hardware import Hardware
 from mistral_jax.planning import collectives, estimate, hlo
 from mistral_jax.planning.hlo import Array, Instruction, Program, arrays
@@ -95,9 +96,10 @@ def read(
     `engine/decode.py` put the work that rows must request into the branches for True.
 
     A Pallas kernel has no cycles. If the call states a cost, the kernel takes the time of its FLOPs
-    at the chip's peak, or that of its bytes at the chip's bandwidth, whichever is longer; if it
-    states none, `KERNEL_SHARE` of both is assumed. The bytes are then those of operands and
-    results, and FLOPs are known for attention only.
+    at the chip's peak, or that of its bytes at the chip's bandwidth, whichever is longer. For the
+    kernel of prompts the share of the peak is known (`flash.PEAK_SHARES`). If the call states no
+    cost, `KERNEL_SHARE` of both is assumed. The bytes are then those of operands and results, and
+    FLOPs are known for attention only.
 
     Collectives have no cycles. They take the time of the roofline (`estimate.seconds`), one after
     another, beginning with the first operation that carries them. An operation that needs the
@@ -259,12 +261,19 @@ def _seconds(instruction: Instruction, chip: Hardware, attended: float) -> float
     if stated := _COST.search(instruction.text):
         cost = {name: int(value) for name, value in _FIELD.findall(stated[1])}
         flops, moved = cost.get("flops", 0), cost.get("bytes_accessed", 0)
-        return share * max(flops / chip.flops, moved / chip.bandwidth)
+        peak = chip.flops * _peak_share(instruction, chip)
+        return share * max(flops / peak, moved / chip.bandwidth)
     given = _OPERANDS.search(instruction.text)
     operands = arrays(given[1]) if given else []
     moved = sum(x.bytes for x in [*operands, *instruction.results])
     flops = share * _attention_flops(instruction, operands)
     return max(flops / chip.flops, moved / chip.bandwidth) / KERNEL_SHARE
+
+
+def _peak_share(instruction: Instruction, chip: Hardware) -> float:
+    """Returns the share of the peak at which the FLOPs that a kernel states count."""
+    shares = flash.PEAK_SHARES if instruction.name.startswith(flash.NAME) else {}
+    return next((share for kind, share in shares.items() if kind in chip.kinds), 1.0)
 
 
 def _attention_flops(instruction: Instruction, operands: Sequence[Array]) -> float:

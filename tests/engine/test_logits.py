@@ -248,3 +248,20 @@ def test_numpy_numbers_are_numbers():
 def test_a_bias_on_a_token_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match="logit_bias names token 31; expected 0 to 30"):
         rows_of([Sampling(logit_bias={31: 1})])
+
+
+def test_top_k_keeps_what_ties_with_the_last_token_among_zeros_and_infinities_too():
+    rows = np.array(
+        [
+            [0.0, -0.0, -1e-30, -2.5, -3e30, -np.inf],
+            [0.0, -7.0, -7.0, -7.0, -8.0, -np.inf],
+            [-np.inf] * 6,
+            [0.0, -np.inf, -np.inf, -1.0, -1e38, -np.inf],
+        ],
+        np.float32,
+    )
+    keep = jax.jit(logits_module._keep_top_k)
+    for top_k in range(8):
+        least = np.sort(rows, axis=1)[:, -min(top_k or 6, 6)]
+        expected = np.where(rows >= least[:, None], rows, -np.inf)
+        np.testing.assert_array_equal(keep(rows, np.full(4, top_k, np.int32)), expected)

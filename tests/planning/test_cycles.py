@@ -13,6 +13,8 @@ from mistral_jax.cli import plan
 from mistral_jax.config import ModelConfig
 from mistral_jax.model.attention import visible
 from mistral_jax.model.transformer import Transformer
+from mistral_jax.ops import flash
+from mistral_jax.parallel import hardware
 from mistral_jax.parallel.hardware import Hardware
 from mistral_jax.parallel.sharding import Layout, read_layout
 from mistral_jax.planning import arithmetic, cycles, forecast, programs, report
@@ -138,6 +140,16 @@ def test_a_kernel_counts_its_stated_cost():
     # Only kernels of attention skip keys.
     assert seconds(entry(kernel("attend_chunk", cost)), attended=0.25) == 10
     assert seconds(entry(kernel("write_chunk", cost)), attended=0.25) == 40
+
+
+def test_the_kernel_of_prompts_counts_at_its_share_of_the_peak():
+    cost = ',"cost_estimate":{"flops":"40","bytes_accessed":"30"}'
+    known = hardware.known().values()
+    for kind, share in flash.PEAK_SHARES.items():
+        assert any(kind in chip.kinds for chip in known)
+        chip = dataclasses.replace(CHIP, kinds=(kind,))
+        text = entry(kernel(flash.NAME, cost)), entry(kernel("another", cost))
+        assert [cycles.total(cycles.read(each, chip)) for each in text] == [40 / share, 40]
 
 
 def test_a_kernel_without_a_stated_cost_is_counted_at_60_percent():

@@ -30,9 +30,8 @@ SHARES = {
     "room-bf16-8": 1 / 1.15,
     "prompt-bf16-v0.1-4096x1": 0.65,
 }
-# The most temporaries of decoding, in MB. Most of them belong to no array: the compiler adds 1.4 MB
-# for each layer. A copy of one layer's cache alone would be 17 MB for a row, and 134 MB for 8.
-TEMPORARIES = {"decode-bf16-1": 46, "decode-bf16-8": 51}
+# Temporaries of decoding are below this, in MB. A row's cache of one layer alone has 17 MB.
+TEMPORARIES = dict.fromkeys(("decode-bf16-1", "decode-bf16-8", "decode-int8-8"), 20)
 
 
 @pytest.fixture(scope="module")
@@ -59,4 +58,4 @@ def test_a_case_stays_as_near_to_the_limit(lines, name):
 
 @pytest.mark.parametrize("name", TEMPORARIES)
 def test_decoding_needs_few_temporaries(lines, name):
-    assert lines[name]["temporaries_mb"] <= TEMPORARIES[name]
+    assert lines[name]["temporaries_mb"] < TEMPORARIES[name]
