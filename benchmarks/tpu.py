@@ -7,7 +7,7 @@ how times are counted. Two programs of few layers are compiled, and extrapolated
 
     pip install 'mistral-jax-flax[tpu-compiler]'
     python benchmarks/tpu.py --list
-    python benchmarks/tpu.py [--chip v5e] [--layers 2 4] [--remat nothing_saveable] [--top 5]
+    python benchmarks/tpu.py [--chip v5e] [--layers 2 4] [--remat save_products] [--top 5]
         [--save-hlo DIR] [CASE ...]
 
 A CASE is a part of a case's name, such as decode, decode-int8, or prompt-bf16-v0.3-512.
@@ -21,6 +21,7 @@ A CASE is a part of a case's name, such as decode, decode-int8, or prompt-bf16-v
 - prompt: all chunks of prompts, each with the keys that it sees. The least time, as that of
   training, is that of the model's FLOPs at the chip's peak; recomputation is not counted.
 - train: a step on 4,096 tokens a chip, with all parameters or with LoRA, on 1, 8 and 64 chips.
+  "fits" says whether the state and the temporaries fit into the chip's memory.
 """
 
 import argparse
@@ -110,7 +111,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", metavar="CASE", help="parts of names [all cases]")
     parser.add_argument("--chip", action="append", choices=CHIPS, help="[v5e and v6e]")
     parser.add_argument("--layers", nargs=2, type=int, default=[2, 4], metavar="N")
-    parser.add_argument("--remat", default="nothing_saveable", help="as in a recipe, in training")
+    parser.add_argument("--remat", default="save_products", help="as in a recipe, in training")
     parser.add_argument("--top", type=int, default=0, help="list the most costly operations, too")
     parser.add_argument("--save-hlo", type=Path, metavar="DIR", help="save the optimised programs")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
@@ -158,6 +159,9 @@ def measure(case: Case, chip: str, arguments: argparse.Namespace) -> dict:
     share = float(least / found.seconds)
     share = share if case.filled else min(1.0, share)
     line |= {"share": round(share, 3), "bound": round(case.bound, 3), "holds": share >= case.bound}
+    if case.program == "train":
+        line["memory_gb"] = round((found.held + found.temporaries) / 1e9, 2)
+        line["fits"] = found.held + found.temporaries <= hardware.known()[chip].memory
     if case.program == "decode":
         line["temporaries_hold"] = found.temporaries < TEMPORARIES
     return line | {"seconds_to_compile": round(time.perf_counter() - began, 1)}
@@ -172,6 +176,7 @@ class Estimate:
       kernels: part of the time that is Pallas kernels', by arithmetic.
       waits: part of the time that waits for exchanges, by arithmetic.
       copies: time of the copies in the background, which `seconds` does not count.
+      held: bytes of the arguments, such as weights and the state of training.
       temporaries: bytes.
     """
 
@@ -179,6 +184,7 @@ class Estimate:
     kernels: float
     waits: float
     copies: float
+    held: float
     temporaries: float
 
     def extended(self, other: "Estimate", factor: float) -> "Estimate":
@@ -209,8 +215,8 @@ class Estimate:
             program = Compiled(case, model, chunk, chip, arguments)
             parts.append(program.estimate(arithmetic.attended("prefill", model, chunk, start)))
             start += width
-        *times, temporaries = zip(*map(dataclasses.astuple, parts), strict=True)
-        return cls(*map(sum, times), max(temporaries))
+        *times, held, temporaries = zip(*map(dataclasses.astuple, parts), strict=True)
+        return cls(*map(sum, times), max(held), max(temporaries))
 
 
 class Compiled:
@@ -227,12 +233,14 @@ class Compiled:
             on = layout(chip, case.chips)
             program = programs.lower(case.program, model, on, of).compile()
             text = forecast.text_of(program)
-            self.known[key] = text, program.memory_analysis().temp_size_in_bytes, {}
+            sizes = program.memory_analysis()
+            memory = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
+            self.known[key] = text, memory, {}
             if arguments.save_hlo:
                 arguments.save_hlo.mkdir(parents=True, exist_ok=True)
                 name = f"{chip}-{case.name}-{of.length}-{of.chunk}-{model.config.num_layers}.txt"
                 (arguments.save_hlo / name).write_text(text)
-        self.text, self.temporaries, self.shares = self.known[key]
+        self.text, self.memory, self.shares = self.known[key]
 
     def estimate(self, share: float) -> Estimate:
         """Reads the estimate, with a share of the work of the attention kernels."""
@@ -247,7 +255,7 @@ class Compiled:
                 for kind in ("kernel", "wait")
             )
             times = cycles.total(found), kernels, waits, cycles.copied(found)
-            self.shares[share] = Estimate(*times, self.temporaries)
+            self.shares[share] = Estimate(*times, *self.memory)
         return self.shares[share]
 
 

@@ -17,7 +17,7 @@ from mistral_jax.config import ModelConfig
 from mistral_jax.ops.backend import PLAIN, Backend
 from mistral_jax.ops.partition import Rules, mesh_axes
 from mistral_jax.ops.products import multiply, multiply_each
-from mistral_jax.ops.rows import apart, look_up, stored, stored_gradient
+from mistral_jax.ops.rows import apart, look_up, rounded, stored, stored_gradient
 
 
 class Axes(NamedTuple):
@@ -107,18 +107,15 @@ class Projection(nn.Module):
         """Projects `x` [B, T, ...], whose last axes are the matrix's inputs."""
         return project(x, [self])[0]
 
-    def complete(self, product: jax.Array, x: jax.Array) -> jax.Array:
-        """Adds the adapter's product with `x`, if there is an adapter, and casts the result."""
-        if self.has_variable("params", "lora_a"):
-            a, b = (self.get_variable("params", name) for name in ("lora_a", "lora_b"))
-            if self.dropout and self.has_rng("dropout"):
-                share = jnp.float32(1 - self.dropout)
-                kept = jax.random.bernoulli(self.make_rng("dropout"), share, x.shape)
-                x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
-            inner = multiply(stored_gradient(x, self.backend), a, 1, self.dtype, self.backend)
-            outer = multiply(inner, b, self.outputs, self.dtype, self.backend)
-            product += outer
-        return product.astype(self.out_dtype or self.dtype)
+    def adapter(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array] | None:
+        """Returns the adapter's inputs, `lora_a` and `lora_b`; None without an adapter."""
+        if not self.has_variable("params", "lora_a"):
+            return None
+        if self.dropout and self.has_rng("dropout"):
+            share = jnp.float32(1 - self.dropout)
+            kept = jax.random.bernoulli(self.make_rng("dropout"), share, x.shape)
+            x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
+        return x, self.get_variable("params", "lora_a"), self.get_variable("params", "lora_b")
 
 
 def project(x: jax.Array, projections: Sequence[Projection]) -> list[jax.Array]:
@@ -127,8 +124,19 @@ def project(x: jax.Array, projections: Sequence[Projection]) -> list[jax.Array]:
     The projections may differ in the sizes of their axes, but in nothing else.
     """
     first, matrices = projections[0], [one.matrix for one in projections]
-    products = multiply_each(x, matrices, first.outputs, first.dtype, first.backend)
-    return [one.complete(product, x) for one, product in zip(projections, products, strict=True)]
+    outputs, dtype, backend = first.outputs, first.dtype, first.backend
+    products = multiply_each(x, matrices, outputs, dtype, backend)
+    found = {i: y for i, one in enumerate(projections) if (y := one.adapter(x)) is not None}
+    # Without dropout, adapters share their inputs, and then one product reads these once.
+    groups = [[i] for i in found] if any(y[0] is not x for y in found.values()) else [[*found]]
+    for group in filter(None, groups):
+        inputs = stored_gradient(found[group[0]][0], backend)
+        inner = multiply_each(inputs, [found[i][1] for i in group], 1, dtype, backend)
+        for i, narrow in zip(group, inner, strict=True):
+            narrow = checkpoint_name(narrow.astype(dtype), "adapter")
+            outer = multiply(narrow, found[i][2], outputs, dtype, backend)
+            products[i] += rounded(outer, dtype, backend)
+    return [product.astype(first.out_dtype or dtype) for product in products]
 
 
 class RMSNorm(nn.Module):

@@ -51,9 +51,9 @@ Params = Mapping[str, Any]
 
 # The arrays of a block that each policy of this module saves, by their `checkpoint_name`.
 SAVED = {
-    "save_attention": ("attention",),
-    "save_heads": ("attention", "heads", "residual"),
-    "save_products": ("attention", "heads", "residual", "mlp"),
+    "save_attention": ("attention", "adapter"),
+    "save_heads": ("attention", "adapter", "heads", "residual"),
+    "save_products": ("attention", "adapter", "heads", "residual", "mlp"),
 }
 
 

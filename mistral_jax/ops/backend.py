@@ -28,6 +28,20 @@ _TPU = (
 # and writes their sum in float32 in each round. This threshold, 1 TB, leaves the product whole: XLA
 # then gathers the matrix while other products run.
 _TPU_TRAINING = (("xla_jf_spmd_threshold_for_windowed_einsum_mib", "1000000"),)
+# Sums of gradients run while other work does. On a v5e, products carry parts of them; on a v6e, the
+# SparseCores exchange gradients and matrices. "2d" and "nd" are for more than one axis of chips.
+_V5E_EXCHANGES = (
+    ("xla_enable_async_all_reduce", "true"),
+    ("xla_enable_async_reduce_scatter_fusion", "true"),
+    ("xla_tpu_enable_async_collective_fusion_fuse_all_reduce", "true"),
+    ("xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter", "true"),
+)
+_V6E_EXCHANGES = (
+    ("xla_tpu_enable_sparse_core_collective_offload_2d_all_gather", "true"),
+    ("xla_tpu_enable_sparse_core_collective_offload_all_gather", "true"),
+    ("xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter", "true"),
+    ("xla_tpu_enable_sparse_core_collective_offload_reduce_scatter", "true"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +130,13 @@ class Backend:
     @property
     def training_options(self) -> dict[str, str]:
         """Options of XLA's compiler for training."""
-        several = self.platform == "tpu" and not self.alone
-        return self.options | dict(_TPU_TRAINING if several else ())
+        if self.platform != "tpu" or self.alone:
+            return self.options
+        exchanges = {V5E: _V5E_EXCHANGES, V6E: _V6E_EXCHANGES}
+        return self.options | dict(
+            _TPU_TRAINING
+            + next((found for chips, found in exchanges.items() if self.chip in chips), ())
+        )
 
 
 PLAIN = Backend()

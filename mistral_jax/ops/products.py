@@ -3,6 +3,7 @@
 `quantized.py` has the products with int8 matrices.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -62,6 +63,11 @@ def multiply_each(
     if backend.has_native and kernels.suit(rows, values):
         sums = kernels.products(rows, values)
         results = [_scale(*pair) for pair in zip(sums, matrices, strict=True)]
+    elif len(each) > 1 and _should_join(values, rows, backend):
+        # The matrix unit multiplies by 128 columns at a time, and `rows` are read once.
+        ends = [*itertools.accumulate(map(len, values))]
+        joined = _multiply(rows, jnp.concatenate(values), backend)
+        results = jnp.split(joined, ends[:-1], axis=-1)
     else:
         results = [_multiply(rows, matrix, backend) for matrix in matrices]
     return [
@@ -110,6 +116,12 @@ def _rotate_back(angles, grad):
 _rotate_by_product.defvjp(
     lambda x, cos, sin: (_rotate_by_product(x, cos, sin), (cos, sin)), _rotate_back
 )
+
+
+def _should_join(values: Sequence[jax.Array], rows: jax.Array, backend: Backend) -> bool:
+    """Tells whether to multiply many rows by a few narrow matrices at once."""
+    narrow = sum(map(len, values)) <= 128 and math.prod(rows.shape[:-1]) >= 128
+    return narrow and backend.platform == "tpu" and values[0].dtype != jnp.int8
 
 
 def _flat(matrix: MaybeQuantized, outputs: int, dtype: jnp.dtype) -> MaybeQuantized:

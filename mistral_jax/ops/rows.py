@@ -165,6 +165,15 @@ def stored(x: jax.Array, backend: Backend = PLAIN) -> jax.Array:
     return _stored(x) if _pays(x, backend) else x
 
 
+def rounded(x: jax.Array, dtype: jnp.dtype, backend: Backend) -> jax.Array:
+    """Returns `x`, a product to be added to a larger one, which a TPU writes in `dtype` before.
+
+    The larger product then adds it to each block before it writes the block, in half of the bytes.
+    Otherwise XLA adds the larger product to the smaller one, and writes and reads it in float32.
+    """
+    return _stored(x.astype(dtype)).astype(x.dtype) if _pays(x, backend) else x
+
+
 def stored_gradient(x: jax.Array, backend: Backend = PLAIN) -> jax.Array:
     """Returns `x` [B, T, ...] unchanged; its gradient is written to memory as by `stored`."""
     return _stored_gradient(x) if _pays(x, backend) else x

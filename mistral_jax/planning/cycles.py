@@ -181,8 +181,10 @@ class _Reader:
 
     def _entered(self, instruction: Instruction) -> Iterable[str]:
         """Returns the computations whose operations run, and are not in `instruction`'s time."""
-        if instruction.operation in ("while", "call", "async-start"):
+        if instruction.operation in ("while", "call"):
             return instruction.called
+        if instruction.operation == "async-start":
+            return () if self._collective(instruction) else instruction.called
         if instruction.operation != "conditional":
             return ()
         if self.steps and "Transformer" not in instruction.source:
@@ -196,14 +198,18 @@ class _Reader:
         return seconds
 
     def _collective(self, instruction: Instruction) -> Instruction | None:
-        """Returns the collective that an instruction is, or that a fusion carries."""
+        """Returns the collective that an instruction is, or that it carries.
+
+        A fusion carries one beside its own work. The SparseCore of a v6e runs one asynchronously.
+        """
         if collectives.is_one(instruction):
             return instruction
-        inside = [
+        carries = instruction.operation in ("fusion", "async-start")
+        inside = (
             other
-            for name in (instruction.called if instruction.operation == "fusion" else ())
-            for other in self.program.computations[name]
-        ]
+            for name in (instruction.called if carries else ())
+            for other, *_ in self.program.walk(name=name)
+        )
         return next(filter(collectives.is_one, inside), None)
 
     def _carriers(self, name: str) -> dict[str, list[str]]:
@@ -215,7 +221,7 @@ class _Reader:
                 channel = collectives.channel(collective)
                 found[channel].append(instruction.name)
                 starts[instruction.name] = channel
-            elif instruction.operation.removesuffix("-done") in collectives.KINDS:
+            elif instruction.operation.removesuffix("-done") in (*collectives.KINDS, "async"):
                 start = re.search(r"-done\([^%)]*%?([\w.-]+)", instruction.text)
                 if start and start[1] in starts:
                     found[starts[start[1]]].append(instruction.name)

@@ -28,9 +28,10 @@ def logprobs(logits: jax.Array, targets: jax.Array) -> jax.Array:
       logits: logits of every token, [B, T, V] float32.
       targets: target token ids, [B, T] int32; -1 = no target.
     """
-    counted = targets != IGNORED
-    chosen = jnp.take_along_axis(logits, jnp.where(counted, targets, 0)[..., None], axis=-1)
-    return jnp.where(counted, chosen[..., 0] - jax.nn.logsumexp(logits, axis=-1), 0.0)
+    columns = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    # The gradient of an index would be a scatter, for which a TPU copies all logits several times.
+    chosen = jnp.sum(logits, axis=-1, where=columns == targets[..., None])
+    return jnp.where(targets != IGNORED, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0)
 
 
 def cross_entropy(

@@ -159,6 +159,21 @@ def test_training_over_several_tpus_alone_has_options(platform, count):
     assert all(name.startswith("xla_") and type(value) is str for name, value in options.items())
 
 
+def test_each_tpu_exchanges_beside_its_work_by_options_that_it_knows():
+    """A v5e has no SparseCore, and libtpu refuses the options of one chip for another."""
+    found = {}
+    for kind in ("TPU v4", "TPU v5 lite", "TPU v6 lite"):
+        device = SimpleNamespace(platform="tpu", device_kind=kind)
+        backend = Backend.of([device] * 4)
+        found[kind] = set(backend.training_options) - set(backend.options)
+        assert Backend.of([device]).training_options == backend.options
+    assert len(found["TPU v4"]) == 1
+    shared, v5e, v6e = found.values()
+    assert v5e & v6e == shared
+    assert all("sparse_core" in name for name in v6e - shared)
+    assert v5e > shared
+
+
 @pytest.mark.parametrize(
     ("kind", "given"), [("TPU v5 lite", True), ("TPU v6 lite", True), ("TPU v4", False)]
 )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from mistral_jax.checkpoint.lora import Lora, attach, init_adapters
+from mistral_jax.checkpoint.lora import PROJECTIONS, Lora, attach, init_adapters
 from mistral_jax.checkpoint.quantization import matrices, quantize
 from mistral_jax.model.cache import init_cache
 from mistral_jax.ops.backend import PLAIN, Backend
@@ -73,6 +73,37 @@ def test_no_product_of_a_tpu_s_token_has_one_row(tied):
             held = {"params": attach(chosen, adapters, lora.scale)}
             found = products(tpu.apply, held, token, token, cache)
             assert found == [rows] * (7 + 2 * 2 + 1)
+
+
+@pytest.mark.parametrize(
+    ("targets", "widths"),
+    [(PROJECTIONS, {9, 3, 6}), (("q_proj", "v_proj", "down_proj"), {6, 3})],
+)
+def test_a_tpu_trains_adapters_as_the_plain_backend_does(targets, widths):
+    """It multiplies by the `lora_a` of all matrices with the same inputs at once."""
+    lora = Lora(rank=3, alpha=5.0, targets=targets)
+    model, params = tiny.build(n_layers=1)
+    adapters = init_adapters(lora, params, jax.random.key(0))
+    adapters = jax.tree.map(
+        lambda x: x + jnp.linspace(-0.1, 0.1, x.size).reshape(x.shape), adapters
+    )
+    tokens = np.arange(128, dtype=np.int32)[None]
+
+    def loss(adapters, backend):
+        held = {"params": attach(params, adapters, lora.scale)}
+        return jnp.mean(model.clone(backend=backend).apply(held, tokens % 53, tokens)[0] ** 2)
+
+    programs = [
+        jax.jit(jax.value_and_grad(functools.partial(loss, backend=backend)))
+        for backend in (Backend("tpu", alone=True), PLAIN)
+    ]
+    found, expected = (jax.tree.leaves(program(adapters)) for program in programs)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    for program, chosen in zip(programs, (widths, {3}), strict=True):
+        text = program.lower(adapters).as_text()
+        made = re.findall(r"dot_general .*x128x\d+xf32>, .*-> tensor<1x128x(\d)xf32>", text)
+        assert set(map(int, made)) == chosen
 
 
 @pytest.mark.slow

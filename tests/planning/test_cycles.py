@@ -325,3 +325,18 @@ def test_a_number_of_layers_that_the_model_has_not_is_one_line(capsys, count):
         "",
         f"error: --layers is {count}; expected 1 to 4, the layers of nano\n",
     )
+
+
+def test_an_exchange_of_a_sparse_core_runs_beside_the_other_work():
+    """It is a call in a computation of another unit of the chip."""
+    units = (
+        "%inner (p: f32[4]) -> f32[8] {\n  ROOT %ag = f32[8]{0} all-gather(%p), channel_id=1, "
+        'replica_groups={{0,1}}\n}, execution_thread="sparsecore"\n\n'
+        "%outer (p: f32[4]) -> f32[8] {\n  ROOT %c = f32[8]{0} call(%p), to_apply=%inner\n"
+        '}, execution_thread="sparsecore"\n\n'
+    )
+    start = "%s = ((f32[4]{0}), f32[8]{0}) async-start(%p), calls=%outer"
+    done = "%d = f32[8]{0} async-done(%s)"
+    for between, wait in ((0, 8), (3, 5), (20, 0)):
+        text = units + entry(start, timed("%x", between), done, timed("%y", 1))
+        assert seconds(text, devices=2) == between + wait + 1
