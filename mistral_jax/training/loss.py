@@ -28,10 +28,27 @@ def logprobs(logits: jax.Array, targets: jax.Array) -> jax.Array:
       logits: logits of every token, [B, T, V] float32.
       targets: target token ids, [B, T] int32; -1 = no target.
     """
-    columns = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
-    # The gradient of an index would be a scatter, for which a TPU copies all logits several times.
-    chosen = jnp.sum(logits, axis=-1, where=columns == targets[..., None])
-    return jnp.where(targets != IGNORED, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0)
+    counted = targets != IGNORED
+    chosen = _pick(logits, jnp.where(counted, targets, 0))
+    return jnp.where(counted, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0)
+
+
+@jax.custom_vjp
+def _pick(logits, index):
+    """Returns `logits[..., index]`. Its gradient is a mask.
+
+    JAX's own gradient of an index is a scatter, for which a TPU copies all logits several times.
+    """
+    return jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0]
+
+
+def _put_back(kept, grad):
+    logits, index = kept
+    columns = jax.lax.broadcasted_iota(index.dtype, logits.shape, logits.ndim - 1)
+    return jnp.where(columns == index[..., None], grad[..., None], 0), None
+
+
+_pick.defvjp(lambda *given: (_pick(*given), given), _put_back)
 
 
 def cross_entropy(
