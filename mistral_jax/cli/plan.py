@@ -116,6 +116,7 @@ def _run(arguments: argparse.Namespace) -> None:
         )
     import jax
 
+    from mistral_jax.checkpoint.names import count_parameters
     from mistral_jax.parallel.hardware import known
     from mistral_jax.parallel.sharding import Layout, read_layout
     from mistral_jax.planning import forecast, programs, report
@@ -159,6 +160,9 @@ def _run(arguments: argparse.Namespace) -> None:
             "hardware": arguments.hardware,
             "compiler": compiler,
         }
+        if config.num_experts:
+            counts = count_parameters(config), count_parameters(config, active=True)
+            about |= dict(zip(("parameters", "active_parameters"), counts, strict=True))
         for each in found:
             print(json.dumps(about | report.fields(each, chip, own)))
         return
@@ -171,6 +175,9 @@ def _run(arguments: argparse.Namespace) -> None:
     if layers < all_layers:
         dtypes.append(f"only {layers} of {all_layers} layers")
     print(f"{arguments.model}, {rows} of {of.length} tokens, {', '.join(dtypes)}: {where}")
+    if config.num_experts:
+        total, active = count_parameters(config), count_parameters(config, active=True)
+        print(f"{total:,} parameters, of which {active:,} compute each token")
     print(f"compiled for {compiler}; all figures are those of one device\n")
     print("\n".join(report.lines(found, chip, own)))
 

@@ -90,7 +90,8 @@ def _blocks(first: int, left: int, span: int | None) -> int:
 def moved(program: str, held: Any, config: ModelConfig) -> float:
     """Counts the least bytes that a device reads and writes in its memory.
 
-    A chunk or a step of decoding reads the weights and the cache once. Training reads the weights
+    A chunk or a step of decoding reads the weights and the cache once; a step reads only the
+    experts that it chooses. Training reads the weights
     in the forward and the backward pass, writes gradients, and reads and writes the parameters and
     both moments of AdamW. Activations are not counted.
 
@@ -103,6 +104,12 @@ def moved(program: str, held: Any, config: ModelConfig) -> float:
         return 10 * size(held.trainable)
     params, cache = held
     unread = 0 if config.tie_embeddings else size(params["embed"])
+    if config.num_experts and program == "decode":
+        # Rows choose at most as many experts as there are pairs of a row and an expert.
+        pairs = cache[0].positions.shape[0] * config.experts_per_token
+        flat = jax.tree.leaves_with_path(params)
+        experts = [x for path, x in flat if _has_experts(_name(path))]
+        unread += int(size(experts) * max(0, 1 - pairs / config.num_experts))
     return size(params) - unread + size(cache)
 
 
@@ -168,7 +175,7 @@ def exchanges(program: str, model: Transformer, layout: Layout, of: Shapes) -> l
         add("all-reduce", kv, *residual, times=2 * config.num_layers, source="k, v, back")
         add("all-reduce", t // kv, *seen, times=2 * config.num_layers, source="k, v, shared")
     for path, x in jax.tree.leaves_with_path(params):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = _name(path)
         parts = _width_parts(x, layout)
         gathered = _local(x) * parts
         if not name.startswith("embed/"):
@@ -227,6 +234,10 @@ def _shared(layout: Layout) -> tuple[int, int]:
     sizes = layout.mesh.shape
     alone, shared = (math.prod(sizes[x] for x in axes) for axes in (summed - rows, summed & rows))
     return alone, shared
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _has_experts(name: str) -> bool:
