@@ -195,7 +195,7 @@ def exchanges(program: str, model: Transformer, layout: Layout, of: Shapes) -> l
 
 
 def _of_experts(program, model, layout, residual, again, width) -> list[Collective]:
-    """Lists the collectives of the experts' layers; see `ops/experts.py`.
+    """Lists the collectives of the experts' layers; see `ops/expert_partition.py`.
 
     Devices sum their parts of the experts' outputs. Where rows are partitioned along the experts'
     mesh axis, devices gather each other's tokens first, and each keeps the sum of its own.
