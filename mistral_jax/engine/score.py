@@ -78,7 +78,7 @@ def score(model: Transformer, params: Params, tokenizer: Tokenizer, text: str) -
     """
     if not text:
         raise ValueError("the text is empty; expected at least one character to score")
-    ids = [tokenizer.first_id, *tokenizer.encode(text)]
+    ids = tokenizer.encode(text, bos=True)
     (row,) = likelihoods(model, params, [ids], 1)
     logprob = math.fsum(row.logprobs.tolist())
     size = len(text.encode())

@@ -110,7 +110,7 @@ def token_losses(
     Returns:
       The loss of each token in nats, one [T] float32 array per text.
     """
-    rows = [[tokenizer.first_id, *tokenizer.encode(text)] for text in texts]
+    rows = [tokenizer.encode(text, bos=True) for text in texts]
     return row_losses(model, params, rows, batch, report)
 
 

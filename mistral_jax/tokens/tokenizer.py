@@ -118,7 +118,7 @@ class Tokenizer(Chat, abc.ABC):
 
         Args:
           text: any text; "<s>" or "[INST]" in it are encoded as ordinary characters.
-          bos: whether to put `bos_id` in front, if the tokenizer has one.
+          bos: whether to put BOS in front, or EOS in place of a missing BOS.
           eos: whether to put `eos_id` at the end.
           continues: whether the text continues another one that is encoded separately. No space is
             then put before the first word, so that the concatenated ids decode to both texts.
@@ -128,7 +128,7 @@ class Tokenizer(Chat, abc.ABC):
 
         Raises:
           ValueError: the text is not a string, or contains a lone surrogate (half a character); or
-            `eos` is true and the tokenizer has no EOS token.
+            the tokenizer does not have the token that `bos` or `eos` asks for.
         """
         if not isinstance(text, str):
             raise ValueError(f"the text is {show(text)}; expected a string")
@@ -141,7 +141,7 @@ class Tokenizer(Chat, abc.ABC):
             ) from None
         if eos and self.eos_id is None:
             raise ValueError("the tokenizer has no EOS token; expected a file that names one")
-        begin = [self.bos_id] if bos and self.bos_id is not None else []
+        begin = [self.first_id] if bos else []
         return begin + self._encode(text, continues) + [self.eos_id] * bool(eos)
 
     def decode(self, ids: Iterable[int]) -> str:
