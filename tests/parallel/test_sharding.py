@@ -270,5 +270,5 @@ def test_bad_files_are_refused(tmp_path, text, message):
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(ValueError, match="data_tensor, expert, .*fsdp, .*, long, single, tensor"):
+    with pytest.raises(ValueError, match=r"data_tensor, expert, .*fsdp, .*, long, single, tensor"):
         read_layout("tensors", CONFIG)
