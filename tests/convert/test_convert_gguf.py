@@ -8,7 +8,7 @@ import pytest
 import sources
 from bounds import bounded
 from flax.traverse_util import flatten_dict
-from mistral_jax.convert import gguf, gguf_model, gguf_tokenizer
+from mistral_jax.convert import architecture, gguf, gguf_model, gguf_tokenizer
 from mistral_jax.convert.gguf_blocks import KINDS
 from mistral_jax.convert.source import find
 from mistral_jax.convert.to_orbax import to_orbax as convert
@@ -346,3 +346,66 @@ def test_a_folder_with_one_file_is_a_source_and_with_several_asks_for_a_name(tmp
     (tmp_path / "x" / "b.gguf").unlink()
     assert find(tmp_path / "x").weight_files == (tmp_path / "x" / "a.gguf",)
     assert find(tmp_path / "x" / "a.gguf").format == "gguf"
+
+
+def test_a_mixture_s_experts_are_read_one_by_one(tmp_path):
+    """Experts in one quantised tensor, as llama.cpp has them, give those of an official file."""
+    count, rng = 3, np.random.default_rng(0)
+    table = library.get_tensor_name_map(library.MODEL_ARCH.LLAMA, 2)
+    held, stacks, written = {}, {}, []
+    for name, array in sources.tensors(**{k: x for k, x in SMALL.items() if x is not ...}).items():
+        layer, _, matrix = name.partition(".feed_forward.")
+        if not matrix:
+            held[name] = array
+            written.append((f"{table.get_name(name.removesuffix('.weight'))}.weight", array))
+            continue
+        raw = library.quants.quantize(
+            rng.normal(size=(count, *array.shape)).astype(np.float32),
+            library.GGMLQuantizationType.Q8_0,
+        )
+        stacks[table.get_name(name.removesuffix(".weight")) + "_exps.weight"] = raw
+        for i, one in enumerate(library.quants.dequantize(raw, library.GGMLQuantizationType.Q8_0)):
+            held[f"{layer}.feed_forward.experts.{i}.{matrix}"] = one
+    for i in range(2):
+        router = rng.normal(size=(count, 32)).astype(np.float32)
+        held[f"layers.{i}.feed_forward.gate.weight"] = router
+        written.append((f"blk.{i}.ffn_gate_inp.weight", router))
+    written += [(name, raw, 8) for name, raw in stacks.items()]
+    metadata = {f"llama.{key}": value for key, value in FIELDS.items()}
+    metadata |= {"llama.expert_count": count, "llama.expert_used_count": 2}
+    file = write(tmp_path / "tiny.gguf", written, metadata)
+    moe = {"num_experts": count, "num_experts_per_tok": 2}
+    changes = SMALL | {"max_position_embeddings": 4096, "moe": moe}
+    sources.write(tmp_path / "official", "official-safetensors", held, **changes)
+    convert(file, tmp_path / "x")
+    convert(tmp_path / "official", tmp_path / "y")
+    (model, params, _), (expected_model, expected, _) = (
+        mj.load(tmp_path / name) for name in ("x", "y")
+    )
+    assert model.config == expected_model.config
+    for path, array in flatten_dict(expected).items():
+        np.testing.assert_array_equal(flatten_dict(params)[path], array, err_msg=str(path))
+
+
+@pytest.mark.parametrize("multiplier", [0.0, 1.0])
+def test_yarn_and_the_scale_of_queries_are_the_official_fields(tmp_path, multiplier):
+    scaling = {
+        "rope.scaling.type": "yarn", "rope.scaling.factor": 16.0,
+        "rope.scaling.original_context_length": 16, "rope.scaling.yarn_beta_fast": 32.0,
+        "rope.scaling.yarn_beta_slow": 1.0, "rope.scaling.yarn_log_multiplier": multiplier,
+        "attention.temperature_scale": 0.1,
+    }  # fmt: skip
+    metadata = {f"mistral3.{key}": value for key, value in (FIELDS | scaling).items()}
+    file = write(tmp_path / "x.gguf", metadata=metadata, kind="mistral3")
+    yarn = {"factor": 16, "original_max_position_embeddings": 16, "beta": 32, "alpha": 1}
+    changes = SMALL | {
+        "yarn": yarn | {"apply_scale": bool(multiplier)},
+        "llama_4_scaling": {"beta": 0.1, "original_max_position_embeddings": 16},
+        **{"max_position_embeddings": 4096, "tied_embeddings": True},
+    }
+    official = sources.write(tmp_path / "official", "official-safetensors", {}, **changes)
+    found, expected = architecture.read(file), architecture.read(official / "params.json")
+    assert found.config == expected.config
+    del metadata["mistral3.rope.scaling.original_context_length"]
+    with pytest.raises(ValueError, match=r"x\.gguf has yarn .* without original_max_position"):
+        architecture.read(write(tmp_path / "x.gguf", metadata=metadata, kind="mistral3"))
