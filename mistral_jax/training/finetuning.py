@@ -98,7 +98,8 @@ def make_job(
             target = path / "checkpoint"
             file = storage.find(base)
             params = loose(state.trainable)
-            save_model(recipe, config, params, state, target, file, tokenizer.chat)
+            kind = provenance.get("model_type")
+            save_model(recipe, config, params, state, target, file, tokenizer.chat, kind)
             options = ["--checkpoint", str(target)]
         text = prompts[0].text if prompts else ""
         return target, [*options, *(["--chat"] if chat else ["--", text])]

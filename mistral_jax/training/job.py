@@ -100,10 +100,15 @@ def save_model(
     target: Path,
     tokenizer_file: Path,
     chat: ChatForm | None = None,
+    model_type: str | None = None,
 ) -> None:
-    """Saves a trained model as a checkpoint folder, in bfloat16 like Mistral's releases."""
+    """Saves a trained model as a checkpoint folder, in bfloat16 like Mistral's releases.
+
+    An export to Hugging Face's format has the type `model_type`, which its base had there.
+    """
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
     provenance = {"recipe": recipe.to_dict(), "step": int(state.step)}
+    provenance |= {"model_type": model_type} if model_type else {}
     checkpoint.save(target, config, params, tokenizer_file, provenance, overwrite=True, chat=chat)
 
 
