@@ -171,6 +171,11 @@ class TemplateForm:
         check_tools(tools)
         is_use = bool(tools) and "tool_use" in self._templates
         source = self._templates["tool_use" if is_use else "default"]
+        if tools and "tools" not in source:
+            raise ValueError(
+                "the chat template of this model reads no tools; expected a model that was trained "
+                "with tools, or none"
+            )
         mark = None
         if messages[-1].get("prefix"):
             mark = f"{secrets.token_hex(8)} "

@@ -240,6 +240,8 @@ def test_tools_and_calls_are_objects_for_a_template(base):
     assert '{"name": "add", "arguments": {"a": 1}}' in text
     with pytest.raises(ValueError, match=r"tools\[0\] has no name"):
         tokenizer.encode_chat(HELLO, tools=[{"function": {}}])
+    with pytest.raises(ValueError, match="reads no tools; expected a model that was trained with"):
+        with_template(base, chat_templates.CHATML).encode_chat(HELLO, tools=[tool])
 
 
 # What a template may do
