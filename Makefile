@@ -42,7 +42,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/python -m mistral_jax.sample --checkpoint $(DEMO)/orbax --seed 12 --max-tokens 120 --stats "def read_json(path):"
 
 chat: $(CHAT)/orbax/config.json
-	$(VENV)/bin/python -m mistral_jax.sample --checkpoint $(CHAT)/orbax --chat
+	$(VENV)/bin/python -m mistral_jax.sample --checkpoint $(CHAT)/orbax --chat --temperature 0
 
 test: $(VENV)/tested-with
 	$(VENV)/bin/python -m pytest $(SPREAD) -m "not slow" --ignore tests/documents tests
