@@ -70,6 +70,7 @@ def test_loss_and_gradients_are_those_of_one_device(whole, name):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind"), [("expert_tensor", "int8"), ("fsdp_expert", "lora"), ("expert", "lora")]
 )
