@@ -30,6 +30,8 @@ _ATTENTION = re.compile(r"attend|attention|splash")
 # pass, and for the gradients of keys and values, and of queries.
 _SPLASH = re.compile(r"splash\w*?_(fwd|dkv|dq)")
 _PRODUCTS = {"fwd": 2, "dkv": 4, "dq": 3}
+# Operations that run a computation in the background.
+_STARTS = ("async-start", "call-start")
 # Names in the path of an operation that JAX adds to those of the model's modules.
 _ADDED = re.compile(
     r"while|body|cond|closed_call|checkpoint|rematted_computation|branch_\d+_fun|shard_map|"
@@ -103,7 +105,8 @@ def read(
 
     Collectives have no cycles. They take the time of the roofline (`estimate.seconds`), one after
     another, beginning with the first operation that carries them. An operation that needs the
-    result waits for it, and the wait counts.
+    result waits for it, and the wait counts. A collective that is not in the background shares the
+    links with those that are: it takes twice its time at most.
 
     Args:
       text: `compiled.as_text()`.
@@ -163,12 +166,14 @@ class _Reader:
             if channel is None:
                 continue
             if channel not in ready:
-                exchange = self._collective(instruction)
-                links = max(links, before) + sum(
+                own = sum(
                     estimate.seconds(each, self.chip)
-                    for each in collectives.parse(exchange, self.devices)
+                    for each in collectives.parse(self._collective(instruction), self.devices)
                 )
-                ready[channel] = links
+                links, alone = max(links, before) + own, len(carriers[channel]) == 1
+                if alone:  # It shares the links with those in the background, which end later.
+                    ready = {each: end + own * (end > before) for each, end in ready.items()}
+                ready[channel] = min(links, before + 2 * own) if alone else links
             if last[channel] == instruction.name and ready[channel] > clock:
                 clock += self._add(instruction, ready[channel] - clock, times, counts, "wait")
         return clock
@@ -183,7 +188,7 @@ class _Reader:
         """Returns the computations whose operations run, and are not in `instruction`'s time."""
         if instruction.operation in ("while", "call"):
             return instruction.called
-        if instruction.operation == "async-start":
+        if instruction.operation in _STARTS:
             return () if self._collective(instruction) else instruction.called
         if instruction.operation != "conditional":
             return ()
@@ -204,7 +209,7 @@ class _Reader:
         """
         if collectives.is_one(instruction):
             return instruction
-        carries = instruction.operation in ("fusion", "async-start")
+        carries = instruction.operation in ("fusion", *_STARTS)
         inside = (
             other
             for name in (instruction.called if carries else ())
@@ -221,7 +226,7 @@ class _Reader:
                 channel = collectives.channel(collective)
                 found[channel].append(instruction.name)
                 starts[instruction.name] = channel
-            elif instruction.operation.removesuffix("-done") in (*collectives.KINDS, "async"):
+            elif instruction.operation.endswith("-done"):
                 start = re.search(r"-done\([^%)]*%?([\w.-]+)", instruction.text)
                 if start and start[1] in starts:
                     found[starts[start[1]]].append(instruction.name)

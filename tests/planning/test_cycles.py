@@ -203,6 +203,36 @@ def test_an_exchange_counts_where_an_operation_waits_for_it():
     assert seconds(both, devices=2) == 16
 
 
+def test_a_sparse_core_exchanges_in_the_background():
+    """The final program calls it with `call-start`, and names the computation as a reduction."""
+    called = (
+        "%called (p: f32[4]) -> f32[8] {\n  ROOT %ag = f32[8]{0} all-gather(%p), channel_id=1, "
+        "replica_groups={{0,1}}\n}\n\n"
+    )
+    start = (
+        "%c = ((f32[4]{0}, token[]), f32[8]{0}) call-start(%p, %token), "
+        'async_execution_thread="sparsecore", to_apply=%called'
+    )
+    done = "%got = f32[8]{0} call-done(%c)"
+    for between, wait in ((0, 8), (3, 5), (20, 0)):
+        text = called + entry(start, timed("%x", between), done, timed("%y", 1))
+        found = cycles.read(text, CHIP, devices=2)
+        assert cycles.total(each for each in found if each.kind == "wait") == wait
+        assert cycles.total(found) == between + wait + 1
+
+
+def test_a_short_exchange_shares_the_links_with_one_in_the_background():
+    """It does not wait for all of that one, which ends later by the time of the short one."""
+    start, done = f"%ag = {GATHER}", "%got = f32[8]{0} all-gather-done(%ag)"
+    short = "%small = f32[2]{0} all-gather(%p), channel_id=2, replica_groups={{0,1}}"  # 2 seconds
+    found = cycles.read(entry(start, short, timed("%x", 1), done), CHIP, devices=2)
+    waits = [each.seconds for each in found if each.kind == "wait"]
+    assert waits == [4, 8 + 2 - 4 - 1]
+    # The first one is almost done.
+    found = cycles.read(entry(start, timed("%x", 7), short, done), CHIP, devices=2)
+    assert [each.seconds for each in found if each.kind == "wait"] == [3]
+
+
 def test_an_exchange_inside_of_fusions_ends_with_the_last_of_them():
     piece = (
         "%piece (p: f32[4]) -> f32[8] {\n  ROOT %ag = f32[8]{0} all-gather(%p), channel_id=1, "
