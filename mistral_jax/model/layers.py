@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mistral_jax.config import ModelConfig
 from mistral_jax.ops.backend import PLAIN, Backend
+from mistral_jax.ops.gate import gate as apply_gate
 from mistral_jax.ops.partition import Rules, mesh_axes
 from mistral_jax.ops.products import multiply, multiply_each
 from mistral_jax.ops.rows import apart, look_up, rounded, stored, stored_gradient
@@ -213,9 +214,7 @@ class MLP(nn.Module):
         down = projection(name="down_proj")
         products = (stored_gradient(y, self.backend) for y in project(x, [gate, up]))
         # The name comes first: JAX rounds what it saves, which would copy an array in memory.
-        opened, raised = (stored(checkpoint_name(y, "mlp"), self.backend) for y in products)
-        # In float32 silu rounds once, as in PyTorch. In `dtype` each operation inside it would
-        # round.
-        gated = nn.silu(opened.astype(jnp.float32)).astype(self.dtype) * raised
+        opened, raised = (checkpoint_name(y, "mlp") for y in products)
+        gated = apply_gate(opened, raised, self.backend)
         gated = nn.with_logical_constraint(gated, ("batch", "length", "mlp"), rules=self.rules)
         return down(stored(apart(gated, self.backend), self.backend))
