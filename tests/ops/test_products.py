@@ -144,3 +144,18 @@ def test_on_a_v6e_operands_of_many_rows_are_written_before_the_product(rows, wri
     for backend, expected in ((v6e, written), (Backend("tpu", "TPU v5 lite"), False)):
         program = str(jax.make_jaxpr(functools.partial(run, backend=backend))(x, matrix))
         assert ("optimization_barrier" in program) == expected
+
+
+def test_a_tpu_rounds_a_matrix_as_a_conversion_does():
+    """Its compiler is slow at a lone conversion; the gradient of the matrix is not rounded."""
+    odd = [0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 2.0**-133, -1e-40, 3.4e38, np.inf, -np.inf, np.nan]
+    matrix = jnp.asarray([[value] for value in odd], jnp.float32)
+    x = jnp.ones((2, 1, 1), jnp.float32)
+
+    def run(matrix, backend):
+        return multiply(x, matrix, 1, jnp.dtype("bfloat16"), backend)
+
+    for function in (run, jax.grad(lambda *given: jnp.sum(run(*given)))):
+        found, expected = (function(matrix, backend) for backend in (TPU, PLAIN))
+        assert found.dtype == jnp.float32
+        np.testing.assert_array_equal(found, expected)
