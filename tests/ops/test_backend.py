@@ -166,7 +166,7 @@ def test_each_tpu_exchanges_beside_its_work_by_options_that_it_knows():
         device = SimpleNamespace(platform="tpu", device_kind=kind)
         backend = Backend.of([device] * 4)
         found[kind] = set(backend.training_options) - set(backend.options)
-        assert Backend.of([device]).training_options == backend.options
+        assert set(Backend.of([device]).training_options) == set(backend.options)
     assert len(found["TPU v4"]) == 1
     shared, v5e, v6e = found.values()
     assert v5e & v6e == shared
@@ -180,7 +180,9 @@ def test_each_tpu_exchanges_beside_its_work_by_options_that_it_knows():
 def test_programs_are_compiled_with_the_options_of_their_chip(monkeypatch, kind, given):
     backend, seen = Backend.of([SimpleNamespace(platform="tpu", device_kind=kind)]), []
     assert bool(backend.options) == given
-    assert backend.options.items() <= backend.training_options.items()
+    # Products of many rows are compiled in a third of the time with half of the vector memory.
+    less = {"xla_tpu_scoped_vmem_limit_kib": "32768"} if kind == "TPU v5 lite" else {}
+    assert backend.training_options == backend.options | less
 
     def jit(function, compiler_options, of=jax.jit, **options):
         seen.append(compiler_options)
