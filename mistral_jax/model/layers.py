@@ -104,9 +104,9 @@ class Projection(nn.Module):
         init = nn.with_logical_partitioning(init, (*axes.outputs, *axes.inputs))
         self.matrix = self.param("kernel", init, shape, jnp.float32)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Projects `x` [B, T, ...], whose last axes are the matrix's inputs."""
-        return project(x, [self])[0]
+    def __call__(self, x: jax.Array, plain: jax.Array | None = None) -> jax.Array:
+        """Projects `x` [B, T, ...], whose last axes are the matrix's inputs; see `project`."""
+        return project(x, [self], plain)[0]
 
     def adapter(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array] | None:
         """Returns the adapter's inputs, `lora_a` and `lora_b`; None without an adapter."""
@@ -119,17 +119,24 @@ class Projection(nn.Module):
         return x, self.get_variable("params", "lora_a"), self.get_variable("params", "lora_b")
 
 
-def project(x: jax.Array, projections: Sequence[Projection]) -> list[jax.Array]:
+def project(
+    x: jax.Array, projections: Sequence[Projection], plain: jax.Array | None = None
+) -> list[jax.Array]:
     """Projects `x` by several projections in one call, which some backends compute faster.
 
-    The projections may differ in the sizes of their axes, but in nothing else.
+    Args:
+      x: [B, T, ...], whose last axes are the matrices' inputs.
+      projections: they may differ in the sizes of their axes, but in nothing else.
+      plain: `x` before it was `stored`, for adapters: their gradients read each number of `x` once,
+        so a TPU can compute it again inside of their products; None = `x`.
     """
     first, matrices = projections[0], [one.matrix for one in projections]
     outputs, dtype, backend = first.outputs, first.dtype, first.backend
     products = multiply_each(x, matrices, outputs, dtype, backend)
-    found = {i: y for i, one in enumerate(projections) if (y := one.adapter(x)) is not None}
+    plain = x if plain is None else plain
+    found = {i: y for i, one in enumerate(projections) if (y := one.adapter(plain)) is not None}
     # Without dropout, adapters share their inputs, and then one product reads these once.
-    groups = [[i] for i in found] if any(y[0] is not x for y in found.values()) else [[*found]]
+    groups = [[i] for i in found] if any(y[0] is not plain for y in found.values()) else [[*found]]
     for group in filter(None, groups):
         inputs = stored_gradient(found[group[0]][0], backend)
         inner = multiply_each(inputs, [found[i][1] for i in group], 1, dtype, backend)
@@ -217,4 +224,5 @@ class MLP(nn.Module):
         opened, raised = (checkpoint_name(y, "mlp") for y in products)
         gated = apply_gate(opened, raised, self.backend)
         gated = nn.with_logical_constraint(gated, ("batch", "length", "mlp"), rules=self.rules)
-        return down(stored(apart(gated, self.backend), self.backend))
+        gated = apart(gated, self.backend)
+        return down(stored(gated, self.backend), gated)
