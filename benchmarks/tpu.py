@@ -21,7 +21,9 @@ A CASE is a part of a case's name, such as decode, decode-int8, or prompt-bf16-v
 - prompt: all chunks of prompts, each with the keys that it sees. The least time, as that of
   training, is that of the model's FLOPs at the chip's peak; recomputation is not counted.
 - train: a step on 4,096 tokens a chip, with all parameters or with LoRA, on 1, 8 and 64 chips.
-  "fits" says whether the state and the temporaries fit into the chip's memory.
+  "fits" says whether the state and the temporaries fit into the chip's memory. A program of few
+  layers keeps more of them than it must, so the true number can be lower. A case takes minutes;
+  `--layers 1 2` is enough.
 """
 
 import argparse

@@ -34,8 +34,6 @@ _V5E_TRAINING = (("xla_tpu_scoped_vmem_limit_kib", "32768"),)
 _TPU_EXCHANGES = (("xla_jf_spmd_threshold_for_windowed_einsum_mib", "1000000"),)
 # Sums of gradients run while other work does. On a v5e, products carry parts of them; on a v6e, the
 # SparseCores exchange gradients and matrices. "2d" and "nd" are for more than one axis of chips.
-# XLA expects less time of these exchanges than the links take, and puts too little work beside
-# them; the multipliers halve the time that a step of 32 layers waits.
 _V5E_EXCHANGES = (
     ("xla_enable_async_all_reduce", "true"),
     ("xla_enable_async_reduce_scatter_fusion", "true"),
@@ -47,8 +45,6 @@ _V6E_EXCHANGES = (
     ("xla_tpu_enable_sparse_core_collective_offload_all_gather", "true"),
     ("xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter", "true"),
     ("xla_tpu_enable_sparse_core_collective_offload_reduce_scatter", "true"),
-    ("xla_tpu_sparse_core_all_gather_latency_multiplier", "2"),
-    ("xla_tpu_sparse_core_reduce_scatter_latency_multiplier", "1.5"),
 )
 
 
