@@ -128,7 +128,7 @@ def project(
       x: [B, T, ...], whose last axes are the matrices' inputs.
       projections: they may differ in the sizes of their axes, but in nothing else.
       plain: `x` before it was `stored`, for adapters: their gradients read each number of `x` once,
-        so a TPU can compute it again inside of their products; None = `x`.
+        so it can be computed again inside of their products; None = `x`.
     """
     first, matrices = projections[0], [one.matrix for one in projections]
     outputs, dtype, backend = first.outputs, first.dtype, first.backend
