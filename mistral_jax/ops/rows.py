@@ -165,6 +165,23 @@ def stored(x: jax.Array, backend: Backend = PLAIN) -> jax.Array:
     return _stored(x) if _pays(x, backend) else x
 
 
+def stored_if_trained(x: jax.Array, backend: Backend = PLAIN) -> jax.Array:
+    """Returns `x` [B, T, ...], a product, stored as by `stored` if it is differentiated.
+
+    Otherwise XLA computes what follows at the end of the product, beside the matrix unit.
+    """
+    return _stored_if_trained(x) if _pays(x, backend) else x
+
+
+def narrowed(x: jax.Array, dtype: jnp.dtype, backend: Backend = PLAIN) -> jax.Array:
+    """Returns `x` [B, T, heads, H], a product, in `dtype`.
+
+    Unless it is differentiated, a TPU rounds it as [B, T, heads * H], and then writes this order.
+    XLA may write an array with an axis of heads in another order, and copy it afterwards.
+    """
+    return _narrowed(x, dtype) if x.ndim == 4 and _pays(x, backend) else x.astype(dtype)
+
+
 def rounded(x: jax.Array, dtype: jnp.dtype, backend: Backend) -> jax.Array:
     """Returns `x`, a product to be added to a larger one, which a TPU writes in `dtype` before.
 
@@ -201,6 +218,26 @@ def _stored(x):
 def _differentiate_stored(primals, tangents):
     """Leaves tangents as they are, because XLA can compute gradients at the end of a product."""
     return _stored(*primals), tangents[0]
+
+
+@jax.custom_jvp
+def _stored_if_trained(x):
+    return x
+
+
+@_stored_if_trained.defjvp
+def _store(primals, tangents):
+    return jax.lax.optimization_barrier(primals[0]), tangents[0]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _narrowed(x, dtype):
+    return x.reshape(*x.shape[:2], -1).astype(dtype).reshape(x.shape)
+
+
+@_narrowed.defjvp
+def _narrow(dtype, primals, tangents):
+    return primals[0].astype(dtype), tangents[0].astype(dtype)
 
 
 @jax.custom_vjp
