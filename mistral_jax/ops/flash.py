@@ -235,8 +235,8 @@ def _run_kernel(tables, q, held, held_places, own, own_places, *, window, scaled
     kv_heads, group = held[0].shape[1], heads // held[0].shape[1]
     count, scale, precision = held_places.shape[1], factor(head_dim), None
     together = next(n for n in range(TOGETHER, 0, -1) if group % n == 0)
-    if q.dtype == jnp.float32:
-        precision = jax.lax.Precision.HIGHEST
+    if q.dtype == jnp.float32:  # Exact products are six products, and long to compile.
+        precision, together = jax.lax.Precision.HIGHEST, 1
     product = functools.partial(
         jax.lax.dot_general, precision=precision, preferred_element_type=jnp.float32
     )
