@@ -19,6 +19,7 @@ from mistral_jax.model.rope import rotate, scale_queries
 from mistral_jax.ops import attention
 from mistral_jax.ops.backend import PLAIN, Backend
 from mistral_jax.ops.partition import Rules, length_parts
+from mistral_jax.ops.rotation import lay_out
 from mistral_jax.ops.rows import stored_gradient
 
 
@@ -117,10 +118,18 @@ class Attention(nn.Module):
         q, k, v = place(q, "heads"), place(k, "kv_heads"), place(v, "kv_heads")
         # A step of decoding has few numbers to rotate.
         rotation = PLAIN if x.shape[1] == 1 else self.backend
-        q, k = (rotate(y, angles, rotation) for y in (q, k))
+        sections = length_parts(self.rules)
+        # Whether a kernel reads a prompt's chunk beside the old cache.
+        by_chunk = cache is not None and x.shape[1] > 1
+        by_chunk = by_chunk and attention.takes_chunks(
+            q, cache, self.dilation, sections, self.rules, self.backend
+        )
+        factor = attention.chunk_factor(self.config.head_dim) if by_chunk else 1.0
+        q = rotate(q, angles, rotation, self.rules, factor=factor)
+        k = rotate(k, angles, rotation, self.rules, "kv_heads")
+        v = lay_out(v, rotation, self.rules)
         q = scale_queries(q, positions, self.config.query_scaling)
         q, k, v = checkpoint_name((q, k, v), "heads")
-        sections = length_parts(self.rules)
         if sections > 1:
             # The sequence is partitioned over devices. Queries stay where they are; keys and
             # values, which have fewer heads, are gathered.
@@ -149,8 +158,7 @@ class Attention(nn.Module):
             # written first, and then holds every key that the token sees.
             cache = store(cache, k, v, positions)
             mixed = look_in(cache)
-        elif attention.takes_chunks(q, cache, self.dilation, sections, self.rules, self.backend):
-            # A chunk of a prompt, with a kernel that reads the old cache beside the chunk.
+        elif by_chunk:
             chunk = cache.ordered(k, v, positions)
             mixed = attention.attend_chunk(q, chunk, cache, self.window, self.rules)
             mixed, cache = jax.lax.optimization_barrier((mixed, cache))

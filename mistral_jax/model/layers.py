@@ -16,9 +16,10 @@ from jax.ad_checkpoint import checkpoint_name
 from mistral_jax.config import ModelConfig
 from mistral_jax.ops.backend import PLAIN, Backend
 from mistral_jax.ops.gate import gate as apply_gate
+from mistral_jax.ops.norm import normalize
 from mistral_jax.ops.partition import Rules, mesh_axes
 from mistral_jax.ops.products import multiply, multiply_each
-from mistral_jax.ops.rows import apart, look_up, rounded, stored, stored_gradient
+from mistral_jax.ops.rows import apart, look_up, narrowed, rounded, stored, stored_gradient
 
 
 class Axes(NamedTuple):
@@ -144,7 +145,7 @@ def project(
             narrow = checkpoint_name(narrow.astype(dtype), "adapter")
             outer = multiply(narrow, found[i][2], outputs, dtype, backend)
             products[i] += rounded(outer, dtype, backend)
-    return [product.astype(first.out_dtype or dtype) for product in products]
+    return [narrowed(product, first.out_dtype or dtype, backend) for product in products]
 
 
 class RMSNorm(nn.Module):
@@ -157,6 +158,7 @@ class RMSNorm(nn.Module):
     eps: float
     dtype: jnp.dtype
     backend: Backend = PLAIN
+    rules: Rules = ()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -164,9 +166,7 @@ class RMSNorm(nn.Module):
         x = stored(x, self.backend)
         init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed",))
         scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
-        wide = x.astype(jnp.float32)
-        normal = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        normal = normal.astype(self.dtype) * scale.astype(self.dtype)[None, None]
+        normal = normalize(x, scale, self.eps, self.dtype, self.backend, self.rules)
         return stored_gradient(normal, self.backend)
 
 

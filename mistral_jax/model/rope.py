@@ -17,7 +17,8 @@ import numpy as np
 
 from mistral_jax.config import QueryScaling, RopeScaling
 from mistral_jax.ops.backend import PLAIN, Backend
-from mistral_jax.ops.products import rotate_halves
+from mistral_jax.ops.partition import Rules
+from mistral_jax.ops.rotation import rotate_halves
 from mistral_jax.ops.rows import once
 
 
@@ -110,8 +111,15 @@ def scale_queries(q: jax.Array, positions: jax.Array, scaling: QueryScaling | No
 
 
 def rotate(
-    x: jax.Array, angles: tuple[jax.Array, jax.Array], backend: Backend = PLAIN
+    x: jax.Array,
+    angles: tuple[jax.Array, jax.Array],
+    backend: Backend = PLAIN,
+    rules: Rules = (),
+    axis: str = "heads",
+    factor: float = 1.0,
 ) -> jax.Array:
-    """Rotates every head of `x` [B, T, heads, H] by the angles from `rotary_angles`."""
-    cos, sin = (a[:, :, None, :] for a in angles)
-    return rotate_halves(x, cos, sin, backend)
+    """Rotates every head of `x` [B, T, heads, H] by the angles from `rotary_angles`.
+
+    The other arguments are those of `rotate_halves`.
+    """
+    return rotate_halves(x, angles, backend, rules, axis, factor)

@@ -99,13 +99,13 @@ class Block(nn.Module):
         """
         config, dtype, rules = self.config, self.dtype, self.rules
         of = {"backend": self.backend, "dropout": self.dropout}
-        normal = RMSNorm(config.norm_eps, dtype, self.backend, name="attn_norm")(x)
+        normal = RMSNorm(config.norm_eps, dtype, self.backend, self.rules, name="attn_norm")(x)
         attention = Attention(
             config, self.window, dtype, rules, dilation=self.dilation, **of, name="attn"
         )
         mixed, cache = attention(normal, positions, angles, cache)
         x = checkpoint_name(x + mixed, "residual")
-        normal = RMSNorm(config.norm_eps, dtype, self.backend, name="mlp_norm")(x)
+        normal = RMSNorm(config.norm_eps, dtype, self.backend, self.rules, name="mlp_norm")(x)
         if config.num_experts:
             x = x + Experts(config, dtype, rules, **of, name="moe")(normal, positions)
         else:
@@ -182,7 +182,7 @@ class Transformer(nn.Module):
         x, cache = self._blocks(x, positions, angles, cache)
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)
-        x = RMSNorm(config.norm_eps, dtype, self.backend, name="final_norm")(x)
+        x = RMSNorm(config.norm_eps, dtype, self.backend, self.rules, name="final_norm")(x)
         if config.tie_embeddings:
             logits = embed.attend(x)
         else:

@@ -167,13 +167,17 @@ def takes_chunks(
     )
 
 
+# The factor of the queries of `attend_chunk`: rotation applies it before it rounds them.
+chunk_factor = flash.factor
+
+
 def attend_chunk(
     q: jax.Array, chunk: flash.Keys, cache: flash.Keys, window: int | None, rules: Rules = ()
 ) -> jax.Array:
     """Attends from every query of a prompt's chunk to the keys before the chunk, and to its own.
 
     Args:
-      q: queries, [B, T, N, H].
+      q: queries, [B, T, N, H], multiplied by `chunk_factor(H)`.
       chunk: keys, values and positions of the chunk's tokens, by heads.
       cache: the layer's cache before the chunk, by heads.
       window: number of visible keys (W), the query's own included; None = no limit.
@@ -182,7 +186,7 @@ def attend_chunk(
     Returns:
       [B, T, N, H] in the dtype of `q`.
     """
-    return flash.attend(q, chunk, cache, window, rules)
+    return flash.attend(q, chunk, cache, window, rules, scaled=True)
 
 
 def _widen(x, dtype):

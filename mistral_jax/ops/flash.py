@@ -24,13 +24,17 @@ from mistral_jax.ops.quantized import MaybeQuantized, QuantizedMatrix
 QUERIES, KEYS = 512, 1024
 # Keys whose scores are computed together.
 PART = 256
+# The most heads that are computed in one block of instructions.
+TOGETHER = 4
+# Rows below the values that are 1: a tile of 16-bit numbers.
+ROWS_OF_ONES = 16
 # Share of the peak that the compiler's schedule of the inner loop reaches, by JAX's name of the
-# chip. Per head and block, libtpu 0.0.42 plans 2,507 cycles on a v5e for 2,048 cycles of products,
-# and 1,385 on a v6e for 512. A v5p has the matrix units of a v5e. Those of a v6e are 256 numbers
-# wide, twice the width of a head.
+# chip. Per head and block, libtpu 0.0.42 plans 2,090 cycles on a v5e, whose matrix units need 2,176
+# with the rows of ones, for 2,048 cycles of products; and 1,038 on a v6e for 512. A v5p has the
+# matrix units of a v5e. Those of a v6e are 256 numbers wide, twice the width of a head.
 PEAK_SHARES = {
-    **dict.fromkeys(("TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p"), 0.81),
-    **dict.fromkeys(("TPU v6 lite", "TPU v6e"), 0.36),
+    **dict.fromkeys(("TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p"), 0.94),
+    **dict.fromkeys(("TPU v6 lite", "TPU v6e"), 0.49),
 }
 # The kernel's name in compiled programs.
 NAME = "attend_chunk"
@@ -82,6 +86,11 @@ def fits(q: jax.Array, k: MaybeQuantized, rules: Rules, backend: Backend) -> boo
     return partition.fits(q, k, rules, by_heads=True)
 
 
+def factor(head_dim: int) -> float:
+    """Returns the factor of scores, whose powers of two are the weights."""
+    return head_dim**-0.5 / math.log(2)
+
+
 def attend(
     q: jax.Array,
     chunk: Keys,
@@ -89,6 +98,7 @@ def attend(
     window: int | None,
     rules: Rules = (),
     *,
+    scaled: bool = False,
     interpret: bool = False,
 ) -> jax.Array:
     """Attends from every query of a chunk to the keys of the cache and of the chunk.
@@ -103,13 +113,15 @@ def attend(
         keys that are not before the chunk, are not seen.
       window: number of visible keys (W), the query's own included; None = no limit.
       rules: mesh axes of the logical axes.
+      scaled: whether queries are already multiplied by `factor(H)`, which saves the kernel a
+        multiplication of each score.
       interpret: whether Pallas interprets the kernel, which works on any device.
 
     Returns:
       [B, T, N, H] in the dtype of `q`.
     """
     chunk, cache = (Keys(x.k, x.v, x.positions) for x in (chunk, cache))
-    run = functools.partial(_attend_rows, window=window, interpret=interpret)
+    run = functools.partial(_attend_rows, window=window, scaled=scaled, interpret=interpret)
     if not jax.sharding.get_abstract_mesh().empty:
         axes = (mesh_axes(rules, axis) or None for axis in ("batch", "heads", "kv_heads"))
         batch, heads, kv_heads = axes
@@ -124,7 +136,7 @@ def _numbers(x: MaybeQuantized) -> jax.Array:
     return x.values if isinstance(x, QuantizedMatrix) else x
 
 
-def _attend_rows(q, chunk, cache, window, interpret):
+def _attend_rows(q, chunk, cache, window, scaled, interpret):
     """Attends on one device."""
     rows, length = q.shape[:2]
     size = min(QUERIES, length + -length % LANES)
@@ -142,10 +154,10 @@ def _attend_rows(q, chunk, cache, window, interpret):
     held = jnp.where(found, expected, HIDDEN)
     whole = jnp.all(found, axis=(2, 3)).astype(jnp.int32)
     mixed = _run_kernel(
-        *((start - column)[:, 0], counts, steps, whole, q),
-        *(_arrays(cache), held, _arrays(chunk), own),
-        size=size,
+        ((start - column)[:, 0], counts, steps, whole),
+        *(q, _arrays(cache), held, _arrays(chunk), own),
         window=window,
+        scaled=scaled,
         interpret=interpret,
     )
     return jnp.swapaxes(mixed, 1, 2)[:, :length]
@@ -213,18 +225,18 @@ def _schedule(queries, held, own, window):
     return count, steps
 
 
-def _run_kernel(
-    first, counts, steps, whole, q, held, held_places, own, own_places, *, size, window, interpret
-):
+def _run_kernel(tables, q, held, held_places, own, own_places, *, window, scaled, interpret):
     # The imports take a tenth of a second, so other backends skip them.
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
     rows, heads, length, head_dim = q.shape
+    size = min(QUERIES, length)
     kv_heads, group = held[0].shape[1], heads // held[0].shape[1]
-    count, scale, precision = held_places.shape[1], head_dim**-0.5 / math.log(2), None
-    if q.dtype == jnp.float32:
-        precision = jax.lax.Precision.HIGHEST
+    count, scale, precision = held_places.shape[1], factor(head_dim), None
+    together = next(n for n in range(TOGETHER, 0, -1) if group % n == 0)
+    if q.dtype == jnp.float32:  # Exact products are six products, and long to compile.
+        precision, together = jax.lax.Precision.HIGHEST, 1
     product = functools.partial(
         jax.lax.dot_general, precision=precision, preferred_element_type=jnp.float32
     )
@@ -245,7 +257,9 @@ def _run_kernel(
             # Keys lie along sublanes and queries along lanes, so that maxima and sums over keys are
             # operations of whole vectors.
             keys, values = k[...].astype(q.dtype), v[...].astype(q.dtype)
-            k_factors = scale if k_scale is None else by_key(k_scale[...], size) * scale
+            if k_scale is not None:
+                k_factors = by_key(k_scale[...], size)
+                k_factors = k_factors if scaled else k_factors * scale
             v_factors = None if v_scale is None else by_key(v_scale[...], size)
             if masked:
                 # Weights of 0 do not hide values that are NaN.
@@ -259,29 +273,49 @@ def _run_kernel(
                     mask &= places > own - window
                 if v_scale is not None:
                     v_factors = jnp.where(places == HIDDEN, 0.0, v_factors)
-            values = values.T
+            # With rows of ones, the matrix unit adds the weights up, too.
+            ones = jnp.ones((ROWS_OF_ONES, len(keys)), values.dtype)
+            values = values.T if v_scale is not None else jnp.concatenate([values.T, ones])
+            parts = [slice(i, min(i + PART, len(keys))) for i in range(0, len(keys), PART)]
 
-            @functools.partial(jax.lax.fori_loop, 0, group, init_val=None)
-            def _(head, _):
-                # The vector unit weighs a part while the matrix unit multiplies the next one.
-                count = keys.shape[0]
-                parts = [slice(i, min(i + PART, count)) for i in range(0, count, PART)]
-                scores = [product(keys[part], q[head], (((1,), (1,)), ((), ()))) for part in parts]
+            def score(head, part):
+                some = product(keys[part], q[head], (((1,), (1,)), ((), ())))
+                if k_scale is not None:
+                    some *= k_factors[part]
+                elif not scaled:
+                    some *= scale
+                return jnp.where(mask[part], some, LOWEST) if masked else some
+
+            def weigh(head, scores, ahead):
+                """Adds the keys of a head; scores those of the next head, `ahead`, meanwhile."""
                 highest, sums, found = top[head], total[head], mixed[head]
+                following = []
                 for part, some in zip(parts, scores, strict=True):
-                    some *= k_factors if k_scale is None else k_factors[part]
-                    if masked:
-                        some = jnp.where(mask[part], some, LOWEST)
+                    if ahead is not None:
+                        following.append(score(ahead, part))
                     before = highest
                     highest = jnp.maximum(before, jnp.max(some, axis=0, keepdims=True))
                     weights, kept = jnp.exp2(some - highest), jnp.exp2(before - highest)
-                    sums = kept * sums + jnp.sum(weights, axis=0, keepdims=True)
+                    found, sums = found * kept, sums * kept
                     if v_factors is not None:
+                        sums += jnp.sum(weights, axis=0, keepdims=True)
                         weights *= v_factors[part]
                     weights = weights.astype(q.dtype)
-                    found *= kept
-                    found += product(values[:, part], weights, (((1,), (0,)), ((), ())))
+                    more = product(values[:, part], weights, (((1,), (0,)), ((), ())))
+                    found += more[:head_dim]
+                    if v_factors is None:
+                        sums += more[head_dim : head_dim + 1]
                 top[head], total[head], mixed[head] = highest, sums, found
+                return following
+
+            # The vector unit weighs the keys of a head while the matrix unit multiplies them by the
+            # queries of the next head. Both are in one block of instructions, in this order.
+            @functools.partial(jax.lax.fori_loop, 0, group // together, init_val=None)
+            def _(i, _):
+                scores = [score(i * together, part) for part in parts]
+                for head in range(together):
+                    ahead = i * together + head + 1 if head + 1 < together else None
+                    scores = weigh(i * together + head, scores, ahead)
 
         def by_key(x, width):
             """Turns a number for each key, [1, keys], into [keys, width]."""
@@ -341,7 +375,7 @@ def _run_kernel(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
-            grid=(rows, kv_heads, length // size, jnp.maximum(jnp.max(counts), 1)),
+            grid=(rows, kv_heads, length // size, jnp.maximum(jnp.max(tables[1]), 1)),
             in_specs=[
                 queries,
                 *specs(held, lambda place: jnp.minimum(place, count - 1), held_places),
@@ -355,4 +389,4 @@ def _run_kernel(
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=MEMORY),
         name=NAME,
         interpret=interpret,
-    )(first, counts, steps, whole, q, *held, held_places, *own, own_places)
+    )(*tables, q, *held, held_places, *own, own_places)

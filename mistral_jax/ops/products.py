@@ -77,48 +77,6 @@ def multiply_each(
     ]
 
 
-def rotate_halves(
-    x: jax.Array, cos: jax.Array, sin: jax.Array, backend: Backend = PLAIN
-) -> jax.Array:
-    """Rotates the pairs of numbers in the two halves of the last axis.
-
-    Args:
-      x: [..., H].
-      cos: cosine of each pair's angle, float32, H/2 wide, broadcast to `x`.
-      sin: sine of each pair's angle.
-      backend: the backend that this is traced for.
-
-    Returns:
-      The rotated `x`, computed in float32 and rounded to its dtype.
-    """
-    if backend.platform == "tpu" and x.dtype == jnp.bfloat16:
-        return _rotate_by_product(x, cos, sin)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
-
-
-@jax.custom_vjp
-def _rotate_by_product(x, cos, sin):
-    """Exchanges the halves by an exact product; a TPU is slow at moving parts of its lanes."""
-    width = x.shape[-1]
-    exchange = jnp.roll(jnp.eye(width, dtype=x.dtype), width // 2, axis=0)
-    other = einsum("...h,hg->...g", x, exchange)
-    cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
-    return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)
-
-
-def _rotate_back(angles, grad):
-    # The transpose of a rotation is the rotation by the opposite angle. Angles are constants.
-    cos, sin = angles
-    return _rotate_by_product(grad, cos, -sin), jnp.zeros_like(cos), jnp.zeros_like(sin)
-
-
-_rotate_by_product.defvjp(
-    lambda x, cos, sin: (_rotate_by_product(x, cos, sin), (cos, sin)), _rotate_back
-)
-
-
 def _should_join(values: Sequence[jax.Array], rows: jax.Array, backend: Backend) -> bool:
     """Tells whether to multiply many rows by a few narrow matrices at once."""
     narrow = sum(map(len, values)) <= 128 and math.prod(rows.shape[:-1]) >= 128

@@ -165,6 +165,15 @@ def stored(x: jax.Array, backend: Backend = PLAIN) -> jax.Array:
     return _stored(x) if _pays(x, backend) else x
 
 
+def narrowed(x: jax.Array, dtype: jnp.dtype, backend: Backend = PLAIN) -> jax.Array:
+    """Returns `x` [B, T, heads, H], a product, in `dtype`.
+
+    Unless it is differentiated, a TPU rounds it as [B, T, heads * H], and then writes this order.
+    XLA may write an array with an axis of heads in another order, and copy it afterwards.
+    """
+    return _narrowed(x, dtype) if x.ndim == 4 and _pays(x, backend) else x.astype(dtype)
+
+
 def rounded(x: jax.Array, dtype: jnp.dtype, backend: Backend) -> jax.Array:
     """Returns `x`, a product to be added to a larger one, which a TPU writes in `dtype` before.
 
@@ -201,6 +210,16 @@ def _stored(x):
 def _differentiate_stored(primals, tangents):
     """Leaves tangents as they are, because XLA can compute gradients at the end of a product."""
     return _stored(*primals), tangents[0]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _narrowed(x, dtype):
+    return x.reshape(*x.shape[:2], -1).astype(dtype).reshape(x.shape)
+
+
+@_narrowed.defjvp
+def _narrow(dtype, primals, tangents):
+    return primals[0].astype(dtype), tangents[0].astype(dtype)
 
 
 @jax.custom_vjp

@@ -79,9 +79,9 @@ def plain(q, k, v, cache, positions, window):
     return attend(q, seen.k, seen.v, positions, seen.positions, window, by_heads=True)
 
 
-def kernel(q, k, v, cache, positions, window, rules=(), interpret=True):
+def kernel(q, k, v, cache, positions, window, rules=(), **options):
     chunk = cache.ordered(k, v, positions)
-    return flash.attend(q, chunk, cache, window, rules, interpret=interpret)
+    return flash.attend(q, chunk, cache, window, rules, interpret=True, **options)
 
 
 def compare(arrays, window, atol):
@@ -106,6 +106,16 @@ def compare(arrays, window, atol):
 )
 def test_it_attends_to_the_cache_and_to_the_chunk(window, slots):
     compare(example(slots), window, 2e-6)
+
+
+@pytest.mark.parametrize("kept", [None, pytest.param(jnp.int8, marks=pytest.mark.slow)])
+def test_queries_may_be_multiplied_by_the_factor_of_scores_before(kept):
+    q, *rest = example(kept=kept, heads=6)  # Three heads for each key.
+    scaled = q * np.float32(flash.factor(q.shape[-1]))
+    found = jax.jit(functools.partial(kernel, window=200, scaled=True))(scaled, *rest)
+    expected = plain(q, *rest, 200)
+    tokens = np.asarray(rest[-1] >= 0)
+    np.testing.assert_allclose(found[tokens], expected[tokens], rtol=0, atol=4e-6)
 
 
 @pytest.mark.parametrize("window", [pytest.param(200, marks=pytest.mark.slow), None])
