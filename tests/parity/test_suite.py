@@ -49,6 +49,8 @@ QUESTIONS = [
     ("class Stack(object):\n    def", ["import os", "return", "__init__(self):"], 2),
     ("try:\n    x = 1\nexcept", ["ValueError:", "pass", "finally:"], 0),
 ]
+# More than the examples before a question of GSM8K.
+QUESTIONS += [(f"# {n}\n{question}", *rest) for n in (1, 2) for question, *rest in QUESTIONS]
 COLUMNS = ["mmlu", "hellaswag", "gsm8k"]
 
 
