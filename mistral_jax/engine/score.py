@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,12 +14,17 @@ import numpy as np
 from mistral_jax.engine.prefill import (
     NOT_FINITE,
     Params,
+    Reading,
+    chunk_width,
     chunks,
+    cut,
     pad_rows,
     replicate,
     slots,
     start_reading,
 )
+from mistral_jax.engine.prefixes import Prefixes
+from mistral_jax.model.cache import Cache
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.ops.backend import ModelJit
 from mistral_jax.parallel.sharding import on_mesh
@@ -136,6 +142,67 @@ def likelihoods(
                 )
             found[i] = Likelihoods(logprobs[:length], greedy[:length])
     return found
+
+
+def endings(
+    model: Transformer,
+    params: Params,
+    context: Sequence[int],
+    rows: Sequence[Sequence[int]],
+    prefixes: Prefixes | None = None,
+) -> list[float]:
+    """Scores several endings of one text. The model reads the text once.
+
+    Args:
+      model: the model.
+      params: its parameters; the work runs on the devices that hold them.
+      context: token ids of the text, at least one.
+      rows: token ids of the endings, of any lengths above 0.
+      prefixes: store of keys and values of earlier texts; None = the whole text is read.
+
+    Returns:
+      The log-probability of each ending, given the text: the sum over its tokens, in nats.
+
+    Raises:
+      ValueError: the text or an ending is empty, or a log-probability is not finite.
+    """
+    if not len(context) or not rows or not all(map(len, rows)):
+        raise ValueError("the text or an ending is empty; expected at least one token of each")
+    # The last token of the text is read with the endings: its logits score their first tokens.
+    head, last = list(context[:-1]), list(context[-1:])
+    whole = pad_rows(model, params, [[*head, *last, *row] for row in rows], ())
+    longest = max(map(len, whole))
+    heads = pad_rows(model, params, [head], head)
+    reading = Reading(model, params, heads, slots(model, longest), prefixes)
+    while reading.rest > 0:
+        reading.read()
+    found, start = [], len(head)
+    with on_mesh(params):
+        cache = _repeat(model, reading.cache, len(whole))
+        while start < longest - 1:
+            rest = longest - 1 - start
+            width = chunk_width(len(whole), rest, model.backend, _WIDTHS)
+            tokens, positions = cut([row[:-1] for row in whole], [start] * len(whole), width)
+            following, _ = cut([row[1:] for row in whole], [start] * len(whole), width)
+            cache, made = _score_chunk(model, params, tokens, positions, following, cache)
+            found.append(jax.device_get(made[0]))
+            start += width
+    logprobs = np.concatenate(found, axis=1)
+    sums = [math.fsum(own[: len(row)].tolist()) for own, row in zip(logprobs, rows, strict=False)]
+    if not all(map(math.isfinite, sums)):
+        raise ValueError(NOT_FINITE)
+    return sums
+
+
+@functools.partial(jax.jit, static_argnames=("model", "rows"))
+def _repeat(model: Transformer, cache: Cache, rows: int) -> Cache:
+    """Copies the first row of a cache to `rows` rows."""
+
+    def copy(x, axes):
+        x = jnp.broadcast_to(x[:1], (rows, *x.shape[1:]))
+        return nn.with_logical_constraint(x, axes, rules=model.rules)
+
+    return tuple(jax.tree.map(copy, layer, layer.logical_axes()) for layer in cache)
 
 
 def _batches(lengths: Sequence[int], batch: int) -> Iterator[tuple[list[int], int]]:
