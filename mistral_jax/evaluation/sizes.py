@@ -142,6 +142,15 @@ def crossings(family: Sequence[Point], score: float) -> list[float]:
     return [math.inf if score > max(point.score for point in family) else 0.0]
 
 
+def score_at(family: Sequence[Point], size: float) -> float | None:
+    """Returns the score of the curve at a size; None if the size is beyond the family's."""
+    family = check(family)
+    if not family[0].size <= size <= family[-1].size:
+        return None
+    logs = [math.log(point.size) for point in family]
+    return float(np.interp(math.log(size), logs, [point.score for point in family]))
+
+
 def _on_line(family: Sequence[Point], score: float) -> float | None:
     """Returns the size at which the least-squares line has a score, if it rises."""
     slope, offset = fit(family)
@@ -237,13 +246,16 @@ def compare(
     for name, columns in categories.items():
         common = [x for x in columns if all(x in own.columns for own in [model, *family])]
         missing = [x for x in columns if x not in common]
-        points = [_average(own, common) for own in family] if common else []
-        found.append(Category(name, points, _average(model, common), common, missing))
+        points = [average(own, common) for own in family] if common else []
+        found.append(Category(name, points, average(model, common), common, missing))
     return found
 
 
-def _average(own: Scores, columns: Sequence[str]) -> Point | None:
-    """Returns the mean of columns, with its standard error if the errors are known."""
+def average(own: Scores, columns: Sequence[str]) -> Point | None:
+    """Returns the mean of columns, with its standard error if the errors are known.
+
+    Without columns it returns None.
+    """
     if not columns:
         return None
     values, errors = zip(*(own.columns[name] for name in columns), strict=True)
