@@ -28,14 +28,9 @@ class Judge:
       found: what was found of each prompt of the last call: `Moderation` by "prompt" and "answer".
     """
 
-    def __init__(self, model, params, tokenizer, reuse: bool, suffix: str = ""):
-        """Prepares for prompts.
-
-        Args:
-          reuse: whether there will be many calls, so that the instructions should be kept.
-          suffix: text after the answers to plain prompts.
-        """
-        self._moderate = Moderator(model, params, tokenizer, reuse=reuse)
+    def __init__(self, model, params, tokenizer, suffix: str = ""):
+        """Prepares for prompts; `suffix` is the text after the answers to plain prompts."""
+        self._moderate = Moderator(model, params, tokenizer)
         self._suffix = suffix
         self.found: list[dict[str, Moderation]] = []
         if tokenizer.chat_form == "none":
@@ -59,14 +54,23 @@ class Judge:
           prompts: token ids of each prompt.
           on_text: called with the row and each piece of a text, after the text was accepted.
         """
-        self.found = [{"prompt": self._moderate(self._whole(one))} for one in asked]
+        judged = self._moderate([self._whole(one) for one in asked])
+        self.found = [{"prompt": found} for found in judged]
         accepted = [self.declined(row) is None for row in range(len(asked))]
         rows, pieces = [_NOTHING] * len(asked), []
         if any(accepted):
             # A declined prompt keeps its row, so that the draws of the others are the same.
             kept = [p if fine else p[:1] for p, fine in zip(prompts, accepted, strict=True)]
             rows = run(kept, None if on_text is None else lambda *piece: pieces.append(piece))
-        made = [self._checked(row, asked[row], own) for row, own in enumerate(rows)]
+        whole = {
+            row: self._whole(asked[row], own.text)
+            for row, own in enumerate(rows)
+            if accepted[row] and own.text.strip()
+        }
+        judged = self._moderate([*whole.values()])
+        for row, found in zip(whole, judged, strict=True):
+            self.found[row]["answer"] = found
+        made = [self._kept(row, own) for row, own in enumerate(rows)]
         for row, piece in pieces if on_text else ():
             if made[row].finish_reason != REASON:
                 on_text(row, piece)
@@ -89,10 +93,8 @@ class Judge:
                 print(f"declined: {where}{reason}", file=sys.stderr)
         return STATUS if any(reasons) else 0
 
-    def _checked(self, row: int, asked: Asked, own: Completion) -> Completion:
-        """Judges an answer; returns an empty one in its place if it is declined."""
-        if self.declined(row) is None and own.text.strip():
-            self.found[row]["answer"] = self._moderate(self._whole(asked, own.text))
+    def _kept(self, row: int, own: Completion) -> Completion:
+        """Returns an answer, or an empty one in its place if it is declined."""
         if self.declined(row) is None:
             return own
         return dataclasses.replace(_NOTHING, first_seconds=own.first_seconds, seconds=own.seconds)

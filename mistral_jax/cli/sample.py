@@ -108,8 +108,7 @@ class _Model:
             from mistral_jax.cli.judge import Judge
 
             loaded = self._model, self._params, self._tokenizer
-            many = len(arguments.prompts) != 1
-            self._judge = Judge(*loaded, reuse=many, suffix=arguments.suffix or "")
+            self._judge = Judge(*loaded, suffix=arguments.suffix or "")
         self._options = {
             "max_new_tokens": arguments.max_tokens,
             "sampling": sampling,

@@ -6,13 +6,12 @@ moderation prompt, and no generated text is parsed (Mistral 7B, arXiv 2310.06825
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from mistral_jax.base.fields import show
 from mistral_jax.engine.prefill import Params
-from mistral_jax.engine.prefixes import Prefixes
 from mistral_jax.engine.request import listed
-from mistral_jax.engine.score import endings
+from mistral_jax.engine.score import likelihoods
 from mistral_jax.engine.text import Messages, conversation, listed_conversations
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.tokens.conversation import Rules, Thought, Turn, read
@@ -41,9 +40,6 @@ If the sentence does not fall within these categories, is safe and does not need
 please write "{acceptable}".
 
 {text}"""
-
-# Bytes of keys and values that are kept, so that the instructions are read once for many texts.
-_PREFIX_BYTES = 2**29
 
 _RULES = Rules(
     tools=True,
@@ -103,15 +99,13 @@ def moderate(
         the model's logits are not finite.
     """
     items, alone = listed_conversations(text)
-    moderator = Moderator(
-        model, params, tokenizer, categories=categories, acceptable=acceptable, reuse=len(items) > 1
-    )
-    found = [moderator(item) for item in items]
+    moderator = Moderator(model, params, tokenizer, categories=categories, acceptable=acceptable)
+    found = moderator(items)
     return found[0] if alone else found
 
 
 class Moderator:
-    """Classifies texts one after another.
+    """Classifies texts with one set of categories.
 
     Attributes:
       labels: the names of all categories; that of acceptable texts is the last one.
@@ -125,67 +119,80 @@ class Moderator:
         *,
         categories: Mapping[str, str] | Sequence[str] = CATEGORIES,
         acceptable: str = ACCEPTABLE,
-        reuse: bool = True,
     ):
-        """Checks the categories.
-
-        Args:
-          reuse: whether to keep the keys and values of the instructions for the next texts.
-
-        The other arguments and errors are those of `moderate`.
-        """
-        self._described = check_categories(categories, acceptable)
-        self.labels = [*self._described, acceptable]
-        self._choose = Chooser(model, params, tokenizer, self.labels, reuse)
-
-    def __call__(self, text: str | Messages) -> Moderation:
-        """Classifies a text or a conversation; see `moderate`."""
-        described = [f"- {name}: {why}" if why else f"- {name}" for name, why in self._lines()]
-        question = _PROMPT.format(
-            categories="\n".join(described), acceptable=self.labels[-1], text=transcript(text)
+        """Checks the categories; for arguments and errors, see `moderate`."""
+        described = check_categories(categories, acceptable)
+        self._loaded = model, params, tokenizer
+        self.labels = [*described, acceptable]
+        # The caller's order has no influence.
+        self._categories = "\n".join(
+            f"- {name}: {why}" if why else f"- {name}" for name, why in sorted(described.items())
         )
-        found = self._choose(question)
-        return Moderation(max(found, key=lambda name: (found[name], name)), found)
 
-    def _lines(self):
-        """Returns names and descriptions in an order that does not depend on the caller's."""
-        return sorted(self._described.items())
-
-
-class Chooser:
-    """Asks a model questions whose answer is one of a few labels."""
-
-    def __init__(
+    def __call__(
         self,
-        model: Transformer,
-        params: Params,
-        tokenizer: Tokenizer,
-        labels: Sequence[str],
-        reuse: bool = True,
-    ):
-        """Prepares for questions with the same labels; for the arguments, see `Moderator`."""
-        self._model, self._params, self._tokenizer = model, params, tokenizer
-        self._labels = labels
-        self._prefixes = Prefixes(model, params, _PREFIX_BYTES) if reuse else None
+        texts: Sequence[str | Messages],
+        batch: int = 8,
+        report: Callable[[int, int], None] = lambda done, total: None,
+    ) -> list[Moderation]:
+        """Classifies texts and conversations; see `moderate`. `choose` explains the arguments."""
+        questions = [
+            _PROMPT.format(
+                categories=self._categories, acceptable=self.labels[-1], text=transcript(text)
+            )
+            for text in texts
+        ]
+        found = choose(*self._loaded, questions, self.labels, batch, report)
+        return [Moderation(max(own, key=lambda name: (own[name], name)), own) for own in found]
 
-    def __call__(self, question: str) -> dict[str, float]:
-        """Returns the probability of each label as the whole answer; the sum is 1.
 
-        Raises:
-          ValueError: the question is too long for the model, or its logits are not finite.
-        """
-        context, rows = encode(self._tokenizer, question, self._labels)
-        most, tokens = self._model.config.max_positions, len(context) + max(map(len, rows))
+def choose(
+    model: Transformer,
+    params: Params,
+    tokenizer: Tokenizer,
+    questions: Sequence[str],
+    labels: Sequence[str],
+    batch: int = 8,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> list[dict[str, float]]:
+    """Lets a model answer questions with one of a few labels.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      tokenizer: its tokenizer.
+      questions: the questions; what they have in common is read once.
+      labels: the possible answers.
+      batch: rows per batch.
+      report: called repeatedly with the number of tokens read so far, and in total.
+
+    Returns:
+      For each question, the probability of each label as the whole answer; their sum is 1.
+
+    Raises:
+      ValueError: a question is too long for the model, or its logits are not finite.
+    """
+    rows, given = [], []
+    for question in questions:
+        context, answers = encode(tokenizer, question, labels)
+        most, tokens = model.config.max_positions, len(context) + max(map(len, answers))
         if tokens > most:
             raise ValueError(
                 f"the text is too long to be moderated: with the instructions it has {tokens} "
                 f"tokens, and the model has {most} positions; moderate it in parts"
             )
-        logprobs = endings(self._model, self._params, context, rows, self._prefixes)
-        largest = max(logprobs)
-        weights = [math.exp(logprob - largest) for logprob in logprobs]
-        total = math.fsum(weights)
-        return {label: weight / total for label, weight in zip(self._labels, weights, strict=True)}
+        rows += [context + answer for answer in answers]
+        given += [len(context)] * len(answers)
+    found = likelihoods(model, params, rows, batch, report, given)
+    sums = iter(math.fsum(row.logprobs.tolist()) for row in found)
+    return [_normalised(labels, [next(sums) for _ in labels]) for _ in questions]
+
+
+def _normalised(labels: Sequence[str], logprobs: Sequence[float]) -> dict[str, float]:
+    largest = max(logprobs)
+    weights = [math.exp(logprob - largest) for logprob in logprobs]
+    total = math.fsum(weights)
+    return {label: weight / total for label, weight in zip(labels, weights, strict=True)}
 
 
 def encode(

@@ -46,10 +46,13 @@ def judged(monkeypatch):
     seen = []
 
     def start(is_bad):
-        def judge(self, text):
+        def judge(self, texts):
+            return [judge_one(self.labels, text) for text in texts]
+
+        def judge_one(labels, text):
             seen.append(text)
             category = "hateful" if is_bad(transcript(text)) else "not moderated"
-            odds = {label: 0.25 * (label != category) / 3 for label in self.labels}
+            odds = {label: 0.25 * (label != category) / 3 for label in labels}
             return Moderation(category, odds | {category: 0.75})
 
         monkeypatch.setattr(Moderator, "__call__", judge)
@@ -172,7 +175,7 @@ def test_completions_of_a_gap_are_judged_with_the_suffix(folder, judged):
 
     seen = judged(lambda text: False)
     row = mj.Completion([5], [0.0], "stop", [], text="middle")
-    made = Judge(*mj.load(folder), reuse=False, suffix="end").run(
+    made = Judge(*mj.load(folder), suffix="end").run(
         lambda prompts, on_text: [row], ["begin"], [[1, 2]]
     )
     assert made == [row]
