@@ -143,7 +143,13 @@ class Moderator:
             for text in texts
         ]
         found = choose(*self._loaded, questions, self.labels, batch, report)
-        return [Moderation(max(own, key=lambda name: (own[name], name)), own) for own in found]
+        return [*map(of, found)]
+
+
+def of(probabilities: dict[str, float]) -> Moderation:
+    """Returns the result for the probabilities of all categories."""
+    likeliest = max(probabilities, key=lambda name: (probabilities[name], name))
+    return Moderation(likeliest, probabilities)
 
 
 def choose(
