@@ -113,7 +113,8 @@ def _run(
     distributed.from_first(lambda: results.write_text(place, whole))
     _print(arguments, place, shares, quality, matrix)
     if arguments.plot:
-        distributed.from_first(lambda: guardrails.plot(shares, _LABELS, matrix, arguments.plot))
+        figure = guardrails.draw(shares, _LABELS, matrix)
+        distributed.from_first(lambda: figure.savefig(arguments.plot))
 
 
 class _Work:
@@ -145,7 +146,9 @@ class _Work:
         for safe in (False, True):
             lacking = [own for own in prompts if asked[own, safe] not in self._journal]
             for part in guardrails.parts(lacking, _PART):
-                made = guardrails.ask(*self._load(bool(prompts)), part, safe, batch)
+                made = guardrails.ask(
+                    *self._load(bool(prompts)), part, safe, batch, guardrails.NEW_TOKENS
+                )
                 store(
                     [asked[own, safe] for own in part],
                     [[own.answer, own.by_model] for own in made],

@@ -36,7 +36,7 @@ def report(arguments: argparse.Namespace) -> int:
         for line in _notes(categories):
             print(line)
     if arguments.plot:
-        sizes.plot(categories, arguments.plot)
+        sizes.draw(categories).savefig(arguments.plot)
     return 0
 
 

@@ -210,6 +210,7 @@ def ask(
     prompts: Sequence[Prompt],
     safe_prompt: bool,
     batch: int = 8,
+    new_tokens: int = NEW_TOKENS,
 ) -> list[Reply]:
     """Lets a model answer prompts, with its likeliest tokens, and tells which answers decline.
 
@@ -220,6 +221,7 @@ def ask(
       prompts: the prompts.
       safe_prompt: whether to use Mistral's safety prompt.
       batch: rows per batch when the model judges its answers.
+      new_tokens: maximum number of tokens of an answer.
 
     Raises:
       ValueError: the model has no chat form, or a prompt is too long for it.
@@ -229,7 +231,7 @@ def ask(
         for own in prompts
     ]
     loaded = model, params, tokenizer
-    rows = completions(*loaded, ids, NEW_TOKENS, temperature=0, is_new=True)
+    rows = completions(*loaded, ids, new_tokens, temperature=0, is_new=True)
     for row in rows:
         if row.error is not None:
             raise ValueError(row.error)
@@ -287,28 +289,27 @@ def quality(labels: Sequence[str], matrix: np.ndarray, acceptable: str) -> Quali
     )
 
 
-def plot(
-    shares: Sequence[TradeOff], labels: Sequence[str], matrix: np.ndarray | None, target: Path
-) -> None:
-    """Draws the trade-off as bars, and the confusion matrix, in an image file.
+def draw(shares: Sequence[TradeOff], labels: Sequence[str], matrix: np.ndarray | None):
+    """Draws the trade-off as bars, and the confusion matrix.
 
     Args:
       shares: from `trade_off`; none = no bars.
       labels: names of the categories.
       matrix: from `confusion`; None = no matrix.
-      target: image file; its extension names the format.
 
-    Raises:
-      ValueError: matplotlib does not know the format.
-      OSError: the file cannot be written.
+    Returns:
+      A figure of matplotlib; `savefig` writes it to a file.
     """
     from matplotlib.figure import Figure
 
-    panels = [_bars] * bool(shares) + [_matrix] * (matrix is not None)
-    figure = Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
-    for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        draw(axes, shares) if draw is _bars else draw(axes, labels, matrix)
-    figure.savefig(target)
+    count = bool(shares) + (matrix is not None)
+    figure = Figure(figsize=(6 * count, 4.5), layout="constrained")
+    panels = [*figure.subplots(1, count, squeeze=False)[0]]
+    if shares:
+        _bars(panels[0], shares)
+    if matrix is not None:
+        _matrix(panels[-1], labels, matrix)
+    return figure
 
 
 def _bars(axes, shares):

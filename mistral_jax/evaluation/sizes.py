@@ -8,12 +8,10 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from mistral_jax.base.fields import show
 from mistral_jax.base.files import read_toml
 from mistral_jax.config import CONFIG_DIR
 
@@ -264,22 +262,23 @@ def average(own: Scores, columns: Sequence[str]) -> Point | None:
     return Point(own.name, own.size, math.fsum(values) / len(values), error)
 
 
-def plot(categories: Sequence[Category], target: Path) -> None:
+def draw(categories: Sequence[Category]):
     """Draws a panel for each category: the family's curve, the model, and its equivalent size.
 
     Args:
       categories: from `published` or `compare`.
-      target: image file; its extension names the format.
+
+    Returns:
+      A figure of matplotlib; `savefig` writes it to a file.
 
     Raises:
-      ValueError: matplotlib does not know the format.
-      OSError: the file cannot be written.
+      ValueError: no category has scores.
     """
     from matplotlib.figure import Figure
 
     shown = [each for each in categories if each.model is not None]
     if not shown:
-        raise ValueError(f"there is nothing to draw in {show(str(target))}; no category has scores")
+        raise ValueError("there is nothing to draw; expected a category with scores")
     across = min(len(shown), 2)
     down = -(-len(shown) // across)
     figure = Figure(figsize=(5 * across, 3.6 * down), layout="constrained")
@@ -288,7 +287,7 @@ def plot(categories: Sequence[Category], target: Path) -> None:
         _panel(axes, each)
     for axes in panels[len(shown) :]:
         axes.set_axis_off()
-    figure.savefig(target)
+    return figure
 
 
 def _panel(axes, category: Category) -> None:

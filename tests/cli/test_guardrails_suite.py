@@ -87,11 +87,11 @@ def test_a_stopped_run_goes_on_and_a_finished_one_loads_no_model(
     monkeypatch.setattr(suite, "_PART", 1)
     ask, asked = guardrails.ask, []
 
-    def note(model, params, tokenizer, prompts, safe, batch):
+    def note(model, params, tokenizer, prompts, safe, *rest):
         if len(asked) == 3:
             raise KeyboardInterrupt
         asked.append((*(own.prompt for own in prompts), safe))
-        return ask(model, params, tokenizer, prompts, safe, batch)
+        return ask(model, params, tokenizer, prompts, safe, *rest)
 
     monkeypatch.setattr(guardrails, "ask", note)
     assert command(home / "set.jsonl")[0] == 130

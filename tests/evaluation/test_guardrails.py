@@ -141,5 +141,5 @@ def test_a_plot_has_the_panels_that_there_are_results_for(tmp_path):
     matrix = np.eye(4, dtype=np.int64)
     for name, given in {"a": (shares, matrix), "b": ([], matrix), "c": (shares, None)}.items():
         path = tmp_path / f"{name}.svg"
-        guardrails.plot(given[0], LABELS, given[1], path)
+        guardrails.draw(given[0], LABELS, given[1]).savefig(path)
         assert "<svg" in path.read_text()

@@ -131,7 +131,7 @@ def test_a_plot_is_written(tmp_path):
         sizes.Category(name, points, Point("m", 7, score), [], [])
         for name, score in (("above", 90.0), ("below", 10.0), ("within", 60.0))
     ]
-    sizes.plot([*sizes.published(), *beyond], tmp_path / "sizes.png")
+    sizes.draw([*sizes.published(), *beyond]).savefig(tmp_path / "sizes.png")
     assert (tmp_path / "sizes.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="no category has scores"):
-        sizes.plot([sizes.Category("z", [], None, [], ["a"])], tmp_path / "none.png")
+    with pytest.raises(ValueError, match="expected a category with scores"):
+        sizes.draw([sizes.Category("z", [], None, [], ["a"])])
