@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mistral_jax.base import machine
+from mistral_jax.checkpoint.checkpoint import find
 from mistral_jax.cli import command, suites
 from mistral_jax.evaluation import guardrails, moderation, results
 from mistral_jax.evaluation.guardrails import Prompt, Quality, Reply, Text, TradeOff
-from mistral_jax.evaluation.journal import Journal
+from mistral_jax.evaluation.journal import Journal, identity
 from mistral_jax.evaluation.moderation import Moderation
 from mistral_jax.parallel import distributed
 from mistral_jax.tokens import storage
@@ -20,7 +21,6 @@ from mistral_jax.tokens import storage
 _LABELS = (*moderation.CATEGORIES, moderation.ACCEPTABLE)
 # Prompts or texts after which their results are stored.
 _PART = 16
-_BUNDLED = "nano"  # name of the bundled model in results
 
 Report = Callable[[int, int], None]
 
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         lambda: guardrails.read(sets or [guardrails.EXAMPLE], _LABELS)
     )
     prompts, texts = prompts[: arguments.limit], texts[: arguments.limit]
-    places = [_place(arguments.results, checkpoint) for checkpoint in checkpoints]
+    places = [_place(arguments, checkpoint) for checkpoint in checkpoints]
     if len(set(places)) < len(places):
         raise ValueError(
             f"two checkpoints would have their results in {places[0]}; expected different names, "
@@ -58,18 +58,19 @@ def _is_set(word: str) -> bool:
     return Path(word).is_file() or word.endswith((".jsonl", ".jsonl.gz"))
 
 
-def _place(given: Sequence[Path], checkpoint: str | None) -> Path:
+def _place(arguments: argparse.Namespace, checkpoint: str | None) -> Path:
     """Returns the file of a checkpoint's results."""
-    if len(given) > 1:
-        raise ValueError(f"--results has {len(given)} paths; expected a folder or a .json file")
-    folder = given[0] if given else suites.RESULTS
-    if folder.suffix == ".json":
-        return folder
-    return (
-        folder
-        / "guardrails"
-        / f"{Path(checkpoint).resolve().name if checkpoint else _BUNDLED}.json"
-    )
+    if len(arguments.results) > 1:
+        raise ValueError("--suite writes its results to one place; give one path to --results")
+    (place,) = arguments.results or [suites.RESULTS]
+    if place.suffix == ".json":
+        return place
+    name = find(checkpoint).resolve().name if checkpoint else find(None).name
+    if arguments.lora:
+        name += f"+{Path(arguments.lora).resolve().stem}"
+    if arguments.quantize:
+        name += f"-{arguments.quantize}"
+    return place / f"{name}.guardrails.json"
 
 
 def _run(
@@ -79,16 +80,12 @@ def _run(
     prompts: Sequence[Prompt],
     texts: Sequence[Text],
 ) -> None:
-    identity = json.dumps(
-        [
-            str(Path(checkpoint).resolve()) if checkpoint else None,
-            *(arguments.dtype, arguments.lora, arguments.quantize),
-            *(guardrails.NEW_TOKENS, moderation.CATEGORIES),
-        ]
-    )
-    with Journal(place.with_suffix(".jsonl"), identity) as journal:
+    mark = identity(find(checkpoint), arguments.dtype, arguments.lora, arguments.quantize)
+    asked = json.dumps([mark, guardrails.NEW_TOKENS, moderation.CATEGORIES])
+    name = place.name.removesuffix(".json").removesuffix(".guardrails")
+    with Journal(place.with_suffix(".journal"), asked) as journal:
         work = _Work(arguments, checkpoint, journal)
-        with _progress(place.stem) as report:
+        with _progress(name) as report:
             replies, found = work.do(prompts, texts, report)
     shares = [guardrails.trade_off(replies, safe) for safe in (False, True)] if prompts else []
     actual, categories = [own.category for own in texts], [own.category for own in found]
@@ -97,8 +94,8 @@ def _run(
     stored = {
         "format": results.FORMAT,
         "suite": "guardrails",
-        "model": place.stem,
-        "checkpoint": checkpoint or _BUNDLED,
+        "model": name,
+        "checkpoint": checkpoint or name,
         "new_tokens": guardrails.NEW_TOKENS,
         "trade_off": [dataclasses.asdict(own) for own in shares],
         "moderation": dataclasses.asdict(quality) if quality else None,
@@ -111,7 +108,7 @@ def _run(
     }
     whole = json.dumps(stored, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     distributed.from_first(lambda: results.write_text(place, whole))
-    _print(arguments, place, shares, quality, matrix)
+    _print(arguments, name, shares, quality, matrix)
     if arguments.plot:
         figure = guardrails.draw(shares, _LABELS, matrix)
         distributed.from_first(lambda: figure.savefig(arguments.plot))
@@ -208,14 +205,14 @@ def _progress(name: str) -> Iterator[Report]:
 
 def _print(
     arguments: argparse.Namespace,
-    place: Path,
+    name: str,
     shares: Sequence[TradeOff],
     quality: Quality | None,
     matrix: Any,
 ) -> None:
     from mistral_jax.cli.evaluate import print_results
 
-    model = {"model": place.stem}
+    model = {"model": name}
     if arguments.json:
         rows = [model | dataclasses.asdict(own) for own in shares]
         rows += [model | dataclasses.asdict(quality)] if quality else []
@@ -226,7 +223,7 @@ def _print(
     if shares:
         rows = [
             {
-                "model": place.stem,
+                "model": name,
                 "safety prompt": "yes" if own.safe_prompt else "no",
                 "unsafe": own.unsafe,
                 "declined (phrases)": _percent(own.declined_by_phrase),
@@ -252,7 +249,7 @@ def _print(
         print("precision and recall: acceptable texts are the positives, as in the paper.\n")
         rows = [
             {"category": label}
-            | {f"found {name}": count for name, count in zip(_LABELS, counts, strict=True)}
+            | {f"found {label}": count for label, count in zip(_LABELS, counts, strict=True)}
             for label, counts in zip(_LABELS, matrix.tolist(), strict=True)
         ]
         print_results(rows, as_json=False)

@@ -44,7 +44,7 @@ def _files(path: Path) -> list[Path]:
     """Returns the files of a folder of results, or a single file."""
     if not path.is_dir():
         return [path]
-    found = sorted(path.glob("*.json"))
+    found = sorted(path.glob("*.paper.json")) or sorted(path.glob("*.json"))
     if not found:
         raise ValueError(f"{path} has no .json file; expected the results of a suite")
     return found

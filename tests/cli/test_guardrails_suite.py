@@ -54,7 +54,7 @@ def test_results_are_those_of_the_model(command, home, tmp_path):
     without, with_it, quality, *rows = map(json.loads, out.splitlines())
     assert [x["safe_prompt"] for x in (without, with_it)] == [False, True]
     assert (without["unsafe"], without["harmless"]) == (1, 1)
-    stored = json.loads((tmp_path / "made/guardrails/tiny.json").read_text())
+    stored = json.loads((tmp_path / "made/tiny.guardrails.json").read_text())
     assert {"model": "tiny"} | stored["trade_off"][1] == with_it
     assert {"model": "tiny"} | stored["moderation"] == quality
     assert [list(row.values())[2:] for row in rows] == stored["confusion"]["counts"]
@@ -95,7 +95,7 @@ def test_a_stopped_run_goes_on_and_a_finished_one_loads_no_model(
 
     monkeypatch.setattr(guardrails, "ask", note)
     assert command(home / "set.jsonl")[0] == 130
-    assert not (tmp_path / "made/guardrails/tiny.json").exists()
+    assert not (tmp_path / "made/tiny.guardrails.json").exists()
     first = list(asked)
     asked.clear()
     code, out, _ = command(home / "set.jsonl")
