@@ -55,8 +55,8 @@ def main() -> None:
 
     for work in arguments.work:
         kind, requests = make(work, arguments.questions)
-        compare(getattr(ours(), kind)(requests), getattr(theirs, kind)(requests), work)
-        getattr(ours(), kind)(requests)
+        both = (getattr(own, kind)(requests, disable_tqdm=True) for own in (ours(), theirs))
+        compare(*both, work)
         rounds = [
             [seconds(getattr(model, kind), requests) for model in (ours(), theirs)]
             for _ in range(arguments.rounds)
@@ -69,7 +69,6 @@ def main() -> None:
             "ours": round(statistics.median(own for own, _ in rounds), 3),
             "transformers": round(statistics.median(other for _, other in rounds), 3),
             "ratio": round(statistics.median(other / own for own, other in rounds), 2),
-            "processor": machine.processor(),
             "threads": torch.get_num_threads(),
         }
         print(json.dumps(line), flush=True)
@@ -132,7 +131,7 @@ def compare(ours: list, theirs: list, work: str) -> None:
 def seconds(function, requests: list[Instance]) -> float:
     """Returns the seconds that a call takes."""
     began = time.perf_counter()
-    function(requests)
+    function(requests, disable_tqdm=True)
     return time.perf_counter() - began
 
 

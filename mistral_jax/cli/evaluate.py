@@ -21,7 +21,8 @@ Value = str | int | float | None
 DESCRIPTION = """\
 Measures how well a model predicts texts (perplexity, bits per byte) and how its loss depends on the
 position in a text, how often it chooses the right answer, and its results on the tasks of
-lm-evaluation-harness. Values in brackets are defaults.
+lm-evaluation-harness, one by one or as the table of benchmarks that Mistral 7B was announced with.
+Values in brackets are defaults.
 """
 EPILOG = """\
 Examples:
@@ -29,7 +30,8 @@ Examples:
   %(prog)s --checkpoint mistral-7b-v0.1 book.txt --positions 16 \\
       --circle 16384 --plot loss.png
   %(prog)s --choices questions.jsonl
-  %(prog)s --checkpoint mistral-7b-v0.3 --tasks hellaswag,arc_easy
+  %(prog)s --checkpoint mistral-7b-v0.3 --tasks hellaswag arc_easy
+  %(prog)s --checkpoint mistral-7b-v0.1 --suite paper --table table.md
 
 A .jsonl file has one text per line, as {"text": ...}; each text is evaluated separately. A line of
 --choices is {"question": "1 + 1 =", "choices": ["2", "3"], "answer": 0}, or "answer": "A".

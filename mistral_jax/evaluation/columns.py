@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,13 +29,13 @@ class Prepared(NamedTuple):
 
     Attributes:
       benchmark: its description.
-      task: the task or group of tasks.
+      tasks: the task, or the tasks of a group, as the harness loads them.
       questions: number of questions.
       cost: estimate of the time that it takes, in no particular unit.
     """
 
     benchmark: Benchmark
-    task: Any
+    tasks: Mapping[str, Any]
     questions: int
     cost: int
 
@@ -88,15 +88,13 @@ def prepare(
 
 def _load(manager: Any, benchmark: Benchmark, limit: int | None) -> Prepared:
     loaded = manager.load([benchmark.task])
-    tasks = loaded["tasks"].values()
     questions, cost = 0, 0
-    for task in tasks:
+    for task in loaded["tasks"].values():
         count = min(len(task.eval_docs), limit or math.inf)
         questions += count
         is_drawn = task.get_config("output_type") == "generate_until"
         cost += count * (_COST * (task.get_config("repeats") or 1) if is_drawn else 1)
-    whole = loaded["groups"].get(benchmark.task)
-    return Prepared(benchmark, [whole] if whole else list(tasks), questions, cost)
+    return Prepared(benchmark, loaded, questions, cost)
 
 
 def run(column: Prepared, model: MistralJax, limit: int | None) -> Column:
@@ -106,7 +104,7 @@ def run(column: Prepared, model: MistralJax, limit: int | None) -> Column:
       ValueError: the task has no such metric, or its result is not a number.
     """
     began, own = time.monotonic(), column.benchmark
-    found = evaluate(model, column.task, own.shots, limit, own.executes)
+    found = evaluate(model, column.tasks, own.shots, limit, own.executes)
     metrics = found["results"].get(own.task, {})
     key = f"{own.metric},{own.filter}"
     if key not in metrics:

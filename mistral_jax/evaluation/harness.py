@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import os
+import random
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import (
@@ -303,7 +306,9 @@ def prepare_tasks(
 
     def run(model, params, tokenizer, batch):
         own = MistralJax(model, params, tokenizer, batch)
-        return list(_metrics(evaluate(own, list(tasks), shots, limit, False, manager)["results"]))
+        with contextlib.redirect_stdout(sys.stderr):
+            loaded = manager.load(list(tasks))
+        return list(_metrics(evaluate(own, loaded, shots, limit, False)["results"]))
 
     return run
 
@@ -327,21 +332,33 @@ def task_manager(names: Sequence[str], include_path: Path | None = None) -> Task
 
 def evaluate(
     model: MistralJax,
-    tasks: list[Any],
+    tasks: Mapping[str, Any],
     shots: int | None,
     limit: int | None,
     executes: bool,
-    manager: TaskManager | None = None,
 ) -> dict[str, Any]:
-    """Runs tasks, which are names or objects of the harness; returns the harness's results."""
+    """Runs tasks with the defaults of the harness's command, and returns its results.
+
+    Args:
+      model: the model.
+      tasks: what `TaskManager.load` returned.
+      shots: examples before a question, unless a task sets 0; None = each task's own number.
+      limit: maximum number of questions of a task; None = all.
+      executes: whether programs may be run that the model has written.
+    """
     # The harness would fork processes, which can deadlock in a program with threads.
     os.environ["DISABLE_MULTIPROC"] = "1"
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)  # noqa: NPY002
+    for task in tasks["tasks"].values():
+        own = task.get_config("num_fewshot")
+        if own is None or (own != 0 and shots is not None):
+            task.set_config(key="num_fewshot", value=shots or 0)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     with contextlib.redirect_stdout(sys.stderr):
-        return lm_eval.simple_evaluate(
-            model,
-            tasks=tasks,
-            task_manager=manager or TaskManager(include_defaults=False),
-            num_fewshot=shots,
+        return lm_eval.evaluate(
+            lm=model,
+            task_dict=tasks,
             limit=limit,
             bootstrap_iters=_DRAWS,
             log_samples=False,

@@ -79,7 +79,9 @@ def _cells(name: str, shots: int, own: Results, other: Published, notes: _Notes)
     column, published = own.columns.get(name), other.scores.get(name)
     figure = "" if published is None else f"{published:.1f}"
     if column is None:
-        return [notes.mark("not run", own.not_run.get(name, "")), figure, ""]
+        reason = own.not_run.get(name, "")
+        what = "failed" if reason.startswith("failed") else "not run"
+        return [notes.mark(what, reason), figure, ""]
     value = f"{column.value:.1f}"
     if column.stderr is not None:
         value += f" ± {column.stderr:.1f}"
