@@ -24,6 +24,7 @@ _HOMES = {
     "engine.sampling": ("Sampling",),
     "engine.score": ("Score", "score"),
     "engine.text": ("chat", "complete", "stream"),
+    "evaluation.moderation": ("Moderation", "moderate"),
     "model.cache": ("init_cache",),
     "model.transformer": ("Transformer",),
     "tokens.answer": ("Answer", "parse_answer"),

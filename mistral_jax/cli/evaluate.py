@@ -172,7 +172,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         if texts:
             _perplexity(arguments, loaded, texts)
         if questions:
-            with _progress("answering") as show:
+            with show_progress("answering tokens") as show:
                 found = choices.logprobs(*loaded, questions, arguments.batch, show)
             fields = dataclasses.asdict(choices.accuracy(questions, found))
             print_results([{"choices": str(path)} | fields], arguments.json)
@@ -215,7 +215,7 @@ def _perplexity(arguments: argparse.Namespace, loaded, texts: list[list[str]]) -
 
     together = [text for own in texts for text in own]
     circles = _circles(arguments, loaded[2], together) if arguments.circle else []
-    with _progress("reading") as show:
+    with show_progress("reading tokens") as show:
         found = perplexity.token_losses(*loaded, together, arguments.batch, show)
     rest = iter(found)
     named = [
@@ -228,7 +228,7 @@ def _perplexity(arguments: argparse.Namespace, loaded, texts: list[list[str]]) -
     if arguments.positions is None and not arguments.plot:
         return
     if circles:
-        with _progress("reading circles of") as show:
+        with show_progress("reading circles of tokens") as show:
             found = perplexity.row_losses(*loaded[:2], circles, arguments.batch, show)
     buckets = positions.by_position(found, arguments.positions or None)
     print_results([bucket._asdict() for bucket in buckets], arguments.json)
@@ -285,15 +285,15 @@ def print_results(results: Sequence[Mapping[str, Value]], as_json: bool) -> None
 
 
 @contextlib.contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields a function of (tokens done, tokens in all), which updates a bar on a terminal."""
+def show_progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields a function of (done, in all), which updates a bar on a terminal."""
     if sys.stderr is None or not sys.stderr.isatty():
         yield lambda done, total: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    columns = f"{what} tokens", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = what, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

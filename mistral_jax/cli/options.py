@@ -51,6 +51,17 @@ def parser() -> Parser:
         help="answer prompts as messages; without prompts, hold a conversation",
     )
     add("--system", metavar="TEXT", help="system message of --chat")
+    add(
+        "--safe-prompt",
+        action="store_true",
+        help="put Mistral's safety prompt before the system message of --chat",
+    )
+    add(
+        "--moderate",
+        action="store_true",
+        help="let the model judge each prompt and answer, and decline those that it finds harmful: "
+        "an answer is shown as a whole; the exit status is 3 if anything was declined",
+    )
     add("--tools", type=Path, metavar="FILE", help="JSON list of tools that --chat may call")
     add("--suffix", metavar="TEXT", help="text after the completion: fill in the middle")
 

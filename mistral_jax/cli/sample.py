@@ -27,12 +27,14 @@ def main(argv: list[str] | None = None) -> int:
     return command.run(lambda: _run(arguments), show_traceback="traceback" in arguments)
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> int:
     from mistral_jax.parallel import distributed
 
     prompts = distributed.from_first(lambda: _prompts(arguments))
     if arguments.system is not None and not arguments.chat:
         raise ValueError("--system is for --chat; a plain completion has no system message")
+    if arguments.safe_prompt and not arguments.chat:
+        raise ValueError("--safe-prompt is for --chat; a plain completion has no system message")
     if arguments.tools is not None and not arguments.chat:
         raise ValueError("--tools is for --chat; a plain completion calls no tools")
     if arguments.suffix is not None and (arguments.chat or prompts is None):
@@ -55,14 +57,14 @@ def _run(arguments: argparse.Namespace) -> None:
         command.tell(note)
     model = _Model(arguments, sampling)
     if prompts is not None:
-        model.complete(prompts)
-        return
+        return model.complete(prompts)
     from mistral_jax.cli.terminal import converse
 
     # Several processes would be interrupted at different tokens.
     alone = distributed.count() == 1
     with command.interruptible():
         converse(model.answer, arguments.system, call=distributed.from_first, resumes=alone)
+    return 0
 
 
 class _Model:
@@ -101,6 +103,12 @@ class _Model:
             config = dataclasses.replace(model.config, other_eos_ids=ends)
             model = model.clone(config=config)
         self._model = model.clone(kv_cache_dtype=arguments.kv_cache_dtype)
+        self._judge = None
+        if arguments.moderate:
+            from mistral_jax.cli.judge import Judge
+
+            loaded = self._model, self._params, self._tokenizer
+            self._judge = Judge(*loaded, suffix=arguments.suffix or "")
         self._options = {
             "max_new_tokens": arguments.max_tokens,
             "sampling": sampling,
@@ -114,49 +122,66 @@ class _Model:
 
     def answer(self, messages, show) -> None:
         """Generates the answer to a conversation, and calls `show` with each piece of it."""
+        from mistral_jax.cli.terminal import Declined
         from mistral_jax.engine.prefixes import Prefixes
 
         if "prefixes" not in self._options:  # Each turn repeats those before it.
             self._options["prefixes"] = Prefixes(self._model, self._params, _PREFIX_BYTES)
-        prompt = self._tokenizer.encode_chat(messages, tools=self._tools)
         split = _Apart(show)
-        rows = self._run([prompt], lambda _, piece: split.push(piece))
+        rows = self._generate([messages], lambda _, piece: split.push(piece))
         split.flush()
         _check(rows)
+        if self._judge and (reason := self._judge.declined(0)):
+            raise Declined(reason)
 
-    def complete(self, texts: list[str]) -> None:
-        """Continues or answers texts, and prints the results."""
-        encode = self._encode_message if self._arguments.chat else self._encode_text
-        prompts = [encode(text) for text in texts]
+    def complete(self, texts: list[str]) -> int:
+        """Continues or answers texts, and prints the results; returns the exit status."""
+        asked = [self._messages(text) for text in texts] if self._arguments.chat else texts
         shown = texts if sys.stdout.isatty() and not self._arguments.chat else [""] * len(texts)
         if self._arguments.json:
-            rows = self._run(prompts)
-            for text, completion in zip(texts, rows, strict=True):
-                print(json.dumps(self._describe(text, completion), allow_nan=False), flush=True)
+            rows = self._generate(asked)
+            for i, (text, completion) in enumerate(zip(texts, rows, strict=True)):
+                fields = self._describe(text, completion)
+                if self._judge:
+                    found = self._judge.found[i]
+                    fields["moderation"] = {k: dataclasses.asdict(v) for k, v in found.items()}
+                print(json.dumps(fields, allow_nan=False), flush=True)
         elif len(texts) == 1:
             print(shown[0], end="", flush=True)
             put = functools.partial(print, end="", flush=True)
             split = _Apart(put) if self._arguments.chat else None
-            rows = self._run(prompts, lambda _, piece: split.push(piece) if split else put(piece))
+            push = split.push if split else put
+            rows = self._generate(asked, lambda _, piece: push(piece))
             if split:
                 split.flush()
             print(flush=True)
         else:
-            rows = self._run(prompts)
+            rows = self._generate(asked)
             answers = [completion.text for completion in rows]
             print(*map("".join, zip(shown, answers, strict=True)), sep="\n\n", flush=True)
+        status = self._judge.tell() if self._judge else 0
         _check(rows)
+        return status
 
-    def _encode_text(self, text: str) -> list[int]:
+    def _generate(self, asked: list, on_text=None):
+        """Generates the answers to texts or conversations; some are declined with --moderate."""
+        prompts = [self._encode(one) for one in asked]
+        if self._judge:
+            return self._judge.run(self._run, asked, prompts, on_text)
+        return self._run(prompts, on_text)
+
+    def _encode(self, asked) -> list[int]:
+        if not isinstance(asked, str):
+            safe = self._arguments.safe_prompt
+            return self._tokenizer.encode_chat(asked, safe_prompt=safe, tools=self._tools)
         if self._arguments.suffix is not None:
-            return self._tokenizer.encode_fim(text, self._arguments.suffix)
-        return self._tokenizer.encode(text, bos=self._tokenizer.adds_bos)
+            return self._tokenizer.encode_fim(asked, self._arguments.suffix)
+        return self._tokenizer.encode(asked, bos=self._tokenizer.adds_bos)
 
-    def _encode_message(self, text: str) -> list[int]:
+    def _messages(self, text: str) -> list[dict[str, str]]:
         system = self._arguments.system
         messages = [{"role": "system", "content": system}] if system is not None else []
-        messages.append({"role": "user", "content": text})
-        return self._tokenizer.encode_chat(messages, tools=self._tools)
+        return [*messages, {"role": "user", "content": text}]
 
     def _run(self, prompts: list[list[int]], on_text=None):
         from mistral_jax.cli.stats import report

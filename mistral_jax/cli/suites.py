@@ -25,8 +25,27 @@ def _table(arguments: argparse.Namespace) -> int:
     return paper.report(arguments)
 
 
-SUITES: dict[str, Handler] = {"paper": _paper}
-REPORTS: dict[str, Handler] = {"table": _table}
+def _guardrails(arguments: argparse.Namespace) -> int:
+    from mistral_jax.cli import guardrails
+
+    return guardrails.run(arguments)
+
+
+def _sizes(arguments: argparse.Namespace) -> int:
+    from mistral_jax.cli import sizes
+
+    return sizes.report(arguments)
+
+
+SUITES: dict[str, Handler] = {"paper": _paper, "guardrails": _guardrails}
+REPORTS: dict[str, Handler] = {"table": _table, "equivalent-sizes": _sizes}
+
+# Options of other evaluations that a suite or report takes, and options of suites that it does not.
+_TAKES = {"guardrails": ("files", "plot"), "equivalent-sizes": ("files", "plot", "published")}
+_LEAVES = {
+    "guardrails": ("table", "allow_code_execution", "tasks", "include_path"),
+    "equivalent-sizes": ("table", "allow_code_execution", "tasks", "include_path", "limit"),
+}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +74,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="write the table beside the published figures, as .md or .html",
     )
     add(
+        "--published",
+        action="store_true",
+        help="equivalent-sizes: compare with the published scores of Llama 2",
+    )
+    add(
         "--allow-code-execution",
         action="store_true",
         help="run the programs that the model writes for HumanEval and MBPP",
@@ -71,8 +95,10 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError("--suite and --report are two commands; give one of them")
     what = f"--suite {arguments.suite}" if arguments.suite else f"--report {arguments.report}"
     chosen = bool(arguments.suite or arguments.report)
-    own = "results", "table", "allow_code_execution"
-    others = "files", "choices", "positions", "circle", "plot", "num_fewshot"
+    own = "results", "table", "allow_code_execution", "published"
+    others = "files", "choices", "positions", "circle", "plot", "num_fewshot", "published"
+    name = arguments.suite or arguments.report
+    others = {x: None for x in (*others, *_LEAVES.get(name, ())) if x not in _TAKES.get(name, ())}
     for name in own if not chosen else ():
         if getattr(arguments, name):
             raise ValueError(f"--{name.replace('_', '-')} is for --suite and --report; name one")

@@ -23,6 +23,10 @@ _HELP = """\
 Ctrl-C  stop an answer"""
 
 
+class Declined(Exception):
+    """A message or an answer is declined; the text says why."""
+
+
 def converse(
     answer: Callable[[Messages, Callable[[str], None]], None],
     system: str | None = None,
@@ -32,8 +36,8 @@ def converse(
 ) -> None:
     """Reads and answers messages until /exit or the end of the input.
 
-    A message is a line, or all lines of a paste. An answer that fails with a ValueError does not
-    end the conversation.
+    A message is a line, or all lines of a paste. An answer that fails with a ValueError, or is
+    `Declined`, does not end the conversation, which forgets the message.
 
     Args:
       answer: function that answers; its arguments are the messages so far, and a function that it
@@ -92,6 +96,9 @@ def _turn(answer, messages: Messages, line: str, resumes: bool) -> Messages:
     except KeyboardInterrupt:  # The part that was printed stays in the conversation.
         if not resumes:
             raise
+    except Declined as declined:
+        print(f"declined: {declined}", file=sys.stderr)
+        return []
     except ValueError as error:
         print(f"error: {error}; /reset begins a new conversation", file=sys.stderr)
         return []

@@ -98,7 +98,7 @@ def chat(
       The answer, without the prefix, if any; a list for a list of conversations.
     """
     _check_tokenizer(tokenizer)
-    conversations, alone = _conversations(messages)
+    conversations, alone = listed_conversations(messages)
     prompts = [encode_prompt(tokenizer, one, tools) for one in conversations]
     options = {"sampling": sampling, "stop": stop, "is_new": [new for _, new in prompts], **fields}
     prompts = [ids for ids, _ in prompts]
@@ -135,7 +135,7 @@ def stream(
     """
     _check_tokenizer(tokenizer)
     if not isinstance(prompt, str):
-        (prompt, *others), alone = _conversations(prompt)
+        (prompt, *others), alone = listed_conversations(prompt)
         if others or not alone:
             raise ValueError("prompt is a batch; expected one text or conversation to stream")
     ids, is_new = encode_prompt(tokenizer, prompt, tools)
@@ -245,7 +245,7 @@ def _check_tokenizer(tokenizer):
         )
 
 
-def _conversations(messages) -> tuple[list[Messages], bool]:
+def listed_conversations(messages) -> tuple[list[Messages], bool]:
     """Returns a list of conversations, and whether `messages` is a single one."""
     items = None if isinstance(messages, str) else listed(messages)
     alone = items is None or all(isinstance(item, Mapping) for item in items)

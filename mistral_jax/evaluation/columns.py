@@ -1,6 +1,5 @@
 """The columns of a suite: their tasks in lm-evaluation-harness, and a run of them on a model."""
 
-import hashlib
 import logging
 import math
 import time
@@ -13,6 +12,7 @@ import jax
 from mistral_jax.base.output import one_line
 from mistral_jax.checkpoint import manifest
 from mistral_jax.evaluation.harness import MistralJax, evaluate, task_manager
+from mistral_jax.evaluation.journal import identity as identity
 from mistral_jax.evaluation.results import Column
 from mistral_jax.evaluation.suite import Benchmark, Suite
 from mistral_jax.model.transformer import Transformer
@@ -132,31 +132,3 @@ def parameters(path: Path) -> int:
     """
     config = manifest.examine(path).config
     return sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_params(Transformer(config))))
-
-
-def identity(path: Path, dtype: Any, lora: str | None, quantize: str | None) -> str:
-    """Returns a hash of what a model's answers depend on.
-
-    Args:
-      path: the checkpoint folder. Its checksums stand for the weights; a folder without them is
-        described by the sizes and times of its files.
-      dtype: dtype of the parameters.
-      lora: adapters: a folder or a file.
-      quantize: how weights are rounded.
-    """
-    digest = hashlib.sha256(repr((str(dtype), quantize)).encode())
-    sums = path / "checksums.json"
-    files = [path / "config.json", *sorted(path.glob("t*ken*"))]
-    described = [] if sums.is_file() else sorted(path.rglob("*"))
-    if sums.is_file():
-        files.append(sums)
-    if lora is not None:
-        place = Path(lora)
-        files += sorted(place.rglob("*")) if place.is_dir() else [place]
-    for file in files:
-        if file.is_file():
-            digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    for file in described:
-        status = file.stat()
-        digest.update(repr((file.name, status.st_size, status.st_mtime_ns)).encode())
-    return digest.hexdigest()

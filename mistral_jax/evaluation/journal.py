@@ -114,3 +114,31 @@ def _parse(line: bytes) -> Mapping[str, Any] | None:
         return None
     good = isinstance(entry, dict) and entry.keys() == {"key", "value"}
     return entry if good and isinstance(entry["key"], str) else None
+
+
+def identity(path: Path, dtype: Any, lora: str | None, quantize: str | None) -> str:
+    """Returns a hash of what a model's answers depend on.
+
+    Args:
+      path: the checkpoint folder. Its checksums stand for the weights; a folder without them is
+        described by the sizes and times of its files.
+      dtype: dtype of the parameters.
+      lora: adapters: a folder or a file.
+      quantize: how weights are rounded.
+    """
+    digest = hashlib.sha256(repr((str(dtype), quantize)).encode())
+    sums = path / "checksums.json"
+    files = [path / "config.json", *sorted(path.glob("t*ken*"))]
+    described = [] if sums.is_file() else sorted(path.rglob("*"))
+    if sums.is_file():
+        files.append(sums)
+    if lora is not None:
+        place = Path(lora)
+        files += sorted(place.rglob("*")) if place.is_dir() else [place]
+    for file in files:
+        if file.is_file():
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    for file in described:
+        status = file.stat()
+        digest.update(repr((file.name, status.st_size, status.st_mtime_ns)).encode())
+    return digest.hexdigest()

@@ -21,7 +21,7 @@ def notebook(request):
 
 
 def test_there_are_notebooks():
-    assert len(NOTEBOOKS) == 6
+    assert len(NOTEBOOKS) == 7
 
 
 def test_its_twin_in_python_has_the_same_cells(notebook):

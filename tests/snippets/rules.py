@@ -48,6 +48,7 @@ SHORTENED = (
     (rf"{_RECIPE}(?!.*--(preview|sharding))", _FEW),
     (rf"{_RECIPE}(?=.*--sharding)", _FEW_ON_EIGHT),
     (r"-m mistral_jax\.train examples/finetune/signatures\.toml(?!.*--preview)", _FEW),
+    (r"--suite guardrails", "--limit 2"),
     (r"signatures\.py make (\S+)", r"&& sed -i '9,$ d' \1/test.jsonl"),
 )
 
@@ -187,6 +188,7 @@ CHECKS = (
     (r"python examples/finetune/signatures\.py make .*--unread", _unread),
     (r"hf auth ", _help),  # asks a person
     (r".* /shared/", check_parsed),  # is on a cluster
+    (r".* --report equivalent-sizes .*results", check_parsed),
     # These need lm-evaluation-harness, which fetches its data, or results that it made.
     (r".* --(tasks|suite paper|report table)\b", check_parsed),
 )

@@ -96,6 +96,10 @@ STAND_INS = {
     "valid.jsonl": _lines(*[_CONVERSATION] * 2),
     "pairs.jsonl": _lines(*[_PAIR] * 8),
     "questions.jsonl": _lines(*[_QUESTION] * 3),
+    "set.jsonl": _lines(
+        {"prompt": "How do I kill a Linux process?", "unsafe": False},
+        {"text": "import os", "category": "not moderated"},
+    ),
     "articles.jsonl": _lines({"text": "import os\n"}, {"text": "import sys\n"}),
     "runs/unread/test.jsonl": _lines(*[_CONVERSATION] * 8),
     "prompts.txt": _text("import os\ndef main(\nclass Stack:\n"),
