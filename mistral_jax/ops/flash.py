@@ -28,10 +28,10 @@ PART = 256
 TOGETHER = 4
 # Rows below the values that are 1: a tile of 16-bit numbers.
 ROWS_OF_ONES = 16
-# Share of the peak that the compiler's schedule of the inner loop reaches, by JAX's name of the
-# chip. Per head and block, libtpu 0.0.42 plans 2,090 cycles on a v5e, whose matrix units need 2,176
-# with the rows of ones, for 2,048 cycles of products; and 1,038 on a v6e for 512. A v5p has the
-# matrix units of a v5e. Those of a v6e are 256 numbers wide, twice the width of a head.
+# Share of the peak that the compiler's schedule of the inner loop reaches for bfloat16 keys, by
+# JAX's name of the chip. Per head and block, libtpu 0.0.42 plans 2,090 cycles on a v5e, whose
+# matrix units need 2,176 with the rows of ones, for 2,048 cycles of products; and 1,038 on a v6e
+# for 512. A v5p has the matrix units of a v5e. Those of a v6e are twice as wide as a head.
 PEAK_SHARES = {
     **dict.fromkeys(("TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p"), 0.94),
     **dict.fromkeys(("TPU v6 lite", "TPU v6e"), 0.49),

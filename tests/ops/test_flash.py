@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import PartitionSpec
 from test_splash import RULES, on_mesh
 
 from mistral_jax.model.attention import attend
-from mistral_jax.model.cache import LayerCache, line_up, round_for, write
-from mistral_jax.ops import flash
+from mistral_jax.model.cache import LayerCache, init_cache, line_up, round_for, write
+from mistral_jax.ops import flash, norm, rotation
 from mistral_jax.ops.backend import PLAIN, Backend
 from mistral_jax.ops.quantized import QuantizedMatrix
 
@@ -161,6 +162,32 @@ def test_it_visits_only_blocks_of_keys_that_a_query_sees(window):
             assert step & 1 == seen[:, step >> 1].all()
     assert not counts[3].any()
     assert counts[2].max() < counts[0].max()
+
+
+def test_a_model_with_all_kernels_of_prompts_reads_chunks_as_the_plain_model_does(monkeypatch):
+    for module, name in ((flash, "_run_kernel"), (norm, "_run_kernel"), (rotation, "_run_kernel")):
+        run = getattr(module, name)
+
+        def interpreted(*arguments, run=run, **options):
+            return run(*arguments, **(options | {"interpret": True}))
+
+        monkeypatch.setattr(module, name, interpreted)
+    sizes = {"n_layers": 1, "dim": 128, "n_heads": 2, "n_kv_heads": 1, "head_dim": 128}
+    model, params = tiny.build(**sizes, sliding_window=150)
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(0, model.config.vocab_size, (1, 256)), jnp.int32)
+    places = jnp.arange(256, dtype=jnp.int32)[None]
+    logits = []
+    for backend in (PLAIN, TPU):
+        # 150 slots are no whole lanes, so that XLA writes the cache.
+        cache = init_cache(model.config, 1, 256, by_heads=True)
+        apply = jax.jit(model.clone(backend=backend).apply)
+        for start in (0, 128):
+            part = slice(start, start + 128)
+            found, cache = apply({"params": params}, tokens[:, part], places[:, part], cache)
+            logits.append(found)
+    np.testing.assert_allclose(logits[2], logits[0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(logits[3], logits[1], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), pytest.param((4, 1, 1), marks=pytest.mark.slow)])
