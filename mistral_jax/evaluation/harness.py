@@ -82,7 +82,7 @@ class MistralJax(TemplateLM):
         self._tokenizer = tokenizer
         self._batch = batch
         self.max_length = max_length or model.config.max_positions
-        self._journal = journal or Journal()
+        self._journal = Journal() if journal is None else journal  # an empty one is falsy
         self._advance = advance
         # The choices of a question have one context.
         self._encode = functools.lru_cache(4)(

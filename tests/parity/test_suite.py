@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import huggingface_hub.constants
 import pytest
@@ -51,6 +50,18 @@ QUESTIONS = [
 ]
 # More than the examples before a question of GSM8K.
 QUESTIONS += [(f"# {n}\n{question}", *rest) for n in (1, 2) for question, *rest in QUESTIONS]
+KILLED = """
+import os, signal
+from mistral_jax.cli import evaluate
+from mistral_jax.evaluation.journal import Journal
+add = Journal.add
+def add_and_die(journal, *pair):
+    add(journal, *pair)
+    if len(journal) == {done}:
+        os.kill(os.getpid(), signal.SIGKILL)
+Journal.add = add_and_die
+evaluate.main({flags})
+"""
 COLUMNS = ["mmlu", "hellaswag", "gsm8k"]
 
 
@@ -155,20 +166,13 @@ def test_a_killed_run_goes_on_where_it_was(command, tasks, tmp_path, monkeypatch
     assert command(*words, "--results", places[0])[0] == 0
     total = len((places[0] / "nano.paper.journal").read_text().splitlines())
     flags = ["--suite", "paper", "--include-path", tasks, "--no-compilation-cache", *words]
-    program = [sys.executable, "-m", "mistral_jax.evaluate", *flags, "--results", places[1]]
+    done = total * 2 // 3
+    program = KILLED.format(done=done, flags=[*map(str, flags), "--results", str(places[1])])
     environment = os.environ | {"PYTHONPATH": str(CHECKOUT), "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(
-        [*map(str, program)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
     journal = places[1] / "nano.paper.journal"
-    while process.poll() is None:
-        if journal.exists() and len(journal.read_bytes().splitlines()) > 10:
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.001)
-    process.wait()
-    done = len([line for line in journal.read_bytes().split(b"\n")[:-1] if line])
-    assert 10 < done < total
+    assert len(journal.read_bytes().splitlines()) == done
     with open(journal, "ab") as file:
         file.write(b'{"key": "1234')
     computed, add = [], Journal.add
