@@ -108,10 +108,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {one_line(message)} (--help shows all options)\n")
 
 
-def add_model(group: argparse._ActionsContainer) -> None:
-    """Adds the options that select and load a model."""
+def add_model(group: argparse._ActionsContainer, several: bool = False) -> None:
+    """Adds the options that select and load a model, or several models.
+
+    With `several`, the value of --checkpoint is a list of words for each time that it is given.
+    """
     add = group.add_argument
-    add("--checkpoint", metavar="DIR", help="checkpoint folder [the bundled model]")
+    words = {"nargs": "+", "action": "append"} if several else {}
+    add("--checkpoint", metavar="DIR", help="checkpoint folder [the bundled model]", **words)
     add(
         "--dtype",
         choices=DTYPES,

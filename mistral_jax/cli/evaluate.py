@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mistral_jax.cli import command
+from mistral_jax.cli import command, suites
 from mistral_jax.tokens import storage
 
 _UNFOLDED = 1000  # columns of a table that is not printed on a terminal
@@ -38,7 +38,7 @@ A .jsonl file has one text per line, as {"text": ...}; each text is evaluated se
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments = _settle(_parser().parse_args(argv))
     return command.run(lambda: _run(arguments), show_traceback="traceback" in arguments)
 
 
@@ -72,14 +72,22 @@ def _parser() -> command.Parser:
     )
     add("--plot", type=Path, metavar="FILE", help="plot the loss by position with matplotlib")
     add("--choices", type=Path, metavar="FILE", help="multiple-choice questions in JSON Lines")
-    add("--tasks", type=_names, default=[], metavar="A,B", help="tasks of lm-evaluation-harness")
+    add(
+        "--tasks",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="tasks of lm-evaluation-harness, or columns of the suite",
+    )
     add("--include-path", type=Path, metavar="DIR", help="folder with more tasks, in YAML")
     add("--num-fewshot", type=int, metavar="K", help="examples before a question [the task's]")
     add("--limit", type=command.count, metavar="N", help="questions of each task [all]")
 
+    suites.add_options(parser)
+
     group = parser.add_argument_group("the model")
     add = group.add_argument
-    command.add_model(group)
+    command.add_model(group, several=True)
     command.add_layout(group)
     add(
         "--batch", type=command.count, default=8, metavar="N", help="texts or answers at a time [8]"
@@ -90,15 +98,44 @@ def _parser() -> command.Parser:
     return parser
 
 
-def _names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
+def _settle(arguments: argparse.Namespace) -> argparse.Namespace:
+    """Splits lists of words, which a suite reads whole; elsewhere further words may be files.
+
+    Without a suite, `--checkpoint DIR FILE` names one checkpoint and a text, and so does
+    `--tasks A FILE` if the file exists and is not a task in YAML.
+    """
+    named = [word for words in arguments.checkpoint or [] for word in words]
+    tasks, files = arguments.tasks, []
+    if not (arguments.suite or arguments.report):
+        last = (arguments.checkpoint or [[]])[-1]
+        named = last[:1]
+        files = [Path(word) for words in arguments.checkpoint or [] for word in words[1:]]
+        texts = [word for word in tasks[1:] if _is_text(word)]
+        files += map(Path, texts)
+        tasks = [word for word in tasks if word not in texts]
+    arguments.files = [*arguments.files, *files]
+    arguments.checkpoint = named
+    arguments.tasks = [name for word in tasks for name in word.split(",") if name]
+    return arguments
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _is_text(word: str) -> bool:
+    return Path(word).is_file() and Path(word).suffix not in (".yaml", ".yml")
+
+
+def _run(arguments: argparse.Namespace) -> int | None:
+    suites.check(arguments)
+    if arguments.suite or arguments.report:
+        return suites.run(arguments)
+    return _evaluate(arguments)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
     from mistral_jax.evaluation import choices, perplexity, positions
     from mistral_jax.parallel import distributed
 
     _check(arguments)
+    arguments.checkpoint = arguments.checkpoint[0] if arguments.checkpoint else None
     if arguments.plot:
         positions.check_plot()
     texts = distributed.from_first(

@@ -270,7 +270,7 @@ class Prefixes:
             part = text[node.stop * _ID_BYTES : node.stop * _ID_BYTES + size]
             child = node.children.get(part) if len(part) == size else None
             if child is None:
-                ends = [(end, _common(end.name, part)) for end in node.children.values()]
+                ends = [(end, common(end.name, part)) for end in node.children.values()]
                 return nodes, [(end, end.start + tokens) for end, tokens in ends if tokens]
             node = child
             nodes.append(node)
@@ -378,7 +378,7 @@ def _as_bytes(ids: Sequence[int]) -> bytes:
     return np.asarray(ids, np.int32).tobytes()
 
 
-def _common(one: bytes, other: bytes) -> int:
+def common(one: bytes, other: bytes) -> int:
     """Returns the number of token ids that two texts have in common at their start."""
     length = min(len(one), len(other))
     a, b = (np.frombuffer(x[:length], np.int32) for x in (one, other))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,12 +14,14 @@ import numpy as np
 from mistral_jax.engine.prefill import (
     NOT_FINITE,
     Params,
-    chunks,
+    chunk_width,
+    cut,
     pad_rows,
     replicate,
     slots,
     start_reading,
 )
+from mistral_jax.engine.shared import Segment, plan
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.ops.backend import ModelJit
 from mistral_jax.parallel.sharding import on_mesh
@@ -33,7 +36,8 @@ class Likelihoods(NamedTuple):
     """The probability of each token of a row, given the tokens before it.
 
     Attributes:
-      logprobs: natural logs of the probabilities of all tokens except the first, [T - 1] float32.
+      logprobs: natural logs of the probabilities of the tokens that are not given, which are all
+        except the first by default, [T - 1] float32.
       greedy: whether each of these tokens is the likeliest, [T - 1] bool.
     """
 
@@ -91,104 +95,251 @@ def likelihoods(
     rows: Sequence[Sequence[int]],
     batch: int,
     report: Callable[[int, int], None] = lambda done, total: None,
+    given: Sequence[int] | None = None,
 ) -> list[Likelihoods]:
     """Scores rows of token ids of any lengths, in batches of rows of similar length.
 
-    Only one chunk's logits are in memory at a time. With a window in every layer, the cache does
-    not grow with the rows' length.
+    Tokens that rows have in common at their beginning are read once; see `shared.plan`. Only one
+    chunk's logits are in memory at a time. With a window in every layer, the cache does not grow
+    with the rows' length.
 
     Args:
       model: the model.
       params: its parameters; the work runs on the devices that hold them.
-      rows: token ids; the first token of a row, usually BOS, is given, and the others are scored.
+      rows: token ids; the first tokens of a row are given, and the others are scored.
       batch: number of rows of a batch. A batch has this many rows, padded with empty ones, or one
         row, so that few programs are compiled.
-      report: called after each chunk with the number of tokens scored so far, and the total.
+      report: called after each chunk with the number of tokens read so far, and the total.
+      given: number of tokens of each row that are given, at least 1; None = 1, which is usually
+        BOS.
 
     Returns:
       One entry a row, in order.
 
     Raises:
-      ValueError: `batch` is less than 1, a row is empty, or a log-probability is not finite.
+      ValueError: `batch` is less than 1, a row is empty, `given` does not fit the rows, or a
+        log-probability is not finite.
     """
+    found: list[Likelihoods] = [None] * len(rows)
+    for row, own in each_likelihood(model, params, rows, batch, report, given):
+        found[row] = own
+    return found
+
+
+def each_likelihood(
+    model: Transformer,
+    params: Params,
+    rows: Sequence[Sequence[int]],
+    batch: int,
+    report: Callable[[int, int], None] = lambda done, total: None,
+    given: Sequence[int] | None = None,
+) -> Iterator[tuple[int, Likelihoods]]:
+    """Does what `likelihoods` does, and yields the index and scores of each row when it is done."""
+    given = [1] * len(rows) if given is None else given
     if batch < 1:
         raise ValueError(f"batch is {batch}; expected at least 1")
     if not all(map(len, rows)):
         raise ValueError("a row of token ids is empty; expected at least one token")
-    found: list[Likelihoods] = [None] * len(rows)
-    done, total = 0, sum(len(row) - 1 for row in rows)
+    for row, (own, count) in enumerate(zip(rows, given, strict=True)):
+        if not 1 <= count <= len(own):
+            raise ValueError(
+                f"{count} tokens of row {row} are given; expected at least 1 and at most all "
+                f"{len(own)}"
+            )
+    return _Scoring(model, params, rows, given, batch, report).run()
 
-    def count(tokens):
-        nonlocal done
-        done += tokens
-        report(done, total)
 
-    for indices, size in _batches(list(map(len, rows)), batch):
-        together = [rows[i] for i in indices] + [()] * (size - len(indices))
-        scored = _batch(model, params, pad_rows(model, params, together, ()), count)
-        for i, (logprobs, greedy) in zip(indices, scored, strict=False):
-            length = len(rows[i]) - 1
-            finite = np.isfinite(logprobs[:length])
-            if not finite.all():
-                raise ValueError(
-                    f"token {np.argmin(finite) + 1} of row {i} has a log-probability of "
-                    f"{logprobs[np.argmin(finite)]}: {NOT_FINITE}"
+class _Scoring:
+    """The state of a call of `each_likelihood`."""
+
+    def __init__(self, model, params, rows, given, batch, report):
+        self._model, self._params, self._rows = model, params, rows
+        self._given, self._report = given, report
+        self._roots = plan(rows, given)
+        self._size = min(batch, len(rows))
+        lengths = [len(row) - count for row, count in zip(rows, given, strict=True)]
+        self._found = [Likelihoods(np.zeros(n, np.float32), np.zeros(n, bool)) for n in lengths]
+        self._left = lengths
+        self._done, self._total = 0, sum(map(_tokens, self._roots))
+
+    def run(self) -> Iterator[tuple[int, Likelihoods]]:
+        """Yields rows and their scores."""
+        for row, left in enumerate(self._left):
+            if not left:
+                yield row, self._found[row]
+        waiting = None
+        # The device computes a chunk while the host waits for the previous one.
+        for call in self._read(self._roots, (), None):
+            if waiting is not None:
+                yield from self._take(*waiting)
+            waiting = call
+        if waiting is not None:
+            yield from self._take(*waiting)
+
+    def _read(self, segments, places, parents) -> Iterator[tuple]:
+        """Dispatches all chunks of segments and their descendants.
+
+        Args:
+          segments: segments that begin at position 0 or follow rows of `parents`.
+          places: for each segment, the row of its parent in `parents`.
+          parents: a cache; None = the segments have no parent.
+        """
+        lengths = [own.stop - own.start for own in segments]
+        for indices, size in _batches(lengths, self._size):
+            some = [segments[i] for i in indices]
+            count = len(pad_rows(self._model, self._params, [None] * size, None))
+            cache = parents
+            if parents is not None:
+                chosen = np.zeros(count, np.int32)
+                chosen[: len(some)] = [places[i] for i in indices]
+                with on_mesh(self._params):
+                    cache = _pick_rows(self._model, parents, chosen)
+            cache = yield from self._chunks(some, count, cache)
+            below = [(child, row) for row, own in enumerate(some) for child in own.children]
+            if below:
+                yield from self._read(*zip(*below, strict=True), cache)
+
+    def _chunks(self, some, count, cache) -> Iterator[tuple]:
+        """Dispatches the chunks of a batch of segments; returns their cache."""
+        padding = count - len(some)
+        texts = [self._rows[own.row][: own.stop] for own in some] + [()] * padding
+        following = [self._rows[own.row][1 : own.stop + 1] for own in some] + [()] * padding
+        starts, ends = (
+            [*(getattr(own, name) for own in some), *[0] * padding] for name in ("start", "stop")
+        )
+        rest = max(own.stop - own.start for own in some)
+        width = self._width(count, rest)
+        if cache is None and (width < rest or any(own.children for own in some)):
+            length = slots(self._model, max(own.reach for own in some))
+            with on_mesh(self._params):
+                cache, _ = start_reading(self._model, self._params, count, length)
+        # Targets of the last position of each segment, where rows may go on differently.
+        lasts = [self._last_targets(own) for own in some]
+        others = np.zeros((count, _alternatives(max(map(len, lasts)))), np.int32)
+        for row, last in enumerate(lasts):
+            others[row, : len(last)] = list(last)
+        ends_only = all(first == own.stop - 1 for own in some for _, first in own.asked)
+        while rest > 0:
+            width = self._width(count, rest)
+            tokens, positions = cut(texts, starts, width)
+            at = np.subtract(ends, starts, dtype=np.int32) - np.int32(1)
+            targets = None if ends_only else cut(following, starts, width)[0]
+            with on_mesh(self._params):
+                cache, made = _score_chunk(
+                    *(self._model, self._params, tokens, positions),
+                    *(targets, np.clip(at, 0, width - 1), others, cache),
                 )
-            found[i] = Likelihoods(logprobs[:length], greedy[:length])
-    return found
+            yield made, some, lasts, starts, width, int(np.count_nonzero(positions >= 0))
+            starts = [start + width for start in starts]
+            rest -= width
+        return cache
+
+    def _width(self, count, rest) -> int:
+        return chunk_width(count, rest, self._model.backend, _WIDTHS)
+
+    def _last_targets(self, segment: Segment) -> dict[int, int]:
+        """Returns the distinct tokens to score after a segment, with their places."""
+        after = (self._rows[row][segment.stop] for row, _ in segment.asked)
+        return {token: place for place, token in enumerate(dict.fromkeys(after))}
+
+    def _take(self, made, some, lasts, starts, width, count) -> Iterator[tuple[int, Likelihoods]]:
+        """Stores the scores of a chunk; yields the rows that are complete."""
+        (logprobs, greedy), (last_logprobs, last_greedy) = jax.device_get(made)
+        for place, (own, last, start) in enumerate(zip(some, lasts, starts, strict=False)):
+            stop = min(start + width, own.stop)
+            for row, first in own.asked:
+                low, at = max(first, start), self._given[row] - 1
+                if low >= stop:
+                    continue
+                kept, found = slice(low - at, stop - at), self._found[row]
+                if stop == own.stop:
+                    which = place, last[self._rows[row][stop]]
+                    found.logprobs[stop - 1 - at] = last_logprobs[which]
+                    found.greedy[stop - 1 - at] = last_greedy[which]
+                    kept = slice(low - at, stop - 1 - at)
+                inner = place, slice(low - start, low - start + kept.stop - kept.start)
+                if kept.start < kept.stop:
+                    found.logprobs[kept] = logprobs[inner]
+                    found.greedy[kept] = greedy[inner]
+                self._left[row] -= stop - low
+                if not self._left[row]:
+                    self._check(row)
+                    yield row, found
+        self._done += count
+        self._report(self._done, self._total)
+
+    def _check(self, row: int) -> None:
+        logprobs = self._found[row].logprobs
+        finite = np.isfinite(logprobs)
+        if not finite.all():
+            where = np.argmin(finite)
+            raise ValueError(
+                f"token {self._given[row] + where} of row {row} has a log-probability of "
+                f"{logprobs[where]}: {NOT_FINITE}"
+            )
+
+
+def _tokens(segment: Segment) -> int:
+    """Returns the number of tokens of a segment and its descendants."""
+    return segment.stop - segment.start + sum(map(_tokens, segment.children))
+
+
+def _alternatives(count: int) -> int:
+    """Rounds a number of targets up to a bucket: 1, 4, 16, and so on."""
+    return 1 << (max(count, 1) - 1).bit_length() + (max(count, 1) - 1).bit_length() % 2
 
 
 def _batches(lengths: Sequence[int], batch: int) -> Iterator[tuple[list[int], int]]:
-    """Yields the indices of rows that are scored together, and the number of rows of their arrays.
+    """Yields the indices of rows that are read together, and the number of rows of their arrays.
 
     A row that is so long that more than half of its batch would be padding gets a batch of its own.
     """
     # The longest rows come first, so that a lack of memory shows at once.
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    size, start = min(batch, len(lengths)), 0
+    start = 0
     while start < len(order):
-        indices = order[start : start + size]
-        places = [-(-max(lengths[i] - 1, 1) // _WIDTHS[0]) for i in indices]
-        if size * places[0] > 2 * sum(places):
+        indices = order[start : start + batch]
+        places = [-(-lengths[i] // _WIDTHS[0]) for i in indices]
+        if batch * places[0] > 2 * sum(places):
             indices = indices[:1]
-        yield indices, size if len(indices) > 1 else 1
+        yield indices, batch if len(indices) > 1 else 1
         start += len(indices)
 
 
-def _batch(model, params, rows, count) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Scores rows together; the arrays of all rows have the length of the longest, or more."""
-    inputs, targets = [row[:-1] for row in rows], [row[1:] for row in rows]
-    longest = max(map(len, inputs))
-    if not longest:
-        return [(np.zeros(0, np.float32), np.zeros(0, bool))] * len(rows)
-    cut = functools.partial(chunks, widths=_WIDTHS, backend=model.backend)
-    parts = list(zip(cut(inputs), cut(targets), strict=True))
-    cache, found, waiting = None, [], None
+@functools.partial(jax.jit, static_argnames="model")
+def _pick_rows(model, cache, rows):
+    """Copies rows of a cache into a new cache; a row may be copied several times."""
 
-    def take():
-        positions, made = waiting
-        found.append(jax.device_get(made))
-        count(int(np.count_nonzero(positions >= 0)))
+    def pick(x, axes):
+        return nn.with_logical_constraint(x[rows], axes, rules=model.rules)
 
-    with on_mesh(params):
-        if len(parts) > 1:  # A single chunk needs no cache.
-            cache, _ = start_reading(model, params, len(rows), slots(model, longest))
-        for (tokens, positions), (following, _) in parts:
-            cache, made = _score_chunk(model, params, tokens, positions, following, cache)
-            # The device computes this chunk while the host waits for the previous one.
-            if waiting is not None:
-                take()
-            waiting = positions, made
-    take()
-    logprobs, greedy = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
-    return list(zip(logprobs, greedy, strict=True))
+    return tuple(jax.tree.map(pick, layer, layer.logical_axes()) for layer in cache)
 
 
 @functools.partial(ModelJit, static_argnames="model", donate_argnames="cache")
-def _score_chunk(model, params, tokens, positions, targets, cache):
-    """Reads a chunk; returns each target's log-probability and whether it is the likeliest."""
-    logits, cache = model.apply({"params": params}, tokens, positions, cache)
+def _score_chunk(model, params, tokens, positions, targets, at, others, cache):
+    """Reads a chunk; returns log-probabilities of targets and whether they are the likeliest.
+
+    Args:
+      tokens, positions: the chunk, [B, T].
+      targets: the token after each position, [B, T]; None = they are not scored.
+      at: column of the last token of each row, [B].
+      others: tokens that may follow it, [B, A].
+      cache: the cache; None = the chunk is all that is read.
+    """
+    logits, cache = model.apply(
+        {"params": params}, tokens, positions, cache, logits_at=at if targets is None else None
+    )
+    total = jax.nn.logsumexp(logits, axis=-1)
+    best = jax.lax.argmax(logits, 2, jnp.int32)
+    column = jnp.zeros_like(at) if targets is None else at
+
+    def pick(x):
+        return jnp.take_along_axis(x, column.reshape(-1, *[1] * (x.ndim - 1)), axis=1)
+
+    chosen = jnp.take_along_axis(pick(logits)[:, 0], others, axis=-1)
+    found = chosen - pick(total), others == pick(best)
+    if targets is None:
+        return cache, replicate((found, found))
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    logprobs = chosen - jax.nn.logsumexp(logits, axis=-1)
-    greedy = jax.lax.argmax(logits, 2, jnp.int32) == targets
-    return cache, replicate((logprobs, greedy))
+    return cache, replicate(((chosen - total, best == targets), found))

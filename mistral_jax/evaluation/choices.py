@@ -100,13 +100,10 @@ def logprobs(
       The log-probability of each choice in nats, one list per question.
     """
     pairs = [encode(tokenizer, q.context, choice) for q in questions for choice in q.choices]
-    found = likelihoods(
-        model, params, [context + choice for context, choice in pairs], batch, report
-    )
-    sums = iter(
-        math.fsum(row.logprobs[-len(choice) :].tolist())
-        for row, (_, choice) in zip(found, pairs, strict=True)
-    )
+    rows = [context + choice for context, choice in pairs]
+    given = [len(context) for context, _ in pairs]
+    found = likelihoods(model, params, rows, batch, report, given)
+    sums = iter(math.fsum(row.logprobs.tolist()) for row in found)
     return [[next(sums) for _ in question.choices] for question in questions]
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tiny
 
-from mistral_jax.engine import prefill, score
+from mistral_jax.engine import prefill, score, shared
 from mistral_jax.engine.generate import generate
 from mistral_jax.engine.sampling import Sampling
 from mistral_jax.engine.score import likelihoods
@@ -120,6 +120,91 @@ def test_a_model_whose_logits_are_not_finite_has_no_score(mistral, value):
         likelihoods(model, params, [[1, 2], [1, 2, 7, 3]], 2)
 
 
+def rows_in_common(rng):
+    """Questions of two tasks with examples of their own, and choices of one token and of several.
+
+    Returns rows, and the number of tokens before the choice of each.
+    """
+    rows, given = [], []
+
+    def tokens(count):
+        return rng.integers(56, size=count).tolist()
+
+    for examples in (tokens(40), tokens(21)):
+        for length in (3, 25, 30, 17):
+            question = examples + tokens(length)
+            for choice in ([5], [6], [7, 8], [7, 8, 9, *tokens(20)], [7, 8, 9, *tokens(3)]):
+                rows.append(question + choice)
+                given.append(len(question))
+    rows += [rows[0], rows[0][:-1], rows[0][:20], tokens(4), [3], [3, 4]]
+    given += [given[0], 1, 20, 4, 1, 1]
+    return rows, given
+
+
+@pytest.mark.parametrize(("window", "batch"), [(5, 8), (24, 1), (None, 3)])
+def test_rows_that_share_prefixes_are_scored_as_alone(window, batch):
+    """A window may be shorter than the examples, and a chunk longer than the window."""
+    model, params = tiny.build(sliding_window=window, vocab_size=56, n_layers=1)
+    rows, given = rows_in_common(np.random.default_rng(1))
+    found = likelihoods(model, params, rows, batch, given=given)
+    for row, count, own in zip(rows, given, found, strict=True):
+        (alone,) = likelihoods(model, params, [row], 1)
+        assert own.logprobs.shape == own.greedy.shape == (len(row) - count,)
+        expected = alone.logprobs[count - 1 :]
+        np.testing.assert_allclose(own.logprobs, expected, rtol=0, atol=TOLERANCE)
+        assert own.greedy.tolist() == alone.greedy[count - 1 :].tolist()
+
+
+def test_layouts_share_prefixes_too(mistral):
+    model, params = mistral
+    rows, given = (own[:10] for own in rows_in_common(np.random.default_rng(2)))
+    expected = likelihoods(model, params, rows, 3, given=given)
+    layout = read_layout("data_tensor", model.config)
+    places = jax.tree.map(lambda x: x.sharding, abstract_params(model, layout))
+    laid = model.clone(rules=layout.rules), jax.device_put(params, places)
+    for own, other in zip(expected, likelihoods(*laid, rows, 3, given=given), strict=True):
+        np.testing.assert_allclose(own.logprobs, other.logprobs, rtol=0, atol=TOLERANCE)
+
+
+def test_common_tokens_are_read_once(mistral):
+    """Examples once a task, a question once, and no token for a choice of one token."""
+    examples, seen = list(range(40)), []
+    questions = [examples + [40 + i] * 16 for i in range(10)]
+    rows = [[*question, choice] for question in questions for choice in (1, 2, 3, 4)]
+    found = likelihoods(*mistral, rows, 4, lambda *done: seen.append(done), [56] * len(rows))
+    assert seen[-1] == (40 + 10 * 16, 40 + 10 * 16)
+    assert {own.logprobs.shape for own in found} == {(1,)}
+    assert sum(own.greedy[0] for own in found) <= 10
+    seen.clear()
+    rows = [question + [choice] * 9 for question in questions for choice in (1, 2, 3, 4)]
+    likelihoods(*mistral, rows, 4, lambda *done: seen.append(done), [56] * len(rows))
+    assert seen[-1][1] == 40 + 10 * 16 + 40 * 8
+
+
+def test_texts_that_grow_do_not_keep_many_caches(mistral):
+    """As the turns of a conversation do; only the ancestors of a segment are in memory."""
+    rows = [[7] * length for length in range(1, 150, 17)]
+
+    def depth(segment):
+        return 1 + max(map(depth, segment.children), default=0)
+
+    roots = shared.plan(rows, [1] * len(rows))
+    assert max(map(depth, roots)) == shared.MOST_DEPTH
+    found = likelihoods(*mistral, rows, 4)
+    (longest,) = likelihoods(*mistral, rows[-1:], 1)
+    for row, own in zip(rows, found, strict=True):
+        expected = longest.logprobs[: len(row) - 1]
+        np.testing.assert_allclose(own.logprobs, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_rows_are_yielded_as_soon_as_they_are_done(mistral):
+    """So that a caller can keep what is done when a later row fails."""
+    rows = [[1, 2, 3], [4] * 100, [5, 6] * 20]
+    found = score.each_likelihood(*mistral, rows, 1)
+    assert next(found)[0] == 1
+    assert sorted(row for row, _ in found) == [0, 2]
+
+
 def test_progress_counts_tokens_up_to_all(mistral, rows):
     seen = []
     likelihoods(*mistral, rows, 2, lambda done, total: seen.append((done, total)))
@@ -136,3 +221,5 @@ def test_what_cannot_be_scored_is_refused(mistral):
         likelihoods(*mistral, [[1, 2], []], 1)
     with pytest.raises(ValueError, match="batch is 0; expected at least 1"):
         likelihoods(*mistral, [[1, 2]], 0)
+    with pytest.raises(ValueError, match="3 tokens of row 1 are given; expected at least 1"):
+        likelihoods(*mistral, [[1], [1, 2]], 1, given=[1, 3])
