@@ -8,6 +8,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from mistral_jax.cli import command
+
 Handler = Callable[[argparse.Namespace], int]
 
 RESULTS = Path("results")
@@ -25,13 +27,24 @@ def _table(arguments: argparse.Namespace) -> int:
     return paper.report(arguments)
 
 
-SUITES: dict[str, Handler] = {"paper": _paper}
+def _mt_bench(arguments: argparse.Namespace) -> int:
+    from mistral_jax.cli import mt_bench
+
+    return mt_bench.run(arguments)
+
+
+SUITES: dict[str, Handler] = {"paper": _paper, "mt-bench": _mt_bench}
 REPORTS: dict[str, Handler] = {"table": _table}
+
+# Options of other evaluations that a suite or report takes, and options of suites that it does not.
+_TAKES = {"mt-bench": ("files", "chat_form", "max_tokens")}
+_LEAVES = {"mt-bench": ("table", "allow_code_execution", "tasks", "include_path")}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of suites and reports."""
-    add = parser.add_argument_group("suites of benchmarks").add_argument
+    group = parser.add_argument_group("suites of benchmarks")
+    add = group.add_argument
     add("--suite", choices=SUITES, metavar="NAME", help=f"a suite to run: {', '.join(SUITES)}")
     add(
         "--report",
@@ -59,6 +72,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run the programs that the model writes for HumanEval and MBPP",
     )
+    command.add_chat_form(group)
+    add(
+        "--max-tokens", type=command.count, metavar="N", help="mt-bench: tokens of an answer [1024]"
+    )
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -71,8 +88,11 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError("--suite and --report are two commands; give one of them")
     what = f"--suite {arguments.suite}" if arguments.suite else f"--report {arguments.report}"
     chosen = bool(arguments.suite or arguments.report)
-    own = "results", "table", "allow_code_execution"
+    own = "results", "table", "allow_code_execution", "chat_form", "max_tokens"
     others = "files", "choices", "positions", "circle", "plot", "num_fewshot"
+    others += "chat_form", "max_tokens"
+    name = arguments.suite or arguments.report
+    others = {x: None for x in (*others, *_LEAVES.get(name, ())) if x not in _TAKES.get(name, ())}
     for name in own if not chosen else ():
         if getattr(arguments, name):
             raise ValueError(f"--{name.replace('_', '-')} is for --suite and --report; name one")
