@@ -39,7 +39,7 @@ def _answer(arguments: argparse.Namespace, name: str | None, questions: list, fo
         machine.use_compilation_cache()
     if note := machine.unseen_accelerator():
         command.tell(note)
-    model_id = Path(name).resolve().name if name else checkpoint.BUNDLED.name
+    model_id = Path(name).absolute().name if name else checkpoint.BUNDLED.name
     path = folder / f"{model_id}.jsonl"
     with command.announced():
         model, params, tokenizer = checkpoint.load(

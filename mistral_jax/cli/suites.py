@@ -38,7 +38,7 @@ REPORTS: dict[str, Handler] = {"table": _table}
 
 # Options of other evaluations that a suite or report takes, and options of suites that it does not.
 _TAKES = {"mt-bench": ("files", "chat_form", "max_tokens")}
-_LEAVES = {"mt-bench": ("table", "allow_code_execution", "tasks", "include_path")}
+_LEAVES = {"mt-bench": ("table", "allow_code_execution", "tasks", "include_path", "data")}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

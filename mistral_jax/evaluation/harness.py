@@ -17,7 +17,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
-from lm_eval.tasks import TaskManager
 from lm_eval.utils import (
     get_rolling_token_windows,
     make_disjoint_window,
@@ -30,6 +29,7 @@ from mistral_jax.engine.prefill import Params
 from mistral_jax.engine.sampling import Sampling
 from mistral_jax.engine.score import likelihoods
 from mistral_jax.engine.text import completions
+from mistral_jax.evaluation.tasks.manager import task_manager
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.tokens.tokenizer import Tokenizer
 
@@ -208,14 +208,16 @@ def prepare_tasks(
     include_path: Path | None = None,
     shots: int | None = None,
     limit: int | None = None,
+    data: Path | None = None,
 ) -> Callable[..., list[dict[str, Any]]]:
     """Finds tasks by name, and returns a function that runs them.
 
     Args:
       tasks: names of tasks, groups or tags, or paths of YAML files.
-      include_path: folder of more tasks; None = only the harness's own.
+      include_path: folder of more tasks; None = only those of the harness and of this package.
       shots: number of examples before a question; None = the task's own number.
       limit: number of questions per task; None = all.
+      data: folder of local data, see `task_manager`; None = the data that the tasks name.
 
     Returns:
       A function of (model, params, tokenizer, batch) that runs the tasks. It returns a dict for
@@ -224,9 +226,7 @@ def prepare_tasks(
     Raises:
       ValueError: there is no such task or folder.
     """
-    if include_path is not None and not include_path.is_dir():
-        raise ValueError(f"there is no folder {include_path}; expected one with task files")
-    manager = TaskManager(include_path=include_path)
+    manager = task_manager(tasks, include_path, data)
     for name in tasks:
         if name not in manager.all_tasks and not Path(name).is_file():
             raise ValueError(

@@ -133,6 +133,7 @@ _WRITE_FILE, _READ_FILE, _READ_DIR, _REMOVE_FILE, _MAKE_FILE, _TRUNCATE = (
 _RIGHTS = [0, 13, 14, 15, 15, 16]  # number of rights by version; later versions have as many
 _LIBRARIES = ["/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/nix/store"]
 _FILES = ["/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo", "/dev/urandom"]
+_SEARCHED = "LD_LIBRARY_PATH"
 
 _LEVELS = 64  # of calls between this program and the untrusted one; see `sandbox.py`
 
@@ -209,6 +210,7 @@ def _restrict_files(call, folder):
     reads = _READ_FILE | _READ_DIR
     writes = reads | _WRITE_FILE | _REMOVE_FILE | _MAKE_FILE | _TRUNCATE
     libraries = [os.path.join(sys.base_prefix, "lib"), *_LIBRARIES, *_FILES]
+    libraries += filter(None, os.environ.get(_SEARCHED, "").split(os.pathsep))
     granted = [(path, reads) for path in (*sys.path, *libraries)]
     for path, rights in (*granted, ("/dev/null", writes), (folder, writes)):
         try:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 from pathlib import Path
 
 import pytest
@@ -230,15 +229,13 @@ def test_a_program_is_contained(outcomes, name):
 )
 def test_a_program_without_end_is_ended(program):
     start = time.monotonic()
-    outcome = run(program, Limits(seconds=0.5))
+    outcome = run(program, Limits(clock=0.5))
     assert outcome in [(False, "timed out"), (False, "out of memory")]
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30
 
 
-def test_processor_time_is_limited_too(monkeypatch):
-    stopped = types.SimpleNamespace(monotonic=lambda: 0.0, sleep=time.sleep)
-    monkeypatch.setattr(sandbox, "time", stopped)
-    assert run("while True: pass", Limits(seconds=1)) == (False, "timed out")
+def test_processor_time_is_limited_too():
+    assert run("while True: pass", Limits(seconds=1, clock=250)) == (False, "timed out")
 
 
 def test_files_have_a_size():
@@ -289,7 +286,7 @@ def test_files_outside_are_neither_read_nor_changed(tmp_path, monkeypatch):
 def test_a_program_ends_with_its_parent(tmp_path):
     source = (
         "from mistral_jax.evaluation.sandbox import run, Limits\n"
-        'run(\'open("here", "w")\\nimport time\\ntime.sleep(200)\', Limits(seconds=200))'
+        'run(\'open("here", "w")\\nimport time\\ntime.sleep(200)\', Limits(clock=200))'
     )
     environment = dict(os.environ, TMPDIR=str(tmp_path), PYTHONPATH=os.pathsep.join(sys.path))
     parent = subprocess.Popen([sys.executable, "-c", source], env=environment)

@@ -3,12 +3,17 @@
 import collections
 import json
 import sys
+import types
 
 import huggingface_hub.constants
 import lm_eval.evaluator
 import pytest
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
+from mistral_jax.cli import evaluate as evaluate_command
+from mistral_jax.evaluation import sandbox
+from mistral_jax.evaluation.harness import MistralJax
 from mistral_jax.evaluation.tasks.manager import task_manager
 
 RECORDS = {
@@ -151,12 +156,16 @@ def test_problems_are_voted_on(data):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="programs are confined on Linux")
-def test_programs_run_in_the_sandbox(data):
+def test_programs_run_in_the_sandbox(data, monkeypatch):
     def script(context, _):
         return "    return x + 1" if "add_1" in context else "    import os\n    os._exit(0)"
 
     with pytest.raises(ValueError, match="unsafe"):
         evaluate("paper_humaneval", data, script)
+    with monkeypatch.context() as changed:
+        changed.setattr(sandbox, "sys", types.SimpleNamespace(platform="darwin"))
+        with pytest.raises(ValueError, match="this machine cannot confine a program"):
+            evaluate("paper_humaneval", data, script, confirm_run_unsafe_code=True)
     found, asked, samples = evaluate("paper_humaneval", data, script, confirm_run_unsafe_code=True)
     assert found["pass@1,create_test"] == 0.5
     assert set(asked) == {f"def add_{n}(x):\n" for n in (1, 2)}
@@ -213,3 +222,28 @@ def test_a_group_has_one_file_for_its_tasks(tmp_path):
     folder = manager.task_index["paper_nq"].yaml_path.parent
     del manager
     assert not folder.exists()
+
+
+def test_drawn_answers_differ_and_are_the_same_again():
+    """A vote needs answers of different draws, and a run that goes on needs the same ones."""
+    model = MistralJax.create_from_arg_string("dtype=float32,max_length=200")
+    options = {"do_sample": True, "temperature": 1.0, "until": ["\n\n"], "max_gen_toks": 12}
+
+    def ask():
+        contexts = ["import "] * 3 + ["def f("] * 3
+        asked = [Instance("generate_until", {}, (own, dict(options)), 0) for own in contexts]
+        return model.generate_until(asked, disable_tqdm=True)
+
+    found = ask()
+    assert len(set(found[:3])) == len(set(found[3:])) == 3
+    assert ask() == found
+
+
+def test_the_command_reads_local_data(data, tmp_path, capsys):
+    flags = "--no-compilation-cache", "--json", "--dtype", "float32", "--limit", "2"
+    flags += "--tasks", "paper_nq", "--data"
+    assert evaluate_command.main([*flags, str(data)]) == 0
+    (line,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (line["task"], line["metric"]) == ("paper_nq", "exact_match, remove_whitespace")
+    assert evaluate_command.main([*flags, str(tmp_path / "absent")]) == 2
+    assert "there is no folder" in capsys.readouterr().err

@@ -88,6 +88,16 @@ def math_results(doc: Doc, results: Sequence[str]) -> dict[str, float]:
     return {"exact_match": float(_minerva().is_equiv(results[0], doc["answer"]))}
 
 
+def confined(dataset: Any) -> Any:
+    """Returns a data set as it is, if this machine can confine the programs that it asks for.
+
+    Raises:
+      ValueError: it cannot; so the harness learns it before a model writes programs.
+    """
+    sandbox.check()
+    return dataset
+
+
 def humaneval_program(doc: Doc, text: str) -> str:
     """Returns the program that tests a function whose beginning is the question."""
     return f"{doc['prompt']}{text}\n{doc['test']}\ncheck({doc['entry_point']})\n"
