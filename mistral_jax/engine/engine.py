@@ -108,6 +108,7 @@ class Engine:
         stop_ids: Sequence[int] | None = None,
         top_logprobs: int = 0,
         n: int | None = None,
+        is_new: bool | None = None,
         **fields: Any,
     ) -> Answer | list[Answer]:
         """Accepts a request and returns at once. Any thread may call it.
@@ -121,6 +122,8 @@ class Engine:
           top_logprobs: number of likeliest tokens to report at each position, 0 to 20.
           n: number of answers to the prompt, which is read once; answer i draws from (seed, i).
             None = one answer, which is not in a list.
+          is_new: whether the answer begins a text or continues the prompt's, as for `completions`;
+            None = it begins one if the prompt is messages.
           **fields: fields of `Sampling` by name, such as temperature=0.2; they replace those of
             `sampling`.
 
@@ -139,6 +142,7 @@ class Engine:
         if not isinstance(sampling, Sampling):
             raise ValueError("sampling is a list; a request has one Sampling")
         ids, context = self._encode(prompt)
+        context = () if is_new else context
         asked = check(self._model.config, [ids], max_new_tokens, sampling, stop_ids, top_logprobs)
         (ids,) = asked.prompts
         if len(ids) + asked.new_tokens > self._length:

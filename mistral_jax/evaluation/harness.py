@@ -4,11 +4,15 @@ Contexts and continuations are tokenized as in the harness's own Transformers ba
 the same. Chat templates are not applied.
 """
 
+import collections
 import contextlib
+import functools
+import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
 from lm_eval.utils import (
     get_rolling_token_windows,
     make_disjoint_window,
@@ -27,8 +32,9 @@ from tqdm import tqdm
 from mistral_jax.checkpoint.checkpoint import load
 from mistral_jax.engine.prefill import Params
 from mistral_jax.engine.sampling import Sampling
-from mistral_jax.engine.score import likelihoods
-from mistral_jax.engine.text import completions
+from mistral_jax.engine.score import each_likelihood
+from mistral_jax.evaluation.drawing import Prompt, draws_of
+from mistral_jax.evaluation.journal import Journal
 from mistral_jax.evaluation.tasks.manager import task_manager
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.tokens.tokenizer import Tokenizer
@@ -53,6 +59,9 @@ class MistralJax(TemplateLM):
       batch: rows per batch.
       max_length: most tokens that the model reads at once. A longer input loses its beginning;
         `loglikelihood_rolling` cuts it into windows. None = the model's `max_positions`.
+      journal: where answers are kept and found; None = in memory.
+      advance: called with the share of the requests of a call that were answered since the last
+        time; None = a progress bar is shown instead.
     """
 
     def __init__(
@@ -62,12 +71,20 @@ class MistralJax(TemplateLM):
         tokenizer: Tokenizer,
         batch: int = 8,
         max_length: int | None = None,
+        journal: Journal | None = None,
+        advance: Callable[[float], None] | None = None,
     ):
         super().__init__()
         self._loaded = model, params
         self._tokenizer = tokenizer
         self._batch = batch
         self.max_length = max_length or model.config.max_positions
+        self._journal = journal or Journal()
+        self._advance = advance
+        # The choices of a question have one context.
+        self._encode = functools.lru_cache(4)(
+            lambda text, bos: tuple(tokenizer.encode(text, bos=bos))
+        )
 
     @classmethod
     def create_from_arg_string(
@@ -106,72 +123,137 @@ class MistralJax(TemplateLM):
         adds_bos = self._tokenizer.adds_bos and add_special_tokens is not False
         if adds_bos and add_special_tokens is None:
             string = string.removeprefix(self._tokenizer.piece(self._tokenizer.bos_id))
-        return self._tokenizer.encode(string, bos=adds_bos)
+        return list(self._encode(string, adds_bos))
 
-    def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False
+    def loglikelihood(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Scores continuations; a request has the tokens of its context and of its continuation."""
-        rows = [context + continuation for _, context, continuation in requests]
-        rows = [row[-(self.max_length + 1) :] for row in rows]
-        with tqdm(desc="scoring tokens", disable=disable_tqdm or None) as bar:
-
-            def report(done, total):
-                bar.total = total
-                bar.update(done - bar.n)
-
-            found = likelihoods(*self._loaded, rows, self._batch, report)
-        scores = []
-        for row, (_, _, continuation) in zip(found, requests, strict=True):
-            start = len(row.logprobs) - len(continuation)
-            if start < 0:
-                raise ValueError(
-                    f"a task has a continuation of {len(continuation)} tokens; expected at most "
-                    f"{self.max_length}, the model's max_length"
-                )
-            logprob = math.fsum(row.logprobs[start:].tolist())
-            scores.append((logprob, bool(row.greedy[start:].all())))
-        return scores
+        """Scores continuations of contexts."""
+        found = self._answer("loglikelihood", requests, self._score_pairs, disable_tqdm)
+        return [(logprob, is_greedy) for logprob, is_greedy in found]
 
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """Scores whole texts, in windows of `max_length` tokens."""
-        windows = [
-            (number, None, *make_disjoint_window(window))
-            for number, request in enumerate(requests)
-            for window in get_rolling_token_windows(
-                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1
-            )
-        ]
-        scores = self._loglikelihood_tokens([window[1:] for window in windows], disable_tqdm)
-        sums = [0.0] * len(requests)
-        for (number, *_), (logprob, _) in zip(windows, scores, strict=True):
-            sums[number] += logprob
-        return sums
+        return self._answer("loglikelihood_rolling", requests, self._score_texts, disable_tqdm)
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continues contexts, each until its stop strings or its number of new tokens."""
-        groups: dict[str, list[int]] = {}
-        for number, request in enumerate(requests):
-            groups.setdefault(repr(request.args[1]), []).append(number)
-        answers = [""] * len(requests)
-        with tqdm(desc="generating", total=len(requests), disable=disable_tqdm or None) as bar:
-            for numbers in groups.values():
-                numbers.sort(key=lambda number: -len(requests[number].args[0]))
-                for start in range(0, len(numbers), self._batch):
-                    some = numbers[start : start + self._batch]
-                    contexts = [requests[number].args[0] for number in some]
-                    texts = self._generate(contexts, requests[some[0]].args[1], some)
-                    for number, text in zip(some, texts, strict=True):
-                        answers[number] = text
-                    bar.update(len(some))
-        return answers
+        """Continues contexts, each until its stop strings or its number of new tokens.
 
-    def _generate(
-        self, contexts: Sequence[str], options: Mapping[str, Any], seeds: Sequence[int]
-    ) -> list[str]:
-        """Continues contexts that share their generation options."""
+        A request that draws at random and appears several times gets as many answers.
+        """
+        return self._answer("generate_until", requests, self._generate, disable_tqdm)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Scores continuations; a request has the tokens of its context and of its continuation."""
+        found = [None] * len(requests)
+        for number, score in self._scores([request[1:] for request in requests]):
+            found[number] = score
+        return found
+
+    def _answer(
+        self,
+        kind: str,
+        requests: Sequence[Instance],
+        compute: Callable[[list[tuple], list[int]], Iterable[tuple[int, Any]]],
+        disable_tqdm: bool,
+    ) -> list[Any]:
+        """Looks answers up in the journal, and computes the others once each.
+
+        Args:
+          kind: kind of the requests.
+          requests: the requests.
+          compute: a function of the arguments of requests, and of the draw of each. It yields
+            numbers of requests and their answers, in any order.
+          disable_tqdm: whether to show no progress bar.
+        """
+        keys, draws, counts = [], {}, collections.Counter()
+        arguments = {}
+        for request in requests:
+            key, draw = self._journal.key(kind, request.args), 0
+            if kind == "generate_until" and request.args[1].get("do_sample", False):
+                draw, counts[key] = counts[key], counts[key] + 1
+                key = self._journal.key(kind, request.args, draw)
+            keys.append(key)
+            draws[key], arguments[key] = draw, request.args
+        counts = collections.Counter(keys)
+        todo = [key for key in arguments if key not in self._journal]
+        is_hidden = disable_tqdm or self._advance is not None or None
+        with tqdm(desc=kind, total=len(keys), disable=is_hidden) as bar:
+
+            def advance(count):
+                bar.update(count)
+                if self._advance is not None:
+                    self._advance(count / len(keys))
+
+            advance(len(keys) - sum(counts[key] for key in todo))
+            chosen = [arguments[key] for key in todo], [draws[key] for key in todo]
+            for number, answer in compute(*chosen) if todo else ():
+                self._journal.add(todo[number], answer)
+                advance(counts[todo[number]])
+        return [self._journal[key] for key in keys]
+
+    def _score_pairs(self, pairs, _) -> Iterator[tuple[int, tuple[float, bool]]]:
+        return self._scores([self._pair(*pair) for pair in pairs])
+
+    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Encodes a context and its continuation."""
+        if context:
+            return self._encode_pair(context, continuation)
+        ids = self.tok_encode(continuation, add_special_tokens=False)
+        if ids[0] == self.prefix_token_id:
+            return ids[:1], ids[1:]
+        return [self.prefix_token_id], ids
+
+    def _scores(
+        self, pairs: Sequence[tuple[list[int], list[int]]]
+    ) -> Iterator[tuple[int, tuple[float, bool]]]:
+        """Yields the number and the score of pairs of a context and a continuation."""
+        rows, given = [], []
+        for context, continuation in pairs:
+            if len(continuation) > self.max_length:
+                raise ValueError(
+                    f"a task has a continuation of {len(continuation)} tokens; expected at most "
+                    f"{self.max_length}, the model's max_length"
+                )
+            rows.append((context + continuation)[-(self.max_length + 1) :])
+            given.append(len(rows[-1]) - len(continuation))
+        for number, row in each_likelihood(*self._loaded, rows, self._batch, given=given):
+            yield number, (math.fsum(row.logprobs.tolist()), bool(row.greedy.all()))
+
+    def _score_texts(self, arguments, _) -> Iterator[tuple[int, float]]:
+        windows, owners = [], []
+        for number, (text,) in enumerate(arguments):
+            rolling = get_rolling_token_windows(
+                self.tok_encode(text), self.prefix_token_id, self.max_length, 1
+            )
+            windows += [make_disjoint_window(window) for window in rolling]
+            owners += [number] * (len(windows) - len(owners))
+        left, sums = collections.Counter(owners), collections.defaultdict(list)
+        yield from ((number, 0.0) for number in range(len(arguments)) if not left[number])
+        for window, (logprob, _) in self._scores(windows):
+            number = owners[window]
+            sums[number].append(logprob)
+            left[number] -= 1
+            if not left[number]:
+                yield number, math.fsum(sums.pop(number))
+
+    def _generate(self, arguments, draws) -> Iterator[tuple[int, str]]:
+        """Continues contexts in one continuous batch."""
+        drawn = collections.defaultdict(dict)
+        for number, (pair, draw) in enumerate(zip(arguments, draws, strict=True)):
+            drawn[json.dumps(pair, sort_keys=True)][draw] = number
+        asked = [(self._prompt(*json.loads(pair)), numbers) for pair, numbers in drawn.items()]
+        return draws_of(*self._loaded, self._tokenizer, asked, self._batch)
+
+    def _prompt(self, context: str, options: Mapping[str, Any]) -> Prompt:
+        """Encodes a context, and reads its generation options."""
+        # The seed depends on the request alone, so that a run can go on from any place.
+        whole = json.dumps([context, options], sort_keys=True).encode("utf-8", "surrogatepass")
+        seed = zlib.crc32(whole) >> 1
         options = normalize_gen_kwargs(dict(options), _NEW_TOKENS)
         new_tokens = options.pop("max_gen_toks")
         end = self._tokenizer.piece(self.eot_token_id)
@@ -186,21 +268,9 @@ class MistralJax(TemplateLM):
                 f"a task asks for {new_tokens} new tokens; expected fewer than {self.max_length}, "
                 "the model's max_length"
             )
-        prompts = [self.tok_encode(text)[-(self.max_length - new_tokens) :] for text in contexts]
-        filters = known | options
-        samplings = [
-            Sampling(temperature if is_drawn else 0.0, seed=seed, **filters) for seed in seeds
-        ]
-        found = completions(
-            *self._loaded,
-            self._tokenizer,
-            prompts,
-            new_tokens,
-            sampling=samplings,
-            stop=stop,
-            is_new=True,
-        )
-        return [completion.text for completion in found]
+        ids = self.tok_encode(context)[-(self.max_length - new_tokens) :]
+        sampling = Sampling(temperature if is_drawn else 0.0, seed=seed, **(known | options))
+        return Prompt(tuple(ids), new_tokens, tuple(stop), sampling)
 
 
 def prepare_tasks(
@@ -234,21 +304,34 @@ def prepare_tasks(
             )
 
     def run(model, params, tokenizer, batch):
-        # The harness would fork processes, which can deadlock in a program with threads.
-        os.environ["DISABLE_MULTIPROC"] = "1"
-        with contextlib.redirect_stdout(sys.stderr):
-            results = lm_eval.simple_evaluate(
-                MistralJax(model, params, tokenizer, batch),
-                tasks=list(tasks),
-                task_manager=manager,
-                num_fewshot=shots,
-                limit=limit,
-                bootstrap_iters=_DRAWS,
-                log_samples=False,
-            )
-        return list(_metrics(results["results"]))
+        own = MistralJax(model, params, tokenizer, batch)
+        return list(_metrics(evaluate(own, list(tasks), shots, limit, False, manager)["results"]))
 
     return run
+
+
+def evaluate(
+    model: MistralJax,
+    tasks: list[Any],
+    shots: int | None,
+    limit: int | None,
+    executes: bool,
+    manager: TaskManager | None = None,
+) -> dict[str, Any]:
+    """Runs tasks, which are names or objects of the harness; returns the harness's results."""
+    # The harness would fork processes, which can deadlock in a program with threads.
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    with contextlib.redirect_stdout(sys.stderr):
+        return lm_eval.simple_evaluate(
+            model,
+            tasks=tasks,
+            task_manager=manager or TaskManager(include_defaults=False),
+            num_fewshot=shots,
+            limit=limit,
+            bootstrap_iters=_DRAWS,
+            log_samples=False,
+            confirm_run_unsafe_code=executes,
+        )
 
 
 def _metrics(results: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

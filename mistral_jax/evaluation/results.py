@@ -39,6 +39,7 @@ _RULES = {
     "parameters": integer(1, _LARGEST),
     "columns": table_of(table_of()),
     "not_run": table_of(string()),
+    "identity": string(),
 }
 
 
@@ -81,6 +82,7 @@ class Results:
       parameters: number of parameters of the model.
       columns: results by the name of the column.
       not_run: reasons by the names of the columns without a result.
+      identity: a hash of what the results depend on; see `columns.identity`.
     """
 
     suite: str
@@ -89,6 +91,7 @@ class Results:
     parameters: int
     columns: Mapping[str, Column]
     not_run: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    identity: str = ""
 
 
 def read(path: Path | str) -> Results:

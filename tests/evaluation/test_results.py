@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from mistral_jax.config import CONFIG_DIR
+from mistral_jax.config import CHECKOUT, CONFIG_DIR
 from mistral_jax.evaluation import results, suite
 from mistral_jax.evaluation.results import Column, Results
 
@@ -132,3 +132,18 @@ def test_a_suite_that_is_wrong_is_refused(tmp_path, old, new, message):
     path.write_text(text.replace(old, new, 1))
     with pytest.raises(ValueError, match=message):
         suite.read(path)
+
+
+def test_the_documents_table_has_the_published_figures():
+    """And names the tasks and numbers of examples of the suite."""
+    paper = suite.read("paper")
+    again = paper.model("Mistral 7B, second measurement")
+    text = (CHECKOUT / "docs" / "evaluation.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    found = {row[0]: row[1:] for row in rows if len(row) == 7 and row[0] in paper.columns}
+    assert list(found) == paper.choose([])
+    for name, (shots, task, _, figure, _, other) in found.items():
+        assert int(shots) == paper.columns[name].shots
+        assert task.startswith(f"`{paper.columns[name].task}`")
+        assert float(figure) == paper.model("Mistral 7B").scores[name]
+        assert float(other) == again.scores[name]

@@ -99,6 +99,7 @@ def test_the_share_of_programs_that_pass_is_counted(capfd):
 
 
 def test_missing_libraries_of_math_are_named(monkeypatch):
+    functions._minerva.cache_clear()
     monkeypatch.setitem(sys.modules, "lm_eval.tasks.minerva_math", None)
     with pytest.raises(ValueError, match="paper_math needs sympy, math_verify and antlr4") as error:
         functions.math_examples()

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import shutil
 import sys
 import types
 
@@ -12,7 +13,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from mistral_jax.cli import evaluate as evaluate_command
-from mistral_jax.evaluation import sandbox
+from mistral_jax.evaluation import results, sandbox
 from mistral_jax.evaluation.harness import MistralJax
 from mistral_jax.evaluation.tasks.manager import task_manager
 
@@ -138,21 +139,24 @@ def test_sums_are_voted_on(data):
         }
 
 
-def test_problems_are_voted_on(data):
+def test_problems_are_voted_on(data, tmp_path):
+    """The group has seven tasks, which get the same two problems here."""
     pytest.importorskip("math_verify")
     pytest.importorskip("antlr4")
+    shutil.copy(data / "paper_math_algebra.jsonl", tmp_path / "paper_math.jsonl")
 
     def script(context, draw):
         right = "2" if "1+1" in last(context, "Problem:") else "1.5"
-        answer = right if draw in (1, 3) else f"{draw}"
+        answer = right if draw % 4 in (1, 3) else f"{draw % 4}"
         return f" So.\nFinal Answer: The final answer is ${answer}$. I hope it is correct."
 
-    found, asked, _ = evaluate("paper_math_algebra", data, script)
+    found, asked, samples = evaluate("paper_math", tmp_path, script)
     assert found["exact_match,maj@4"] == 1
+    assert len(samples) == 7
     for context, options in asked.items():
         assert context.count("Problem:") == 5
         assert "boxed{[2,5)}" in context
-        assert len(options) == 4
+        assert len(options) == 7 * 4
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="programs are confined on Linux")
@@ -219,9 +223,6 @@ def test_a_group_has_one_file_for_its_tasks(tmp_path):
         for name, file in (("paper_nq", "paper_nq"), ("paper_triviaqa", "mine"))
     }
     assert {name: own["data_files"] for name, own in files.items()} == expected
-    folder = manager.task_index["paper_nq"].yaml_path.parent
-    del manager
-    assert not folder.exists()
 
 
 def test_drawn_answers_differ_and_are_the_same_again():
@@ -247,3 +248,15 @@ def test_the_command_reads_local_data(data, tmp_path, capsys):
     assert (line["task"], line["metric"]) == ("paper_nq", "exact_match, remove_whitespace")
     assert evaluate_command.main([*flags, str(tmp_path / "absent")]) == 2
     assert "there is no folder" in capsys.readouterr().err
+
+
+def test_the_suite_runs_them_on_local_data(data, tmp_path, capsys):
+    names = ["nq", "gsm8k", "humaneval"]
+    flags = "--suite", "paper", "--data", str(data), "--results", str(tmp_path), "--limit", "1"
+    flags += "--no-compilation-cache", "--dtype", "float32", "--batch", "16"
+    flags += "--allow-code-execution", "--tasks", *names
+    assert evaluate_command.main(list(flags)) == 0, capsys.readouterr().err
+    found = results.read(tmp_path / "nano.paper.json")
+    assert {column.task for column in found.columns.values()} == {f"paper_{own}" for own in names}
+    assert found.not_run == {}
+    assert {column.questions for column in found.columns.values()} == {1}

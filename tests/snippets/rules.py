@@ -187,7 +187,8 @@ CHECKS = (
     (r"python examples/finetune/signatures\.py make .*--unread", _unread),
     (r"hf auth ", _help),  # asks a person
     (r".* /shared/", check_parsed),  # is on a cluster
-    (r".* --tasks ", check_parsed),  # needs lm-evaluation-harness, which fetches its data
+    # These need lm-evaluation-harness, which fetches its data, or results that it made.
+    (r".* --(tasks|suite paper|report table)\b", check_parsed),
 )
 
 

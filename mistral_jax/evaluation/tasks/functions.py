@@ -4,6 +4,7 @@ A filter of the harness gets the texts that answer each question, `responses`, a
 `docs`. The harness gives what it returns for a question to the function of `process_results`.
 """
 
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -48,6 +49,7 @@ def gsm8k_results(doc: Doc, results: Sequence[str]) -> dict[str, float]:
     return {"exact_match": float(results[0] == expected)}
 
 
+@functools.cache
 def _minerva() -> ModuleType:
     """Imports the functions of the harness's task minerva_math."""
     try:
@@ -57,6 +59,8 @@ def _minerva() -> ModuleType:
             "paper_math needs sympy, math_verify and antlr4-python3-runtime 4.11: "
             "pip install 'mistral-jax-flax[harness]'"
         ) from None
+    # The first use takes seconds on a busy machine, and the harness gives a comparison five.
+    utils.sympy.simplify(utils.parse_latex("\\frac{3}{2}") - utils.parse_latex("1.5"))
     return utils
 
 

@@ -1,8 +1,8 @@
 """Finds tasks of lm-evaluation-harness, of this package and of users, and replaces their data."""
 
+import atexit
 import json
 import tempfile
-import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def task_manager(
         sources |= dict.fromkeys(leaves[name], files[name])
     if sources:
         home = tempfile.TemporaryDirectory(prefix="tasks-")
-        weakref.finalize(manager, home.cleanup)
+        atexit.register(home.cleanup)  # Tasks outlive the manager, and read their data again.
         for task, path in sources.items():
             _replace_data(manager.task_index[task], path, Path(home.name))
     return manager
