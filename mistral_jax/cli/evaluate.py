@@ -82,6 +82,7 @@ def _parser() -> command.Parser:
         help="tasks of lm-evaluation-harness, or columns of the suite",
     )
     add("--include-path", type=Path, metavar="DIR", help="folder with more tasks, in YAML")
+    add("--data", type=Path, metavar="DIR", help="folder of TASK.jsonl: local data of tasks")
     add("--num-fewshot", type=int, metavar="K", help="examples before a question [the task's]")
     add("--limit", type=command.count, metavar="N", help="questions of each task [all]")
 
@@ -189,7 +190,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"--circle is {arguments.circle}; expected a multiple of N in --positions N"
         )
-    for name in ("include_path", "num_fewshot", "limit"):
+    for name in ("include_path", "data", "num_fewshot", "limit"):
         if getattr(arguments, name) is not None and not arguments.tasks:
             raise ValueError(f"--{name.replace('_', '-')} is for --tasks; name some")
 
@@ -204,7 +205,11 @@ def _suite(arguments: argparse.Namespace) -> Callable[..., list[dict[str, Any]]]
             "pip install 'mistral-jax-flax[harness]'"
         ) from None
     return prepare_tasks(
-        arguments.tasks, arguments.include_path, arguments.num_fewshot, arguments.limit
+        arguments.tasks,
+        arguments.include_path,
+        arguments.num_fewshot,
+        arguments.limit,
+        arguments.data,
     )
 
 

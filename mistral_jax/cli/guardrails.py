@@ -81,7 +81,7 @@ def _run(
     texts: Sequence[Text],
 ) -> None:
     mark = identity(find(checkpoint), arguments.dtype, arguments.lora, arguments.quantize)
-    asked = json.dumps([mark, guardrails.NEW_TOKENS, moderation.CATEGORIES])
+    asked = json.dumps([mark, arguments.chat_form, guardrails.NEW_TOKENS, moderation.CATEGORIES])
     name = place.name.removesuffix(".json").removesuffix(".guardrails")
     with Journal(place.with_suffix(".journal"), asked) as journal:
         work = _Work(arguments, checkpoint, journal)
@@ -182,6 +182,7 @@ class _Work:
                 dtype=arguments.dtype,
                 lora=arguments.lora,
                 quantize=arguments.quantize,
+                chat_form=arguments.chat_form,
                 progress=Screen(),
             )
         tokenizer = self._loaded[2]

@@ -45,6 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     prepared, missing = columns.prepare(
         *(whole, names, arguments.include_path, arguments.limit, arguments.allow_code_execution),
         lambda name: None if _is_terminal() else tell(f"{name}: reading its data"),
+        arguments.data,
     )
     for name, reason in missing.items():
         tell(f"{name}: not run: {reason}")
@@ -138,7 +139,7 @@ def _measure(arguments, columns, target, start, prepared, advance) -> Results:
     from mistral_jax.base import machine
     from mistral_jax.checkpoint import checkpoint
     from mistral_jax.evaluation.harness import MistralJax
-    from mistral_jax.evaluation.journal import Journal
+    from mistral_jax.evaluation.journal import Journal, identity
     from mistral_jax.parallel import distributed
 
     if arguments.compilation_cache:
@@ -157,7 +158,7 @@ def _measure(arguments, columns, target, start, prepared, advance) -> Results:
         )
         if tokenizer is None:
             raise ValueError(f"{target.given} has no {storage.EXPECTED}; put the model's there")
-        mark = columns.identity(target.folder, model.dtype, arguments.lora, arguments.quantize)
+        mark = identity(target.folder, model.dtype, arguments.lora, arguments.quantize)
         kept = distributed.from_first(lambda: _earlier(target.file, mark))
         not_run = {name: own for name, own in start.not_run.items() if name not in kept}
         made = dataclasses.replace(start, columns=kept, not_run=not_run, identity=mark)

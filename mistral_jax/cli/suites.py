@@ -8,6 +8,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from mistral_jax.cli import command
+
 Handler = Callable[[argparse.Namespace], int]
 
 RESULTS = Path("results")
@@ -31,26 +33,40 @@ def _guardrails(arguments: argparse.Namespace) -> int:
     return guardrails.run(arguments)
 
 
+def _mt_bench(arguments: argparse.Namespace) -> int:
+    from mistral_jax.cli import mt_bench
+
+    return mt_bench.run(arguments)
+
+
 def _sizes(arguments: argparse.Namespace) -> int:
     from mistral_jax.cli import sizes
 
     return sizes.report(arguments)
 
 
-SUITES: dict[str, Handler] = {"paper": _paper, "guardrails": _guardrails}
+SUITES: dict[str, Handler] = {"paper": _paper, "guardrails": _guardrails, "mt-bench": _mt_bench}
 REPORTS: dict[str, Handler] = {"table": _table, "equivalent-sizes": _sizes}
 
-# Options of other evaluations that a suite or report takes, and options of suites that it does not.
-_TAKES = {"guardrails": ("files", "plot"), "equivalent-sizes": ("files", "plot", "published")}
-_LEAVES = {
-    "guardrails": ("table", "allow_code_execution", "tasks", "include_path"),
-    "equivalent-sizes": ("table", "allow_code_execution", "tasks", "include_path", "limit"),
+# Options of suites and reports only.
+_OWN = ("results", "table", "published", "allow_code_execution", "chat_form", "max_tokens")
+# Options that not every suite or report takes.
+_MODEL = ("checkpoint", "dtype", "lora", "quantize", "sharding", "mesh")
+_TASKS = ("tasks", "include_path", "data", "num_fewshot", "limit")
+_OTHERS = ("files", "choices", "positions", "circle", "plot")
+_TAKES = {
+    "paper": {*_MODEL, *_TASKS, "results", "table", "allow_code_execution"} - {"num_fewshot"},
+    "guardrails": {*_MODEL, "files", "limit", "results", "plot", "chat_form"},
+    "mt-bench": {*_MODEL, "files", "limit", "results", "chat_form", "max_tokens"},
+    "table": {"results", "table"},
+    "equivalent-sizes": {"files", "results", "plot", "published"},
 }
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of suites and reports."""
-    add = parser.add_argument_group("suites of benchmarks").add_argument
+    group = parser.add_argument_group("suites of benchmarks")
+    add = group.add_argument
     add("--suite", choices=SUITES, metavar="NAME", help=f"a suite to run: {', '.join(SUITES)}")
     add(
         "--report",
@@ -83,6 +99,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run the programs that the model writes for HumanEval and MBPP",
     )
+    command.add_chat_form(group)
+    add(
+        "--max-tokens", type=command.count, metavar="N", help="mt-bench: tokens of an answer [1024]"
+    )
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -94,17 +114,18 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.suite and arguments.report:
         raise ValueError("--suite and --report are two commands; give one of them")
     what = f"--suite {arguments.suite}" if arguments.suite else f"--report {arguments.report}"
-    chosen = bool(arguments.suite or arguments.report)
-    own = "results", "table", "allow_code_execution", "published"
-    others = "files", "choices", "positions", "circle", "plot", "num_fewshot", "published"
     name = arguments.suite or arguments.report
-    others = {x: None for x in (*others, *_LEAVES.get(name, ())) if x not in _TAKES.get(name, ())}
-    for name in own if not chosen else ():
-        if getattr(arguments, name):
-            raise ValueError(f"--{name.replace('_', '-')} is for --suite and --report; name one")
-    for name in others if chosen else ():
-        if value := getattr(arguments, name):
-            given = f"the file {value[0]}" if name == "files" else f"--{name.replace('_', '-')}"
+    if name is None:
+        for option in _OWN:
+            if getattr(arguments, option):
+                raise ValueError(
+                    f"--{option.replace('_', '-')} is for --suite and --report; name one"
+                )
+        return
+    for option in (*_OWN, *_MODEL, *_TASKS, *_OTHERS):
+        value = getattr(arguments, option)
+        if option not in _TAKES[name] and value not in (None, False, []):
+            given = f"the file {value[0]}" if option == "files" else f"--{option.replace('_', '-')}"
             raise ValueError(f"{what} does not take {given}; leave it out")
 
 

@@ -11,10 +11,10 @@ import jax
 
 from mistral_jax.base.output import one_line
 from mistral_jax.checkpoint import manifest
-from mistral_jax.evaluation.harness import MistralJax, evaluate, task_manager
-from mistral_jax.evaluation.journal import identity as identity
+from mistral_jax.evaluation.harness import MistralJax, evaluate
 from mistral_jax.evaluation.results import Column
 from mistral_jax.evaluation.suite import Benchmark, Suite
+from mistral_jax.evaluation.tasks.manager import task_manager
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.parallel.sharding import abstract_params
 
@@ -47,6 +47,7 @@ def prepare(
     limit: int | None,
     executes: bool,
     report: Callable[[str], None] = lambda name: None,
+    data: Path | None = None,
 ) -> tuple[dict[str, Prepared], dict[str, str]]:
     """Reads the tasks of columns and their data.
 
@@ -57,6 +58,7 @@ def prepare(
       limit: maximum number of questions of a task; None = all.
       executes: whether programs may be run that a model has written.
       report: called with the name of each column before its data are read.
+      data: folder of local data, see `task_manager`; None = the data that the tasks name.
 
     Returns:
       The columns that can be run, and the reasons why the others cannot, both by name.
@@ -67,7 +69,7 @@ def prepare(
     for name in ("lm_eval", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     known = {name: suite.columns[name] for name in names}
-    manager = task_manager([own.task for own in known.values()], include_path)
+    manager = task_manager([own.task for own in known.values()], include_path, data)
     found, missing = {}, {}
     for name, benchmark in known.items():
         if benchmark.executes and not executes:

@@ -38,13 +38,13 @@ from mistral_jax.engine.sampling import Sampling
 from mistral_jax.engine.score import each_likelihood
 from mistral_jax.evaluation.drawing import Prompt, draws_of
 from mistral_jax.evaluation.journal import Journal
+from mistral_jax.evaluation.tasks.manager import task_manager
 from mistral_jax.model.transformer import Transformer
 from mistral_jax.tokens.tokenizer import Tokenizer
 
 # Bootstrap samples, for standard errors that have no formula.
 _DRAWS = 1000
 _NEW_TOKENS = 256  # limit of tasks that set none, as in the harness's own backends
-_TASKS = Path(__file__).parent / "tasks"
 
 
 @register_model("mistral_jax")
@@ -281,14 +281,16 @@ def prepare_tasks(
     include_path: Path | None = None,
     shots: int | None = None,
     limit: int | None = None,
+    data: Path | None = None,
 ) -> Callable[..., list[dict[str, Any]]]:
     """Finds tasks by name, and returns a function that runs them.
 
     Args:
       tasks: names of tasks, groups or tags, or paths of YAML files.
-      include_path: folder of more tasks; None = only the harness's own.
+      include_path: folder of more tasks; None = only those of the harness and of this package.
       shots: number of examples before a question; None = the task's own number.
       limit: number of questions per task; None = all.
+      data: folder of local data, see `task_manager`; None = the data that the tasks name.
 
     Returns:
       A function of (model, params, tokenizer, batch) that runs the tasks. It returns a dict for
@@ -297,7 +299,7 @@ def prepare_tasks(
     Raises:
       ValueError: there is no such task or folder.
     """
-    manager = task_manager(tasks, include_path)
+    manager = task_manager(tasks, include_path, data)
     for name in tasks:
         if name not in manager.all_tasks and not Path(name).is_file():
             raise ValueError(
@@ -311,23 +313,6 @@ def prepare_tasks(
         return list(_metrics(evaluate(own, loaded, shots, limit, False)["results"]))
 
     return run
-
-
-def task_manager(names: Sequence[str], include_path: Path | None = None) -> TaskManager:
-    """Indexes the tasks of the harness, of this package and of a user's folder.
-
-    Raises:
-      ValueError: there is no such folder.
-    """
-    if include_path is not None and not include_path.is_dir():
-        raise ValueError(f"there is no folder {include_path}; expected one with task files")
-    folders = [_TASKS, *([include_path] if include_path else [])]
-    folders = [str(path) for path in folders if path.is_dir()]
-    # The harness has thousands of tasks of its own, which take long to index.
-    manager = TaskManager(include_path=folders, include_defaults=False) if folders else None
-    if manager is None or not set(names) <= set(manager.all_tasks):
-        manager = TaskManager(include_path=folders)
-    return manager
 
 
 def evaluate(

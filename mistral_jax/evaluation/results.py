@@ -82,7 +82,7 @@ class Results:
       parameters: number of parameters of the model.
       columns: results by the name of the column.
       not_run: reasons by the names of the columns without a result.
-      identity: a hash of what the results depend on; see `columns.identity`.
+      identity: a hash of what the results depend on; see `journal.identity`.
     """
 
     suite: str
