@@ -124,7 +124,8 @@ def check(arguments: argparse.Namespace) -> None:
         return
     for option in (*_OWN, *_MODEL, *_TASKS, *_OTHERS):
         value = getattr(arguments, option)
-        if option not in _TAKES[name] and value not in (None, False, []):
+        is_given = value is not None and value is not False and value != []
+        if is_given and option not in _TAKES[name]:
             given = f"the file {value[0]}" if option == "files" else f"--{option.replace('_', '-')}"
             raise ValueError(f"{what} does not take {given}; leave it out")
 

@@ -24,7 +24,6 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
-from lm_eval.tasks import TaskManager
 from lm_eval.utils import (
     get_rolling_token_windows,
     make_disjoint_window,
