@@ -4,6 +4,7 @@ As a program, it runs the function that its first argument names, and prints the
 """
 
 import contextlib
+import ctypes
 import itertools
 import json
 import os
@@ -274,3 +275,11 @@ def main() -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+def has_landlock() -> bool:
+    """Asks the kernel for its version of Landlock, without which programs are refused."""
+    if sys.platform != "linux":
+        return False
+    create_ruleset, version = 444, 1
+    return ctypes.CDLL(None).syscall(create_ruleset, None, 0, version) > 0

@@ -11,12 +11,13 @@ import tempfile
 import time
 from pathlib import Path
 
+import processes
 import pytest
 
 from mistral_jax.evaluation import jail, sandbox
 from mistral_jax.evaluation.sandbox import Limits, run, run_all
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="programs are confined on Linux")
+pytestmark = pytest.mark.skipif(not processes.has_landlock(), reason="the kernel has no Landlock")
 
 DENIED = "failed: PermissionError"
 EARLY = "before its tests have ended"

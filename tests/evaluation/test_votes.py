@@ -5,6 +5,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import processes
 import pytest
 
 from mistral_jax.evaluation.tasks import functions
@@ -83,7 +84,7 @@ def test_programs_are_made_of_answers_and_tests():
     assert functions.mbpp_program({"test_list": ["assert x"]}, "x = 1") == "x = 1\nassert x\n"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="programs are confined on Linux")
+@pytest.mark.skipif(not processes.has_landlock(), reason="the kernel has no Landlock")
 def test_the_share_of_programs_that_pass_is_counted(capfd):
     texts = [
         ["    return a + b", "    return a - b"],

@@ -3,11 +3,11 @@
 import collections
 import json
 import shutil
-import sys
 import types
 
 import huggingface_hub.constants
 import lm_eval.evaluator
+import processes
 import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
@@ -141,8 +141,6 @@ def test_sums_are_voted_on(data):
 
 def test_problems_are_voted_on(data, tmp_path):
     """The group has seven tasks, which get the same two problems here."""
-    pytest.importorskip("math_verify")
-    pytest.importorskip("antlr4")
     shutil.copy(data / "paper_math_algebra.jsonl", tmp_path / "paper_math.jsonl")
 
     def script(context, draw):
@@ -159,7 +157,7 @@ def test_problems_are_voted_on(data, tmp_path):
         assert len(options) == 7 * 4
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="programs are confined on Linux")
+@pytest.mark.skipif(not processes.has_landlock(), reason="the kernel has no Landlock")
 def test_programs_run_in_the_sandbox(data, monkeypatch):
     def script(context, _):
         return "    return x + 1" if "add_1" in context else "    import os\n    os._exit(0)"
