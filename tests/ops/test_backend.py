@@ -79,7 +79,7 @@ def test_on_a_tpu_every_chunk_size_gives_the_same_cache_and_logits(monkeypatch, 
     for module, name in ((flash, "attend"), (ring, "write")):
         kernel = getattr(module, name)
         monkeypatch.setattr(
-            module, name, lambda *a, of=kernel: taken.append(of) or of(*a, interpret=True)
+            module, name, lambda *a, of=kernel, **k: taken.append(of) or of(*a, interpret=True, **k)
         )
     model, params = tiny.build(
         n_layers=1, sliding_window=window, head_dim=128, n_heads=2, n_kv_heads=1
