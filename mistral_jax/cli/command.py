@@ -14,6 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from mistral_jax.base import DTYPES
 from mistral_jax.base.output import one_line, tell
@@ -172,6 +173,45 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def load_model(arguments: argparse.Namespace, given: str | None, **more: Any) -> tuple:
+    """Loads a checkpoint with the options of `add_model`, `add_layout` and `add_cache`.
+
+    Args:
+      arguments: the parsed options.
+      given: name or folder of the checkpoint; None = the bundled model.
+      **more: further arguments of `load`.
+
+    Returns:
+      The model, its parameters and its tokenizer.
+
+    Raises:
+      ValueError: the checkpoint has no tokenizer, or does not suit the options.
+    """
+    from mistral_jax.base import machine
+    from mistral_jax.base.output import Screen
+    from mistral_jax.checkpoint import checkpoint
+    from mistral_jax.tokens import storage
+
+    if arguments.compilation_cache:
+        machine.use_compilation_cache()
+    if note := machine.unseen_accelerator():
+        tell(note)
+    with announced():
+        loaded = checkpoint.load(
+            given,
+            sharding=arguments.sharding,
+            mesh=arguments.mesh,
+            dtype=arguments.dtype,
+            lora=arguments.lora,
+            quantize=arguments.quantize,
+            progress=Screen(),
+            **more,
+        )
+    if loaded[2] is None:
+        raise ValueError(f"{given} has no {storage.EXPECTED}; copy the model's to this folder")
+    return loaded
 
 
 def _mesh(text: str) -> dict[str, int]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from mistral_jax.cli import command, suites
-from mistral_jax.tokens import storage
 
 _UNFOLDED = 1000  # columns of a table that is not printed on a terminal
 
@@ -148,27 +147,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     questions = distributed.from_first(lambda: choices.read(path) if path else [])
     suite = _suite(arguments) if arguments.tasks else None
 
-    from mistral_jax.base import machine
-    from mistral_jax.base.output import Screen
-    from mistral_jax.checkpoint import checkpoint
-
-    if arguments.compilation_cache:
-        machine.use_compilation_cache()
-    if note := machine.unseen_accelerator():
-        command.tell(note)
-    with command.announced():
-        model, params, tokenizer = checkpoint.load(
-            arguments.checkpoint,
-            sharding=arguments.sharding,
-            mesh=arguments.mesh,
-            dtype=arguments.dtype,
-            lora=arguments.lora,
-            quantize=arguments.quantize,
-            progress=Screen(),
-        )
-    if tokenizer is None:
-        raise ValueError(f"{arguments.checkpoint} has no {storage.EXPECTED}; put the model's there")
-    loaded = model, params, tokenizer
+    loaded = command.load_model(arguments, arguments.checkpoint)
     with command.announced():
         if texts:
             _perplexity(arguments, loaded, texts)

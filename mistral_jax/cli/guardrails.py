@@ -8,15 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mistral_jax.base import machine
-from mistral_jax.checkpoint.checkpoint import find
 from mistral_jax.cli import command, suites
 from mistral_jax.evaluation import guardrails, moderation, results
 from mistral_jax.evaluation.guardrails import Prompt, Quality, Reply, Text, TradeOff
 from mistral_jax.evaluation.journal import Journal, identity
 from mistral_jax.evaluation.moderation import Moderation
 from mistral_jax.parallel import distributed
-from mistral_jax.tokens import storage
 
 _LABELS = (*moderation.CATEGORIES, moderation.ACCEPTABLE)
 # Prompts or texts after which their results are stored.
@@ -34,23 +31,16 @@ def run(arguments: argparse.Namespace) -> int:
     # `--checkpoint DIR FILE` names a checkpoint and a set.
     words = arguments.checkpoint
     sets = [*arguments.files, *(Path(word) for word in words if _is_set(word))]
-    checkpoints = [word for word in words if not _is_set(word)] or [None]
-    if len(checkpoints) > 1 and arguments.plot:
+    arguments.checkpoint = [word for word in words if not _is_set(word)]
+    targets = suites.targets(arguments, "NAME.guardrails.json")
+    if len(targets) > 1 and arguments.plot:
         raise ValueError("--plot is for one checkpoint; plot each one by itself")
     prompts, texts = distributed.from_first(
         lambda: guardrails.read(sets or [guardrails.EXAMPLE], _LABELS)
     )
     prompts, texts = prompts[: arguments.limit], texts[: arguments.limit]
-    places = [_place(arguments, checkpoint) for checkpoint in checkpoints]
-    if len(set(places)) < len(places):
-        raise ValueError(
-            f"two checkpoints would have their results in {places[0]}; expected different names, "
-            "or run them one by one with other --results"
-        )
-    if arguments.compilation_cache:
-        machine.use_compilation_cache()
-    for checkpoint, place in zip(checkpoints, places, strict=True):
-        _run(arguments, checkpoint, place, prompts, texts)
+    for target in targets:
+        _run(arguments, target, prompts, texts)
     return 0
 
 
@@ -58,33 +48,17 @@ def _is_set(word: str) -> bool:
     return Path(word).is_file() or word.endswith((".jsonl", ".jsonl.gz"))
 
 
-def _place(arguments: argparse.Namespace, checkpoint: str | None) -> Path:
-    """Returns the file of a checkpoint's results."""
-    if len(arguments.results) > 1:
-        raise ValueError("--suite writes its results to one place; give one path to --results")
-    (place,) = arguments.results or [suites.RESULTS]
-    if place.suffix == ".json":
-        return place
-    name = find(checkpoint).resolve().name if checkpoint else find(None).name
-    if arguments.lora:
-        name += f"+{Path(arguments.lora).resolve().stem}"
-    if arguments.quantize:
-        name += f"-{arguments.quantize}"
-    return place / f"{name}.guardrails.json"
-
-
 def _run(
     arguments: argparse.Namespace,
-    checkpoint: str | None,
-    place: Path,
+    target: suites.Target,
     prompts: Sequence[Prompt],
     texts: Sequence[Text],
 ) -> None:
-    mark = identity(find(checkpoint), arguments.dtype, arguments.lora, arguments.quantize)
+    mark = identity(target.folder, arguments.dtype, arguments.lora, arguments.quantize)
     asked = json.dumps([mark, arguments.chat_form, guardrails.NEW_TOKENS, moderation.CATEGORIES])
-    name = place.name.removesuffix(".json").removesuffix(".guardrails")
+    name, place = target.name, target.file
     with Journal(place.with_suffix(".journal"), asked) as journal:
-        work = _Work(arguments, checkpoint, journal)
+        work = _Work(arguments, target.given, journal)
         with _progress(name) as report:
             replies, found = work.do(prompts, texts, report)
     shares = [guardrails.trade_off(replies, safe) for safe in (False, True)] if prompts else []
@@ -95,7 +69,7 @@ def _run(
         "format": results.FORMAT,
         "suite": "guardrails",
         "model": name,
-        "checkpoint": checkpoint or name,
+        "checkpoint": target.given or name,
         "new_tokens": guardrails.NEW_TOKENS,
         "trade_off": [dataclasses.asdict(own) for own in shares],
         "moderation": dataclasses.asdict(quality) if quality else None,
@@ -170,24 +144,11 @@ class _Work:
         """
         if self._loaded is not None:
             return self._loaded
-        from mistral_jax.base.output import Screen
-        from mistral_jax.checkpoint import checkpoint
-
         arguments = self._arguments
-        with command.announced():
-            self._loaded = checkpoint.load(
-                self._checkpoint,
-                sharding=arguments.sharding,
-                mesh=arguments.mesh,
-                dtype=arguments.dtype,
-                lora=arguments.lora,
-                quantize=arguments.quantize,
-                chat_form=arguments.chat_form,
-                progress=Screen(),
-            )
+        self._loaded = command.load_model(
+            arguments, self._checkpoint, chat_form=arguments.chat_form
+        )
         tokenizer = self._loaded[2]
-        if tokenizer is None:
-            raise ValueError(f"{self._checkpoint} has no {storage.EXPECTED}; put the model's there")
         if asks and tokenizer.chat_form == "none":
             raise ValueError(
                 f"{self._checkpoint} has no chat form, so it answers no prompts; expected an "

@@ -5,10 +5,8 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from mistral_jax.cli import command, suites
-from mistral_jax.tokens import storage
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -21,46 +19,23 @@ def run(arguments: argparse.Namespace) -> int:
             "such as MT-Bench's question.jsonl"
         )
     questions = mt_bench.read_questions(arguments.files[0])[: arguments.limit]
-    if len(arguments.results) > 1:
-        raise ValueError("--results names several folders; expected the one to write to")
-    (folder,) = arguments.results or [suites.RESULTS]
-    for checkpoint in arguments.checkpoint or [None]:
-        _answer(arguments, checkpoint, questions, folder / "mt-bench")
+    for target in suites.targets(arguments, "mt-bench/NAME.jsonl"):
+        _answer(arguments, target, questions)
     return 0
 
 
-def _answer(arguments: argparse.Namespace, name: str | None, questions: list, folder: Path) -> None:
-    from mistral_jax.base import machine
-    from mistral_jax.base.output import Screen
-    from mistral_jax.checkpoint import checkpoint
+def _answer(arguments: argparse.Namespace, target: suites.Target, questions: list) -> None:
     from mistral_jax.evaluation import mt_bench
 
-    if arguments.compilation_cache:
-        machine.use_compilation_cache()
-    if note := machine.unseen_accelerator():
-        command.tell(note)
-    model_id = Path(name).absolute().name if name else checkpoint.BUNDLED.name
-    path = folder / f"{model_id}.jsonl"
-    with command.announced():
-        model, params, tokenizer = checkpoint.load(
-            name,
-            sharding=arguments.sharding,
-            mesh=arguments.mesh,
-            dtype=arguments.dtype,
-            lora=arguments.lora,
-            quantize=arguments.quantize,
-            chat_form=arguments.chat_form,
-            progress=Screen(),
+    model_id, path = target.file.stem, target.file  # FastChat takes the name from the file's.
+    loaded = command.load_model(arguments, target.given, chat_form=arguments.chat_form)
+    with command.announced(), _progress() as show:
+        records = mt_bench.answer(
+            *(*loaded, questions, path, model_id),
+            slots=arguments.batch,
+            new_tokens=arguments.max_tokens or mt_bench.NEW_TOKENS,
+            report=show,
         )
-        if tokenizer is None:
-            raise ValueError(f"{name} has no {storage.EXPECTED}; put the model's there")
-        with _progress() as show:
-            records = mt_bench.answer(
-                *(model, params, tokenizer, questions, path, model_id),
-                slots=arguments.batch,
-                new_tokens=arguments.max_tokens or mt_bench.NEW_TOKENS,
-                report=show,
-            )
     if arguments.json:
         fields = {"model": model_id, "questions": len(records), "answers": str(path)}
         print(json.dumps(fields), flush=True)

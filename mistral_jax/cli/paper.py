@@ -8,24 +8,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-from mistral_jax.base.output import Screen, one_line, tell
+from mistral_jax.base.output import one_line, tell
 from mistral_jax.cli import command, suites
 from mistral_jax.evaluation import results, suite, tables
 from mistral_jax.evaluation.results import Results
-from mistral_jax.tokens import storage
 
 NAME = "paper"
-
-
-class _Target(NamedTuple):
-    """A checkpoint to run: its name, its path for `load`, its folder, and its file of results."""
-
-    name: str
-    given: str | None
-    folder: Path
-    file: Path
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -40,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     names = whole.choose(arguments.tasks)
     _check_table(arguments.table)
     columns = _columns()
-    targets = _targets(arguments)
+    targets = suites.targets(arguments, f"NAME.{NAME}.json")
     sizes = [columns.parameters(target.folder) for target in targets]
     prepared, missing = columns.prepare(
         *(whole, names, arguments.include_path, arguments.limit, arguments.allow_code_execution),
@@ -101,63 +90,14 @@ def _check_table(path: Path | None) -> None:
         raise ValueError(f"--table is {path}; expected a file that ends with .md or .html")
 
 
-def _targets(arguments: argparse.Namespace) -> list[_Target]:
-    """Returns the checkpoints, each with a name of its own.
-
-    Raises:
-      ValueError: a folder is no checkpoint, or --results does not fit.
-    """
-    from mistral_jax.checkpoint import checkpoint
-
-    given = arguments.checkpoint or [None]
-    if len(arguments.results) > 1:
-        raise ValueError("--suite writes its results to one place; give one path to --results")
-    (place,) = arguments.results or [suites.RESULTS]
-    is_file = place.suffix == ".json"
-    if is_file and len(given) > 1:
-        raise ValueError(
-            f"--results is the file {place}, and there are {len(given)} checkpoints; name a folder"
-        )
-    found: dict[str, _Target] = {}
-    for one in given:
-        folder = checkpoint.find(one)
-        name = Path(os.path.abspath(folder)).name
-        if arguments.lora:
-            name += f"+{Path(os.path.abspath(arguments.lora)).stem}"
-        if arguments.quantize:
-            name += f"-{arguments.quantize}"
-        number, free = 2, name
-        while free in found:
-            free, number = f"{name}-{number}", number + 1
-        file = place if is_file else place / f"{free}.{NAME}.json"
-        found[free] = _Target(free, one, folder, file)
-    return list(found.values())
-
-
 def _measure(arguments, columns, target, start, prepared, advance) -> Results:
     """Runs all columns on a checkpoint; writes the results after each."""
-    from mistral_jax.base import machine
-    from mistral_jax.checkpoint import checkpoint
     from mistral_jax.evaluation.harness import MistralJax
     from mistral_jax.evaluation.journal import Journal, identity
     from mistral_jax.parallel import distributed
 
-    if arguments.compilation_cache:
-        machine.use_compilation_cache()
-    if note := machine.unseen_accelerator():
-        command.tell(note)
+    model, params, tokenizer = command.load_model(arguments, target.given)
     with command.announced():
-        model, params, tokenizer = checkpoint.load(
-            target.given,
-            sharding=arguments.sharding,
-            mesh=arguments.mesh,
-            dtype=arguments.dtype,
-            lora=arguments.lora,
-            quantize=arguments.quantize,
-            progress=Screen(),
-        )
-        if tokenizer is None:
-            raise ValueError(f"{target.given} has no {storage.EXPECTED}; put the model's there")
         mark = identity(target.folder, model.dtype, arguments.lora, arguments.quantize)
         kept = distributed.from_first(lambda: _earlier(target.file, mark))
         not_run = {name: own for name, own in start.not_run.items() if name not in kept}

@@ -10,7 +10,6 @@ import time
 from mistral_jax.base import files
 from mistral_jax.cli import command
 from mistral_jax.cli.options import parser
-from mistral_jax.tokens import storage
 
 _SAMPLING = (
     *("temperature", "top_k", "top_p", "min_p", "seed"),
@@ -46,15 +45,10 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.merge and arguments.lora is None:
         raise ValueError("--merge is for --lora DIR; name the adapters to merge")
 
-    from mistral_jax.base import machine
     from mistral_jax.engine.sampling import Sampling
 
     fields = {name: getattr(arguments, name) for name in _SAMPLING}
     sampling = Sampling(**fields, logit_bias=dict(arguments.logit_bias))
-    if arguments.compilation_cache:
-        machine.use_compilation_cache()
-    if note := machine.unseen_accelerator():
-        command.tell(note)
     model = _Model(arguments, sampling)
     if prompts is not None:
         return model.complete(prompts)
@@ -71,29 +65,14 @@ class _Model:
     """A loaded model with the options of the command."""
 
     def __init__(self, arguments: argparse.Namespace, sampling):
-        from mistral_jax.base.output import Screen
-        from mistral_jax.checkpoint.checkpoint import load
         from mistral_jax.cli.stats import CompileClock
 
         self._arguments = arguments
         self._clock = CompileClock()
         began = time.perf_counter()
-        with command.announced():
-            model, self._params, self._tokenizer = load(
-                arguments.checkpoint,
-                sharding=arguments.sharding,
-                mesh=arguments.mesh,
-                dtype=arguments.dtype,
-                lora=arguments.lora,
-                quantize=arguments.quantize,
-                merge=arguments.merge,
-                chat_form=arguments.chat_form,
-                progress=Screen(),
-            )
-        if self._tokenizer is None:
-            raise ValueError(
-                f"{arguments.checkpoint} has no {storage.EXPECTED}; copy the model's to this folder"
-            )
+        model, self._params, self._tokenizer = command.load_model(
+            arguments, arguments.checkpoint, merge=arguments.merge, chat_form=arguments.chat_form
+        )
         if arguments.max_positions is not None:
             config = dataclasses.replace(model.config, max_positions=arguments.max_positions)
             model = model.clone(config=config)

@@ -5,8 +5,10 @@ itself, because it may run several checkpoints. Its module is imported when it i
 """
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from mistral_jax.cli import command
 
@@ -128,6 +130,62 @@ def check(arguments: argparse.Namespace) -> None:
         if is_given and option not in _TAKES[name]:
             given = f"the file {value[0]}" if option == "files" else f"--{option.replace('_', '-')}"
             raise ValueError(f"{what} does not take {given}; leave it out")
+
+
+class Target(NamedTuple):
+    """A checkpoint that a suite runs on.
+
+    Attributes:
+      name: a name of its own in tables and files.
+      given: its name or path for `load`; None = the bundled model.
+      folder: its folder.
+      file: file of its results.
+    """
+
+    name: str
+    given: str | None
+    folder: Path
+    file: Path
+
+
+def targets(arguments: argparse.Namespace, form: str) -> list[Target]:
+    """Returns the checkpoints of a suite.
+
+    Args:
+      arguments: the parsed options.
+      form: path of a file of results in the folder of results, with NAME for the checkpoint's name.
+
+    Raises:
+      ValueError: a folder is no checkpoint, two have one name, or --results does not fit.
+    """
+    from mistral_jax.checkpoint import checkpoint
+
+    given = arguments.checkpoint or [None]
+    if len(arguments.results) > 1:
+        raise ValueError("--suite writes its results to one place; give one path to --results")
+    (place,) = arguments.results or [RESULTS]
+    is_file = place.suffix == Path(form).suffix
+    if is_file and len(given) > 1:
+        raise ValueError(
+            f"--results is the file {place}, and there are {len(given)} checkpoints; name a folder"
+        )
+    found: dict[str, Target] = {}
+    for one in given:
+        folder = checkpoint.find(one)
+        name = Path(os.path.abspath(folder)).name
+        if arguments.lora:
+            name += f"+{Path(os.path.abspath(arguments.lora)).stem}"
+        if arguments.quantize:
+            name += f"-{arguments.quantize}"
+        if name in found:
+            raise ValueError(
+                f"two checkpoints would have their results under the name {name}; run them one by "
+                "one with other --results"
+            )
+        found[name] = Target(
+            name, one, folder, place if is_file else place / form.replace("NAME", name)
+        )
+    return list(found.values())
 
 
 def run(arguments: argparse.Namespace) -> int:

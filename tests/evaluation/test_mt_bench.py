@@ -248,7 +248,7 @@ def test_what_is_wrong_is_said_in_one_line(command, folder, tmp_path):
         (["absent.jsonl"], "there is no file absent.jsonl"),
         ([file, "--choices", file], "--suite mt-bench does not take --choices; leave it out"),
         ([file, "--tasks", "x"], "--suite mt-bench does not take --tasks; leave it out"),
-        ([file, "--results", "a", "b"], "--results names several folders"),
+        ([file, "--results", "a", "b"], "--suite writes its results to one place"),
         ([file, "--chat-form", "none"], "the model has no chat form: it is a base model"),
     ):
         code, out, err = command(*arguments)
