@@ -1,10 +1,7 @@
 """The suite "mt-bench": answers to questions of two turns, in FastChat's files."""
 
 import argparse
-import contextlib
 import json
-import sys
-from collections.abc import Callable, Iterator
 
 from mistral_jax.cli import command, suites
 
@@ -25,11 +22,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _answer(arguments: argparse.Namespace, target: suites.Target, questions: list) -> None:
+    from mistral_jax.cli.evaluate import show_progress
     from mistral_jax.evaluation import mt_bench
 
     model_id, path = target.file.stem, target.file  # FastChat takes the name from the file's.
     loaded = command.load_model(arguments, target.given, chat_form=arguments.chat_form)
-    with command.announced(), _progress() as show:
+    with command.announced(), show_progress("answering questions") as show:
         records = mt_bench.answer(
             *(*loaded, questions, path, model_id),
             slots=arguments.batch,
@@ -41,18 +39,3 @@ def _answer(arguments: argparse.Namespace, target: suites.Target, questions: lis
         print(json.dumps(fields), flush=True)
     else:
         print(f"{model_id} answered {len(records)} questions: {path}", flush=True)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """Yields a function of (questions answered, questions in all), which updates a bar."""
-    if sys.stderr is None or not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    columns = "answering questions", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -52,14 +52,12 @@ class Published:
       parameters: its size, as the paper names it.
       source: where the figures were published.
       scores: scores by the name of the column, in percent.
-      categories: means by the name of the category, in percent.
     """
 
     model: str
     parameters: float
     source: str
     scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    categories: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +126,6 @@ def read(name: str | Path) -> Suite:
     )
     for own in published:
         check_table({"scores": own.scores}, {"scores": _SCORES}, f"{where}, {own.model}")
-        check_table({"categories": own.categories}, {"categories": _SCORES}, where)
     given = {"columns": columns, "categories": categories, "published": published}
     suite = build(Suite, fields | given | {"name": path.stem}, where)
     _check_names(suite, where)
@@ -147,9 +144,5 @@ def _check_names(suite: Suite, where: str) -> None:
         for name in names:
             if name not in suite.columns:
                 raise ValueError(f"{where}: {what} names {name!r}; expected a column of the suite")
-    for own in suite.published:
-        for name in own.categories:
-            if name not in suite.categories:
-                raise ValueError(f"{where}: {own.model} has {name!r}; expected a category")
     if suite.reference not in [own.model for own in suite.published]:
         raise ValueError(f"{where}: reference is {suite.reference!r}; expected a published model")

@@ -8,6 +8,7 @@ from pathlib import Path
 import processes
 import pytest
 
+from mistral_jax.evaluation import sandbox
 from mistral_jax.evaluation.tasks import functions
 from mistral_jax.evaluation.votes import majority
 
@@ -82,6 +83,14 @@ def test_programs_are_made_of_answers_and_tests():
         program = functions.mbpp_program(MBPP, text)
         assert program.replace("\n\n", "\n") == f"{expected}import math\nassert f(4) == 2\n"
     assert functions.mbpp_program({"test_list": ["assert x"]}, "x = 1") == "x = 1\nassert x\n"
+
+
+def test_programs_are_refused_where_they_cannot_be_confined():
+    if processes.has_landlock():
+        sandbox.check()
+    else:
+        with pytest.raises(ValueError, match="this machine cannot confine a program"):
+            sandbox.check()
 
 
 @pytest.mark.skipif(not processes.has_landlock(), reason="the kernel has no Landlock")
