@@ -39,8 +39,7 @@ def choose(
             lambda logits, *_: logits,
             *(logits, sampling.penalties, counts),
         )
-    # On a CPU, XLA's argmax takes five times as long.
-    likeliest = _first(~(logits < jnp.max(logits, axis=-1, keepdims=True)))
+    likeliest = first_true(~(logits < jnp.max(logits, axis=-1, keepdims=True)))
 
     def drawn_or_likeliest():
         def fold(words, position):
@@ -205,13 +204,16 @@ def _reach(weights, enough):
     # so they grow exactly where a weight is not 0.
     sums = jnp.sum(jnp.where(places[None] <= places[:, None], weights[:, None], 0), axis=-1)
     enough = jnp.clip(enough, _TINY, sums[:, -1])
-    found = _first(sums >= enough[:, None])
+    found = first_true(sums >= enough[:, None])
     before = jnp.where(places[None] < found[:, None], weights, 0)
     return found, jnp.sum(before, axis=-1)
 
 
-def _first(found: jax.Array) -> jax.Array:
-    """Returns the first index of each row [B, n] that is true; the last index if none is."""
+def first_true(found: jax.Array) -> jax.Array:
+    """Returns the first index of each row [..., n] that is true; the last index if none is.
+
+    On a CPU, XLA's argmax takes five times as long.
+    """
     last = found.shape[-1] - 1
-    places = jnp.arange(last + 1, dtype=jnp.int32)[None]
+    places = jax.lax.broadcasted_iota(jnp.int32, found.shape, found.ndim - 1)
     return jnp.min(jnp.where(found, places, last), axis=-1)

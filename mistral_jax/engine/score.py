@@ -6,11 +6,19 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mistral_jax.engine.batches import (
+    Pool,
+    alternatives,
+    batches,
+    count_tokens,
+    ends_only,
+    pick_rows,
+)
+from mistral_jax.engine.logits import first_true
 from mistral_jax.engine.prefill import (
     NOT_FINITE,
     Params,
@@ -30,6 +38,14 @@ from mistral_jax.tokens.tokenizer import Tokenizer
 # Chunk widths, where they are below C. They are finer than those of prefill, because most rows are
 # a single chunk, and a width costs few programs: all batches have one number of rows.
 _WIDTHS = (16, 32, 64, 128, 256, 512, 1024)
+# Widths of rows with shared tokens on a CPU, which computes padding as slowly as tokens. What
+# follows a shared segment is often short, and then much of a coarse width would be padding.
+_FINE_WIDTHS = (
+    *range(8, 32, 4),
+    *range(32, 64, 8),
+    *(size * quarters // 4 for size in (64, 128, 256, 512) for quarters in (4, 5, 6, 7)),
+    1024,
+)
 
 
 class Likelihoods(NamedTuple):
@@ -156,11 +172,13 @@ class _Scoring:
         self._model, self._params, self._rows = model, params, rows
         self._given, self._report = given, report
         self._roots = plan(rows, given)
+        is_fine = model.backend.platform == "cpu" and any(own.children for own in self._roots)
+        self._widths = _FINE_WIDTHS if is_fine else _WIDTHS
         self._size = min(batch, len(rows))
         lengths = [len(row) - count for row, count in zip(rows, given, strict=True)]
         self._found = [Likelihoods(np.zeros(n, np.float32), np.zeros(n, bool)) for n in lengths]
         self._left = lengths
-        self._done, self._total = 0, sum(map(_tokens, self._roots))
+        self._done, self._total = 0, sum(map(count_tokens, self._roots))
 
     def run(self) -> Iterator[tuple[int, Likelihoods]]:
         """Yields rows and their scores."""
@@ -184,8 +202,8 @@ class _Scoring:
           places: for each segment, the row of its parent in `parents`.
           parents: a cache; None = the segments have no parent.
         """
-        lengths = [own.stop - own.start for own in segments]
-        for indices, size in _batches(lengths, self._size):
+        pool = Pool()
+        for indices, size in self._divide(segments):
             some = [segments[i] for i in indices]
             count = len(pad_rows(self._model, self._params, [None] * size, None))
             cache = parents
@@ -193,11 +211,26 @@ class _Scoring:
                 chosen = np.zeros(count, np.int32)
                 chosen[: len(some)] = [places[i] for i in indices]
                 with on_mesh(self._params):
-                    cache = _pick_rows(self._model, parents, chosen)
+                    cache = pick_rows(self._model, parents, chosen)
             cache = yield from self._chunks(some, count, cache)
             below = [(child, row) for row, own in enumerate(some) for child in own.children]
+            if below and not pool.takes(cache):
+                yield from self._read(*pool.empty())
             if below:
-                yield from self._read(*zip(*below, strict=True), cache)
+                pool.add(cache, below)
+            if pool.is_full:
+                yield from self._read(*pool.empty())
+        if pool.caches:
+            yield from self._read(*pool.empty())
+
+    def _divide(self, segments) -> Iterator[tuple[list[int], int]]:
+        """Yields what `batches` does; a batch needs the logits of ends, or those of all tokens."""
+        kinds = [ends_only(own) for own in segments]
+        for kind in (True, False):
+            alike = [i for i, own in enumerate(kinds) if own is kind]
+            lengths = [segments[i].stop - segments[i].start for i in alike]
+            for indices, size in batches(lengths, self._size):
+                yield [alike[i] for i in indices], size
 
     def _chunks(self, some, count, cache) -> Iterator[tuple]:
         """Dispatches the chunks of a batch of segments; returns their cache."""
@@ -210,20 +243,20 @@ class _Scoring:
         rest = max(own.stop - own.start for own in some)
         width = self._width(count, rest)
         if cache is None and (width < rest or any(own.children for own in some)):
-            length = slots(self._model, max(own.reach for own in some))
+            length = self._slots(max(own.reach for own in some))
             with on_mesh(self._params):
                 cache, _ = start_reading(self._model, self._params, count, length)
         # Targets of the last position of each segment, where rows may go on differently.
         lasts = [self._last_targets(own) for own in some]
-        others = np.zeros((count, _alternatives(max(map(len, lasts)))), np.int32)
+        others = np.zeros((count, alternatives(max(map(len, lasts)))), np.int32)
         for row, last in enumerate(lasts):
             others[row, : len(last)] = list(last)
-        ends_only = all(first == own.stop - 1 for own in some for _, first in own.asked)
+        by_ends = all(map(ends_only, some))
         while rest > 0:
             width = self._width(count, rest)
             tokens, positions = cut(texts, starts, width)
             at = np.subtract(ends, starts, dtype=np.int32) - np.int32(1)
-            targets = None if ends_only else cut(following, starts, width)[0]
+            targets = None if by_ends else cut(following, starts, width)[0]
             with on_mesh(self._params):
                 cache, made = _score_chunk(
                     *(self._model, self._params, tokens, positions),
@@ -235,7 +268,17 @@ class _Scoring:
         return cache
 
     def _width(self, count, rest) -> int:
-        return chunk_width(count, rest, self._model.backend, _WIDTHS)
+        return chunk_width(count, rest, self._model.backend, self._widths)
+
+    def _slots(self, reach) -> int:
+        """Returns the slots of a cache for texts of up to `reach` tokens."""
+        length = slots(self._model, reach)
+        spans = set(self._model.config.spans)
+        if self._model.backend.platform == "cpu" and spans == {length} and reach < length:
+            # With a slot less than the window has keys, no token can overwrite another one, so
+            # attention need not put the cache and the chunk in order.
+            return length - 1
+        return length
 
     def _last_targets(self, segment: Segment) -> dict[int, int]:
         """Returns the distinct tokens to score after a segment, with their places."""
@@ -279,43 +322,6 @@ class _Scoring:
             )
 
 
-def _tokens(segment: Segment) -> int:
-    """Returns the number of tokens of a segment and its descendants."""
-    return segment.stop - segment.start + sum(map(_tokens, segment.children))
-
-
-def _alternatives(count: int) -> int:
-    """Rounds a number of targets up to a bucket: 1, 4, 16, and so on."""
-    return 1 << (max(count, 1) - 1).bit_length() + (max(count, 1) - 1).bit_length() % 2
-
-
-def _batches(lengths: Sequence[int], batch: int) -> Iterator[tuple[list[int], int]]:
-    """Yields the indices of rows that are read together, and the number of rows of their arrays.
-
-    A row that is so long that more than half of its batch would be padding gets a batch of its own.
-    """
-    # The longest rows come first, so that a lack of memory shows at once.
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    start = 0
-    while start < len(order):
-        indices = order[start : start + batch]
-        places = [-(-lengths[i] // _WIDTHS[0]) for i in indices]
-        if batch * places[0] > 2 * sum(places):
-            indices = indices[:1]
-        yield indices, batch if len(indices) > 1 else 1
-        start += len(indices)
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _pick_rows(model, cache, rows):
-    """Copies rows of a cache into a new cache; a row may be copied several times."""
-
-    def pick(x, axes):
-        return nn.with_logical_constraint(x[rows], axes, rules=model.rules)
-
-    return tuple(jax.tree.map(pick, layer, layer.logical_axes()) for layer in cache)
-
-
 @functools.partial(ModelJit, static_argnames="model", donate_argnames="cache")
 def _score_chunk(model, params, tokens, positions, targets, at, others, cache):
     """Reads a chunk; returns log-probabilities of targets and whether they are the likeliest.
@@ -330,8 +336,9 @@ def _score_chunk(model, params, tokens, positions, targets, at, others, cache):
     logits, cache = model.apply(
         {"params": params}, tokens, positions, cache, logits_at=at if targets is None else None
     )
-    total = jax.nn.logsumexp(logits, axis=-1)
-    best = jax.lax.argmax(logits, 2, jnp.int32)
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    total = jnp.log(jnp.sum(jnp.exp(logits - largest), axis=-1)) + largest[..., 0]
+    best = first_true(logits >= largest)
     column = jnp.zeros_like(at) if targets is None else at
 
     def pick(x):

@@ -15,6 +15,9 @@ from mistral_jax.engine.prefixes import common
 # Minimum number of tokens of a shared segment: the width of the narrowest chunk. Reading fewer
 # again costs less than one more call.
 LEAST = 16
+# Minimum number of tokens that sharing a segment spares. A segment that few rows share makes calls
+# of few rows, which are padded.
+LEAST_SPARED = 48
 # Maximum depth of the tree. The caches of all ancestors of a segment are in memory.
 MOST_DEPTH = 4
 
@@ -80,7 +83,8 @@ def plan(rows: Sequence[Sequence[int]], given: Sequence[int]) -> list[Segment]:
         if last - first > 1 and len(path) == MOST_DEPTH - 1:
             divide(first, last, range(first + 1, last), start, path)
             continue
-        if last - first > 1 and stop - start < LEAST:
+        spared = (last - first - 1) * (stop - start)
+        if last - first > 1 and (stop - start < LEAST or spared < LEAST_SPARED):
             divide(first, last, cuts.tolist(), start, path)
             continue
         owners = alike[texts[first]]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tiny
 
-from mistral_jax.engine import prefill, score, shared
+from mistral_jax.engine import batches, prefill, score, shared
 from mistral_jax.engine.generate import generate
 from mistral_jax.engine.sampling import Sampling
 from mistral_jax.engine.score import likelihoods
@@ -141,9 +141,12 @@ def rows_in_common(rng):
     return rows, given
 
 
-@pytest.mark.parametrize(("window", "batch"), [(5, 8), (24, 1), (None, 3)])
-def test_rows_that_share_prefixes_are_scored_as_alone(window, batch):
-    """A window may be shorter than the examples, and a chunk longer than the window."""
+@pytest.mark.parametrize(
+    ("window", "batch", "pooled"), [(5, 8, 4096), (24, 1, 1), (128, 2, 300), (None, 3, 4096)]
+)
+def test_rows_that_share_prefixes_are_scored_as_alone(window, batch, pooled, monkeypatch):
+    """A window may be shorter than the examples or longer than all rows, and a chunk longer."""
+    monkeypatch.setattr(batches, "_POOLED", pooled)
     model, params = tiny.build(sliding_window=window, vocab_size=56, n_layers=1)
     rows, given = rows_in_common(np.random.default_rng(1))
     found = likelihoods(model, params, rows, batch, given=given)
