@@ -21,6 +21,7 @@ _HOMES = {
     "config": ("ModelConfig",),
     "engine.engine": ("Engine",),
     "engine.generate": ("Completion", "generate"),
+    "engine.grammar": ("Grammar",),
     "engine.sampling": ("Sampling",),
     "engine.score": ("Score", "score"),
     "engine.text": ("chat", "complete", "stream"),

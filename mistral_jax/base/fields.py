@@ -25,10 +25,12 @@ class Rule(NamedTuple):
     Attributes:
       expected: description of valid values for an error message.
       accepts: returns whether a value is valid; takes a value of any type.
+      schema: the condition as a JSON schema, for the description of an API.
     """
 
     expected: str
     accepts: Callable[[Any], bool]
+    schema: Mapping[str, Any] = MappingProxyType({})
 
 
 def integer(least: int, most: int = LARGEST_INT) -> Rule:
@@ -36,6 +38,7 @@ def integer(least: int, most: int = LARGEST_INT) -> Rule:
     return Rule(
         f"an integer of at least {least} and at most {most}",
         lambda x: isinstance(x, int) and not isinstance(x, bool) and least <= x <= most,
+        {"type": "integer", "minimum": least, "maximum": most},
     )
 
 
@@ -51,27 +54,31 @@ def number(least: float, most: float, above: bool = False) -> Rule:
             and least <= x <= most
             and not (above and x == least)
         ),
+        {"type": "number", "exclusiveMinimum" if above else "minimum": least, "maximum": most},
     )
 
 
 def boolean() -> Rule:
     """Returns a rule for a boolean."""
-    return Rule("true or false", lambda x: isinstance(x, bool))
+    return Rule("true or false", lambda x: isinstance(x, bool), {"type": "boolean"})
 
 
 def string(*known: str) -> Rule:
     """Returns a rule for a string: any, or one of `known`."""
     if not known:
-        return Rule("a string", lambda x: isinstance(x, str))
-    return Rule(f"one of {', '.join(known)}", lambda x: isinstance(x, str) and x in known)
+        return Rule("a string", lambda x: isinstance(x, str), {"type": "string"})
+    expected = f"one of {', '.join(known)}"
+    return Rule(expected, lambda x: isinstance(x, str) and x in known, {"enum": list(known)})
 
 
-def list_of(item: Rule, most: int = LARGEST_INT) -> Rule:
-    """Returns a rule for a list of at most `most` items that `item` accepts."""
-    limit = "" if most == LARGEST_INT else f" of at most {most} items"
+def list_of(item: Rule, most: int = LARGEST_INT, least: int = 0) -> Rule:
+    """Returns a rule for a list of `least` to `most` items that `item` accepts."""
+    bounds = [f"at least {least}"] * (least > 0) + [f"at most {most}"] * (most < LARGEST_INT)
+    limit = f" of {' and '.join(bounds)} items" if bounds else ""
     return Rule(
         f"a list{limit}, each {item.expected}",
-        lambda x: isinstance(x, list) and len(x) <= most and all(map(item.accepts, x)),
+        lambda x: isinstance(x, list) and least <= len(x) <= most and all(map(item.accepts, x)),
+        {"type": "array", "items": item.schema, "minItems": least, "maxItems": most},
     )
 
 
@@ -81,6 +88,7 @@ def table_of(value: Rule | None = None) -> Rule:
     return Rule(
         f"an object{of}",
         lambda x: isinstance(x, dict) and (not value or all(map(value.accepts, x.values()))),
+        {"type": "object", "additionalProperties": value.schema if value else True},
     )
 
 
@@ -89,12 +97,13 @@ def either(*rules: Rule) -> Rule:
     return Rule(
         ", or ".join(rule.expected for rule in rules),
         lambda x: any(rule.accepts(x) for rule in rules),
+        {"anyOf": [rule.schema for rule in rules]},
     )
 
 
 def optional(rule: Rule) -> Rule:
     """Returns a rule for a value that `rule` accepts, or null."""
-    return either(rule, Rule("null", lambda x: x is None))
+    return either(rule, Rule("null", lambda x: x is None, {"type": "null"}))
 
 
 def check_table(values: Mapping[str, Any], rules: Mapping[str, Rule], source: str) -> None:

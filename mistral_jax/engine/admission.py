@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from mistral_jax.engine import prefill
+from mistral_jax.engine.grammar import Matcher
 from mistral_jax.engine.prefill import Params, Reading, pad_rows, padded, row_count
 from mistral_jax.engine.prefixes import Prefixes
 from mistral_jax.engine.sampling import Sampling
@@ -29,10 +30,14 @@ class Row:
       draw: index of the row among the rows that share its seed.
       stop_ids: tokens that end the row.
       top: number of likeliest tokens to report at each position.
+      owner: whose row it is; owners take turns.
+      matcher: the grammar of the answer; None = any tokens.
       tokens: ids of the tokens that were passed to the row's reader.
       chosen: number of tokens chosen on the device, including a stop token and tokens that came
         after the row was ended.
+      cached: number of tokens of the prompt that were restored instead of read.
       finish_reason: see `Completion`; None while the row is not finished.
+      problem: why the row failed by itself; None = it did not.
     """
 
     prompt: tuple[int, ...]
@@ -41,8 +46,12 @@ class Row:
     draw: int
     stop_ids: Sequence[int]
     top: int
+    owner: str = ""
+    matcher: Matcher | None = None
     tokens: list[int] = dataclasses.field(default_factory=list)
     chosen: int = 0
+    cached: int = 0
+    problem: str | None = None
     finish_reason: str | None = None
 
 
@@ -61,10 +70,11 @@ class Group:
 
 
 class Queue:
-    """A queue of rows whose prompts have not been read yet, first come, first served.
+    """A queue of rows whose prompts have not been read yet.
 
-    A long prompt is read alone; short prompts of similar length are read together, so that one pass
-    over the weights serves many tokens. At most about half of a group's positions are padding.
+    Owners take turns, and the rows of one are served in the order in which they came. A long prompt
+    is read alone; short prompts of similar length are read together, so that one pass over the
+    weights serves many tokens. At most about half of a group's positions are padding.
     """
 
     def __init__(
@@ -88,15 +98,16 @@ class Queue:
         """
         self._model, self._params, self._prefixes = model, params, prefixes
         self._slots, self._length, self._is_closed = slots, length, is_closed
-        self._rows: collections.deque[Row] = collections.deque()
+        # The rows of each owner; the owner whose turn it is comes first.
+        self._rows: dict[str, collections.deque[Row]] = {}
 
     def __len__(self) -> int:
         """Returns the number of waiting rows."""
-        return len(self._rows)
+        return sum(map(len, self._rows.values()))
 
     def add(self, row: Row) -> None:
         """Appends a row to the queue."""
-        self._rows.append(row)
+        self._rows.setdefault(row.owner, collections.deque()).append(row)
 
     def shapes(self) -> Iterator[tuple[int, int]]:
         """Yields rows and cache slots of all caches in which prompts are read, for a closed set."""
@@ -126,9 +137,7 @@ class Queue:
         if not prompts:
             self._rows.clear()
             return None
-        taken = {row for rows in prompts for row in rows}
-        taken |= {row for row in self._rows if row.finish_reason is not None}
-        self._rows = collections.deque(row for row in self._rows if row not in taken)
+        self._remove({row for rows in prompts for row in rows})
         texts = [rows[0].prompt for rows in prompts]
         length = self._length if adopted else self._room(max(map(len, texts)))
         texts += [()] * (self._filled(len(texts)) - len(texts))
@@ -146,8 +155,7 @@ class Queue:
         """
         found: dict[Sequence[int], list[Row]] = {}
         least = largest = 0
-        waiting = (row for row in self._rows if row.finish_reason is None)
-        for row in itertools.islice(waiting, 4 * most):
+        for row in itertools.islice(self._waiting(), 4 * most):
             if row.prompt in found:
                 found[row.prompt].append(row)
                 continue
@@ -163,6 +171,21 @@ class Queue:
         if self._is_closed and len(found) < _TOGETHER // 2:
             return list(found.values())[:1]  # Most rows of the padded batch would be empty.
         return list(found.values())
+
+    def _waiting(self) -> Iterator[Row]:
+        """Yields the rows that wait, one of each owner in turns."""
+        for turn in itertools.zip_longest(*self._rows.values()):
+            yield from (row for row in turn if row is not None and row.finish_reason is None)
+
+    def _remove(self, taken: set[Row]) -> None:
+        """Removes rows that are read now or have ended; their owners have had their turn."""
+        served, rows = {row.owner for row in taken}, self._rows
+        left = {
+            owner: [row for row in own if row not in taken and row.finish_reason is None]
+            for owner, own in rows.items()
+        }
+        order = sorted(left, key=served.__contains__)
+        self._rows = {owner: collections.deque(left[owner]) for owner in order if left[owner]}
 
     def _together(self) -> int:
         return min(_TOGETHER, self._slots)

@@ -1,9 +1,10 @@
 """`Answer`: the handle of a request, which an `Engine` fills as tokens are generated."""
 
+import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from mistral_jax.engine.admission import Row
@@ -50,6 +51,8 @@ class Answer:
         self._times: list[float] = []
         self._completion: Completion | None = None
         self._failure: BaseException | None = None
+        self._listener: Callable[[], None] = _ignore
+        self._error: str | None = None
 
     def __iter__(self) -> Iterator[Piece]:
         """Yields pieces; raises what `result` raises, or a ValueError if the row failed."""
@@ -91,6 +94,27 @@ class Answer:
             raise RuntimeError(f"the engine ended: {self._failure}") from self._failure
         return self._completion
 
+    @property
+    def cached_tokens(self) -> int:
+        """Number of tokens of the prompt that were restored from earlier texts, not read."""
+        return self.row.cached
+
+    def pieces(self, start: int = 0) -> list[Piece]:
+        """Returns the pieces from index `start` on, without waiting."""
+        with self._changed:
+            return self._pieces[start:]
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Calls a function now, and whenever pieces were added or the answer has ended.
+
+        Args:
+          listener: called from the engine's thread, so it must return at once, as
+            `loop.call_soon_threadsafe` does. An exception of it is ignored.
+        """
+        with self._changed:
+            self._listener = listener
+        self._tell()
+
     def cancel(self) -> None:
         """Ends the answer after the engine's current turn; the tokens generated so far stay."""
         self.is_cancelled = True
@@ -106,7 +130,12 @@ class Answer:
             self._times.append(time.perf_counter() - self._began)
             self._pieces.append(Piece(text, *token))
             self._changed.notify_all()
+        self._tell()
         return self._text is not None and self._text.ended
+
+    def fail(self, error: Exception) -> None:
+        """Keeps what went wrong with this answer alone; its row ends as "error"."""
+        self._text, self._error = None, f"the answer failed: {type(error).__name__}: {error}"
 
     def end(self, failure: BaseException | None = None) -> None:
         """Ends the answer with its row's finish reason, or with a failure of the engine.
@@ -119,12 +148,23 @@ class Answer:
                 self._completion = self._complete()
             self._engine = None
             self._changed.notify_all()
+        self._tell()
+
+    def _tell(self) -> None:
+        with contextlib.suppress(Exception):
+            self._listener()
 
     def _complete(self) -> Completion:
-        text = None
-        if self._text is not None:
-            if rest := self._text.flush():
-                self._pieces.append(Piece(rest, None, None, {}))
-            text = "".join(piece.text for piece in self._pieces)
         made = Completion.of(self._tokens, self.row.finish_reason, self._times)
-        return dataclasses.replace(made, text=text)
+        problem = self._error or self.row.problem
+        if problem is not None:
+            return dataclasses.replace(made, error=problem)
+        if self._text is None:
+            return made
+        if rest := self._text.flush():
+            self._pieces.append(Piece(rest, None, None, {}))
+        return dataclasses.replace(made, text="".join(piece.text for piece in self._pieces))
+
+
+def _ignore() -> None:
+    """Does nothing."""

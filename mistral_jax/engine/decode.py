@@ -114,6 +114,12 @@ def decode_step(
     model: Transformer, params: Params, state: State, made: Made, step: jax.Array
 ) -> tuple[State, Made]:
     """Runs the model on each row's last token and chooses the next; skips rows that have ended."""
+    state, logits = _read_last(model, params, state)
+    return advance(state, made, step, logits, model.rules)
+
+
+def _read_last(model, params, state):
+    """Runs the model on each row's last token; returns the state and logits [B, V]."""
     if not jax.sharding.get_abstract_mesh().empty:
         # Without a barrier, XLA gathers partitioned weights before the loop and keeps them whole.
         params, tokens = jax.lax.optimization_barrier((params, state.tokens))
@@ -122,8 +128,49 @@ def decode_step(
     logits, cache = model.apply(
         {"params": params}, state.tokens[:, None], positions[:, None], state.cache
     )
-    logits = whole_rows(model, logits[:, 0])
-    return advance(state.replace(cache=cache), made, step, logits, model.rules)
+    return state.replace(cache=cache), whole_rows(model, logits[:, 0])
+
+
+@functools.partial(ModelJit, static_argnames="model", donate_argnames="state")
+def forward(model: Transformer, params: Params, state: State) -> tuple[State, jax.Array]:
+    """Takes the first half of a step: reads each row's last token.
+
+    The host computes the masks of `choose_masked` meanwhile.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      state: the rows; its buffers are donated.
+
+    Returns:
+      The new state, and the logits of the next token, [B, V] float32.
+    """
+    state, logits = _read_last(model, params, state)
+    return release(state), logits
+
+
+def choose_masked(
+    model: Transformer, state: State, logits: jax.Array, masks: np.ndarray
+) -> tuple[State, Made]:
+    """Takes the second half of a step: chooses the next token of each row.
+
+    Args:
+      model: the model.
+      state: the rows.
+      logits: see `forward`.
+      masks: for each row, one bit a token that may be chosen, [B, ceil(V / 32)] int32.
+
+    Returns:
+      The new state, and the tokens, in one column.
+    """
+    new, made = _choose_masked(model, state.replace(cache=()), logits, masks)
+    return new.replace(cache=state.cache), made
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
+def _choose_masked(model, state, logits, masks):
+    made = nothing(*logits.shape, 1).replace(left=state.left)
+    return replicate(advance(state, made, jnp.int32(0), logits, model.rules, masks))
 
 
 def first_step(model: Transformer, state: State, logits: jax.Array) -> tuple[State, Made]:
@@ -152,7 +199,12 @@ def nothing(rows: int, vocab_size: int, steps: int) -> Made:
 
 
 def advance(
-    state: State, made: Made, step: jax.Array, logits: jax.Array, rules: Rules
+    state: State,
+    made: Made,
+    step: jax.Array,
+    logits: jax.Array,
+    rules: Rules,
+    masks: jax.Array | None = None,
 ) -> tuple[State, Made]:
     """Chooses a token for each row that has not ended, and appends it.
 
@@ -162,6 +214,7 @@ def advance(
       step: index of the column, int32.
       logits: logits of the model, [B, V] float32.
       rules: mesh axes of the logical axes; each device chooses for the rows that it holds.
+      masks: for each row, one bit a token that may be chosen, [B, ceil(V / 32)] int32; None = all.
 
     Returns:
       The new state, and the new output.
@@ -170,7 +223,7 @@ def advance(
     # Otherwise all devices would synchronize at every attempt to draw a token of any row.
     weigh = by_rows(_choose, rules)
     sampling, wants_top = state.sampling.only(alive), state.wants_top & alive
-    tokens, *odds = weigh(logits, sampling, positions, state.counts, wants_top)
+    tokens, *odds = weigh(logits, sampling, positions, state.counts, wants_top, masks)
     stopped = jnp.take_along_axis(state.stops, tokens[:, None], axis=1)[:, 0]
     # If any logit is NaN or +infinity, or all are -infinity, every log-probability is NaN.
     failed = alive & jnp.isnan(odds[0])
@@ -190,9 +243,14 @@ def advance(
     return state, Made(*map(put, old, new), left)
 
 
-def _choose(logits, sampling, positions, counts, wants_top):
+def _choose(logits, sampling, positions, counts, wants_top, masks):
     """Chooses tokens; returns their ids and log-probabilities, and those of the likeliest."""
-    tokens = choose(logits, sampling, positions, counts)
+    allowed = logits
+    if masks is not None:
+        bits = masks[..., None] >> jnp.arange(32, dtype=jnp.int32)[None, None]
+        bits = bits.reshape(len(masks), -1)[:, : logits.shape[-1]] & jnp.int32(1)
+        allowed = jnp.where(bits > 0, logits, -jnp.inf)
+    tokens = choose(allowed, sampling, positions, counts)
     largest = jnp.max(logits, axis=-1, keepdims=True)
     total = jnp.log(jnp.sum(jnp.exp(logits - largest), axis=-1, keepdims=True))
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1) - largest - total

@@ -163,6 +163,7 @@ class Reading:
       cache: keys and values of the tokens that have been read.
       logits: logits of the token after each prompt, [B, V] float32; valid once the prompt is read.
       rest: number of unread tokens of the prompt that has most of them.
+      cached: number of tokens of each prompt that were restored instead of read.
     """
 
     def __init__(
@@ -193,6 +194,7 @@ class Reading:
             if hit := prefixes.find((), prompt):
                 self.cache = prefixes.restore(hit, self.cache, row)
                 self._starts[row] = hit.tokens
+        self.cached = tuple(self._starts)
         self.rest = max(map(operator.sub, lengths, self._starts))
 
     def read(self, most: int | None = None) -> int:

@@ -7,8 +7,8 @@ with the number of waiting rows. In a run of several processes, all must make th
 
 import collections
 import time
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,8 +20,10 @@ from mistral_jax.engine.decode import (
     MOST_STEPS,
     Made,
     State,
+    choose_masked,
     decode,
     first_step,
+    forward,
     shrinks,
     start,
 )
@@ -133,7 +135,7 @@ class Scheduler:
             yield from self._take()
             if self._stall is not None:
                 break
-        sent = self._go_on()
+        sent = yield from self._go_on()
         yield from self._take(_AHEAD if sent else 0)
 
     def read(self) -> bool:
@@ -172,10 +174,10 @@ class Scheduler:
             self._place(Group([[row]], reading, adopted=False))
             self.end(row, "stop")
         with on_mesh(self._params):
-            self._state = erase(self._model, self._state, self._ended)
-        self._ended = np.zeros_like(self._ended)
+            self._erase()
         for slot in range(len(self._slots)):
             self._decode([(slot, row)])
+        collections.deque(self._step(), 0)
         if self._prefixes is not None:
             self._state = self._state.replace(cache=self._prefixes.warm(self._state.cache))
         jax.block_until_ready(self._state)
@@ -203,6 +205,7 @@ class Scheduler:
                 self._state = empty_state(self._model, self._params, *size)
             while group.ready and None in self._slots:
                 number, row = group.ready.popleft()
+                row.cached = group.reading.cached[number]
                 if row.finish_reason is None:
                     self._insert(row, group.reading, number)
                     placed = True
@@ -226,7 +229,7 @@ class Scheduler:
         new = self._fields([row], 1, ())
         self._state, made = insert(
             *(self._model, self._state, np.int32(slot), new),
-            *(reading.cache, reading.logits, np.int32(number)),
+            *(reading.cache, reading.logits, np.int32(number), self._masks([(0, row)], 1)),
         )
         self._calls.append(_Call(made, [(0, row)], 1, False, 0.0))
 
@@ -245,13 +248,49 @@ class Scheduler:
             size,
         )
 
-    def _go_on(self) -> bool:
-        """Dispatches the next call if any row has tokens left to add; returns whether it did."""
+    def _go_on(self) -> Generator[tuple[Row, Token | None], None, bool]:
+        """Dispatches the next call if any row has tokens left to add; returns whether it did.
+
+        Yields tokens of earlier calls that it needs first.
+        """
         rows = [(slot, row) for slot, row in enumerate(self._slots) if row is not None]
         goes_on = any(self._left(row) > 0 for _, row in rows)
-        if goes_on:
+        if goes_on and any(row.matcher is not None for _, row in rows):
+            yield from self._step()
+        elif goes_on:
             self._decode(rows)
         return goes_on
+
+    def _step(self) -> Iterator[tuple[Row, Token | None]]:
+        """Takes one step with grammars, whose masks are computed while the device runs the model.
+
+        Yields the tokens of earlier calls: a mask depends on the tokens before it.
+        """
+        with on_mesh(self._params):
+            self._erase()
+            self._state, logits = forward(self._model, self._params, self._state)
+            yield from self._take()
+            rows = [(slot, row) for slot, row in enumerate(self._slots) if row is not None]
+            masks = self._masks(rows, len(self._slots))
+            self._state, made = choose_masked(self._model, self._state, logits, masks)
+        self._calls.append(_Call(made, rows, 1, False, 0.0))
+
+    def _masks(self, rows: list[tuple[int, Row]], count: int) -> np.ndarray:
+        """Returns the tokens that rows may choose, one bit each, [`count`, ceil(V / 32)] int32."""
+        masks = np.full((count, -(-self._model.config.vocab_size // 32)), -1, np.int32)
+        for entry, row in rows:
+            if row.matcher is not None:
+                self._guard(row, row.matcher.fill, masks[entry])
+        return masks
+
+    @staticmethod
+    def _guard(row: Row, function: Callable[[Any], Any], argument: Any) -> Any:
+        """Calls a function of a row's matcher; an error ends this row alone, after the step."""
+        try:
+            return function(argument)
+        except ValueError as error:
+            row.problem = str(error)
+            return True
 
     def _decode(self, rows: list[tuple[int, Row]]) -> None:
         """Dispatches one call of the loop of steps for `rows`, pairs of a slot and its row."""
@@ -260,14 +299,18 @@ class Scheduler:
         if len(self._queue) or self._group:
             watched[[slot for slot, _ in rows]] = True
         with on_mesh(self._params):
-            if self._ended.any():
-                self._state = erase(self._model, self._state, self._ended)
-                self._ended = np.zeros_like(self._ended)
+            self._erase()
             self._state, made = decode(
                 *(self._model, self._params, self._state),
                 *(np.int32(self._limit), watched, self._count(rows)),
             )
         self._calls.append(_Call(made, rows, self._limit, True, time.perf_counter()))
+
+    def _erase(self) -> None:
+        """Ends the rows on the device that the host has ended."""
+        if self._ended.any():
+            self._state = erase(self._model, self._state, self._ended)
+            self._ended = np.zeros_like(self._ended)
 
     def _count(self, rows: list[tuple[int, Row]]) -> int | None:
         """Returns the number of slots that a call runs, from the first on; None = all."""
@@ -294,8 +337,7 @@ class Scheduler:
                 row.chosen += len(columns)
                 for column in columns:
                     if row.finish_reason is None:
-                        row.tokens.append(int(made.tokens[entry, column]))
-                        yield row, Token.of(made, entry, column, row.top)
+                        yield from self._accept(row, made, entry, column)
                 if row.finish_reason is not None:
                     continue
                 left = int(made.left[entry])
@@ -306,6 +348,17 @@ class Scheduler:
                 row.finish_reason = "error" if left < 0 else "length" if whole else "stop"
                 self._leave(row)
                 yield row, None
+
+    def _accept(self, row: Row, made: Made, entry: int, column: int) -> Iterator:
+        """Appends a token to a row, and yields it; ends the row if that completes its grammar."""
+        token = int(made.tokens[entry, column])
+        ended = row.matcher is not None and self._guard(row, row.matcher.push, token)
+        if row.problem is None:
+            row.tokens.append(token)
+            yield row, Token.of(made, entry, column, row.top)
+        if row.finish_reason is None and (ended or row.problem is not None):
+            self.end(row, "stop" if row.problem is None else "error")
+            yield row, None
 
     def _leave(self, row: Row) -> int:
         """Saves a row's keys and values, and frees its slot; returns the slot."""

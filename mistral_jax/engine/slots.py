@@ -78,6 +78,7 @@ def insert(
     cache: Cache,
     logits: jax.Array,
     row: np.int32,
+    mask: np.ndarray | None = None,
 ) -> tuple[State, Made]:
     """Puts a row whose prompt has been read into a slot, and chooses its first token.
 
@@ -90,6 +91,7 @@ def insert(
         slots as the state's cache.
       logits: logits of the token after each of these prompts, [R, V] float32.
       row: index of the row's prompt among them.
+      mask: one bit a token that may be chosen, [1, ceil(V / 32)] int32; None = all.
 
     Returns:
       The new state, and the row's first token, [1, 1].
@@ -97,7 +99,7 @@ def insert(
     own = jax.lax.dynamic_slice_in_dim(logits, row, 1)
     # A single row cannot be partitioned, so every device makes the same choice.
     new, made = replicate((new, nothing(1, logits.shape[1], 1)))
-    new, made = advance(new, made, jnp.int32(0), replicate(own), ())
+    new, made = advance(new, made, jnp.int32(0), replicate(own), (), mask)
 
     def put(old, one):
         return put_rows(old, one.astype(old.dtype), slot, model.backend)

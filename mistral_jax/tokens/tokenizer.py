@@ -261,6 +261,12 @@ class StreamDecoder:
             self._has_text = bool(self._tokenizer._spell(token, None))
         return self._utf8.decode(spelled) if spelled else self.flush()
 
+    def spell(self, token: int) -> bytes:
+        """Returns the UTF-8 bytes of a token's text at this place, without adding the token."""
+        if self._tokenizer.is_control(token):
+            return b""
+        return self._tokenizer._spell(token, self._before) or b""
+
     def flush(self) -> str:
         """Returns the text that was held back: U+FFFD for each byte of an incomplete character."""
         return self._utf8.decode(b"", final=True)

@@ -13,10 +13,11 @@ import tokenizer_samples
 import mistral_jax as mj
 from mistral_jax.engine import engine as engine_module
 from mistral_jax.engine import prefill
-from mistral_jax.engine.engine import Busy, Engine
+from mistral_jax.engine.engine import Engine
 from mistral_jax.engine.generate import generate
 from mistral_jax.engine.sampling import Sampling
-from mistral_jax.engine.text import chat, complete, completions
+from mistral_jax.engine.text import RowText, chat, complete, completions
+from mistral_jax.engine.worker import Busy
 from mistral_jax.parallel.sharding import abstract_params, read_layout
 from mistral_jax.tokens.tokenizer import Tokenizer
 
@@ -244,7 +245,9 @@ def test_the_queue_is_bounded_and_a_drained_engine_accepts_nothing(mistral, warm
     engine = Engine(*mistral, slots=1, length=64, most_waiting=2)
     accepted = [engine.submit([1, 2], 9, stop_ids=()) for _ in range(3)]
     with pytest.raises(Busy, match=r"the engine has \d requests, and accepts 3; try again later"):
-        engine.submit([1, 2], 50, stop_ids=(), n=4)
+        engine.submit([1, 2], 50, stop_ids=(), n=3)
+    with pytest.raises(ValueError, match="n is 4, and the engine accepts 3 requests at a time"):
+        engine.submit([1, 2], 9, n=4)
     assert engine.drain(300)
     assert all(answer.done for answer in accepted)
     assert engine.stats()["finished"] == len(accepted)
@@ -252,6 +255,80 @@ def test_the_queue_is_bounded_and_a_drained_engine_accepts_nothing(mistral, warm
         engine.submit([1, 2], 9)
     engine.close()
     engine.close()
+
+
+def test_tokens_that_wait_are_bounded(mistral, warm):
+    with Engine(*mistral, slots=1, length=LENGTH, most_waiting_tokens=50) as engine:
+        answers = [engine.submit([1] * 60, 130, stop_ids=())]  # more than the bound, but alone
+        while not answers[0].pieces():
+            pass
+        answers += engine.submit([2] * 40, 1, n=2)
+        with pytest.raises(Busy, match="40 tokens of prompts wait, and the engine accepts 50"):
+            engine.submit([3] * 11, 1)
+        answers.append(engine.submit([3] * 10, 1))
+        assert [answer.result(300).finish_reason for answer in answers[1:]] == ["length"] * 3
+
+
+def test_owners_take_turns(mistral, warm):
+    """The one request of an owner waits for one request of another owner, not for all."""
+    with Engine(*mistral, slots=1, length=LENGTH) as engine:
+        ended = []
+
+        def ask(owner, i):
+            answer = engine.submit([1, 2, i], 5, stop_ids=(), owner=owner)
+            answer.on_change(lambda: answer.done and ended.append(owner))
+            return answer
+
+        first = engine.submit([1, 2], 100, stop_ids=())
+        answers = [ask("many", i) for i in range(5)] + [ask("few", 9), ask("other", 8)]
+        for answer in (first, *answers):
+            answer.result(300)
+    assert ended[:3] == ["many", "few", "other"]
+    assert ended[3:] == ["many"] * 4
+
+
+def test_an_answer_that_fails_takes_only_itself_down(engine, monkeypatch):
+    push = RowText.push
+
+    def breaks(self, token):
+        if self._stop == ["break"]:
+            raise TypeError("a fault")
+        return push(self, token)
+
+    monkeypatch.setattr(RowText, "push", breaks)
+    failing = engine.submit("one two", 9, stop="break", stop_ids=())
+    others = [engine.submit("one two", 9, stop_ids=(), seed=seed) for seed in range(3)]
+    assert failing.result(300).error == "the answer failed: TypeError: a fault"
+    assert failing.result().finish_reason == "error"
+    assert [len(answer.result(300).tokens) for answer in others] == [9] * 3
+
+
+def test_listeners_hear_of_every_piece_and_cannot_stop_the_engine(engine):
+    seen = threading.Semaphore(0)
+    answer = engine.submit("one two", 9, stop_ids=())
+    answer.on_change(seen.release)
+    other = engine.submit("one two", 9, stop_ids=())
+    other.on_change(lambda: 1 / 0)
+    pieces = []
+    while True:
+        assert seen.acquire(timeout=300)
+        done = answer.done
+        pieces += answer.pieces(len(pieces))
+        if done:
+            break
+    assert "".join(piece.text for piece in pieces) == answer.result().text
+    assert other.result(300).text == answer.result().text
+
+
+def test_answers_count_the_tokens_that_were_restored(mistral, warm):
+    prompt = list(range(3, 103))
+    with Engine(*mistral, slots=2, length=LENGTH) as engine:
+        first, again = (engine.submit(prompt, 3) for _ in range(2))
+        first.result(300)
+        later = engine.submit([*prompt, 1], 3)
+        later.result(300)
+        assert first.cached_tokens == again.cached_tokens == 0
+        assert later.cached_tokens == engine.stats()["reused_tokens"] > 50
 
 
 def test_closing_ends_what_runs(mistral, warm):
