@@ -510,9 +510,7 @@ def test_only_the_changed_block_is_drawn_again(visit, server):
     server.answers.put(text("one\n\n- two\n\nthr"))
     ask(page, "q")
     wait_text(page, "thr", "article.assistant .body > p:last-child")
-    page.evaluate(
-        "() => { window.marked = [...document.querySelectorAll('.assistant .body > *')]; }"
-    )
+    page.evaluate("() => void (marked = [...document.querySelectorAll('.assistant .body > *')])")
     server.says("ee")
     finished(page)
     kept = "[...document.querySelectorAll('.assistant .body > *')].map((n, i) => n === marked[i])"
