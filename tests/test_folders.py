@@ -19,9 +19,9 @@ ORDER = [
     {"checkpoint"},
     {"engine"},
     {"training"},
-    {"evaluation", "planning"},
+    {"evaluation", "planning", "serving"},
     {"cli"},
-    {"", "evaluate", "plan", "sample", "train"},
+    {"", "evaluate", "plan", "sample", "serve", "train"},
 ]
 HEIGHT = {name: height for height, names in enumerate(ORDER) for name in names}
 FILES = {

@@ -12,6 +12,7 @@ from mistral_jax.cli import command
 COMMANDS = {
     "sample": ("cli.sample", "continue prompts, or chat"),
     "train": ("cli.train", "train or fine-tune a model by a recipe"),
+    "serve": ("cli.serve", "serve a model over HTTP, in OpenAI's protocol"),
     "evaluate": ("cli.evaluate", "measure perplexity, choices and benchmark tasks"),
     "plan": ("cli.plan", "estimate memory and time on devices that need not exist"),
     "convert": ("convert.__main__", "convert checkpoints from and to PyTorch, or inspect one"),
