@@ -42,7 +42,8 @@ TEXTS = [[1, 7, 9], [1, *range(10, 41)], [5], [3] * 20, [4] * 9, [6, 7] * 8, [2]
 def whole():
     """Parameters, a batch, and the loss, sums and gradients on one device."""
     tokens, positions = tiny.ragged(TEXTS)
-    params = nn.unbox(Transformer(CONFIG).init(jax.random.key(1), tokens, positions)["params"])
+    init = jax.jit(Transformer(CONFIG).init)
+    params = nn.unbox(init(jax.random.key(1), tokens, positions)["params"])
     batch = Batch(tokens, positions, jnp.where(positions >= 0, jnp.roll(tokens, -1, 1), -1))
     return params, batch, compute(Transformer(CONFIG), params, batch)
 
