@@ -202,9 +202,7 @@ def test_a_token_attends_as_by_the_definition(dtype, sizes):
             keys, values = (x[row, mask[row], head // sizes[3]] for x in (k, v))
             weights = scipy.special.softmax(keys @ q[row, 0, head] / sizes[4] ** 0.5)
             bound = 2**-8 if dtype == "bfloat16" else 1e-6
-            np.testing.assert_allclose(
-                found[row, 0, head], weights @ values, atol=4 * bound
-            )
+            np.testing.assert_allclose(found[row, 0, head], weights @ values, atol=4 * bound)
 
 
 @COMPILER
