@@ -1,5 +1,7 @@
 """Adapters: nothing at first, equal merged and unmerged, in any projection; and who gets one."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -19,9 +21,13 @@ SOME = Lora(rank=3, alpha=5.0, targets=("q_proj", "v_proj", "o_proj", "down_proj
 
 def random_adapters(lora=SOME, params=PARAMS):
     """Returns adapters that change a lot, but do not blow up the last bit of a weight."""
-    key = jax.random.key(7)
-    adapters = init_adapters(lora, params, key)
-    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(key, x.shape), adapters)
+
+    @jax.jit
+    def draw(key):
+        adapters = init_adapters(lora, params, key)
+        return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(key, x.shape), adapters)
+
+    return draw(jax.random.key(7))
 
 
 def test_new_adapters_change_nothing_at_all():
@@ -69,6 +75,7 @@ def test_dropout_drops_inputs_of_adapters_only_where_there_is_an_rng():
     params = attach(PARAMS, random_adapters(), 1.0)
     tokens, positions = tiny.ragged([TEXT])
 
+    @functools.partial(jax.jit, static_argnums=0)
     def logits(model, params, *seed):
         rngs = {"dropout": jax.random.key(*seed)} if seed else None
         return model.apply({"params": params}, tokens, positions, rngs=rngs)[0]

@@ -52,18 +52,18 @@ def run(*arguments, **options):
     return subprocess.run([*COMMAND, *map(str, arguments)], **options, check=False)
 
 
-def test_there_and_back_again(source, tmp_path):
+def test_there_and_back_again(source, tmp_path, capsys):
     done = run("to-orbax", source, tmp_path / "x")
     assert (done.returncode, done.stdout) == (0, "")
     lines = done.stderr.splitlines()
     assert 5 < len(lines) <= 10, "a line for each tenth part"
     assert all(" of " in line and line.endswith("/s") for line in lines)
-    done = run("to-torch", tmp_path / "x", tmp_path / "y", "--format", "official")
-    assert (done.returncode, done.stdout) == (0, "")
-    finished, size = re.match(r"(.+) of (.+), ", done.stderr.splitlines()[-1]).groups()
+    assert main(["to-torch", *map(str, (tmp_path / "x", tmp_path / "y")), "--format=official"]) == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    finished, size = re.match(r"(.+) of (.+), ", err.splitlines()[-1]).groups()
     assert finished == size
-    again = run("to-orbax", tmp_path / "y", tmp_path / "x", "--overwrite")
-    assert again.returncode == 0
+    assert main(["to-orbax", *map(str, (tmp_path / "y", tmp_path / "x")), "--overwrite"]) == 0
     assert manifest.read(tmp_path / "x")[0].num_layers == 12
 
 

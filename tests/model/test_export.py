@@ -1,5 +1,7 @@
 """Exported programs hold no call of this process's C++ kernels, for whatever platform they are."""
 
+import functools
+
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from mistral_jax.ops.backend import PLAIN, default
 PLATFORMS = ["cpu", "tpu", "cuda"]
 
 
+@functools.cache
 def program(kind, backend=None):
     """Returns a function that reads a prompt or a token, and what it is given."""
     # Numbers of 8 bits beside float32: what rounds to another of them is then 1 off, no more.

@@ -42,7 +42,25 @@ BOUND = 1e-5
 @pytest.fixture(scope="module")
 def params():
     tokens, positions = tiny.ragged(TEXTS[:1])
-    return nn.unbox(MODEL.init(jax.random.key(0), tokens, positions)["params"])
+    return nn.unbox(jax.jit(MODEL.init)(jax.random.key(0), tokens, positions)["params"])
+
+
+@pytest.fixture(scope="module")
+def batch():
+    tokens, positions = tiny.ragged(TEXTS)
+    return Batch(tokens, positions, jnp.where(positions >= 0, jnp.roll(tokens, -1, 1), -1))
+
+
+def differentiate(model, params, batch):
+    """Returns the loss, its sums and its gradients."""
+    loss_fn = make_loss_fn(model, router_loss=0.3)
+    return jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, {}, batch, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def loop(params, batch):
+    """The loss, sums and gradients of a loop over layers that keeps everything."""
+    return differentiate(MODEL, params, batch)
 
 
 def close(found, expected, bound=BOUND):
@@ -89,21 +107,15 @@ def test_a_text_does_not_depend_on_its_neighbours(params):
 
 
 @pytest.mark.parametrize("remat", [None, "nothing_saveable", "save_products"])
-def test_a_scan_and_every_policy_have_the_same_loss_and_gradients(params, remat):
-    tokens, positions = tiny.ragged(TEXTS)
-    targets = jnp.where(positions >= 0, jnp.roll(tokens, -1, 1), -1)
-    batch = Batch(tokens, positions, targets)
-
-    def compute(model, params):
-        loss_fn = make_loss_fn(model, router_loss=0.3)
-        differentiate = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
-        return differentiate(params, {}, batch, jax.random.key(0))
-
-    (expected, sums), grads = compute(MODEL, params)
-    stacked = stack_layers(params)
-    scanned = compute(MODEL.clone(scan=True, remat=remat), stacked)
-    other = compute(MODEL.clone(remat=remat), params)
-    for (loss, found), own in (other, (scanned[0], unstack_layers(scanned[1]))):
+def test_a_scan_and_every_policy_have_the_same_loss_and_gradients(params, batch, loop, remat):
+    (expected, sums), grads = loop
+    result, stacked = differentiate(
+        MODEL.clone(scan=True, remat=remat), stack_layers(params), batch
+    )
+    others = [(result, unstack_layers(stacked))]
+    if remat is not None:
+        others.append(differentiate(MODEL.clone(remat=remat), params, batch))
+    for (loss, found), own in others:
         close(loss, expected)
         close(found["router_loss"], sums["router_loss"])
         jax.tree.map(functools.partial(close, bound=1e-4), own, grads)
@@ -121,6 +133,7 @@ def test_the_balance_loss_is_one_of_all_layers():
 
 
 def test_padding_does_not_count_in_the_balance(params):
+    @jax.jit
     def loss(tokens, positions):
         targets = jnp.where(positions >= 0, tokens, -1)
         batch = Batch(tokens, positions, targets)

@@ -140,18 +140,20 @@ def test_prompts_and_training_are_its_own_if_it_has_a_gradient(monkeypatch):
     places = jnp.tile(jnp.arange(KEYS), (4, 1))
     origin = jnp.zeros(4, jnp.int32)
     own = q, k[:, :LENGTH], v[:, :LENGTH], places[:, :LENGTH], places[:, :LENGTH]
+    chunk = q, k, v, places[:, -LENGTH:], places
     for backend, count in ((H100, 0), (H100_TRAINING, 1)):
         look, window = functools.partial(attend, backend=backend), 4 + count
-        look(q[:, :1], k, v, places[:, -1:], places, None)
+        see = functools.partial(look, window=window, aligned=True)
+        token = q[:, :1], k, v, places[:, -1:], places
+        jax.eval_shape(functools.partial(look, window=None), *token)
         assert not taken
-        look(*own, window, aligned=True)
+        jax.eval_shape(see, *own)
         assert len(taken) == count
-        found = look(q, k, v, places[:, -LENGTH:], places, window, aligned=True, origin=origin)
+        found = jax.jit(functools.partial(see, origin=origin))(*chunk)
         assert taken[count:] == [q.shape]
         taken.clear()
-    exact = attend(
-        *(x.astype(jnp.float32) for x in (q, k, v)), places[:, -LENGTH:], places, 5, aligned=True
-    )
+    wide = (x.astype(jnp.float32) for x in (q, k, v))
+    exact = jax.jit(functools.partial(attend, window=5, aligned=True))(*wide, *chunk[3:])
     assert np.abs(found - exact).max() <= 2.0**-7 * np.abs(v).max()  # weights and result: 8 bits
 
 
@@ -184,7 +186,7 @@ def test_a_cache_in_8_bits_is_widened_for_it():
     places = jnp.tile(jnp.arange(KEYS), (4, 1))
     look = functools.partial(attend, q_positions=places[:, -LENGTH:], kv_positions=places)
     look = functools.partial(look, window=None, origin=jnp.zeros(4, jnp.int32))
-    expected = look(q.astype(jnp.float32), *small)
-    found = look(q, *small, backend=H100)
+    expected = jax.jit(look)(q.astype(jnp.float32), *small)
+    found = jax.jit(functools.partial(look, backend=H100))(q, *small)
     assert found.dtype == jnp.bfloat16
     assert np.abs(found - expected).max() <= 2.0**-6 * np.abs(v).max()

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from mistral_jax.ops import experts
 from mistral_jax.ops.backend import PLAIN, Backend
@@ -28,15 +29,16 @@ ACCELERATOR = Backend("tpu", "TPU v5 lite", True)
 
 def make(rows, tokens, count, chosen, adapters=False, dtype=jnp.float32, width=D, inner=F):
     """Draws activations with some padding, their experts, and the stacks."""
-    keys = iter(jax.random.split(jax.random.key(count), 20))
+    rng = np.random.default_rng(count)
 
-    def draw(*shape, dtype=dtype):
-        return (jax.random.normal(next(keys), shape) / np.sqrt(shape[-1])).astype(dtype)
+    def draw(*shape):
+        return jnp.asarray((rng.normal(size=shape) / np.sqrt(shape[-1])).astype(dtype))
 
-    chances = jax.nn.softmax(3 * draw(rows, tokens, count, dtype=jnp.float32))
-    shares, picked = jax.lax.top_k(chances, chosen)
-    read = jax.random.uniform(next(keys), (rows, tokens)) < 0.8
-    choice = Choice(picked, shares, jnp.where(read, 3, -1).astype(jnp.int32))
+    chances = scipy.special.softmax(rng.normal(scale=3, size=(rows, tokens, count)), axis=-1)
+    picked = np.argsort(-chances)[..., :chosen].astype(np.int32)
+    shares = np.take_along_axis(chances, picked, axis=-1).astype(np.float32)
+    read = rng.random((rows, tokens)) < 0.8
+    choice = Choice(*map(jnp.asarray, (picked, shares, np.where(read, 3, -1).astype(np.int32))))
 
     def stack(outputs, inputs):
         adapter = draw(count, 3, inputs), draw(count, outputs, 3)
@@ -91,7 +93,6 @@ def test_int8_experts_are_their_dequantised_matrices(shape, backend):
     small = [Stack(QuantizedMatrix(*to_int8(stack.matrix, 2, jnp))) for stack in stacks]
     wide = [Stack(stack.matrix.dequantize(jnp.float32)) for stack in small]
 
-    @jax.jit
     def summed(x, stacks):
         # Only the products of float matrices go the plain way.
         is_small = isinstance(stacks[0].matrix, QuantizedMatrix)
@@ -99,7 +100,7 @@ def test_int8_experts_are_their_dequantised_matrices(shape, backend):
         made = compute(x, choice, stacks, dtype=jnp.float32)
         return jnp.sum(made), made
 
-    gradient = jax.grad(summed, has_aux=True)
+    gradient = jax.jit(jax.grad(summed, has_aux=True))
     (grad, found), (other, expected) = gradient(x, small), gradient(x, wide)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     np.testing.assert_allclose(grad, other, rtol=0, atol=2e-5 * np.abs(other).max())
@@ -122,10 +123,11 @@ def test_the_kernel_of_a_tpu_is_the_plain_product(monkeypatch):
 @pytest.mark.parametrize("backend", [PLAIN, ACCELERATOR], ids=["cpu", "accelerator"])
 def test_blocks_hold_every_choice(rows, backend):
     """Whatever the tokens choose, all at once or each another expert, no pair is dropped."""
+    sort = jax.jit(experts._sort, static_argnums=(2, 3))
     for experts_of in (np.zeros((1, rows, 1)), np.arange(rows)[None, :, None] % 5):
         chosen = jnp.asarray(experts_of, jnp.int32)
         choice = Choice(chosen, jnp.ones(chosen.shape), jnp.zeros((1, rows), jnp.int32))
-        blocks = experts._sort(choice, 0, 5, backend)
+        blocks = jax.device_get(sort(choice, 0, 5, backend))
         slots = np.asarray(blocks.slots)
         assert len(set(slots)) == rows
         assert slots.min() >= 0

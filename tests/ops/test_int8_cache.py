@@ -54,7 +54,7 @@ def test_logits_do_not_depend_on_how_the_text_is_cut(fields, kernel):
     if not kernel:
         model = model.clone(backend=PLAIN)
     whole, _ = read(model, params, [23])
-    for cuts in ([1] * 23, [4, 4, 4, 4, 4, 3], [11, 1, 1, 10]):
+    for cuts in ([1] * 23, [4, 4, 11, 4], [11, 1, 11]):  # of few sizes: each is a program
         for rows in (1, 3):
             found, _ = read(model, params, cuts, rows)
             assert_near(found, whole)

@@ -34,17 +34,29 @@ CONFIG = ModelConfig(
     num_experts=8,
     experts_per_token=2,
 )
+ONE_LAYER = dataclasses.replace(CONFIG, num_layers=1)
 NAMES = sorted({path.stem for path in (CONFIG_DIR / "sharding").glob("*.toml")} - {"single"})
 TEXTS = [[1, 7, 9], [1, *range(10, 41)], [5], [3] * 20, [4] * 9, [6, 7] * 8, [2], [1, 2, 3, 4]]
 
 
 @pytest.fixture(scope="module")
 def whole():
-    """Parameters, a batch, and the loss, sums and gradients on one device."""
+    """Parameters, and a batch."""
     tokens, positions = tiny.ragged(TEXTS)
-    params = nn.unbox(Transformer(CONFIG).init(jax.random.key(1), tokens, positions)["params"])
-    batch = Batch(tokens, positions, jnp.where(positions >= 0, jnp.roll(tokens, -1, 1), -1))
-    return params, batch, compute(Transformer(CONFIG), params, batch)
+    init = jax.jit(Transformer(CONFIG).init)
+    params = nn.unbox(init(jax.random.key(1), tokens, positions)["params"])
+    return params, Batch(tokens, positions, jnp.where(positions >= 0, jnp.roll(tokens, -1, 1), -1))
+
+
+@pytest.fixture(scope="module")
+def on_one_device(whole):
+    """The loss, sums and gradients on one device, by the number of layers."""
+    params, batch = whole
+    first = {name: x for name, x in params.items() if name != "layers_1"}
+    return {
+        1: (first, compute(Transformer(ONE_LAYER), first, batch)),
+        2: (params, compute(Transformer(CONFIG), params, batch)),
+    }
 
 
 def compute(model, params, batch):
@@ -52,17 +64,24 @@ def compute(model, params, batch):
     return jax.jit(differentiate)(params, {}, batch, jax.random.key(0))
 
 
-def place(layout, params):
-    model = Transformer(CONFIG, rules=layout.rules, backend=PLAIN)
+def place(layout, params, config=CONFIG):
+    model = Transformer(config, rules=layout.rules, backend=PLAIN)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_params(model, layout))
     return model, jax.device_put(params, shardings)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_loss_and_gradients_are_those_of_one_device(whole, name):
-    params, batch, expected = whole
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        *((name, 2 if "expert" in name else 1) for name in NAMES),
+        *(pytest.param(name, 2, marks=pytest.mark.slow) for name in NAMES if "expert" not in name),
+    ],
+)
+def test_loss_and_gradients_are_those_of_one_device(whole, on_one_device, name, layers):
+    _, batch = whole
+    params, expected = on_one_device[layers]
     layout = read_layout(name, CONFIG)
-    model, placed = place(layout, params)
+    model, placed = place(layout, params, CONFIG if layers == 2 else ONE_LAYER)
     rows = jax.device_put(batch, layout.sharding("batch", "length"))
     with jax.set_mesh(layout.mesh):
         found = compute(model, placed, rows)

@@ -49,8 +49,8 @@ def whole():
     tokens = jax.random.randint(jax.random.key(0), (4, 30), 0, CONFIG.vocab_size)
     positions = jnp.broadcast_to(jnp.arange(30), tokens.shape)
     model = Transformer(CONFIG)
-    params = nn.unbox(model.init(jax.random.key(1), tokens, positions)["params"])
-    return tokens, positions, params, model.apply({"params": params}, tokens, positions)[0]
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(1), tokens, positions)["params"])
+    return tokens, positions, params, tiny.forward(model, params, tokens, positions)[0]
 
 
 @pytest.mark.parametrize(

@@ -36,9 +36,12 @@ def pair_batch(pairs, rows=None, length=8):
 
 
 def random_adapters():
-    key = jax.random.key(3)
-    adapters = init_adapters(LORA, PARAMS, key)
-    return jax.tree.map(lambda x: x + 0.2 * jax.random.normal(key, x.shape), adapters)
+    @jax.jit
+    def draw(key):
+        adapters = init_adapters(LORA, PARAMS, key)
+        return jax.tree.map(lambda x: x + 0.2 * jax.random.normal(key, x.shape), adapters)
+
+    return draw(jax.random.key(3))
 
 
 def beside(trainable, frozen):
@@ -95,7 +98,7 @@ def test_dpo_does_not_differentiate_its_reference():
 
 
 def test_a_weight_of_two_is_the_target_twice():
-    loss_fn = make_loss_fn(MODEL)
+    loss_fn = jax.jit(make_loss_fn(MODEL))
     tokens, positions = tiny.ragged([[1, 5, 9, 3, 7]])
     targets = np.array([[5, IGNORED, 3, 7, 2]], np.int32)
     weights = np.array([[1.0, 5.0, 0.0, 2.0, 0.5]], np.float32)
@@ -111,7 +114,7 @@ def test_a_weight_of_two_is_the_target_twice():
 
 
 def test_dropout_is_drawn_from_the_key():
-    loss_fn = make_loss_fn(MODEL.clone(dropout=0.5), beside)
+    loss_fn = jax.jit(make_loss_fn(MODEL.clone(dropout=0.5), beside))
     tokens, positions = tiny.ragged([[1, 5, 9, 3, 7]])
     batch = Batch(tokens, positions, tokens)
     adapters = random_adapters()
