@@ -19,6 +19,11 @@ def train():
     return _for_page("mistral_jax.cli.train", "_parser")
 
 
+def serve():
+    """Returns the parser of `python -m mistral_jax.serve`."""
+    return _for_page("mistral_jax.cli.serve", "parser")
+
+
 def evaluate():
     """Returns the parser of `python -m mistral_jax.evaluate`."""
     return _for_page("mistral_jax.cli.evaluate", "_parser")

@@ -18,6 +18,7 @@ SCRIPT = f"import sys\nfrom {MODULE} import {FUNCTION}\nsys.exit({FUNCTION}())\n
 PARSERS = {
     "sample": options.parser,
     "train": train._parser,
+    "serve": serve.parser,
     "evaluate": evaluate._parser,
     "plan": plan._parser,
     "convert": convert._parser,
@@ -56,7 +57,7 @@ def test_the_version_is_the_package_s(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no command is given; expected one of sample, train, evaluate, plan, convert"),
+        ([], "no command is given; expected one of sample, train, serve, evaluate, plan, convert"),
         (["smaple", "x"], "there is no command 'smaple'; the nearest is 'sample'"),
         (["Convert"], "there is no command 'Convert'; the nearest is 'convert'"),
         ([""], "there is no command ''; the nearest is "),

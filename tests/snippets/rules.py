@@ -19,7 +19,7 @@ import yaml
 from mistral_jax.convert import __main__ as convert
 from packaging.requirements import Requirement
 
-from mistral_jax.cli import evaluate, options, plan, train
+from mistral_jax.cli import evaluate, options, plan, serve, train
 from mistral_jax.config import ModelConfig
 from mistral_jax.parallel.sharding import read_layout
 from mistral_jax.training.recipe import Recipe
@@ -31,6 +31,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PARSERS = {
     "mistral_jax.sample": options.parser,
     "mistral_jax.train": train._parser,
+    "mistral_jax.serve": serve.parser,
     "mistral_jax.evaluate": evaluate._parser,
     "mistral_jax.plan": plan._parser,
     "mistral_jax.convert": convert._parser,
