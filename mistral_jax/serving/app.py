@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -254,6 +254,8 @@ def _known(error: Exception) -> HttpError:
         return HttpError(400, str(error), "exceed_context_size_error", **more)
     if isinstance(error, Busy | Unavailable):
         return HttpError(503, str(error), "unavailable_error", _RETRY)
+    if isinstance(error, ClientDisconnect):
+        return HttpError(499, "the client closed the connection")
     if isinstance(error, Failed):
         return HttpError(500, str(error), "server_error")
     if isinstance(error, ValueError):

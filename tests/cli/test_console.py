@@ -8,7 +8,7 @@ import pytest
 from mistral_jax.convert import __main__ as convert
 
 from mistral_jax import __version__
-from mistral_jax.cli import command, console, evaluate, options, plan, train
+from mistral_jax.cli import command, console, evaluate, options, plan, serve, train
 from mistral_jax.config import CHECKOUT
 
 # What an installer writes as the script, for the entry point that pyproject.toml names.

@@ -19,7 +19,7 @@ from mistral_jax.config import CHECKOUT
 pytestmark = pytest.mark.slow
 
 PAGE = CHECKOUT / "mistral_jax/serving/page.html"
-HOSTILE = Path(__file__).with_name("hostile.md").read_text(encoding="utf-8")
+HOSTILE = Path(__file__).with_name("hostile.txt").read_text(encoding="utf-8")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DESKTOP, TELEPHONE = {"width": 1200, "height": 800}, {"width": 360, "height": 740}
 DONE = object()

@@ -10,8 +10,8 @@ import time
 import httpx2
 import jsonschema
 import pytest
+from servers import loaded, running
 
-from conftest import loaded, running
 from mistral_jax.engine.text import RowText
 from mistral_jax.serving import http, protocol
 from mistral_jax.serving.app import LOG, JsonLines
