@@ -294,17 +294,18 @@ class Scheduler:
 
     def _decode(self, rows: list[tuple[int, Row]]) -> None:
         """Dispatches one call of the loop of steps for `rows`, pairs of a slot and its row."""
-        # If other rows wait, the loop ends as soon as a slot is free.
-        watched = np.zeros(len(self._slots), bool)
+        # If other rows wait, the loop ends as soon as a slot is free, or after one step if one is.
+        watched, steps = np.zeros(len(self._slots), bool), self._limit
         if len(self._queue) or self._group:
             watched[[slot for slot, _ in rows]] = True
+            steps = 1 if self._stall is not None and None in self._slots else steps
         with on_mesh(self._params):
             self._erase()
             self._state, made = decode(
                 *(self._model, self._params, self._state),
-                *(np.int32(self._limit), watched, self._count(rows)),
+                *(np.int32(steps), watched, self._count(rows)),
             )
-        self._calls.append(_Call(made, rows, self._limit, True, time.perf_counter()))
+        self._calls.append(_Call(made, rows, steps, True, time.perf_counter()))
 
     def _erase(self) -> None:
         """Ends the rows on the device that the host has ended."""

@@ -92,7 +92,8 @@ def make_app(
         exception_handlers={HTTPException: _http_error, HttpError: _error, Exception: _failed},
     )
     app.router.redirect_slashes = False
-    return Gate(app, keys, origins, PUBLIC)
+    methods = {route.path: "POST" if "POST" in route.methods else "GET" for route in listed}
+    return Gate(app, keys, origins, PUBLIC, methods)
 
 
 def _post(path: str, endpoint: Callable) -> Route:
@@ -116,8 +117,8 @@ class _Routes:
         began, path, owner = time.perf_counter(), request.url.path, request.state.owner
         log = partial(self._log, path, owner, began)
         try:
-            fields = await self._fields(table, request)
-            job = await in_thread(start, fields, owner)
+            body = await read_body(request, self._most_body)
+            job = await in_thread(lambda: start(_parse(table, body), owner))
         except HttpError as error:
             log(error.status, None)
             raise
@@ -125,7 +126,7 @@ class _Routes:
             raised = _known(error)
             log(raised.status, None)
             raise raised from error
-        if fields.get("stream"):
+        if job.context.fields.get("stream"):
             return EventStream(self._events(job, log))
         status = 499
         try:
@@ -163,16 +164,11 @@ class _Routes:
         self, work: Callable[..., dict[str, Any]], table: str, request: Request
     ) -> Response:
         """Answers a question about texts and tokens, without the model."""
+        body = await read_body(request, self._most_body)
         try:
-            fields = await self._fields(table, request)
-            return Json(await in_thread(work, self._service.loaded, fields))
+            return Json(await in_thread(lambda: work(self._service.loaded, _parse(table, body))))
         except (ValueError, Unavailable) as error:
             raise _known(error) from error
-
-    async def _fields(self, table: str, request: Request) -> dict[str, Any]:
-        body = await read_body(request, self._most_body)
-        rules, required = getattr(protocol, table), protocol.REQUIRED.get(table, ())
-        return await in_thread(protocol.parse, body, rules, required)
 
     async def models(self, request: Request) -> Response:
         """Lists the models."""
@@ -243,6 +239,10 @@ class _Routes:
             }
         fields["seconds"] = round(seconds, 4)
         LOG.info("%s", " ".join(f"{k}={v}" for k, v in fields.items() if v != ""), extra=fields)
+
+
+def _parse(table: str, body: bytes) -> dict[str, Any]:
+    return protocol.parse(body, getattr(protocol, table), protocol.REQUIRED.get(table, ()))
 
 
 def _known(error: Exception) -> HttpError:

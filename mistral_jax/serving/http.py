@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import hmac
 import json
-from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -240,7 +240,12 @@ class Gate:
     """ASGI middleware: checks keys, and answers browsers that ask for another origin."""
 
     def __init__(
-        self, app: ASGIApp, keys: Keys | None, origins: Sequence[str], public: Sequence[str]
+        self,
+        app: ASGIApp,
+        keys: Keys | None,
+        origins: Sequence[str],
+        public: Sequence[str],
+        methods: Mapping[str, str],
     ):
         """Wraps an app.
 
@@ -249,8 +254,10 @@ class Gate:
           keys: the keys of clients; None = no request needs one.
           origins: origins whose pages may use the server; "*" = all.
           public: paths that need no key.
+          methods: method of each path, which OPTIONS names.
         """
         self._app, self._keys, self._origins, self._public = app, keys, origins, public
+        self._methods = methods
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes a request on, or refuses it."""
@@ -266,7 +273,8 @@ class Gate:
             await send(message)
 
         if scope["method"] == "OPTIONS":
-            await Response(headers={"allow": "GET, POST, OPTIONS"})(scope, receive, send_with)
+            allow = self._methods.get(scope["path"], "GET, POST")
+            await Response(headers={"allow": f"{allow}, OPTIONS"})(scope, receive, send_with)
             return
         owner = "" if self._keys is None else self._keys.owner(headers)
         if owner is None and scope["path"] not in self._public:
@@ -294,6 +302,6 @@ class Gate:
         }
 
 
-async def in_thread(function, *arguments) -> Any:
+async def in_thread(function: Callable[[], T]) -> T:
     """Runs a function in a thread, so that it does not stop the event loop."""
-    return await anyio.to_thread.run_sync(function, *arguments)
+    return await anyio.to_thread.run_sync(function)

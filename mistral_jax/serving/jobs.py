@@ -216,14 +216,12 @@ class _CompletionWriter(_Writer):
         super().__init__(job, i)
         top = self._fields.get("logprobs")
         self._echo = self._fields.get("echo", False)
-        if self._echo:
-            self._texts = logprobs.TokenTexts(self._tokenizer, ())
         self._odds = None if top is None else logprobs.Completion(self._texts, top)
 
+    def first(self):
+        return self._echoed() if self._echo else None
+
     def chunks(self, pieces, reason):
-        if self._echo:  # The prompt has been read by now, and has its log-probabilities.
-            self._echo = False
-            yield self._echoed()
         text = "".join(piece.text for piece in pieces)
         if text or reason is None:
             odds = self._odds.push(pieces) if self._odds else None
@@ -233,22 +231,15 @@ class _CompletionWriter(_Writer):
 
     def choice(self, pieces, reason):
         text = "".join(piece.text for piece in pieces)
-        before = self._echoed() if self._echo else None
-        odds = self._odds.push(pieces) if self._odds else None
-        if before is not None:
-            text = before["text"] + text
-            if odds is not None:
-                odds = {name: before["logprobs"][name] + odds[name] for name in odds}
-        return self._made(text, odds, reason)
+        if self._echo:
+            text = self._echoed()["text"] + text
+        return self._made(text, self._odds.push(pieces) if self._odds else None, reason)
 
     def _echoed(self):
         """Returns the choice that repeats the prompt."""
-        ids = self._job.prompt(self._i).ids
-        known = [token for token in ids if token < self._tokenizer.vocab_size]
-        text, odds = self._tokenizer.decode(known), None
-        if self._odds is not None:
-            odds = self._odds.prompt(ids, self._job.context.answers[self._i].prompt_logprobs)
-        return self._made(text, odds, None)
+        known = self._tokenizer.vocab_size
+        ids = [token for token in self._job.prompt(self._i).ids if token < known]
+        return self._made(self._tokenizer.decode(ids), None, None)
 
     def _made(self, text, odds, reason):
         return {"index": self._i, "text": text, "logprobs": odds, "finish_reason": reason}

@@ -1,6 +1,6 @@
 """Writes log-probabilities of tokens as OpenAI's two routes do."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from mistral_jax.engine.answer import Piece
@@ -87,25 +87,12 @@ class Completion:
                 self._add(made, piece.token, _number(piece.logprob), piece.top_logprobs)
         return made
 
-    def prompt(
-        self, ids: Sequence[int], odds: Sequence[tuple[float, Mapping[int, float]] | None]
-    ) -> dict[str, list[Any]]:
-        """Returns the lists of the prompt, whose first token has no log-probability."""
-        made: dict[str, list[Any]] = {name: [] for name in self.push([])}
-        for token, found in zip(ids, odds, strict=True):
-            logprob, likeliest = found or (None, None)
-            self._add(made, token, logprob if found is None else _number(logprob), likeliest)
-        return made
-
     def _add(self, made, token, logprob, likeliest) -> None:
-        top = None
-        if likeliest is not None and self._top:
-            top = {}
-            for other, odds in list(likeliest.items())[: self._top]:
-                top.setdefault(_text(self._texts.spell(other)), _number(odds))
+        top: dict[str, float] = {}
+        for other, odds in list((likeliest or {}).items())[: self._top]:
+            top.setdefault(_text(self._texts.spell(other)), _number(odds))
         text = _text(self._texts.spell(token))
-        if top is not None and logprob is not None:
-            top.setdefault(text, logprob)  # OpenAI lists the chosen token, too.
+        top.setdefault(text, logprob)  # OpenAI lists the chosen token, too.
         made["tokens"].append(text)
         made["token_logprobs"].append(logprob)
         made["top_logprobs"].append(top)

@@ -155,6 +155,11 @@ class Service:
         fills = "suffix" in fields or "input_suffix" in fields
         eos = loaded.fim_end_ids if fills else loaded.eos_ids
         top = fields.get(kind.top_field) or 0
+        if fields.get("echo") and "logprobs" in fields:
+            raise ValueError(
+                "echo and logprobs are in one request, and log-probabilities of prompts are not "
+                "supported; leave one of them out"
+            )
         answers: list[Answer] = []
         try:
             for prompt in prompts:
@@ -163,8 +168,6 @@ class Service:
                     raise TooLong(len(prompt.ids), loaded.length)
                 options = requests.options(loaded.tokenizer, fields, self.sampling)
                 options.setdefault("max_new_tokens", min(kind.new_tokens or room, room))
-                if fields.get("echo") and "logprobs" in fields:
-                    options["prompt_logprobs"] = top
                 answers += loaded.engine.submit(
                     prompt.ids,
                     stop_ids=requests.stop_ids(fields, eos),

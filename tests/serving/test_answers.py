@@ -111,6 +111,14 @@ def test_log_probabilities_are_the_engines(post, mistral):
     assert all(text[begin:end] == token for token, begin, end in spans if token.isascii())
 
 
+def test_a_prompt_is_echoed(served, post, mistral):
+    asked = {"prompt": "one two", "max_tokens": 9, "echo": True, **WARM}
+    expected = "one two" + mj.complete(*mistral, "one two", 9, **WARM)
+    assert post("/v1/completions", **asked)["choices"][0]["text"] == expected
+    parts = events(served, "/v1/completions", **asked)
+    assert "".join(part["choices"][0]["text"] for part in parts) == expected
+
+
 def test_stop_strings_and_stop_tokens_end_an_answer(post, mistral):
     text = mj.complete(*mistral, "one two", 40, **WARM)
     stop = text[5:8]

@@ -77,6 +77,7 @@ def test_every_field_is_checked(served, table):
         ({"regex": "a", "grammar": 'root ::= "a"'}, "has regex and grammar; expected one of them"),
         ({"response_format": {"type": "sound"}}, "response_format has type 'sound'; expected text"),
         ({"response_format": {"type": "json_object", "schema": 1}}, "the JSON schema is 1"),
+        ({"echo": True, "logprobs": 1}, "echo and logprobs are in one request"),
         ({"suffix": "x"}, "the model cannot fill in the middle"),
         ({"prompt": []}, "expected a string, or a list of at least 1"),
         ({"prompt": [1, "x"]}, "the request has prompt"),
@@ -175,7 +176,9 @@ def test_unknown_routes_and_methods(served):
     assert "no route GET /v2/models" in refusal(served.client.get("/v2/models"), 404)
     assert "another method" in refusal(served.client.get("/v1/completions"), 405)
     assert "there is no model 'other'" in refusal(served.client.get("/v1/models/other"), 404)
-    assert served.client.options("/v1/models").status_code == 200
+    for path, method in (("/v1/models", "GET"), ("/v1/completions", "POST")):
+        answer = served.client.options(path)
+        assert (answer.status_code, answer.headers["allow"]) == (200, f"{method}, OPTIONS")
 
 
 def test_the_page_runs_only_its_own_script(served):
