@@ -40,7 +40,7 @@ def _only(*values: Any) -> Rule:
     )
 
 
-_COUNT = integer(1)
+_USAGE = {"include_usage", "continuous_usage_stats"}
 _IDS = list_of(integer(0))
 _LABEL = string()
 
@@ -73,7 +73,17 @@ _COMMON: Rules = {
     "max_tokens": integer(0),
     "n": integer(1, MOST_ANSWERS),
     "stream": boolean(),
-    "stream_options": table_of(boolean()),
+    "stream_options": Rule(
+        "an object with include_usage or continuous_usage_stats, each true or false",
+        lambda x: (
+            isinstance(x, dict) and x.keys() <= _USAGE and all(type(y) is bool for y in x.values())
+        ),
+        {
+            "type": "object",
+            "properties": dict.fromkeys(sorted(_USAGE), boolean().schema),
+            "additionalProperties": False,
+        },
+    ),
     "user": _LABEL,
     "metadata": _only({}),
     "store": _only(False),

@@ -132,8 +132,8 @@ class Service:
         """Begins to answer a conversation."""
         loaded = self.loaded
         prompts = [requests.chat_prompt(loaded.tokenizer, fields)]
-        if not fields.get("logprobs"):
-            fields = {name: value for name, value in fields.items() if name != "top_logprobs"}
+        if fields.get("top_logprobs") and not fields.get("logprobs"):
+            raise ValueError("top_logprobs is part of logprobs; add logprobs: true")
         return self._submit(ChatJob, loaded, fields, prompts, owner)
 
     def native(self, fields: Fields, owner: str) -> Job:

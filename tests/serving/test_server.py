@@ -72,6 +72,7 @@ def test_every_field_is_checked(served, table):
         ({"logit_bias": {"x": 1}}, "logit_bias names 'x'; expected a token id"),
         ({"logit_bias": {"99999": 1}}, "logit_bias names token 99999; expected 0 to"),
         ({"stop": ""}, "stop has ''; expected strings that are not empty"),
+        ({"stream_options": {"usage": True}}, "expected an object with include_usage or"),
         ({"functions": []}, "'functions' is not supported: use tools"),
         ({"regex": "("}, "the grammar is invalid"),
         ({"regex": "a", "grammar": 'root ::= "a"'}, "has regex and grammar; expected one of them"),
@@ -107,6 +108,11 @@ def test_requests_that_make_no_sense_are_refused(served, fields, message):
 )
 def test_conversations_that_make_no_sense_are_refused(served, messages):
     refusal(served.client.post("/v1/chat/completions", json={"messages": messages}))
+
+
+def test_likeliest_tokens_belong_to_log_probabilities(served):
+    body = {"messages": [{"role": "user", "content": "one"}], "top_logprobs": 2}
+    assert "add logprobs" in refusal(served.client.post("/v1/chat/completions", json=body))
 
 
 def test_a_prompt_that_never_fits_says_how_long_it_is(served):
