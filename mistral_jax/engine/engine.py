@@ -11,10 +11,12 @@ from typing import Any
 from mistral_jax.base.fields import show
 from mistral_jax.engine.admission import Row
 from mistral_jax.engine.answer import Answer
+from mistral_jax.engine.completion import Token
 from mistral_jax.engine.generate import NEW_TOKENS
 from mistral_jax.engine.grammar import Grammar, Grammars
 from mistral_jax.engine.prefill import Params
 from mistral_jax.engine.prefixes import Prefixes
+from mistral_jax.engine.prompt_logprobs import prompt_logprobs
 from mistral_jax.engine.request import check, listed, whole
 from mistral_jax.engine.sampling import DEFAULT, Sampling
 from mistral_jax.engine.scheduler import Scheduler
@@ -86,7 +88,8 @@ class Engine:
                 f"there are {distributed.count()} processes, whose requests would differ; an "
                 "Engine is for one process (`generate` runs in several)"
             )
-        self._model, self._tokenizer, self._length = model, tokenizer, length
+        self._model, self._params, self._tokenizer = model, params, tokenizer
+        self._length = length
         self._grammars = None
         if tokenizer is not None:
             config = model.config
@@ -175,6 +178,13 @@ class Engine:
             answers.append(Answer(row, text, self))
         self._worker.accept(answers)
         return answers[0] if n is None else answers
+
+    def prompt_logprobs(self, ids: Sequence[int], top: int = 0) -> list[Token | None]:
+        """Returns the log-probabilities of a prompt's tokens; see `engine.prompt_logprobs`.
+
+        It reads the prompt beside the running requests, and compiles programs at its first uses.
+        """
+        return prompt_logprobs(self._model, self._params, ids, top)
 
     @property
     def length(self) -> int:

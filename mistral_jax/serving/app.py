@@ -189,6 +189,9 @@ class _Routes:
             "object": "model",
             "created": self._service.started,
             "owned_by": "mistral_jax",
+            # Fields of Mistral's API, whose client needs them.
+            "type": "base",
+            "capabilities": {"completion_chat": True, "function_calling": True},
         }
         if length := self._service.length:
             card["max_model_len"] = length

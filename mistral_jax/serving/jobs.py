@@ -216,6 +216,8 @@ class _CompletionWriter(_Writer):
         super().__init__(job, i)
         top = self._fields.get("logprobs")
         self._echo = self._fields.get("echo", False)
+        if self._echo:
+            self._texts = logprobs.TokenTexts(self._tokenizer, ())
         self._odds = None if top is None else logprobs.Completion(self._texts, top)
 
     def first(self):
@@ -231,15 +233,21 @@ class _CompletionWriter(_Writer):
 
     def choice(self, pieces, reason):
         text = "".join(piece.text for piece in pieces)
-        if self._echo:
-            text = self._echoed()["text"] + text
-        return self._made(text, self._odds.push(pieces) if self._odds else None, reason)
+        before = self._echoed() if self._echo else None
+        odds = self._odds.push(pieces) if self._odds else None
+        if before is not None:
+            text = before["text"] + text
+            if odds is not None:
+                odds = {name: before["logprobs"][name] + odds[name] for name in odds}
+        return self._made(text, odds, reason)
 
     def _echoed(self):
         """Returns the choice that repeats the prompt."""
         known = self._tokenizer.vocab_size
-        ids = [token for token in self._job.prompt(self._i).ids if token < known]
-        return self._made(self._tokenizer.decode(ids), None, None)
+        prompt = self._job.prompt(self._i)
+        text = self._tokenizer.decode([token for token in prompt.ids if token < known])
+        odds = self._odds.prompt(prompt.ids, prompt.odds) if self._odds else None
+        return self._made(text, odds, None)
 
     def _made(self, text, odds, reason):
         return {"index": self._i, "text": text, "logprobs": odds, "finish_reason": reason}

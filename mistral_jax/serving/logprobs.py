@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mistral_jax.engine.answer import Piece
+from mistral_jax.engine.completion import Token
 from mistral_jax.tokens.tokenizer import Tokenizer
 
 # JSON has no infinity; vLLM writes the same for a probability of 0.
@@ -76,23 +77,35 @@ class Completion:
 
     def push(self, pieces: Sequence[Piece]) -> dict[str, list[Any]]:
         """Returns the lists of the next pieces."""
-        made: dict[str, list[Any]] = {
-            "tokens": [],
-            "token_logprobs": [],
-            "top_logprobs": [],
-            "text_offset": [],
-        }
+        made = self._nothing()
         for piece in pieces:
             if piece.token is not None:
                 self._add(made, piece.token, _number(piece.logprob), piece.top_logprobs)
         return made
 
+    def prompt(self, ids: Sequence[int], odds: Sequence[Token | None]) -> dict[str, list[Any]]:
+        """Returns the lists of a prompt, whose first token has no log-probability."""
+        made = self._nothing()
+        for token, found in zip(ids, odds, strict=True):
+            if found is None:
+                self._add(made, token, None, None)
+            else:
+                self._add(made, token, _number(found.logprob), found.top_logprobs)
+        return made
+
+    @staticmethod
+    def _nothing() -> dict[str, list[Any]]:
+        return {name: [] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")}
+
     def _add(self, made, token, logprob, likeliest) -> None:
-        top: dict[str, float] = {}
+        top: dict[str, float] | None = {}
         for other, odds in list((likeliest or {}).items())[: self._top]:
             top.setdefault(_text(self._texts.spell(other)), _number(odds))
         text = _text(self._texts.spell(token))
-        top.setdefault(text, logprob)  # OpenAI lists the chosen token, too.
+        if logprob is None:
+            top = None
+        else:
+            top.setdefault(text, logprob)  # OpenAI lists the chosen token, too.
         made["tokens"].append(text)
         made["token_logprobs"].append(logprob)
         made["top_logprobs"].append(top)

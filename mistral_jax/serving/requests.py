@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mistral_jax.base.fields import show
+from mistral_jax.engine.completion import Token
 from mistral_jax.engine.grammar import Grammar
 from mistral_jax.engine.sampling import Sampling
 from mistral_jax.serving import tools as tool_grammars
@@ -43,10 +44,12 @@ class Prompt:
     Attributes:
       ids: its tokens.
       is_new: whether the answer begins a text, instead of continuing the prompt's.
+      odds: log-probabilities of its tokens, if the request asks for them.
     """
 
     ids: list[int]
     is_new: bool = False
+    odds: Sequence[Token | None] = ()
 
 
 def completion_prompts(tokenizer: Tokenizer, fields: Fields) -> list[Prompt]:

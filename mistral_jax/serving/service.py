@@ -155,11 +155,6 @@ class Service:
         fills = "suffix" in fields or "input_suffix" in fields
         eos = loaded.fim_end_ids if fills else loaded.eos_ids
         top = fields.get(kind.top_field) or 0
-        if fields.get("echo") and "logprobs" in fields:
-            raise ValueError(
-                "echo and logprobs are in one request, and log-probabilities of prompts are not "
-                "supported; leave one of them out"
-            )
         answers: list[Answer] = []
         try:
             for prompt in prompts:
@@ -177,6 +172,12 @@ class Service:
                     owner=owner,
                     **options,
                 )
+            if fields.get("echo") and "logprobs" in fields:
+                odds = [loaded.engine.prompt_logprobs(prompt.ids, top) for prompt in prompts]
+                prompts = [
+                    dataclasses.replace(prompt, odds=own)
+                    for prompt, own in zip(prompts, odds, strict=True)
+                ]
         except BaseException:
             for answer in answers:
                 answer.cancel()

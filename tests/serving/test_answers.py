@@ -7,6 +7,7 @@ import openai
 import pytest
 
 import mistral_jax as mj
+from mistral_jax.engine.score import likelihoods
 from mistral_jax.engine.text import completions
 
 WARM = {"temperature": 1.0, "top_p": 1.0, "seed": 3}
@@ -117,6 +118,25 @@ def test_a_prompt_is_echoed(served, post, mistral):
     assert post("/v1/completions", **asked)["choices"][0]["text"] == expected
     parts = events(served, "/v1/completions", **asked)
     assert "".join(part["choices"][0]["text"] for part in parts) == expected
+
+
+def test_an_echoed_prompt_has_its_log_probabilities(served, post, mistral):
+    """As lm-evaluation-harness asks for them."""
+    model, params, tokenizer = mistral
+    ids = tokenizer.encode("one two three four five " * 3, bos=True)
+    asked = {"prompt": ids, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
+    choice = post("/v1/completions", **asked)["choices"][0]
+    odds = choice["logprobs"]
+    (expected,) = likelihoods(model, params, [ids], 1)
+    assert len(odds["tokens"]) == len(ids) + 1
+    assert odds["token_logprobs"][0] is odds["top_logprobs"][0] is None
+    assert odds["token_logprobs"][1:-1] == pytest.approx(expected.logprobs.tolist(), abs=1e-5)
+    pairs = zip(odds["tokens"][1:-1], odds["top_logprobs"][1:-1], strict=True)
+    likeliest = [max(top, key=top.get) == token for token, top in pairs]
+    assert likeliest == expected.greedy.tolist()
+    (part, *_) = events(served, "/v1/completions", **asked)
+    echoed = part["choices"][0]["logprobs"]["token_logprobs"]
+    assert echoed == odds["token_logprobs"][:-1]
 
 
 def test_stop_strings_and_stop_tokens_end_an_answer(post, mistral):

@@ -78,7 +78,6 @@ def test_every_field_is_checked(served, table):
         ({"regex": "a", "grammar": 'root ::= "a"'}, "has regex and grammar; expected one of them"),
         ({"response_format": {"type": "sound"}}, "response_format has type 'sound'; expected text"),
         ({"response_format": {"type": "json_object", "schema": 1}}, "the JSON schema is 1"),
-        ({"echo": True, "logprobs": 1}, "echo and logprobs are in one request"),
         ({"suffix": "x"}, "the model cannot fill in the middle"),
         ({"prompt": []}, "expected a string, or a list of at least 1"),
         ({"prompt": [1, "x"]}, "the request has prompt"),
