@@ -19,8 +19,12 @@ from mistral_jax.base.fields import show
 from mistral_jax.tokens import libraries
 from mistral_jax.tokens.tokenizer import Tokenizer
 
-# Maximum number of characters of a grammar, and of compiled grammars that are kept.
-_MOST_TEXT, _MOST_KEPT = 1 << 17, 64
+# Maximum number of compiled grammars that are kept.
+_MOST_KEPT = 64
+# Maximum number of characters of a schema, a grammar, and a string in them or a regular expression,
+# and of rules or references. From some 2,500 rules on that name each other, llguidance overflows
+# its stack, which ends the process. Long regular expressions take gigabytes.
+_MOST_SCHEMA, _MOST_TEXT, _MOST_STRING, _MOST_RULES = 1 << 17, 1 << 14, 1 << 13, 1000
 # A model may write blanks until it has no tokens left, so their number in a row is bounded.
 _BLANKS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,8}"}
 # Bounds of the work of compiling a grammar, and of a step.
@@ -60,7 +64,7 @@ class Grammar:
             text = json.dumps(schema, allow_nan=False)
         except (TypeError, ValueError, RecursionError):
             raise ValueError(f"the JSON schema {show(schema)} is not JSON") from None
-        _check_size(text)
+        check_schema(schema, text)
         options = {"overrides": _BLANKS}
         build = _library().LLMatcher.grammar_from_json_schema
         return Grammar(libraries.call("the JSON schema is invalid", build, text, **options))
@@ -68,12 +72,19 @@ class Grammar:
     @staticmethod
     def regex(pattern: str) -> "Grammar":
         """Returns the grammar of the texts that a regular expression of Rust's syntax matches."""
-        return Grammar(_library().LLMatcher.grammar_from_regex(_checked(pattern, "regex")))
+        _check(pattern, "regex", _MOST_STRING)
+        return Grammar(_library().LLMatcher.grammar_from_regex(pattern))
 
     @staticmethod
     def lark(text: str) -> "Grammar":
         """Returns a grammar in Lark's syntax, with llguidance's extensions."""
-        return Grammar(json.dumps({"grammars": [{"lark_grammar": _checked(text, "grammar")}]}))
+        _check(text, "grammar", _MOST_TEXT)
+        return Grammar.of_lark(text)
+
+    @staticmethod
+    def of_lark(text: str) -> "Grammar":
+        """Returns a grammar in Lark's syntax that is not from outside: it may be longer."""
+        return Grammar(json.dumps({"grammars": [{"lark_grammar": text}]}))
 
     @staticmethod
     def gbnf(text: str) -> "Grammar":
@@ -83,7 +94,7 @@ class Grammar:
           ValueError: it is not in this syntax.
         """
         convert = _library("llguidance.gbnf_to_lark").any_to_lark
-        text = _checked(text, "grammar")
+        _check(text, "grammar", _MOST_TEXT)
         return Grammar.lark(libraries.call("the grammar is invalid", convert, text))
 
     @staticmethod
@@ -229,18 +240,33 @@ def _after_space(source: str) -> str:
     return json.dumps(inner | {"grammars": [first, *inner["grammars"]]})
 
 
-def _checked(text: Any, name: str) -> str:
+def check_schema(schema: Any, text: str) -> None:
+    """Raises a ValueError if a JSON schema, whose JSON is `text`, needs too much to compile."""
+    _check(text, "JSON schema", _MOST_SCHEMA)
+    waiting = [schema]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, str):
+            _check(value, "text in the JSON schema", _MOST_STRING)
+
+
+def _check(text: Any, name: str, most: int) -> None:
+    """Raises a ValueError if a text from outside needs too much to compile."""
     if not isinstance(text, str):
         raise ValueError(f"the {name} is {show(text)}; expected a text")
-    _check_size(text)
-    return text
-
-
-def _check_size(text: str) -> None:
-    if len(text) > _MOST_TEXT:
+    if len(text) > most:
         raise ValueError(
-            f"the grammar has {len(text)} characters; expected at most {_MOST_TEXT}: simplify it"
+            f"the {name} has {len(text)} characters; expected at most {most}: simplify it"
         )
+    for what, count in (("lines", text.count("\n")), ("references", text.count('"$ref"'))):
+        if count >= _MOST_RULES:
+            raise ValueError(
+                f"the {name} has {count} {what}; expected fewer than {_MOST_RULES}: simplify it"
+            )
 
 
 def _reason(matcher: Any) -> str:

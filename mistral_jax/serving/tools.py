@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mistral_jax.base.fields import show
-from mistral_jax.engine.grammar import Grammar
+from mistral_jax.engine.grammar import Grammar, check_schema
 from mistral_jax.tokens.messages import Control
 from mistral_jax.tokens.tokenizer import Tokenizer
 
@@ -41,14 +41,14 @@ def constraint(
     several = fields.get("parallel_tool_calls", True)
     if mark is None:
         # Such models call in text: only a call that is required has a known place.
-        return None if choice == "auto" else Grammar.lark(_tagged(tools, several))
+        return None if choice == "auto" else Grammar.of_lark(_tagged(tools, several))
     if arguments is None:
         rules = _listed(tools, several)
     else:
         rules = _marked(tools, several, mark, arguments)
     if choice == "auto":
-        return Grammar(Grammar.lark(f"start: calls\n{rules}").source, after=mark)
-    return Grammar.lark(f"start: <[{mark}]> calls\n{rules}")
+        return Grammar(Grammar.of_lark(f"start: calls\n{rules}").source, after=mark)
+    return Grammar.of_lark(f"start: <[{mark}]> calls\n{rules}")
 
 
 def _listed(tools: Sequence[Mapping[str, Any]], several: bool) -> str:
@@ -90,5 +90,6 @@ def _objects(tools: Sequence[Mapping[str, Any]]) -> str:
 
 def _arguments(tool: Mapping[str, Any]) -> str:
     schema = tool["function"]["parameters"] or {"type": "object"}
+    check_schema(schema, json.dumps(schema))
     blanks = {"x-guidance": {"whitespace_pattern": r"[ \n]{1,8}"}}
     return f"%json {json.dumps(schema | blanks)}"

@@ -1,13 +1,18 @@
 """Answers follow their grammars, whatever runs beside them, and other answers do not change."""
 
 import json
+import os
 import random
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import jsonschema
 import numpy as np
+import processes
 import pytest
 import tiny
 import tokenizer_samples
@@ -28,6 +33,14 @@ PERSON = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
+
+
+def chained(count):
+    """Returns a schema of definitions of which each names the next."""
+    names = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(count)}
+    return {"$defs": names | {f"d{count}": {"type": "integer"}}, "$ref": "#/$defs/d0"}
+
+
 FORMS = {
     "json": (
         Grammar.json_schema(PERSON),
@@ -183,7 +196,10 @@ def test_a_bias_against_the_grammar_fails_alone(engine, mistral):
         (lambda: Grammar.json_schema({"type": 123}), "type must be a string"),
         (lambda: Grammar.json_schema(123), "the JSON schema is 123; expected an object"),
         (lambda: Grammar.json_schema({"$ref": "http://x/y"}), "not present in a registry"),
-        (lambda: Grammar.regex("a" * 200_000), "has 200000 characters; expected at most 131072"),
+        (lambda: Grammar.regex("a" * 9000), "has 9000 characters; expected at most 8192"),
+        (lambda: Grammar.lark("start: a\n" * 1001), "has 1001 lines; expected fewer than 1000"),
+        (lambda: Grammar.json_schema({"pattern": "a" * 9000}), "has 9000 characters"),
+        (lambda: Grammar.json_schema(chained(3500)), "references; expected fewer"),
         (lambda: Grammar.regex(5), "the regex is 5; expected a text"),
     ],
 )
@@ -191,6 +207,45 @@ def test_grammars_that_make_no_sense_are_refused(engine, make, message):
     with pytest.raises(ValueError, match=message) as caught:
         engine.submit("one", 5, grammar=make())
     assert "\n" not in str(caught.value)
+
+
+LARGEST = """
+import sys, threading
+from mistral_jax.engine.grammar import Grammar, Grammars
+from mistral_jax.tokens.tokenizer import Tokenizer
+from test_grammar import chained
+
+def compile_all():
+    rules = "".join(f"r{i}: r{i + 1}\\n" for i in range(990))
+    grammars = Grammars(Tokenizer.from_file(sys.argv[1]), 400, [2])
+    for grammar in (
+        Grammar.lark(f'start: r0\\n{rules}r990: "a"'),
+        Grammar.gbnf("root ::= r0\\n" + rules.replace(":", " ::=") + 'r990 ::= "a"'),
+        Grammar.json_schema(chained(990)),
+    ):
+        assert grammars.start(grammar, True).holds
+    try:
+        grammars.start(Grammar.regex("a?" * 2700 + "a" * 2700), True)
+    except ValueError as error:
+        assert "invalid" in str(error)
+    print("all")
+
+thread = threading.Thread(target=compile_all)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.slow
+def test_the_largest_grammars_do_not_end_the_process(tmp_path):
+    """An overflow of the stack inside the library cannot be caught."""
+    path = tokenizer_samples.train_small_mistral(tmp_path / "tokenizer.model")
+    command = [sys.executable, "-c", LARGEST, str(path)]
+    here = Path(__file__).parent
+    paths = f"{here}:{here.parent}:{os.environ.get('PYTHONPATH', '')}"
+    environment = processes.environment() | {"PYTHONPATH": paths}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "all\n"), done.stderr
 
 
 def test_a_layout_follows_grammars_too(mistral):
