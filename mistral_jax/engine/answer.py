@@ -145,7 +145,11 @@ class Answer:
         with self._changed:
             self._failure = failure
             if failure is None:
-                self._completion = self._complete()
+                try:
+                    self._completion = self._complete()
+                except Exception as error:  # It must not end the answers of others.
+                    self.fail(error)
+                    self._completion = self._complete()
             self._engine = None
             self._changed.notify_all()
         self._tell()

@@ -139,7 +139,7 @@ class Grammars:
             self._kept[source] = matcher
             if len(self._kept) > _MOST_KEPT:
                 self._kept.popitem(last=False)
-        return Matcher(matcher.deep_copy(), self._size, grammar.after)
+        return Matcher(matcher.deep_copy(), grammar.after)
 
     def _compile(self, source: str) -> Any:
         library = _library()
@@ -188,8 +188,8 @@ class Matcher:
       holds: whether the grammar restricts the next token.
     """
 
-    def __init__(self, matcher: Any, vocab_size: int, after: int | None):
-        self._matcher, self._size, self._after = matcher, vocab_size, after
+    def __init__(self, matcher: Any, after: int | None):
+        self._matcher, self._after = matcher, after
         self.holds = after is None
 
     def push(self, token: int) -> bool:

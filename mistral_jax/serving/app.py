@@ -89,7 +89,7 @@ def make_app(
         listed.append(Route("/", page.show, methods=["GET"]))
     app = Starlette(
         routes=listed,
-        exception_handlers={HTTPException: _http_error, HttpError: _error, Exception: _failed},
+        exception_handlers={HTTPException: _http_error, HttpError: _error, Exception: _error},
     )
     app.router.redirect_slashes = False
     methods = {route.path: "POST" if "POST" in route.methods else "GET" for route in listed}
@@ -280,10 +280,6 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
         message = f"there is no route {where}; /openapi.json lists the routes"
     made = HttpError(error.status_code, message, "not_found_error", error.headers)
     return made.response()
-
-
-async def _failed(request: Request, error: Exception) -> Response:
-    return _known(error).response()
 
 
 class JsonLines(logging.Formatter):

@@ -287,19 +287,20 @@ def test_owners_take_turns(mistral, warm):
     assert ended[3:] == ["many"] * 4
 
 
-def test_an_answer_that_fails_takes_only_itself_down(engine, monkeypatch):
-    push = RowText.push
+@pytest.mark.parametrize("name", ["push", "flush"])
+def test_an_answer_that_fails_takes_only_itself_down(engine, monkeypatch, name):
+    sound = getattr(RowText, name)
 
-    def breaks(self, token):
+    def breaks(self, *token):
         if self._stop == ["break"]:
             raise TypeError("a fault")
-        return push(self, token)
+        return sound(self, *token)
 
-    monkeypatch.setattr(RowText, "push", breaks)
+    monkeypatch.setattr(RowText, name, breaks)
     failing = engine.submit("one two", 9, stop="break", stop_ids=())
     others = [engine.submit("one two", 9, stop_ids=(), seed=seed) for seed in range(3)]
     assert failing.result(300).error == "the answer failed: TypeError: a fault"
-    assert failing.result().finish_reason == "error"
+    assert failing.result().finish_reason == ("error" if name == "push" else "length")
     assert [len(answer.result(300).tokens) for answer in others] == [9] * 3
 
 
