@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import reference
+import tokenizer_samples
 
 from mistral_jax.config import ModelConfig, QueryScaling, RopeScaling
 from mistral_jax.model.transformer import Transformer
+from mistral_jax.tokens.tokenizer import Tokenizer
 
 OFFICIAL = {
     "dim": 32,
@@ -41,6 +43,17 @@ def build(seed: int = 0, tied: bool = False, dtype=jnp.float32, **fields):
     """Returns the model and the params of a random tiny Mistral; `fields` override `OFFICIAL`."""
     config = OFFICIAL | fields
     return from_official(config, reference.random_tensors(config, seed, tied), dtype)
+
+
+def with_tokenizer(folder, more: int = 3):
+    """Returns a tiny model on a device, its params, and a tokenizer that it trains in `folder`.
+
+    The model has `more` tokens than the tokenizer, and layers with a window and without.
+    """
+    path = tokenizer_samples.train_small_mistral(folder / "tokenizer.model")
+    tokenizer = Tokenizer.from_file(path)
+    model, params = build(sliding_window=[5, None], vocab_size=tokenizer.vocab_size + more)
+    return model, jax.tree.map(jnp.asarray, params), tokenizer
 
 
 def from_official(config: dict, tensors: dict[str, np.ndarray], dtype=jnp.float32):

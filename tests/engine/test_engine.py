@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-import tokenizer_samples
 
 import mistral_jax as mj
 from mistral_jax.engine import engine as engine_module
@@ -19,7 +18,6 @@ from mistral_jax.engine.sampling import Sampling
 from mistral_jax.engine.text import RowText, chat, complete, completions
 from mistral_jax.engine.worker import Busy
 from mistral_jax.parallel.sharding import abstract_params, read_layout
-from mistral_jax.tokens.tokenizer import Tokenizer
 
 WARM = Sampling(temperature=1, top_p=1, seed=1)
 # Logits near 1 through two layers, in float32.
@@ -29,10 +27,7 @@ LENGTH = 200
 
 @pytest.fixture(scope="module")
 def mistral(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    tokenizer = Tokenizer.from_file(tokenizer_samples.train_small_mistral(path))
-    model, params = tiny.build(sliding_window=[5, None], vocab_size=tokenizer.vocab_size + 3)
-    return model, jax.tree.map(jnp.asarray, params), tokenizer
+    return tiny.with_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import jsonschema
 import numpy as np
 import processes
@@ -20,7 +19,6 @@ import tokenizer_samples
 from mistral_jax.engine.engine import Engine
 from mistral_jax.engine.grammar import Grammar, Grammars
 from mistral_jax.parallel.sharding import abstract_params, read_layout
-from mistral_jax.tokens.tokenizer import Tokenizer
 
 LENGTH = 300
 PERSON = {
@@ -55,10 +53,7 @@ FORMS = {
 
 @pytest.fixture(scope="module")
 def mistral(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    tokenizer = Tokenizer.from_file(tokenizer_samples.train_small_mistral(path))
-    model, params = tiny.build(sliding_window=[5, None], vocab_size=tokenizer.vocab_size + 4)
-    return model, jax.tree.map(jnp.asarray, params), tokenizer
+    return tiny.with_tokenizer(tmp_path_factory.mktemp("tokenizer"), more=4)
 
 
 @pytest.fixture(scope="module")

@@ -2,23 +2,16 @@
 
 import contextlib
 
-import jax
-import jax.numpy as jnp
 import pytest
 import tiny
-import tokenizer_samples
 from servers import loaded, running
 
 from mistral_jax.serving.service import Service
-from mistral_jax.tokens.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")
 def mistral(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    tokenizer = Tokenizer.from_file(tokenizer_samples.train_small_mistral(path))
-    model, params = tiny.build(sliding_window=[5, None], vocab_size=tokenizer.vocab_size + 3)
-    return model, jax.tree.map(jnp.asarray, params), tokenizer
+    return tiny.with_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")
